@@ -1,0 +1,56 @@
+"""Ask a Qwen-VL checkpoint about an image.
+
+    python examples/describe_image.py --model Qwen/Qwen-VL-Chat --image receipt.jpg "What is the total?"
+
+Without arguments it takes a tiny checkpoint with random weights and an image from the tests, to show that everything
+is in place: the answer is then noise. A real checkpoint (19 GB) may be a folder, a hub id, or an adapter on one.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+from transformers.utils import logging
+
+from qwenvl import load_model, load_processor
+
+TINY = Path(__file__).parent.parent / "tests" / "data" / "tiny"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", nargs="?", default="Describe the image.")
+    parser.add_argument("--model", default=str(TINY / "checkpoint"), help="folder, hub id, or adapter folder")
+    parser.add_argument("--image", default=str(TINY / "images" / "a.png"))
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    arguments = parser.parse_args()
+
+    logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(arguments.model, device_map=device)
+    processor = load_processor(arguments.model)
+    parts = [{"type": "image", "image": arguments.image}, {"type": "text", "text": arguments.question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    ).to(device)
+
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"model     {arguments.model} ({size:,} parameters, {model.dtype}, on {device})")
+    print(f"image     {arguments.image} -> {tuple(inputs['pixel_values'].shape)}")
+    print(f"prompt    {inputs['input_ids'].shape[1]} tokens, {processor.n_queries + 2} of them for the image")
+    print(f"question  {arguments.question}")
+    print("answer    ", end="", flush=True)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
+    if arguments.model == parser.get_default("model"):
+        print("\nThis checkpoint is tiny and its weights are random: the answer above is noise, and only shows that")
+        print("loading, image, prompt and generation work. Pass --model with a real checkpoint.")
+
+
+if __name__ == "__main__":
+    main()

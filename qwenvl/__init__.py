@@ -1,0 +1,30 @@
+"""Qwen-VL for current Transformers.
+
+Importing this package registers the family (model type `qwen`) with Transformers' Auto classes, so that published
+folders load through them with no remote code.
+"""
+
+from qwenvl.configuration import QwenVLConfig
+from qwenvl.image_processor import QwenVLImageProcessor
+from qwenvl.images import ImageAccess, ImageError, load_image
+from qwenvl.loading import load_model, load_processor
+from qwenvl.modeling import QwenVLForConditionalGeneration, QwenVLModel
+from qwenvl.processor import QwenVLProcessor
+from qwenvl.registration import register
+from qwenvl.tokenizer import QwenVLTokenizer
+
+register()
+
+__all__ = [
+    "ImageAccess",
+    "ImageError",
+    "QwenVLConfig",
+    "QwenVLForConditionalGeneration",
+    "QwenVLImageProcessor",
+    "QwenVLModel",
+    "QwenVLProcessor",
+    "QwenVLTokenizer",
+    "load_image",
+    "load_model",
+    "load_processor",
+]

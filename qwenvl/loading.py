@@ -1,0 +1,163 @@
+"""Models and processors from whatever a practitioner has: a hub id, a checkpoint, an adapter, a run."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils import cached_file
+
+from qwenvl.fingerprint import check_base
+from qwenvl.modeling import QwenVLForConditionalGeneration
+from qwenvl.processor import QwenVLProcessor
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a path stands for: a base checkpoint (folder or hub id), and an adapter folder or id on it, or None."""
+
+    base: str
+    adapter: str | None
+
+
+def load_model(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    quantization: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | None = None,
+) -> "QwenVLForConditionalGeneration | PeftModel":
+    """Load a model in eval mode, with its adapter if there is one.
+
+    Args:
+        path: hub id, checkpoint or exported folder; or an adapter folder (PEFT's format) or a run folder, whose base
+            is then found.
+        adapter: adapter or run folder, or hub id, to put on `path`.
+        quantization: None. (4-bit loading is not part of this version.)
+        dtype: "float32", "bfloat16", "float16", or "auto" and None for the one the checkpoint is stored in.
+        device_map: as in Transformers.
+
+    Raises:
+        FileNotFoundError: no model at `path`, or the adapter's base is not where the adapter says.
+        ValueError: a base other than the adapter was trained on, or adapter weights that do not all find their place.
+    """
+    if quantization is not None:
+        raise ValueError(f"quantization={quantization!r} is not available in this version: leave it None")
+    source = find_source(path)
+    if adapter is not None:
+        if source.adapter is not None:
+            raise ValueError(f"{path} is an adapter itself: give the base checkpoint as path, or leave adapter out")
+        source = Source(source.base, find_source(adapter).adapter or _not_an_adapter(adapter))
+    model = QwenVLForConditionalGeneration.from_pretrained(
+        source.base, dtype=_read_dtype(dtype), device_map=device_map
+    ).eval()
+    return model if source.adapter is None else _put_adapter(model, source)
+
+
+def load_processor(path: str | Path) -> QwenVLProcessor:
+    """Load the processor of a hub id, a checkpoint, or an adapter's or run's base.
+
+    Raises:
+        FileNotFoundError: nothing to load at `path`.
+        ValueError: a text-only checkpoint.
+    """
+    return QwenVLProcessor.from_pretrained(find_source(path).base)
+
+
+def find_source(path: str | Path) -> Source:
+    """Tell what a path stands for, without loading weights.
+
+    Raises:
+        FileNotFoundError: a folder without any of it, or an adapter whose base is missing.
+    """
+    folder = Path(path)
+    if (folder / "adapter" / ADAPTER_CONFIG).is_file():  # a run folder
+        folder = folder / "adapter"
+    if (folder / ADAPTER_CONFIG).is_file():
+        return Source(_base_of(folder), str(folder))
+    if (folder / "config.json").is_file():
+        return Source(str(folder), None)
+    if folder.exists():
+        raise FileNotFoundError(
+            f"{path}: neither config.json (a checkpoint) nor {ADAPTER_CONFIG} (an adapter) is here"
+        )
+    if not _looks_like_hub_id(str(path)):
+        raise FileNotFoundError(f"{path}: no such folder")
+    config = cached_file(
+        str(path),
+        ADAPTER_CONFIG,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Source(str(path), None) if config is None else Source(_base_of(Path(config).parent), str(path))
+
+
+def _base_of(adapter: Path) -> str:
+    """The base that an adapter names: an absolute folder, one relative to the adapter or here, or a hub id."""
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if not base:
+        raise FileNotFoundError(f"{adapter}: the adapter names no base; load it with load_model(<base>, adapter=...)")
+    for folder in (adapter / base, Path(base)):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    if not _looks_like_hub_id(base):
+        raise FileNotFoundError(
+            f"{adapter}: the adapter's base {base} is not there. If it was moved: load_model(<its new place>, "
+            f"adapter={str(adapter)!r})"
+        )
+    return base
+
+
+def _put_adapter(model: QwenVLForConditionalGeneration, source: Source) -> "PeftModel":
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    if not check_base(source.adapter, source.base):
+        logger.warning(
+            "%s does not say which weights it was trained on: it is put on %s unchecked", source.adapter, source.base
+        )
+    adapted = PeftModel.from_pretrained(model, source.adapter).eval()
+    stored, placed = set(load_peft_weights(source.adapter, device="cpu")), set(get_peft_model_state_dict(adapted))
+    if stored != placed:
+        raise ValueError(
+            f"{source.adapter}: the adapter does not fit {source.base}. Without a place in the model: "
+            f"{_some(stored - placed)}; missing from the adapter: {_some(placed - stored)}"
+        )
+    return adapted
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:5]
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
+
+
+def _not_an_adapter(path: str | Path):
+    raise FileNotFoundError(f"{path}: no {ADAPTER_CONFIG} here, so this is not an adapter")
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    """`owner/name` or `name`, and no way to spell a folder."""
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+
+
+def _read_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    if dtype is None or dtype == "auto":
+        return "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {dtype!r}")
+    return DTYPES[dtype]

@@ -1,0 +1,238 @@
+"""QwenVLProcessor: messages and images to the model's inputs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import cached_file
+
+from qwenvl.chat import Rendered, render_chat
+from qwenvl.chat_string import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, read_string, write_chat
+from qwenvl.configuration import QwenVLConfig
+from qwenvl.image_processor import QwenVLImageProcessor
+from qwenvl.images import ImageAccess
+from qwenvl.model_inputs import conversation_batch, input_columns, refuse_other_templates
+from qwenvl.tokenizer import QwenVLTokenizer
+
+# Where to find files on the hub; everything else given to `from_pretrained` is not for file look-ups.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class QwenVLProcessor(ProcessorMixin):
+    """Turns conversations (or prompt strings) with images into `input_ids`, `attention_mask`, `pixel_values`.
+
+    Args:
+        image_processor: images to `pixel_values`.
+        tokenizer: text to ids.
+        n_queries: positions an image takes between `<img>` and `</img>`.
+        chat_template: for other programs' use only; conversations are rendered by `qwenvl.chat`.
+    """
+
+    def __init__(
+        self,
+        image_processor: QwenVLImageProcessor | None = None,
+        tokenizer: QwenVLTokenizer | None = None,
+        n_queries: int = 256,
+        chat_template: str | None = None,
+    ):
+        self.n_queries = n_queries
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_pad_id
+        self.image_placeholder = IMAGE_PLACEHOLDER
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "QwenVLProcessor":
+        """Load from a hub id or a folder: one saved by this class, or a published one, which has no file for the
+        image side: it follows from the model's `config.json`."""
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        tokenizer = QwenVLTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
+        saved = {
+            name: cached_file(
+                pretrained_model_name_or_path,
+                name,
+                **hub,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            for name in ("processor_config.json", "preprocessor_config.json")
+        }
+        if not any(saved.values()):
+            return cls.from_config(QwenVLConfig.from_pretrained(pretrained_model_name_or_path, **hub), tokenizer)
+        image_processor = QwenVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
+        n_queries = None
+        if saved["processor_config.json"]:
+            n_queries = cls.get_processor_dict(pretrained_model_name_or_path, **hub)[0].get("n_queries")
+        if n_queries is None:
+            n_queries = QwenVLConfig.from_pretrained(pretrained_model_name_or_path, **hub).n_queries
+        return cls(image_processor, tokenizer, n_queries)
+
+    @classmethod
+    def from_config(cls, config: QwenVLConfig, tokenizer: QwenVLTokenizer) -> "QwenVLProcessor":
+        """The processor that a model's configuration asks for.
+
+        Raises:
+            ValueError: a text-only checkpoint, or a vocabulary that is not the model's.
+        """
+        if config.visual is None:
+            raise ValueError(
+                "this is a text-only Qwen checkpoint (its config has no `visual`): it needs a tokenizer, no processor"
+            )
+        if tokenizer.image_start_id != config.image_start_id:
+            raise ValueError(
+                f"vocabulary and model do not fit together: <img> is id {tokenizer.image_start_id} by qwen.tiktoken "
+                f"but {config.image_start_id} by config.json (visual.image_start_id)"
+            )
+        return cls(QwenVLImageProcessor(size=config.visual["image_size"]), tokenizer, config.n_queries)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        access: ImageAccess | None = None,
+        return_tensors: str | None = None,
+        sanitize_control_tokens: bool = True,
+        **layout,
+    ) -> BatchFeature:
+        """Inputs of prompt strings, as `apply_chat_template(tokenize=False)` writes them.
+
+        Control tokens in the strings are structure: build the strings with `apply_chat_template`, which marks those
+        that somebody's text spells. An image is `<img></img>`.
+
+        Args:
+            images: one image, a list, or a list for each string: in reading order, as many as there are places.
+            text: one string or a batch of them.
+            access: what image references may reach; see `images.ImageAccess`.
+            return_tensors: as in Transformers.
+            sanitize_control_tokens: accepted for Transformers' sake; marked tokens are always text.
+            layout: `padding`, `padding_side`, `truncation`, `max_length`, ...: see `model_inputs.input_columns`.
+
+        Returns:
+            `input_ids` and `attention_mask` (batch, length), as lists unless `return_tensors` is given, and
+            `pixel_values` (images of the whole batch, 3, S, S) where there are images.
+
+        Raises:
+            ValueError: images and places differ in number; truncation inside or before an image.
+            ImageError: an image that cannot be read.
+        """
+        if text is None:
+            if images is None:
+                raise ValueError("give text, images or both")
+            return BatchFeature({"pixel_values": self._pixel_values(_flatten(images), access)})
+        strings = [text] if isinstance(text, str) else list(text)
+        rendered = [read_string(string, self.tokenizer, n_queries=self.n_queries) for string in strings]
+        return self._batch(rendered, images=images, access=access, return_tensors=return_tensors, **layout)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        grounding: bool = False,
+        numbered: bool = True,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        tools: None = None,
+        documents: None = None,
+        sanitize_control_tokens: bool = True,
+        **kwargs,
+    ) -> BatchFeature | list | str:
+        """Render a conversation, or a batch of them, in Transformers' message format.
+
+        Args:
+            conversation: messages as in `chat.render_chat`.
+            chat_template: this processor's own, or None: conversations are rendered by `qwenvl.chat`.
+            tokenize: give ids (True) or a string for `__call__` (False).
+            return_dict: give `input_ids`, `attention_mask`, `pixel_values`, not only the ids.
+            return_assistant_tokens_mask: add `assistant_masks`, 1 on what the label rule "assistant" trains.
+            grounding, numbered: see `chat.render_chat`.
+            processor_kwargs, kwargs: `images` (where parts name none), and the keywords of `__call__`.
+            tools, documents: Qwen-VL knows neither.
+            sanitize_control_tokens: accepted for Transformers' sake; text is never taken for control tokens.
+
+        Raises:
+            ValueError: malformed messages (the place is named), another chat template, tools or documents.
+        """
+        refuse_other_templates(chat_template, self.chat_template, tools, documents)
+        conversations, is_batch = conversation_batch(conversation)
+        how = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "grounding": grounding,
+            "numbered": numbered,
+        }
+        if not tokenize:
+            strings = [write_chat(messages, self.tokenizer, **how) for messages in conversations]
+            return strings if is_batch else strings[0]
+        rendered = [
+            render_chat(messages, self.tokenizer, n_queries=self.n_queries, **how) for messages in conversations
+        ]
+        options = {"images": None, "access": None, **(processor_kwargs or {}), **kwargs}
+        if return_tensors not in (None, "auto"):
+            options["return_tensors"] = return_tensors
+        batch = self._batch(rendered, assistant_masks=return_assistant_tokens_mask, **options)
+        return batch if return_dict else batch["input_ids"]
+
+    def _batch(
+        self,
+        rendered: list[Rendered],
+        *,
+        images: Any,
+        access: ImageAccess | None,
+        return_tensors: str | None = None,
+        **layout,
+    ) -> BatchFeature:
+        sources = _fill_sources([one.images for one in rendered], images)
+        batch = BatchFeature(input_columns(rendered, self.tokenizer, **layout), tensor_type=return_tensors)
+        if any(sources):
+            batch["pixel_values"] = self._pixel_values(_flatten(sources), access)
+        return batch
+
+    def _pixel_values(self, sources: list[Any], access: ImageAccess | None) -> torch.Tensor:
+        options = {} if access is None else {"access": access}
+        return self.image_processor(sources, return_tensors="pt", **options)["pixel_values"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _flatten(images: Any) -> list[Any]:
+    """One image, a list, or nested lists of them, as one list in reading order."""
+    if not isinstance(images, list | tuple):
+        return [images]
+    return [image for item in images for image in _flatten(item)]
+
+
+def _fill_sources(sources: list[list[Any]], images: Any) -> list[list[Any]]:
+    """Give the images that stand beside the messages to the places that name none, in reading order.
+
+    Raises:
+        ValueError: more or fewer images than such places, in the batch or, for nested images, in one row.
+    """
+    given = [] if images is None else images if isinstance(images, list | tuple) else [images]
+    if given and len(given) == len(sources) and all(isinstance(item, list | tuple) for item in given):
+        return [
+            _fill_row(row, _flatten(list(row_images)), f"row {index}: ")
+            for index, (row, row_images) in enumerate(zip(sources, given, strict=True))
+        ]
+    flat = _fill_row([source for row in sources for source in row], _flatten(list(given)), "")
+    remaining = iter(flat)
+    return [[next(remaining) for _ in row] for row in sources]
+
+
+def _fill_row(sources: list[Any], images: list[Any], where: str) -> list[Any]:
+    open_places = sum(source is None for source in sources)
+    if open_places != len(images):
+        raise ValueError(
+            f"{where}{len(images)} image(s) are given for {open_places} place(s) without an image of their own"
+        )
+    remaining = iter(images)
+    return [next(remaining) if source is None else source for source in sources]

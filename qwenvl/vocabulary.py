@@ -1,0 +1,154 @@
+"""The vocabulary of a `qwen.tiktoken` file: its ordinary tokens, and the control tokens numbered after them."""
+
+from __future__ import annotations
+
+import binascii
+import itertools
+import unicodedata
+from collections.abc import Collection, Iterable
+from functools import cached_property
+
+import tiktoken
+
+END_OF_TEXT, IM_START, IM_END = CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EXTRA_TOKENS = tuple(f"<|extra_{i}|>" for i in range(205))
+GROUNDING_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
+IMAGE_START, IMAGE_END, IMAGE_PAD = IMAGE_TOKENS = ("<img>", "</img>", "<imgpad>")
+# In the order of their ids, which follow the last rank of the vocabulary.
+CONTROL_TOKENS = CHATML_TOKENS + EXTRA_TOKENS + GROUNDING_TOKENS + IMAGE_TOKENS
+
+# The GPT-4 split, except that digits stand alone and only contractions ignore case.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# An ordinary token is shown with one printable character a byte, as GPT-2 does it. If that spells a control token, it
+# is led by a character outside the alphabet, so that two ids never share a string.
+_PRINTABLE_BYTES = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_spare_characters = itertools.count(0x100)
+_BYTE_ALPHABET = {byte: byte if byte in _PRINTABLE_BYTES else next(_spare_characters) for byte in range(256)}
+_ORDINARY = "␛"
+
+
+class Vocabulary:
+    """The tokens of one `qwen.tiktoken` file and the control tokens numbered after them. Immutable.
+
+    Args:
+        source: the file's bytes, kept so that saving writes the very same file.
+        name: what to call the file in errors.
+
+    Raises:
+        ValueError: a line is not `base64(token) rank`, a token or rank is given twice, or a rank is missing.
+    """
+
+    def __init__(self, source: bytes, name: str = "qwen.tiktoken"):
+        self.source = source
+        ordinary = _read_ranks(source, name)
+        self.control_tokens = {token: len(ordinary) + i for i, token in enumerate(CONTROL_TOKENS)}
+        self.token_bytes = [*ordinary, *(token.encode() for token in CONTROL_TOKENS)]
+        self.ordinary_size = len(ordinary)
+
+        # On text left with a byte that has no token of its own, tiktoken panics in Rust, and that is no Exception.
+        # Stand-ins with ids past the end do not change any merge, and show up in the result instead.
+        ranks = {token: rank for rank, token in enumerate(ordinary)}
+        self._missing_bytes = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
+        ranks |= {byte: len(self) + i for i, byte in enumerate(self._missing_bytes)}
+        self._encoding = tiktoken.Encoding(
+            "qwen-vl", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.control_tokens
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_bytes)
+
+    # Pickled as its source: small, the same bytes in every process (datasets hashes them), and tiktoken cannot be.
+    def __reduce__(self):
+        return Vocabulary, (self.source,)
+
+    def __deepcopy__(self, memo: dict) -> Vocabulary:
+        return self
+
+    def encode(self, text: str, tokens: Collection[str]) -> list[int]:
+        """Ids of `text`; only the control tokens in `tokens` are recognised. See `QwenVLTokenizer.encode_text`."""
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"the text has half a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}, "
+                    "which no encoding can write. Read its file as UTF-8, or mend it: "
+                    "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+                ) from None
+            text = unicodedata.normalize("NFC", text)
+        try:  # not encode_ordinary, which panics where this raises
+            ids = self._encoding.encode(text, allowed_special=frozenset(tokens), disallowed_special=())
+        except ValueError as error:
+            raise ValueError(
+                f"the text ({len(text):,} characters) could not be split: a million white space characters in a row "
+                "are beyond tiktoken. Shorten such runs."
+            ) from error
+        if self._missing_bytes and max(ids, default=0) >= len(self):
+            byte = self._missing_bytes[next(i for i in ids if i >= len(self)) - len(self)]
+            raise ValueError(
+                f"the vocabulary has no token for the byte 0x{byte[0]:02x}, which this text needs: {text[:80]!r}. "
+                "Use a vocabulary with all 256 single bytes, or leave such text out."
+            )
+        return ids
+
+    def decode(self, ids: Iterable[int], errors: str) -> str:
+        """Text of `ids`; an id that names no token counts as one invalid byte, for `errors` to deal with."""
+        return b"".join(self.token_bytes[i] if 0 <= i < len(self) else b"\xff" for i in ids).decode("utf-8", errors)
+
+    @cached_property
+    def token_strings(self) -> list[str]:
+        """The printable string of every id; no two are equal."""
+        strings = [token.decode("latin-1").translate(_BYTE_ALPHABET) for token in self.token_bytes]
+        for i, string in enumerate(strings[: self.ordinary_size]):
+            if string in self.control_tokens:
+                strings[i] = _ORDINARY + string
+        return strings
+
+    @cached_property
+    def token_ids(self) -> dict[str, int]:
+        """Printable string to id, the inverse of `token_strings`."""
+        return {string: i for i, string in enumerate(self.token_strings)}
+
+
+def _read_ranks(source: bytes, name: str) -> list[bytes]:
+    """The tokens of a `qwen.tiktoken` file in the order of their ranks."""
+    tokens: dict[int, bytes] = {}
+    line_of_rank: dict[int, int] = {}
+    line_of_token: dict[bytes, int] = {}
+    for number, line in enumerate(source.splitlines(), start=1):  # bytes: splits at \n, \r\n and \r only
+        if not line.strip():
+            continue
+        try:
+            encoded, rank_digits = line.split()
+            token = binascii.a2b_base64(encoded, strict_mode=True)
+            if not rank_digits.isdigit():
+                raise ValueError
+            rank = int(rank_digits)
+        except ValueError:
+            remedy = "Download the file again"
+            if line.startswith(b"version https://git-lfs"):
+                remedy = "This is a Git LFS pointer, not the file: run `git lfs pull`, or download it"
+            raise ValueError(
+                f"{name}, line {number}: expected `base64(token) rank`, found {line[:60]!r}. {remedy}."
+            ) from None
+        if rank in tokens:
+            raise ValueError(f"{name}, line {number}: rank {rank} was given already, in line {line_of_rank[rank]}.")
+        if token in line_of_token:
+            raise ValueError(
+                f"{name}, line {number}: token {token!r} was given already, in line {line_of_token[token]}."
+            )
+        tokens[rank], line_of_rank[rank], line_of_token[token] = token, number, number
+    if not tokens:
+        raise ValueError(f"{name}, line 1: the file is empty. Download it again.")
+    if max(tokens) >= len(tokens):
+        missing = next(rank for rank in range(len(tokens)) if rank not in tokens)
+        follower = min(rank for rank in tokens if rank > missing)
+        raise ValueError(
+            f"{name}, line {line_of_rank[follower]}: rank {follower} is given, but rank {missing} is missing. "
+            "Ranks run from 0 without a gap, since the control tokens are numbered after them."
+        )
+    return [tokens[rank] for rank in range(len(tokens))]

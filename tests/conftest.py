@@ -1,0 +1,57 @@
+"""What many tests share: the tiny checkpoint of the oracle, and the numbers of the published implementation for it.
+
+`tests/data/tiny` was made by running the published Qwen-VL code (float32, CPU) on a small random-weight checkpoint.
+Long tensors in `expected.safetensors` keep every n-th row only; `every_nth` selects the same rows from ours.
+"""
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwenvl import QwenVLForConditionalGeneration, QwenVLProcessor, QwenVLTokenizer
+
+TINY = Path(__file__).parent / "data" / "tiny"
+TINY_IMAGES = [TINY / "images" / f"{letter}.png" for letter in "abcde"]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder() -> Path:
+    return TINY / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def tiny_images() -> list[Path]:
+    return TINY_IMAGES
+
+
+@pytest.fixture(scope="session")
+def expected() -> dict[str, torch.Tensor]:
+    return load_file(TINY / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def expected_json() -> dict:
+    return json.loads((TINY / "expected.json").read_text())
+
+
+@pytest.fixture
+def tiny_model(tiny_folder) -> QwenVLForConditionalGeneration:
+    return QwenVLForConditionalGeneration.from_pretrained(tiny_folder).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_folder) -> QwenVLProcessor:
+    return QwenVLProcessor.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def published_tokenizer() -> QwenVLTokenizer:
+    """The published vocabulary (Apache-2.0), from the test extra's `dashscope` package."""
+    return QwenVLTokenizer(str(files("dashscope") / "resources" / "qwen.tiktoken"))

@@ -1,0 +1,100 @@
+"""Stock trl trains this model with this processor, unmodified."""
+
+import pytest
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from qwenvl import QwenVLForConditionalGeneration, load_model
+
+
+@pytest.fixture
+def dataset(tiny_images):
+    """An `images` + `messages` dataset: one image, none, and two in a conversation of two turns."""
+
+    def turn(role, text):
+        return {"role": role, "content": text}
+
+    rows = [
+        ([0], [turn("user", "What is it?"), turn("assistant", "A crimson box.")]),
+        ([], [turn("user", "Say hello"), turn("assistant", "Hello!")]),
+        (
+            [1, 2],
+            [turn("user", "Compare."), turn("assistant", "Alike."), turn("user", "Sure?"), turn("assistant", "Yes.")],
+        ),
+    ] * 2
+    columns = {
+        "images": [[str(tiny_images[index]) for index in images] for images, _ in rows],
+        "messages": [messages for _, messages in rows],
+    }
+    return Dataset.from_dict(columns).cast_column("images", [ImageFeature()])
+
+
+def arguments(tmp_path, **changes):
+    return SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=4,
+        per_device_train_batch_size=3,
+        learning_rate=5e-3,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        max_length=None,
+        assistant_only_loss=True,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sft_with_lora(tiny_model, tiny_processor, dataset, tmp_path, checkpointing):
+    trainer = SFTTrainer(
+        model=tiny_model,
+        args=arguments(tmp_path, gradient_checkpointing=checkpointing),
+        train_dataset=dataset,
+        processing_class=tiny_processor,
+        peft_config=LoraConfig(r=8, target_modules=["c_attn", "attn.c_proj", "w1", "w2"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4 and losses[-1] < losses[0] - 0.3
+    moved = [parameter for name, parameter in trainer.model.named_parameters() if "lora_B" in name]
+    assert len(moved) == 8 and all(parameter.abs().sum() > 0 for parameter in moved)
+
+    trainer.save_model(str(tmp_path / "adapter"))
+    reloaded = load_model(tmp_path / "adapter")
+    batch = trainer.data_collator([dataset[0]])
+    with torch.no_grad():
+        ours = reloaded(**batch).logits
+        theirs = trainer.model.eval()(**batch).logits
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_the_loss_is_on_the_replies(tiny_model, tiny_processor, dataset, tmp_path):
+    trainer = SFTTrainer(
+        model=tiny_model, args=arguments(tmp_path), train_dataset=dataset, processing_class=tiny_processor
+    )
+    batch = trainer.data_collator([dataset[2]])
+    assert tiny_processor.decode(batch["labels"][batch["labels"] != -100]) == "Alike.<|im_end|>Yes.<|im_end|>"
+    assert len(batch["pixel_values"]) == 2
+
+
+def test_sft_by_the_checkpoints_path(tiny_folder, dataset, tmp_path):
+    """trl loads model and processor itself, through the Auto classes."""
+    trainer = SFTTrainer(
+        model=str(tiny_folder), args=arguments(tmp_path, gradient_checkpointing=False), train_dataset=dataset
+    )
+    assert isinstance(trainer.model, QwenVLForConditionalGeneration)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_truncation_inside_an_image_is_an_error(tiny_model, tiny_processor, dataset, tmp_path):
+    args = arguments(tmp_path)
+    args.max_length = 100
+    trainer = SFTTrainer(model=tiny_model, args=args, train_dataset=dataset, processing_class=tiny_processor)
+    with pytest.raises(ValueError, match="cut or drop an image"):
+        trainer.train()
