@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from packaging.version import Version
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from qwenvl import QwenVLForConditionalGeneration, load_model
+
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"), reason="trl's assistant_only_loss needs Transformers 5.18"
+)
 
 
 @pytest.fixture
