@@ -14,11 +14,13 @@ import warnings
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
-from qwenvl.grounding import Box, Grounding, Region, parse_grounding
+from qwenvl.boxes import Box
+from qwenvl.grounding import Grounding, Region, parse_grounding
+from qwenvl.images import load_image
 
 # Okabe and Ito's palette, told apart with any common colour blindness; without its black, which is a rim's colour.
 PALETTE = (
@@ -65,7 +67,7 @@ class _Plate(NamedTuple):
 
 
 def draw_regions(
-    image: Image.Image,
+    image: Any,
     regions: Iterable[Region],
     *,
     line_width: int | None = None,
@@ -78,7 +80,7 @@ def draw_regions(
     clear of the labels already there where there is room; one that is wider than the image ends in "...".
 
     Args:
-        image: any PIL image; left as it is. Its EXIF rotation is applied, as the coordinates count from there.
+        image: any source that `images.load_image` takes, and seen as the model sees it; left as it is.
         regions: as `parse_grounding(text).regions` gives them.
         line_width: of the coloured line, pixels; by default 1/250 of the image's shorter side, at least 1.
         font_size: pixels; by default 1/36 of the shorter side, at least 10.
@@ -90,13 +92,14 @@ def draw_regions(
 
     Raises:
         ValueError: a width or size below 1.
+        ImageError: an image that cannot be read.
         OSError: `font` is not a font file.
     """
     if line_width is not None and line_width < 1:
         raise ValueError(f"line_width is {line_width}; it must be at least 1 pixel.")
     if font_size is not None and font_size < 1:
         raise ValueError(f"font_size is {font_size}; it must be at least 1 pixel.")
-    canvas = _upright_rgb(image)
+    canvas = load_image(image)
     shorter = min(canvas.size)
     line_width = line_width or max(1, round(shorter / 250))
     font_size = font_size or max(MIN_FONT_SIZE, round(shorter / 36))
@@ -115,13 +118,13 @@ def draw_regions(
     return canvas
 
 
-def save_grounding(image: Image.Image, reply: str, path: str | os.PathLike, **drawing) -> Grounding:
+def save_grounding(image: Any, reply: str, path: str | os.PathLike, **drawing) -> Grounding:
     """Read a model's reply, draw what it points at, save the picture.
 
     The file appears under its name only when complete; one that was there before stays if anything fails.
 
     Args:
-        image: the image the reply is about.
+        image: the image the reply is about, as in `draw_regions`.
         reply: the model's text, decoded with its grounding tags.
         path: where to save; the extension gives the format.
         drawing: `line_width`, `font_size`, `font` of `draw_regions`.
@@ -150,24 +153,6 @@ def save_grounding(image: Image.Image, reply: str, path: str | os.PathLike, **dr
     finally:
         partial.unlink(missing_ok=True)
     return found
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """A fresh RGB copy, EXIF rotation applied, transparency on white, without the metadata of the original."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith(("I", "F")):
-        # More than 8 bits, which Pillow cuts off at 255: show the range of the values that are there.
-        values = upright.convert(upright.mode[0]).convert("F")
-        low, high = values.getextrema()
-        scale = 255 / (high - low) if high > low else 0
-        upright = values.point(lambda value: value * scale - low * scale).convert("L")
-    canvas = Image.new("RGB", upright.size, "white")
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        canvas.paste(upright, mask=upright)
-    else:
-        canvas.paste(upright.convert("RGB"))
-    return canvas
 
 
 def _colour(index: int) -> tuple[int, int, int]:

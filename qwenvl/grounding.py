@@ -1,46 +1,21 @@
-"""Grounding markup: `<ref>`, `<box>` and `<quad>` in text, and the pixels they stand for.
-
-The format, as the published checkpoints write and read it:
-
-    <ref>the dog</ref><box>(12,40),(530,998)</box>
-    <ref>a sign</ref><quad>(10,20),(300,24),(298,90),(9,85)</quad>
+"""Grounding markup in text, read: `<ref>`, `<box>` and `<quad>`, and the pixels they stand for.
 
 A `<ref>` holds a phrase, the boxes and quads right after it are where that phrase is; they may also stand without one.
-Coordinates are integers in [0, 1000): thousandths of the width and the height of the *original* image after its EXIF
-rotation, counted from the top left corner, rounded down. The square resize before the vision tower leaves them alone.
+`boxes.py` has the format, and writes it.
 
-Writing takes floor(pixel / size * 1000), reading n / 1000 * size. Markup -> pixels -> markup changes nothing, and
-pixels -> markup -> pixels moves an edge by at most size / 1000 pixels. Plain floating point breaks the first promise
-(it may give n - 1), so a pixel is taken for the decimal it prints as, and divided exactly.
-
-Writing (`box_markup`, `quad_markup`, `shapes_markup`) is strict and raises: it makes training data. Reading
-(`parse_grounding`) never raises and reports instead: it meets whatever a model says. No torch in this file.
+`parse_grounding` never raises and reports instead: it meets whatever a model says. No torch in this file.
 """
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
-from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
-REF_OPEN, REF_CLOSE = "<ref>", "</ref>"
-BOX_OPEN, BOX_CLOSE = "<box>", "</box>"
-QUAD_OPEN, QUAD_CLOSE = "<quad>", "</quad>"
-GROUNDING_TAGS = (REF_OPEN, REF_CLOSE, BOX_OPEN, BOX_CLOSE, QUAD_OPEN, QUAD_CLOSE)
-
-UNITS = 1000
-"""Normalised units along each side of the image; coordinates are 0..UNITS - 1."""
+from qwenvl.boxes import CONTROL_TOKEN, UNITS, Box, Quad, image_size, ref_markup, unit_to_pixel
+from qwenvl.vocabulary import GROUNDING_TOKENS
 
 _POINTS = {"box": 2, "quad": 4}
 
-# Every string the tokenizer knows as a control token. A phrase may hold none of them: written out by another program,
-# it would close the phrase early, open an image or forge a turn.
-_CONTROL_TOKEN = re.compile(
-    r"</?(?:ref|box|quad|img)>|<imgpad>"
-    r"|<\|(?:endoftext|im_start|im_end|extra_(?:20[0-4]|1[0-9][0-9]|[1-9]?[0-9]))\|>"
-)
 # Possessive quantifiers (`*+`, `++`) forbid backtracking, so each body is read once whatever a model wrote into it.
 _ANY_POINT = r"\(\s*+-?[0-9]++\s*+,\s*+-?[0-9]++\s*+\)"
 _ANY_POINTS = re.compile(rf"\s*+{_ANY_POINT}(?:\s*+,\s*+{_ANY_POINT})*+\s*+")
@@ -49,67 +24,6 @@ _EXACT_POINTS = {kind: re.compile(",".join([_EXACT_POINT] * count)) for kind, co
 _LAYOUT = {"box": "(x1,y1),(x2,y2)", "quad": "(x1,y1),(x2,y2),(x3,y3),(x4,y4)"}
 # What may stand between the boxes of one phrase without ending the list.
 _LIST_SEPARATORS = re.compile(r"[\s,;，；、]*+")
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """An upright rectangle in pixels of the upright image, x to the right, y down, edges at `x1 <= x2`, `y1 <= y2`.
-
-    Zero width or height is allowed: a thing smaller than one normalised unit is written and read back as such.
-
-    Raises:
-        ValueError: a coordinate is not a finite number, or the corners are the wrong way round.
-    """
-
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-
-    def __post_init__(self):
-        for name in self.__slots__:
-            object.__setattr__(self, name, _finite(getattr(self, name), name, "box"))
-        if self.x2 < self.x1 or self.y2 < self.y1:
-            raise ValueError(
-                f"box corners are the wrong way round: ({self.x1}, {self.y1}), ({self.x2}, {self.y2}). Give the top "
-                "left corner first; boxes stored as x, y, width, height need form='xywh'."
-            )
-
-    @classmethod
-    def from_xywh(cls, x: float, y: float, width: float, height: float) -> "Box":
-        """From the top left corner and the size, as COCO and RefCOCO store boxes; ValueError on a negative size."""
-        x, y = _finite(x, "x", "box"), _finite(y, "y", "box")
-        width, height = _finite(width, "width", "box"), _finite(height, "height", "box")
-        if width < 0 or height < 0:
-            raise ValueError(f"box of negative size: width {width}, height {height} pixels.")
-        return cls(x, y, x + width, y + height)
-
-    @property
-    def points(self) -> tuple[tuple[float, float], ...]:
-        """The two corners the markup names: top left, bottom right."""
-        return (self.x1, self.y1), (self.x2, self.y2)
-
-
-@dataclass(frozen=True, slots=True)
-class Quad:
-    """Four corners (x, y) in pixels of the upright image, kept in the order given; mostly for slanted text.
-
-    Raises:
-        ValueError: not four points of two finite numbers.
-    """
-
-    points: tuple[tuple[float, float], ...]
-
-    def __post_init__(self):
-        try:
-            points = [(x, y) for x, y in self.points]
-        except (TypeError, ValueError):
-            points = []
-        if len(points) != 4:
-            raise ValueError(f"a quad is four (x, y) points, not {self.points!r}.")
-        object.__setattr__(
-            self, "points", tuple((_finite(x, "x", "quad"), _finite(y, "y", "quad")) for x, y in points)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +48,8 @@ class Region:
         Raises:
             ValueError: the size is not two positive integers.
         """
-        width, height = _image_size(width, height)
-        points = tuple((_unit_to_pixel(x, width), _unit_to_pixel(y, height)) for x, y in self.points)
+        width, height = image_size(width, height)
+        points = tuple((unit_to_pixel(x, width), unit_to_pixel(y, height)) for x, y in self.points)
         return Quad(points) if self.kind == "quad" else Box(*points[0], *points[1])
 
 
@@ -163,83 +77,15 @@ class Grounding:
     problems: tuple[Problem, ...]
 
 
-def box_markup(
-    box: Box | Sequence[float],
-    *,
-    width: int,
-    height: int,
-    form: Literal["xyxy", "xywh"] = "xyxy",
-    label: str | None = None,
-) -> str:
-    """A pixel box as markup.
-
-        >>> box_markup([64, 48, 320, 240], width=640, height=480, label="the dog")
-        '<ref>the dog</ref><box>(100,100),(500,500)</box>'
-
-    Args:
-        box: a `Box`, or four numbers in pixels, read according to `form`. Parts outside the image are cut off.
-        width, height: of the original image after EXIF rotation, pixels.
-        form: "xyxy" (two corners) or "xywh" (top left corner, width, height).
-        label: the phrase for a `<ref>` before the box; None for a box alone.
-
-    Raises:
-        ValueError: not four finite numbers, corners the wrong way round, the box wholly outside the image, an image
-            size that is not positive, an unknown form, or a label that is blank or holds a control token.
-    """
-    if form not in ("xyxy", "xywh"):
-        raise ValueError(f"form={form!r} is unknown; use 'xyxy' (two corners) or 'xywh' (corner, width, height).")
-    if isinstance(box, Box):
-        if form != "xyxy":
-            raise ValueError(f"form={form!r} was given with a Box, which holds corners; use Box.from_xywh or numbers.")
-    else:
-        try:
-            numbers = tuple(box)
-        except TypeError:
-            numbers = ()
-        if len(numbers) != 4:
-            raise ValueError(f"a box is four numbers, not {box!r}.")
-        box = Box(*numbers) if form == "xyxy" else Box.from_xywh(*numbers)
-    return shapes_markup([box], width=width, height=height, label=label)
-
-
-def quad_markup(quad: Quad | Sequence[Sequence[float]], *, width: int, height: int, label: str | None = None) -> str:
-    """A pixel quad, a `Quad` or four (x, y) points, as markup; otherwise as `box_markup`.
-
-    Corners outside the image move to its edge one by one, which bends a quad that is partly outside.
-
-    Raises:
-        ValueError: as `box_markup`; a quad is wholly outside when the rectangle around it is.
-    """
-    quad = quad if isinstance(quad, Quad) else Quad(quad)
-    return shapes_markup([quad], width=width, height=height, label=label)
-
-
-def shapes_markup(shapes: Iterable[Box | Quad], *, width: int, height: int, label: str | None = None) -> str:
-    """Several boxes and quads of one phrase: `<ref>label</ref><box>..</box><box>..</box>`.
-
-    Raises:
-        ValueError: as `box_markup`, or no shape was given.
-    """
-    width, height = _image_size(width, height)
-    written = []
-    for shape in shapes:
-        kind = "quad" if isinstance(shape, Quad) else "box"
-        points = ",".join(f"({x},{y})" for x, y in _normalised_points(shape, width, height))
-        written.append(f"<{kind}>{points}</{kind}>")
-    if not written:
-        raise ValueError("no box or quad was given; a phrase without a place needs no markup.")
-    return ("" if label is None else _ref_markup(label)) + "".join(written)
-
-
 def grounding_prompt(expression: str) -> str:
     """`<ref>expression</ref><box>`: the question of the published grounding evaluation, which the model completes.
 
-    Render it with `split_markup(..., open_box=True)`, read the answer with `parse_grounding(BOX_OPEN + reply)`.
+    Render it with `split_markup(..., open_box=True)`, read the answer with `parse_grounding("<box>" + reply)`.
 
     Raises:
         ValueError: the expression is blank or holds a control token.
     """
-    return _ref_markup(expression) + BOX_OPEN
+    return f"{ref_markup(expression)}<box>"
 
 
 def parse_grounding(text: str) -> Grounding:
@@ -292,7 +138,7 @@ def split_markup(text: str, *, open_box: bool = False) -> list[tuple[str, bool]]
 
     Returns:
         Pieces in order, none empty, no two ordinary ones side by side; joined they are the text exactly. True pieces
-        are members of `GROUNDING_TAGS`.
+        are members of `GROUNDING_TOKENS`.
     """
     pieces: list[tuple[str, bool]] = []
     cursor = 0
@@ -354,12 +200,12 @@ class _Element(NamedTuple):
 
 def _elements(text: str) -> Iterator[_Element]:
     """All grounding tags in order, an opening tag with its closing one where that is the very next control token."""
-    tokens = list(_CONTROL_TOKEN.finditer(text))
+    tokens = list(CONTROL_TOKEN.finditer(text))
     index = 0
     while index < len(tokens):
         token = tokens[index]
         index += 1
-        if token[0] not in GROUNDING_TAGS:
+        if token[0] not in GROUNDING_TOKENS:
             continue
         name = token[0].strip("</>")
         if token[0].startswith("</"):
@@ -418,52 +264,3 @@ def _read_coordinate(number: str) -> tuple[int, bool]:
     if len(digits) > 3:
         return UNITS - 1, True
     return int(digits or "0"), False
-
-
-def _ref_markup(label: str) -> str:
-    if not label.strip():
-        raise ValueError(f"the label {label!r} is blank; give a phrase, or None for a box without one.")
-    if token := _CONTROL_TOKEN.search(label):
-        raise ValueError(
-            f"the label {label[:80]!r} holds {token[0]!r} at character {token.start()}, a control token of the model; "
-            "take it out of the label."
-        )
-    return f"{REF_OPEN}{label}{REF_CLOSE}"
-
-
-def _normalised_points(shape: Box | Quad, width: int, height: int) -> list[tuple[int, int]]:
-    xs, ys = zip(*shape.points, strict=True)
-    for name, low, high, size in (("width", min(xs), max(xs), width), ("height", min(ys), max(ys), height)):
-        # A shape that only touches the left or top edge from outside has no pixel in the image either.
-        if low >= size or (low < 0 and high <= 0):
-            raise ValueError(
-                f"{shape} is wholly outside the image of {width} x {height} pixels (see its {name}). Are these pixels "
-                "of another size of the image, from before its EXIF rotation, or in another box form?"
-            )
-    return [(_pixel_to_unit(x, width), _pixel_to_unit(y, height)) for x, y in shape.points]
-
-
-def _pixel_to_unit(pixel: float, size: int) -> int:
-    """floor(pixel / size * 1000), clipped to 0..999; exact for the decimal the pixel prints as."""
-    return min(max(math.floor(Fraction(repr(pixel)) * UNITS / size), 0), UNITS - 1)
-
-
-def _unit_to_pixel(unit: int, size: int) -> float:
-    """unit / 1000 * size, rounded once: a number of three decimals, so it prints as exactly that."""
-    return unit * size / UNITS
-
-
-def _finite(value: float, name: str, shape: str) -> float:
-    """The value as Python's own int or float (NumPy scalars become one)."""
-    if isinstance(value, Integral):
-        return int(value)
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} of a {shape} must be a finite number of pixels, not {value!r}.")
-    return float(value)
-
-
-def _image_size(width: int, height: int) -> tuple[int, int]:
-    for name, value in (("width", width), ("height", height)):
-        if not isinstance(value, Integral) or value <= 0:
-            raise ValueError(f"image {name} must be a positive whole number of pixels, not {value!r}.")
-    return int(width), int(height)
