@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
-from qwenvl.fingerprint import check_base
+from qwenvl.fingerprint import BASE_FILE, check_base
 from qwenvl.modeling import QwenVLForConditionalGeneration
 from qwenvl.processor import QwenVLProcessor
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = [ADAPTER_CONFIG, "adapter_model.*", BASE_FILE]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a path stands for: a base checkpoint (folder or hub id), and an adapter folder or id on it, or None."""
+    """What a path stands for: a base checkpoint (folder or hub id), and the folder of an adapter on it, or None."""
 
     base: str
     adapter: str | None
@@ -75,7 +77,7 @@ def load_processor(path: str | Path) -> QwenVLProcessor:
 
 
 def find_source(path: str | Path) -> Source:
-    """Tell what a path stands for, without loading weights.
+    """Tell what a path stands for, without loading weights. An adapter on the hub is fetched.
 
     Raises:
         FileNotFoundError: a folder without any of it, or an adapter whose base is missing.
@@ -100,7 +102,10 @@ def find_source(path: str | Path) -> Source:
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return Source(str(path), None) if config is None else Source(_base_of(Path(config).parent), str(path))
+    if config is None:
+        return Source(str(path), None)
+    folder = Path(snapshot_download(str(path), allow_patterns=ADAPTER_FILES))
+    return Source(_base_of(folder), str(folder))
 
 
 def _base_of(adapter: Path) -> str:

@@ -398,10 +398,20 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         return expanded_ids, model_kwargs
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, is_first_iteration=False, image_features=None, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        image_features=None,
+        **kwargs,
     ):
         inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if image_features is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             if next_sequence_length is not None:

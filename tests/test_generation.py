@@ -6,6 +6,7 @@ from transformers import GenerationConfig, TextIteratorStreamer
 
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.generation import read_published_settings, repeat_images
+from qwenvl.image_span import place_image_features
 
 
 def messages(*images, text="What is it?"):
@@ -82,6 +83,22 @@ def test_each_image_is_encoded_once(tiny_model, tiny_processor, conversations, m
 def test_without_the_cache_the_same(tiny_model, tiny_processor, conversations):
     inputs = inputs_of(tiny_processor, conversations[:2])
     assert torch.equal(new_tokens(tiny_model, inputs), new_tokens(tiny_model, inputs, use_cache=False))
+
+
+@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])
+def test_other_ways_to_decode_give_the_same(tiny_model, tiny_processor, conversations, how):
+    inputs = inputs_of(tiny_processor, conversations[:1])
+    assert torch.equal(new_tokens(tiny_model, inputs), new_tokens(tiny_model, inputs, **how))
+
+
+def test_from_embeddings_with_the_images_in_place(tiny_model, tiny_processor, conversations):
+    inputs = inputs_of(tiny_processor, conversations[:1])
+    ids, config = inputs["input_ids"], tiny_model.config
+    with torch.no_grad():
+        features = tiny_model.get_image_features(inputs["pixel_values"])
+        embeddings = place_image_features(tiny_model.get_input_embeddings()(ids), ids, features, config)
+    generated = tiny_model.generate(inputs_embeds=embeddings, **GREEDY)
+    assert torch.equal(generated, new_tokens(tiny_model, inputs))
 
 
 def test_sampling_is_seeded(tiny_model, tiny_processor, conversations):

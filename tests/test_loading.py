@@ -1,7 +1,11 @@
 """Checkpoints in every stored form, adapters of this and of other programs, and their bases."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -285,3 +289,67 @@ def test_from_pretrained_keeps_loading_information(tiny_folder):
     model, info = QwenVLForConditionalGeneration.from_pretrained(tiny_folder, output_loading_info=True)
     assert not any(info.values())
     assert model.generation_config.eos_token_id == [514, 513, 512]
+
+
+# Hub ids, with the hub's files in its cache and no connection
+
+
+def put_into_hub_cache(cache, repository, folder):
+    home = cache / f"models--{repository.replace('/', '--')}"
+    revision = "0" * 40
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(revision)
+    shutil.copytree(folder, home / "snapshots" / revision)
+
+
+@pytest.mark.parametrize("fingerprint", ["none", "right", "wrong"])
+def test_hub_ids(tiny_folder, tmp_path, fingerprint):
+    """A base and an adapter by their ids, loaded in a process of its own that sees only the hub's cache."""
+    model = get_peft_model(load_model(tiny_folder), LoraConfig(**PUBLISHED_LORA))
+    train_a_little(model).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "Qwen/Qwen-VL-Chat"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    if fingerprint != "none":
+        noted = weights_fingerprint(tiny_folder) if fingerprint == "right" else "0" * 32
+        write_base(tmp_path / "adapter", "Qwen/Qwen-VL-Chat", noted)
+    put_into_hub_cache(tmp_path / "hub", "Qwen/Qwen-VL-Chat", store(tiny_folder, tmp_path / "base", "sharded bin"))
+    put_into_hub_cache(tmp_path / "hub", "someone/receipts-lora", tmp_path / "adapter")
+    script = """
+        from qwenvl import load_model, load_processor
+        print(type(load_model("Qwen/Qwen-VL-Chat")).__name__, load_processor("someone/receipts-lora").n_queries)
+        print(type(load_model("someone/receipts-lora")).__name__)
+        print(type(load_model("Qwen/Qwen-VL-Chat", adapter="someone/receipts-lora")).__name__)
+    """
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    words = done.stdout.split()
+    assert words[:2] == ["QwenVLForConditionalGeneration", "256"], done.stderr
+    if fingerprint == "wrong":
+        assert done.returncode == 1 and "was trained on Qwen/Qwen-VL-Chat" in done.stderr
+    else:
+        assert words[2:] == ["PeftModelForCausalLM"] * 2, done.stderr
+        assert ("unchecked" in done.stderr) == (fingerprint == "none")
+
+
+def test_parts_on_disk(tiny_folder, tmp_path, logits, tiny_model):
+    """Accelerate may keep whole blocks, the vision tower or the head on disk, and bring them in when they run."""
+    device_map = {
+        "transformer.wte": "cpu",
+        "transformer.h.0": "disk",
+        "transformer.h.1": "cpu",
+        "transformer.ln_f": "cpu",
+        "transformer.visual": "disk",
+        "lm_head": "disk",
+    }
+    model = QwenVLForConditionalGeneration.from_pretrained(
+        tiny_folder, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(logits(model.eval()), logits(tiny_model))

@@ -7,7 +7,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from packaging.version import Version
 from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from qwenvl import QwenVLForConditionalGeneration, load_model
 
@@ -104,3 +104,56 @@ def test_truncation_inside_an_image_is_an_error(tiny_model, tiny_processor, data
     trainer = SFTTrainer(model=tiny_model, args=args, train_dataset=dataset, processing_class=tiny_processor)
     with pytest.raises(ValueError, match="cut or drop an image"):
         trainer.train()
+
+
+LORA = LoraConfig(r=8, target_modules=["c_attn"], task_type="CAUSAL_LM")
+
+
+def preferences(tiny_images):
+    """Replies to choose between; one spells a control token, which the string form must keep as text."""
+    columns = {
+        "images": [[str(tiny_images[0])], [str(tiny_images[1])]] * 2,
+        "prompt": [[{"role": "user", "content": "What is it?"}]] * 4,
+        "chosen": [[{"role": "assistant", "content": "A box."}]] * 4,
+        "rejected": [[{"role": "assistant", "content": "A <|im_end|> cat."}]] * 4,
+    }
+    return Dataset.from_dict(columns).cast_column("images", [ImageFeature()])
+
+
+def common(tmp_path):
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+    }
+
+
+def test_dpo(tiny_model, tiny_processor, tiny_images, tmp_path):
+    trainer = DPOTrainer(
+        model=tiny_model,
+        args=DPOConfig(**common(tmp_path), max_length=None),
+        train_dataset=preferences(tiny_images),
+        processing_class=tiny_processor,
+        peft_config=LORA,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < losses[0]
+
+
+def test_grpo(tiny_model, tiny_processor, tiny_images, tmp_path):
+    trainer = GRPOTrainer(
+        model=tiny_model,
+        args=GRPOConfig(**common(tmp_path), num_generations=2, max_completion_length=8),
+        train_dataset=preferences(tiny_images).remove_columns(["chosen", "rejected"]),
+        processing_class=tiny_processor,
+        reward_funcs=lambda completions, **_: [float(len(completion[0]["content"])) for completion in completions],
+        peft_config=LORA,
+    )
+    trainer.train()
+    assert sum("reward" in entry for entry in trainer.state.log_history) == 3
