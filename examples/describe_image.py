@@ -15,14 +15,14 @@ from transformers.utils import logging
 
 from qwenvl import load_model, load_processor
 
-TINY = Path(__file__).parent.parent / "tests" / "data" / "tiny"
+EXAMPLES = Path(__file__).parent
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", default="Describe the image.")
-    parser.add_argument("--model", default=str(TINY / "checkpoint"), help="folder, hub id, or adapter folder")
-    parser.add_argument("--image", default=str(TINY / "images" / "a.png"))
+    parser.add_argument("--model", default=str(EXAMPLES / "tiny"), help="folder, hub id, or adapter folder")
+    parser.add_argument("--image", default=str(EXAMPLES.parent / "tests" / "data" / "tiny" / "images" / "a.png"))
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
 

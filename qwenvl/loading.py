@@ -127,20 +127,27 @@ def _base_of(adapter: Path) -> str:
 
 
 def _put_adapter(model: QwenVLForConditionalGeneration, source: Source) -> "PeftModel":
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
     if not check_base(source.adapter, source.base):
         logger.warning(
             "%s does not say which weights it was trained on: it is put on %s unchecked", source.adapter, source.base
         )
     adapted = PeftModel.from_pretrained(model, source.adapter).eval()
-    stored, placed = set(load_peft_weights(source.adapter, device="cpu")), set(get_peft_model_state_dict(adapted))
+    weights = load_peft_weights(source.adapter, device="cpu")
+    stored, placed = set(weights), set(get_peft_model_state_dict(adapted))
     if stored != placed:
         raise ValueError(
             f"{source.adapter}: the adapter does not fit {source.base}. Without a place in the model: "
             f"{_some(stored - placed)}; missing from the adapter: {_some(placed - stored)}"
         )
+    # Modules trained in full beside LoRA were trained in float32: on a 16-bit base PEFT would round them.
+    copies = [module.modules_to_save for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
+    if copies and any(tensor.dtype == torch.float32 for tensor in weights.values()):
+        for copy in copies:
+            copy.float()
+        set_peft_model_state_dict(adapted, weights)
     return adapted
 
 

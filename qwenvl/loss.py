@@ -8,7 +8,7 @@ IGNORED = -100
 ROWS_AT_A_TIME = 256
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class SummedCrossEntropy(torch.autograd.Function):
     """Sum of -log p(target) over rows of logits, in float32, a few rows at a time in both directions.
 
     Autograd's own cross-entropy keeps a float32 copy of everything; here backward recomputes each piece from the
@@ -61,7 +61,7 @@ def next_token_loss(
     targets[:, :-1] = labels[:, 1:]
     targets = targets.flatten()
     rows = (targets != IGNORED).nonzero()[:, 0]
-    total = _SummedCrossEntropy.apply(flat_logits, rows, targets[rows])
+    total = SummedCrossEntropy.apply(flat_logits, rows, targets[rows])
     if num_items_in_batch is None:
         return total / rows.numel() if rows.numel() else total / total.new_zeros(())
     if torch.is_tensor(num_items_in_batch):

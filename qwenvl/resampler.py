@@ -27,14 +27,14 @@ def sine_cosine_grid(side: int, dim: int) -> torch.Tensor:
 def resize_grid(table: torch.Tensor, *, patches: int) -> torch.Tensor:
     """Resize a position table of a square grid to `patches` positions, bicubic, in float32.
 
-    (positions, channels) -> (patches, channels), in the table's dtype.
+    (positions, channels) -> (patches, channels), float32; a table of that size already is returned as it is.
     """
     if table.shape[0] == patches:
         return table
     side, new_side = isqrt(table.shape[0]), isqrt(patches)
     grid = table.float().T.unflatten(1, (side, side))[None]
     resized = nn.functional.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)
-    return resized[0].flatten(1).T.to(table.dtype)
+    return resized[0].flatten(1).T
 
 
 class CrossAttention(nn.Module):
@@ -92,7 +92,8 @@ class Resampler(nn.Module):
         """patches: (images, patches, width) -> (images, n_queries, output_dim)."""
         if isqrt(patches.shape[1]) ** 2 != patches.shape[1]:
             raise ValueError(f"an image must be a square grid of patches, not {patches.shape[1]} patches")
-        values = self.ln_kv(self.kv_proj(patches))
+        # Trained in float32 beside a 16-bit tower, it takes the patches in its own type.
+        values = self.ln_kv(self.kv_proj(patches.to(self.query.dtype)))
         query = self.ln_q(self.query)
         query = query + self.pos_embed.to(query.dtype)
         key = values + resize_grid(self.pos_embed, patches=patches.shape[1]).to(values.dtype)

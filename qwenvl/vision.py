@@ -107,5 +107,5 @@ class VisionTransformer(nn.Module):
             )
         x = self.conv1(pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         x = self.ln_pre(x + resize_grid(self.positional_embedding, patches=x.shape[1]).to(x.dtype))
-        x = self.attn_pool(self.transformer(x))
+        x = self.attn_pool(self.transformer(x)).to(self.proj.dtype)
         return self.ln_post(x) @ self.proj

@@ -1,6 +1,7 @@
 """What many tests share: the tiny checkpoint of the oracle, and the numbers of the published implementation for it.
 
-`tests/data/tiny` was made by running the published Qwen-VL code (float32, CPU) on a small random-weight checkpoint.
+`tests/data/tiny` was made by running the published Qwen-VL code (float32, CPU) on `examples/tiny`, a small checkpoint in
+the published layout with random weights.
 Long tensors in `expected.safetensors` keep every n-th row only; `every_nth` selects the same rows from ours.
 """
 
@@ -23,7 +24,7 @@ TINY_IMAGES = [TINY / "images" / f"{letter}.png" for letter in "abcde"]
 
 @pytest.fixture(scope="session")
 def tiny_folder() -> Path:
-    return TINY / "checkpoint"
+    return Path(__file__).parent.parent / "examples" / "tiny"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Agreement with the published implementation, number by number (float32, CPU).
 
-The expected numbers come from the published Qwen-VL code on `tests/data/tiny/checkpoint`: see `tests/conftest.py`.
+The expected numbers come from the published Qwen-VL code on `examples/tiny`: see `tests/conftest.py`.
 """
 
 import pytest
