@@ -1,4 +1,4 @@
-# make test: everything installed and all tests run.  make demo: the model loaded and used, offline.
+# make test: everything installed and all tests run.  make demo: a training run on bundled data, offline.
 # Both work on a fresh machine with Python 3.11 or later and make.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/python examples/describe_image.py
+	$(BIN)/finetune recipes/quickstart.yaml
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -87,6 +87,8 @@ def find_source(path: str | Path) -> Source:
         folder = folder / "adapter"
     if (folder / ADAPTER_CONFIG).is_file():
         return Source(_base_of(folder), str(folder))
+    if (folder / "model" / "config.json").is_file():  # a run folder of a training without adapter
+        folder = folder / "model"
     if (folder / "config.json").is_file():
         return Source(str(folder), None)
     if folder.exists():

@@ -1,7 +1,7 @@
 """What many tests share: the tiny checkpoint of the oracle, and the numbers of the published implementation for it.
 
-`tests/data/tiny` was made by running the published Qwen-VL code (float32, CPU) on `examples/tiny`, a small checkpoint in
-the published layout with random weights.
+`tests/data/tiny` was made by running the published Qwen-VL code (float32, CPU) on `examples/tiny`, a small checkpoint
+in the published layout with random weights.
 Long tensors in `expected.safetensors` keep every n-th row only; `every_nth` selects the same rows from ours.
 """
 

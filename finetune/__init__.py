@@ -1,0 +1,1 @@
+"""Fine-tuning of Qwen-VL: recipes, data, training, evaluation, merging and export."""

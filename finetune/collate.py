@@ -1,0 +1,82 @@
+"""Samples to one batch: rendered, laid end to end without padding, images decoded to uint8."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwenvl import QwenVLImageProcessor, QwenVLTokenizer, load_image
+from qwenvl.chat import IGNORED, LabelRule, render_chat
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches in loader workers; pickles to them.
+
+    Attributes:
+        samples: a sequence of `finetune.data` samples, indexed by the batch's rows.
+        labels, grounding, n_queries: see `chat.render_chat`.
+    """
+
+    samples: Sequence[Any]
+    tokenizer: QwenVLTokenizer
+    image_processor: QwenVLImageProcessor
+    labels: LabelRule
+    grounding: bool
+    n_queries: int
+
+    def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
+        """Collate rows `{"sample": index into samples}`.
+
+        Returns:
+            `input_ids`, `labels`, `position_ids`: (1, tokens of all rows), positions beginning anew for each; the
+            first label of each is -100, as nothing before it may predict it.
+            `sequence_lengths`, `sequence_images`, `samples`: (rows,), tokens, images and index of each.
+            `pixel_values`: (images, 3, S, S), uint8, in reading order; absent where there are none.
+
+            Two rows of 3 and 2 tokens:
+
+                input_ids        [[a, b, c, d, e]]
+                position_ids     [[0, 1, 2, 0, 1]]
+                sequence_lengths [3, 2]
+
+        Raises:
+            ImageError: an image that cannot be read; file and row are named.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        positions: list[int] = []
+        lengths, images = [], []
+        pixels = []
+        for row in rows:
+            sample = self.samples[row["sample"]]
+            rendered = render_chat(
+                sample.messages,
+                self.tokenizer,
+                labels=self.labels,
+                grounding=self.grounding,
+                n_queries=self.n_queries,
+            )
+            ids += rendered.ids
+            labels += [IGNORED, *rendered.labels[1:]]
+            positions += range(len(rendered.ids))
+            lengths.append(len(rendered.ids))
+            images.append(len(rendered.images))
+            pixels += [
+                load_image(source, access=sample.access, name=f"{sample.origin}, image {number}")
+                for number, source in enumerate(rendered.images, start=1)
+            ]
+        batch = {
+            "input_ids": torch.tensor([ids]),
+            "labels": torch.tensor([labels]),
+            "position_ids": torch.tensor([positions]),
+            "sequence_lengths": torch.tensor(lengths),
+            "sequence_images": torch.tensor(images),
+            "samples": torch.tensor([row["sample"] for row in rows]),
+        }
+        if pixels:
+            batch["pixel_values"] = self.image_processor(pixels, do_normalize=False, return_tensors="pt")[
+                "pixel_values"
+            ]
+        return batch

@@ -1,0 +1,1 @@
+"""Data of any common form as samples: formats, sources, and the check before training."""

@@ -1,0 +1,106 @@
+"""The fields of a row, read strictly: what has the wrong type is named, never converted in silence.
+
+Datasets fill the keys that other rows have with None, so None is always the same as not there.
+"""
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from finetune.data.sample import BadField
+
+IMAGE_KEYS = {"bytes", "path"}
+
+
+def field(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column that must be there.
+
+    Raises:
+        BadField: it is not there, or None.
+    """
+    value = row.get(column)
+    if value is None:
+        there = ", ".join(str(key) for key, value in row.items() if value is not None)
+        raise BadField(column, f"is missing; the row has {there[:200] or 'nothing'}. Name the column under `columns`")
+    return value
+
+
+def text(value: Any, name: str) -> str:
+    """A text that is not blank.
+
+    Raises:
+        BadField: no string, or a blank one.
+    """
+    if not isinstance(value, str):
+        raise BadField(name, f"must be text, not {type(value).__name__}")
+    if not value.strip():
+        raise BadField(name, "is blank")
+    return value
+
+
+def image(value: Any, name: str) -> Any:
+    """An image source: a path, URL or data URI, encoded bytes, or {"bytes", "path"} as the datasets library has it.
+
+    Only its kind is looked at; nothing is opened.
+
+    Raises:
+        BadField: anything else.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            raise BadField(name, "the path is empty")
+        return value
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, Mapping):
+        if set(value) <= IMAGE_KEYS and isinstance(value.get("bytes"), bytes):
+            return {"bytes": value["bytes"], "path": value.get("path")}
+        if set(value) <= IMAGE_KEYS and value.get("bytes") is None and isinstance(value.get("path"), str):
+            return image(value["path"], name)
+        raise BadField(name, f"must hold `bytes` or a `path`; it has keys {sorted(map(str, value))}"[:200])
+    raise BadField(name, f"must be a path, encoded bytes or {{bytes, path}}, not {type(value).__name__}")
+
+
+def images(row: Mapping[str, Any], column: str) -> list[Any]:
+    """The images of a column that holds one, a list of them, or nothing.
+
+    Raises:
+        BadField: as `image`.
+    """
+    value = row.get(column)
+    if value is None:
+        return []
+    if isinstance(value, list | tuple):
+        return [image(item, f"{column}[{index}]") for index, item in enumerate(value)]
+    return [image(value, column)]
+
+
+def mappings(value: Any, name: str) -> list[Mapping[str, Any]]:
+    """A list of mappings that is not empty.
+
+    Raises:
+        BadField: anything else.
+    """
+    if not isinstance(value, list | tuple):
+        raise BadField(name, f"must be a list, not {type(value).__name__}")
+    if not value:
+        raise BadField(name, "is empty")
+    for index, item in enumerate(value):
+        if not isinstance(item, Mapping):
+            raise BadField(f"{name}[{index}]", f"must be a mapping, not {type(item).__name__}")
+    return list(value)
+
+
+def numbers(value: Any, name: str, count: int) -> list[float]:
+    """So many numbers.
+
+    Raises:
+        BadField: no list of exactly `count` numbers. Truth values are no numbers.
+    """
+    if not isinstance(value, list | tuple) or len(value) != count:
+        shown = f"{len(value)} values" if isinstance(value, list | tuple) else type(value).__name__
+        raise BadField(name, f"must be a list of {count} numbers, not {shown}")
+    for index, number in enumerate(value):
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise BadField(f"{name}[{index}]", f"must be a number, not {type(number).__name__}")
+    return list(value)

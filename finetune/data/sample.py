@@ -1,0 +1,88 @@
+"""One training sample, where it came from, and what to say when a row makes none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwenvl.images import ImageAccess
+
+SHOWN_PROBLEMS = 20
+"""Rows that one error lists; their number is always given whole."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a sample came from: `train.jsonl, row 31`.
+
+    Attributes:
+        file: the file, folder or hub dataset, as the recipe names it.
+        row: counted from 1, for people. In JSON Lines it is the line of the file, empty lines counted.
+    """
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation to train on. Pixels are not in it: images stay what the data names them by until
+    `load_image(source, access=sample.access, name=str(sample.origin))` opens them.
+
+    Attributes:
+        messages: as `qwenvl.chat.render_chat` takes them. The source of an image part is an absolute path, a data URI,
+            a URL, encoded bytes, or {"bytes", "path"}.
+        origin: the row it is made of.
+        access: what its image references may reach: the source's own folder, unless the recipe says another.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    origin: Origin
+    access: ImageAccess = field(default_factory=ImageAccess)
+
+
+class BadField(ValueError):
+    """A field of a row that no sample can be made of. A format raises it; who read the row adds where that was.
+
+    Attributes: `field`, as in the row (`images[0]`, `messages[1].content`), and `reason`.
+    """
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(field, reason)
+        self.field, self.reason = field, reason
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.reason}"
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on: `train.jsonl, row 31, images[0]: there is no file '...'`.
+
+    Attributes: `origin`, `field`, `reason`.
+    """
+
+    def __init__(self, origin: Origin, field: str, reason: str):
+        super().__init__(origin, field, reason)
+        self.origin, self.field, self.reason = origin, field, reason
+
+    def __str__(self) -> str:
+        return f"{self.origin}, {self.field}: {self.reason}"
+
+
+class DataError(ValueError):
+    """Data that cannot be used: a source as a whole, or rows of it, of which `problems` has all.
+
+    Attributes: `problems`.
+    """
+
+    def __init__(self, message: str, problems: Sequence[BadRow] = ()):
+        super().__init__(message, problems)
+        self.message, self.problems = message, list(problems)
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            lines.append(f"  ... and {len(self.problems) - SHOWN_PROBLEMS:,} more")
+        return "\n".join(lines)

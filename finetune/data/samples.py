@@ -1,0 +1,204 @@
+"""The samples of several sources as one sequence, made when they are asked for."""
+
+import hashlib
+import json
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from finetune.data.formats import RowFormat
+from finetune.data.image_files import absolute, upright_size
+from finetune.data.rows import Rows
+from finetune.data.sample import BadField, BadRow, DataError, Sample
+from finetune.data.sources import Source, read_source
+from qwenvl.images import ImageAccess
+
+
+class Samples(Sequence[Sample]):
+    """Sources one after the other, sample by sample: `samples[31]` reads and converts one row, and opens no image.
+
+    Pickles to loader workers: paths and row offsets, no rows but those of .json files. A row that gives several
+    samples (questions, phrases or captions in a list) is found by counting them all here, which reads the text of all
+    rows of such a source once.
+
+    Args:
+        sources: as `sources.Source` describes; converted in this order.
+        images_root: folder that relative image paths start at and all paths must stay in; None is the folder of each
+            source's own file.
+        access: everything else that images may reach, no URLs by default; its own root counts as `images_root`.
+
+    Attributes:
+        ranges: for each source the indices of its samples.
+        weights: for each source its weight.
+
+    Raises:
+        FileNotFoundError: a source's file does not exist.
+        DataError: a source that cannot be read, holds no rows, or whose format, columns or prompt are wrong.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        images_root: str | Path | None = None,
+        access: ImageAccess | None = None,
+    ):
+        access = ImageAccess() if access is None else access
+        root = images_root if images_root is not None else access.root
+        self._parts = [_Part.read(source, root, access) for source in sources]
+        ends = list(accumulate(len(part) for part in self._parts))
+        self.ranges = [range(end - len(part), end) for end, part in zip(ends, self._parts, strict=True)]
+        self.weights = [1.0 if source.weight is None else float(source.weight) for source in sources]
+
+    def __len__(self) -> int:
+        return self.ranges[-1].stop if self.ranges else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of that index.
+
+        Raises:
+            BadRow: its row makes no sample.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} samples, no index {index}")
+        index %= len(self)
+        number = bisect_right([samples.stop for samples in self.ranges], index)
+        return self._parts[number].sample(index - self.ranges[number].start)
+
+    def scan(self, start: int, stop: int) -> Iterator[Sample | BadRow]:
+        """Samples `start` to `stop` in order, to look at their text: the bytes of images that a row holds may be a
+        stand-in. A row that makes no sample comes as its error, once for each index it has."""
+        for samples, part in zip(self.ranges, self._parts, strict=True):
+            first, last = max(start, samples.start), min(stop, samples.stop)
+            if first < last:
+                yield from part.scan(first - samples.start, last - samples.start)
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of what the samples are made of: the data files, and how their rows are read.
+
+        The contents of text files count in full, those of Parquet and Arrow files by their sizes and ends, a hub
+        dataset by the fingerprint that its library gives it. Images in files of their own do not count.
+        """
+        return hashlib.sha256(json.dumps([part.identity() for part in self._parts]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The samples of one source.
+
+    Attributes:
+        rows: of the source.
+        row_format: how they are read.
+        access: what their images may reach.
+        count: rows to use.
+        ends: for each row the number of samples up to and with it; None where every row is one sample.
+    """
+
+    rows: Rows
+    row_format: RowFormat
+    access: ImageAccess
+    count: int
+    ends: array | None
+
+    @classmethod
+    def read(cls, source: Source, root: str | Path | None, access: ImageAccess) -> "_Part":
+        try:
+            row_format = RowFormat(source.format, source.columns or {}, source.prompt, source.box_form)
+        except DataError as error:
+            raise DataError(f"{source.path}: {error}") from None
+        rows = read_source(source)
+        count = len(rows) if source.limit is None else min(source.limit, len(rows))
+        if count < 1:
+            raise DataError(f"{source.path}: holds no rows" if not len(rows) else f"{source.path}: limit is below 1")
+        ends = None
+        if row_format.counted_column is not None:
+            counts = (1 if isinstance(row, BadRow) else row_format.count(row) for row in rows.scan(0, count))
+            ends = array("q", accumulate(counts))
+            if ends[-1] == count:
+                ends = None
+        folder = Path(rows.folder if root is None else root).absolute()
+        return cls(rows, row_format, replace(access, root=folder), count, ends)
+
+    def __len__(self) -> int:
+        return self.count if self.ends is None else self.ends[-1]
+
+    def sample(self, index: int) -> Sample:
+        row, item = self._find(index)
+        samples = self._convert(self.rows[row], row)
+        if item >= len(samples):
+            raise BadRow(self.rows.origin(row), "row", "has fewer samples than it had when the run began")
+        return samples[item]
+
+    def scan(self, start: int, stop: int) -> Iterator[Sample | BadRow]:
+        row, item = self._find(start)
+        last_row, _ = self._find(stop - 1)
+        left = stop - start
+        for given in self._scan_rows(row, last_row + 1):
+            converted = self._try_convert(given, row)
+            size = self._size(row)
+            outcomes = [converted] * size if isinstance(converted, BadRow) else converted
+            taken = outcomes[item : item + left]
+            yield from taken
+            left -= len(taken)
+            row, item = row + 1, 0
+
+    def identity(self) -> dict[str, Any]:
+        row_format = self.row_format
+        return {
+            "rows": self.rows.fingerprint(),
+            "used": self.count,
+            "format": row_format.name,
+            "columns": dict(sorted(row_format.columns.items())),
+            "prompt": row_format.prompt,
+            "box_form": row_format.box_form,
+        }
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Row, and which of its samples."""
+        if self.ends is None:
+            return index, 0
+        row = bisect_right(self.ends, index)
+        return row, index - (self.ends[row - 1] if row else 0)
+
+    def _size(self, row: int) -> int:
+        return 1 if self.ends is None else self.ends[row] - (self.ends[row - 1] if row else 0)
+
+    def _scan_rows(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
+        # Stand-ins have no size, so where sizes are read the rows are read whole.
+        whole = self.row_format.reads_image_size
+        return Rows.scan(self.rows, start, stop) if whole else self.rows.scan(start, stop)
+
+    def _try_convert(self, given: Mapping[str, Any] | BadRow, row: int) -> list[Sample] | BadRow:
+        if isinstance(given, BadRow):
+            return given
+        try:
+            return self._convert(given, row)
+        except BadRow as error:
+            return error
+
+    def _convert(self, given: Mapping[str, Any], row: int) -> list[Sample]:
+        origin = self.rows.origin(row)
+        try:
+            conversations = self.row_format.conversations(given, self._image_size)
+        except BadField as error:
+            raise BadRow(origin, error.field, error.reason) from None
+        return [
+            Sample(tuple(self._with_absolute_paths(message) for message in conversation), origin, self.access)
+            for conversation in conversations
+        ]
+
+    def _image_size(self, source: Any) -> tuple[int, int]:
+        return upright_size(absolute(source, self.access.root), self.access)
+
+    def _with_absolute_paths(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        if isinstance(message["content"], str):
+            return message
+        parts = [
+            {**part, "image": absolute(part["image"], self.access.root)} if part["type"] == "image" else part
+            for part in message["content"]
+        ]
+        return {**message, "content": parts}

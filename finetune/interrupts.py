@@ -1,0 +1,71 @@
+"""SIGTERM and SIGINT: finish the step, save, and leave with the signal's exit code."""
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+
+class Interrupted(Exception):
+    """The run was asked to stop. `exit_code` is 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT."""
+
+    def __init__(self, number: int, saved: bool):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+        self.saved = saved
+        self.exit_code = 128 + number
+
+
+class StopOnSignal(TrainerCallback):
+    """While training, a first signal saves a checkpoint after the current step and stops; a second stops at once.
+
+    Outside training (loading, checking data, evaluating before the first step) any signal stops at once.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self.training = False
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None):
+        if not self.training or self.received is not None:
+            raise Interrupted(number, saved=False)
+        self.received = number
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._any_process_received():
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
+
+    def _any_process_received(self) -> bool:
+        """All processes of a run stop after the same step, though the signal reaches them at different moments."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.received is not None
+        number = torch.tensor(self.received or 0, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        if number and self.received is None:
+            self.received = int(number)
+        return bool(number)
+
+    def raise_if_received(self):
+        """Raises:
+        Interrupted: a signal stopped the training.
+        """
+        if self.received is not None:
+            raise Interrupted(self.received, saved=True)

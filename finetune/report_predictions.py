@@ -1,0 +1,210 @@
+"""What the model replied before and after training, row by row beside the target: a section of the report."""
+
+import base64
+import difflib
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from finetune.report_page import show
+from qwenvl.drawing import PALETTE, draw_regions
+from qwenvl.grounding import Region, parse_grounding
+from qwenvl.images import ImageAccess, ImageError, load_image
+
+THUMBNAIL = 480  # pixels of the longer side
+JPEG_QUALITY = 80
+MAX_ROWS = 100  # shown; some 40 kB each
+MAX_DIFF_WORDS = 600  # of a text; comparing takes the square of it
+ALIKE = 0.5  # share of words in common below which marking the others would mark nearly everything
+
+WHEN = ("before", "after")
+
+# Numbers, words of the scripts that write them apart, stretches of white space, each other character by itself.
+_WORDS = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\s+|.", re.DOTALL)
+
+
+@dataclass
+class Row:
+    """An evaluation row and the replies to it: `replies["before"]`, `replies["after"]`, either of which may lack."""
+
+    origin: str
+    question: str
+    target: str
+    images: tuple[str, ...]
+    replies: dict[str, str] = field(default_factory=dict)
+
+    def matches(self, when: str) -> bool:
+        """Whether the reply is the target, white space around it apart."""
+        return self.replies[when].strip() == self.target.strip()
+
+
+def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Records of `predictions.jsonl` brought together by row, in the order in which the rows first come.
+
+    A record says when ("before" | "after"), origin, question, images (paths in the run folder), target, prediction.
+    Of two records on the same row at the same time the later one counts.
+    """
+    rows: dict[tuple[str, str, str], Row] = {}
+    for record in records:
+        origin, question, target = (_text(record.get(key)) for key in ("origin", "question", "target"))
+        images = record.get("images")
+        paths = tuple(map(str, images)) if isinstance(images, list) else ()
+        row = rows.setdefault((origin, question, target), Row(origin, question, target, paths))
+        if record.get("when") in WHEN:
+            row.replies[record["when"]] = _text(record.get("prediction"))
+    return list(rows.values())
+
+
+def predictions_section(rows: Sequence[Row], run: Path) -> str:
+    """The section's HTML: how many rows match, then a panel for each row."""
+    counts = []
+    for when in WHEN:
+        answered = [row for row in rows if when in row.replies]
+        if answered:
+            counts.append(f"{sum(row.matches(when) for row in answered)} of {len(answered)} {when}")
+    intro = [f"Exact matches: {', '.join(counts)} training." if counts else "No replies."]
+    intro.append(
+        "In a reply, <mark>marked</mark> is what the target does not say, <del>struck</del> what the reply leaves out."
+    )
+    if len(rows) > MAX_ROWS:
+        intro.append(f"The first {MAX_ROWS} of {len(rows)} rows are shown; all are in predictions.jsonl.")
+    panels = [_panel(row, run) for row in rows[:MAX_ROWS]]
+    return f'<h2>Replies before and after</h2>\n<p class="muted">{" ".join(intro)}</p>\n' + "\n".join(panels)
+
+
+def compare(target: str, reply: str) -> str:
+    """The reply as HTML, set against the target: `<mark>` on what is not in the target, `<del>` on what is missing.
+
+    Texts with little in common, or too long to compare, are shown without marks.
+    """
+    wanted, said = _WORDS.findall(target.strip()), _WORDS.findall(reply.strip())
+    if max(len(wanted), len(said)) > MAX_DIFF_WORDS:
+        return show(reply)
+    if _likeness(wanted, said) < ALIKE:
+        return show(reply)
+    pieces = []
+    matcher = difflib.SequenceMatcher(None, wanted, said, autojunk=False)
+    for operation, start, end, said_start, said_end in matcher.get_opcodes():
+        missing, extra = show("".join(wanted[start:end])), show("".join(said[said_start:said_end]))
+        if operation == "equal":
+            pieces.append(extra)
+        else:
+            pieces.append(f"<del>{missing}</del>" if missing.strip() else "")
+            pieces.append(f"<mark>{extra}</mark>" if extra else "")
+    return "".join(pieces)
+
+
+def _likeness(wanted: list[str], said: list[str]) -> float:
+    """0 to 1: twice the words in common and in order, over the words of both."""
+    words = [[word for word in text if not word.isspace()] for text in (wanted, said)]
+    return difflib.SequenceMatcher(None, *words, autojunk=False).ratio()
+
+
+# --- one row ---------------------------------------------------------------------------------------------------------
+
+
+def _panel(row: Row, run: Path) -> str:
+    thumbnails = [_thumbnail(path, run) for path in row.images]
+    regions = {when: parse_grounding(reply).regions for when, reply in row.replies.items()}
+    regions["target"] = parse_grounding(row.target).regions
+    # Markup does not say which of several images it is about.
+    single = thumbnails[0] if len(thumbnails) == 1 and isinstance(thumbnails[0], Image.Image) else None
+    with_boxes = single is not None and any(regions.values())
+    images = ""
+    if not with_boxes and thumbnails:
+        images = f'<div class="images">{"".join(map(_image, thumbnails))}</div>'
+    asked = (
+        f'<div><div class="name">Question</div>{_said(show(row.question))}'
+        f'<div class="name">Target</div>{_said(show(row.target))}</div>'
+    )
+    sides = []
+    for when in WHEN:
+        drawn = ""
+        if with_boxes and when in row.replies:
+            drawn = _image(_draw(single, regions["target"], regions[when])) + _colours(
+                regions["target"], regions[when]
+            )
+        sides.append(_side(row, when, drawn))
+    return (
+        f'<article class="panel row"><header><span>{show(row.origin)}</span></header>'
+        f'<div class="asked{"" if images else " bare"}">{images}{asked}</div>'
+        f'<div class="sides">{"".join(sides)}</div></article>'
+    )
+
+
+def _side(row: Row, when: str, drawn: str) -> str:
+    name = f"{when.capitalize()} training"
+    if when not in row.replies:
+        return f'<section><div class="name">{name}</div><p class="nothing">No reply was recorded.</p></section>'
+    reply = row.replies[when]
+    if row.matches(when):
+        badge, kind, said = '<span class="badge match">✓ exact match</span>', "match", show(reply)
+    else:
+        badge, kind, said = '<span class="badge differs">differs</span>', "differs", compare(row.target, reply)
+    if not reply.strip():
+        said = '<span class="muted">(empty)</span>'
+    return f'<section class="{kind}"><div class="name">{name}{badge}</div>{drawn}{_said(said)}</section>'
+
+
+def _said(html: str) -> str:
+    return f'<p class="said" dir="auto">{html}</p>'
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _thumbnail(path: str, run: Path) -> Image.Image | str:
+    """The image at `path` in the run folder, made small; or why it cannot be shown."""
+    try:
+        image = load_image(path, access=ImageAccess(root=run))
+    except ImageError as error:
+        return f"{error.image}: {error.reason}"
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return image
+
+
+def _image(thumbnail: Image.Image | str) -> str:
+    """An `<img>` that holds its own bytes; in its place the reason where there is no image."""
+    if isinstance(thumbnail, str):
+        return f'<div class="nothing">No image: {show(thumbnail)}</div>'
+    file = io.BytesIO()
+    thumbnail.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    data = base64.b64encode(file.getvalue()).decode()
+    size = f'width="{thumbnail.width}" height="{thumbnail.height}"'
+    return f'<img {size} alt="image of this row" src="data:image/jpeg;base64,{data}">'
+
+
+def _draw(image: Image.Image, target: Sequence[Region], reply: Sequence[Region]) -> Image.Image:
+    """Boxes of the target and of the reply, each in its colour: `draw_regions` gives colours by label, in order."""
+    named = [
+        Region(region.kind, region.points, name, region.span)
+        for name, regions in (("target", target), ("reply", reply))
+        for region in regions
+    ]
+    with warnings.catch_warnings():
+        # An image too small for the labels is drawn without; the legend below it has the colours.
+        warnings.simplefilter("ignore", UserWarning)
+        return draw_regions(image, named, line_width=2, font_size=12)
+
+
+def _colours(target: Sequence[Region], reply: Sequence[Region]) -> str:
+    """The legend of `_draw`."""
+    names = [name for name, regions in (("target", target), ("reply", reply)) if regions]
+    swatches = [
+        f'<span class="legend"><svg viewBox="0 0 20 12" aria-hidden="true"><rect width="20" height="12" rx="2" '
+        f'fill="rgb{PALETTE[number]}"/></svg>{name}</span>'
+        for number, name in enumerate(names)
+    ]
+    missing = [name for name in ("target", "reply") if names and name not in names]
+    remark = "".join(f'<span class="remark">the {name} has no box</span>' for name in missing)
+    return f'<div class="legends">{"".join(swatches)}{remark}</div>'

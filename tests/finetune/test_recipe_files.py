@@ -1,0 +1,47 @@
+"""The files that are made from code: TRL's fields, and the JSON Schema for editors."""
+
+import json
+from importlib.metadata import version
+
+import pytest
+
+from finetune import recipe_fields, recipe_schema
+from finetune.recipe_train import DECIDING, FIELDS, LIMITS, OWNED, Train
+
+
+def test_train_fields_are_those_of_the_installed_trl():
+    stored = json.loads(recipe_fields.FILE.read_text())
+    here = {"trl": version("trl"), "transformers": version("transformers")}
+    made_with = {name: stored[name] for name in here}
+    if here != made_with:
+        pytest.skip(f"train_fields.json was made with {made_with}, here is {here}")
+    assert recipe_fields.FILE.read_text() == recipe_fields.written(), "run python -m finetune.recipe_fields"
+
+
+def test_every_field_is_taken_or_owned():
+    assert set(Train.model_fields) - {"learning_rates", "vision_layer_decay"} == set(FIELDS) - set(OWNED)
+    for name in (*OWNED, *DECIDING, *LIMITS):
+        assert name in FIELDS
+    assert not set(OWNED) & {*DECIDING, *LIMITS}
+
+
+def test_defaults_are_of_their_own_type():
+    for name, about in FIELDS.items():
+        if name not in OWNED:
+            assert Train.model_validate({name: about["default"]}) is not None
+
+
+def test_every_key_has_a_sentence():
+    from finetune.recipe import Recipe
+
+    schema = recipe_schema.schema_of(Recipe)
+    for section in (schema, *schema["$defs"].values()):
+        for key, about in section["properties"].items():
+            # A sentence that is the section's own too is not repeated.
+            assert about.get("description") or recipe_schema.resolve(about, schema)["description"], key
+
+
+def test_the_schema_is_current():
+    assert recipe_schema.FILE.read_text(encoding="utf-8") == recipe_schema.written(), (
+        "run python -m finetune.recipe_schema"
+    )
