@@ -99,6 +99,12 @@ def put_lora(
     return adapted
 
 
+def trains_vision_only(model: nn.Module) -> bool:
+    """Whether all that is trained, LoRA included, belongs to the vision side: text alone gives it no gradient."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return all(published_name(name).startswith(VISION) for name in trained)
+
+
 def find_targets(model: nn.Module, targets: Sequence[str], inside: str, key: str) -> list[str]:
     """Names of the linears under `inside` that the targets match: a name's end, from a dot on.
 

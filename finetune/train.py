@@ -14,12 +14,14 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
-from finetune.adapters import put_lora, train_in_full, trains_embeddings
+from finetune.adapters import put_lora, train_in_full, trains_embeddings, trains_vision_only
+from finetune.atomic_writes import write_text
 from finetune.checkpoints import Found, clean_partials, find_last_good, writing
 from finetune.collate import Collator
 from finetune.components import count_parameters, table_of_parameters
 from finetune.data.checking import Checked, check_samples
 from finetune.data.samples import Samples
+from finetune.data.summary import count_rows, describe_data, lines_left_out
 from finetune.interrupts import Interrupted, StopOnSignal
 from finetune.predictions import write_predictions
 from finetune.progress import Progress, summary
@@ -32,6 +34,7 @@ from qwenvl.fingerprint import weights_fingerprint, write_base
 from qwenvl.loading import find_source
 
 KEPT_CHECKPOINTS = 2
+LEFT_OUT = "left_out.jsonl"
 
 # What may change between the parts of one run without changing what it computes.
 FREE_TO_CHANGE = (
@@ -214,6 +217,8 @@ class _Road:
             "notes": self.notes,
         }
         self.run.write_run(self.description)
+        left_out = [line for checked in self.checked.values() for line in lines_left_out(checked)]
+        write_text(self.run.path / LEFT_OUT, "".join(left_out))
 
     # Model
 
@@ -231,6 +236,12 @@ class _Road:
         else:
             embeddings = trains_embeddings(recipe.adapter.train_embeddings, model)
             model = put_lora(model, recipe.adapter, recipe.freeze, embeddings=embeddings)
+        without_images = int((self.checked["train"].images == 0).sum())
+        if without_images and trains_vision_only(model):
+            raise UserError(
+                f"only the vision side is trained, and {without_images:,} of the samples have no image: they teach it "
+                "nothing. Leave them out, or train the language model too"
+            )
         self.parameters = count_parameters(model)
         for number, line in enumerate(table_of_parameters(self.parameters)):
             self.say(f"{'trained' if number == 0 else '':<11} {line}")
@@ -389,31 +400,6 @@ def choose_dtype(setting: str) -> str:
 def is_random(model: QwenVLForConditionalGeneration) -> bool:
     """Whether a checkpoint says of itself that its weights were never trained (`random_weights` in its config)."""
     return bool(getattr(model.config, "random_weights", False))
-
-
-def describe_data(checked: Checked) -> str:
-    """One line: rows, tokens, images, trained share, and how full the packs are."""
-    lengths = checked.lengths
-    text = (
-        f"{len(checked.kept):,} of {checked.total:,} rows, {int(lengths.sum()):,} tokens "
-        f"({checked.supervised.sum() / max(lengths.sum(), 1):.1%} trained), {int(checked.images.sum()):,} images"
-    )
-    left_out = [
-        f"{len(checked.dropped_long):,} too long" if checked.dropped_long else "",
-        f"{len(checked.problems):,} bad" if checked.problems else "",
-    ]
-    left_out = [reason for reason in left_out if reason]
-    return text + (f"; left out: {', '.join(left_out)}" if left_out else "")
-
-
-def count_rows(checked: Checked) -> dict[str, int]:
-    """Rows kept and left out, for run.json."""
-    return {
-        "total": checked.total,
-        "kept": len(checked.kept),
-        "too_long": len(checked.dropped_long),
-        "bad": len(checked.problems),
-    }
 
 
 def drop_own_printers(trainer: QwenVLTrainer):
