@@ -99,10 +99,18 @@ def put_lora(
     return adapted
 
 
+def trains_vision(model: nn.Module) -> bool:
+    """Whether anything of the vision side is trained, LoRA included."""
+    return any(published_name(name).startswith(VISION) for name in _trained(model))
+
+
 def trains_vision_only(model: nn.Module) -> bool:
     """Whether all that is trained, LoRA included, belongs to the vision side: text alone gives it no gradient."""
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return all(published_name(name).startswith(VISION) for name in trained)
+    return all(published_name(name).startswith(VISION) for name in _trained(model))
+
+
+def _trained(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def find_targets(model: nn.Module, targets: Sequence[str], inside: str, key: str) -> list[str]:

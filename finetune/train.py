@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
-from finetune.adapters import put_lora, train_in_full, trains_embeddings, trains_vision_only
+from finetune.adapters import put_lora, train_in_full, trains_embeddings, trains_vision, trains_vision_only
 from finetune.atomic_writes import write_text
 from finetune.checkpoints import Found, clean_partials, find_last_good, writing
 from finetune.collate import Collator
@@ -38,7 +38,8 @@ LEFT_OUT = "left_out.jsonl"
 
 # What may change between the parts of one run without changing what it computes.
 FREE_TO_CHANGE = (
-    *("output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
+    # The base is told by its fingerprint, wherever it lies.
+    *("model.path", "output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
     *(f"train.{key}" for key in ("logging_steps", "logging_strategy", "save_steps", "save_total_limit", "report_to")),
 )
 
@@ -295,11 +296,15 @@ class _Road:
         given = dict(self.recipe.train_arguments())
         if self.evaluates:
             given.setdefault("eval_strategy", "epoch")
-        if given.get("load_best_model_at_end") or (self.evaluates and self.recipe.evaluate.patience is not None):
+            if self.recipe.evaluate.patience is not None:
+                given.setdefault("load_best_model_at_end", True)
+        if given.get("load_best_model_at_end"):
             given.setdefault("metric_for_best_model", "eval_loss")
             given.setdefault("greater_is_better", False)
-        visual = [count for name, count in self.parameters.items() if name in ("vision", "resampler")]
-        sees_images = any(count.trained for count in visual)
+            # The best can only be kept if a checkpoint is saved at every evaluation.
+            given.setdefault("save_strategy", given["eval_strategy"])
+            if "eval_steps" in given:
+                given.setdefault("save_steps", given["eval_steps"])
         return SFTConfig(
             **{"save_total_limit": KEPT_CHECKPOINTS, "report_to": "none", "logging_steps": 10, **given},
             output_dir=str(self.run.path),
@@ -318,7 +323,7 @@ class _Road:
             logging_nan_inf_filter=False,
             disable_tqdm=True,
             # A batch of text alone leaves a trained vision side without gradients on one process.
-            ddp_find_unused_parameters=sees_images,
+            ddp_find_unused_parameters=trains_vision(model),
         )
 
     def predict(self, trainer: QwenVLTrainer, when: str):

@@ -41,7 +41,6 @@ def test_the_best_checkpoint_is_kept_and_patience_stops(tmp_path):
         train__eval_strategy="steps",
         train__eval_steps=1,
         train__save_steps=1,
-        train__load_best_model_at_end=True,
     )
     losses = {record["step"]: record["eval_loss"] for record in records(finished) if "eval_loss" in record}
     best = min(losses, key=losses.get)
@@ -51,6 +50,12 @@ def test_the_best_checkpoint_is_kept_and_patience_stops(tmp_path):
     stored, result = adapter_of(Path(description["best_checkpoint"])), adapter_of(finished / "adapter")
     assert stored.keys() == result.keys()
     assert all(torch.equal(stored[name], result[name]) for name in stored)
+
+
+def test_patience_alone_keeps_the_best(tmp_path):
+    """Evaluation and saving then follow the epochs, and the result is the best of them."""
+    finished, _ = run(tmp_path, **with_evaluation(tmp_path, patience=1))
+    assert json.loads((finished / "run.json").read_text())["best_checkpoint"] is not None
 
 
 def test_checkpoints_beyond_the_limit_are_removed(tmp_path):
