@@ -1,9 +1,10 @@
 """Ask a Qwen-VL checkpoint about an image.
 
     python examples/describe_image.py --model Qwen/Qwen-VL-Chat --image receipt.jpg "What is the total?"
+    python examples/describe_image.py --model runs/quickstart "What is the date?"
 
-Without arguments it takes a tiny checkpoint with random weights and an image from the tests, to show that everything
-is in place: the answer is then noise. A real checkpoint (19 GB) may be a folder, a hub id, or an adapter on one.
+Without arguments it takes a tiny checkpoint with random weights and a bundled receipt, to show that everything is in
+place: the answer is then noise. The model may be a checkpoint folder, a hub id, a run folder, or an adapter.
 """
 
 import argparse
@@ -21,8 +22,8 @@ EXAMPLES = Path(__file__).parent
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", default="Describe the image.")
-    parser.add_argument("--model", default=str(EXAMPLES / "tiny"), help="folder, hub id, or adapter folder")
-    parser.add_argument("--image", default=str(EXAMPLES.parent / "tests" / "data" / "tiny" / "images" / "a.png"))
+    parser.add_argument("--model", default=str(EXAMPLES / "tiny"), help="checkpoint, run or adapter folder, or hub id")
+    parser.add_argument("--image", default=str(EXAMPLES / "quickstart" / "images" / "receipt_001.png"))
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
 

@@ -379,7 +379,7 @@ class _Road:
         self.say(f"report      {report}")
         self.say("Next:")
         self.say("  look     open the report in a browser")
-        self.say(f"  use      load_model({str(self.run.path)!r}), as examples/use_adapter.py does")
+        self.say(f"  use      python examples/describe_image.py --model {self.run.path} --image IMAGE QUESTION")
         self.say("  go on    copy the recipe, put your own data and checkpoint in, and run it the same way")
 
 

@@ -6,6 +6,7 @@ is read when it is asked for. A JSON file is one list and is held in memory as a
 
 import codecs
 import json
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -41,9 +42,9 @@ class Rows(Sequence[Mapping[str, Any]]):
             except BadRow as error:
                 yield error
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal digest that changes when the rows do."""
-        raise NotImplementedError
 
 
 class JsonRows(Rows):
