@@ -66,10 +66,6 @@ def put_lora(
             "freeze.language: false trains the language model in full, but the adapter trains it by LoRA: set "
             "freeze.language: true, or adapter: null"
         )
-    if freeze.resampler and not freeze.vision:
-        raise ValueError(
-            "freeze.vision: false beside an adapter trains the whole vision side: set freeze.resampler: false too"
-        )
     if adapter.vision_targets and not freeze.vision:
         raise ValueError(
             "adapter.vision_targets trains the vision tower by LoRA, and freeze.vision: false in full: choose one"
@@ -93,9 +89,12 @@ def put_lora(
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
+    for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+        if freeze.resampler and component_of(name) == "resampler":
+            # It is part of the copy of the vision side that PEFT trains and saves.
+            parameter.requires_grad_(False)
     return adapted
 
 

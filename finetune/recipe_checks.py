@@ -44,12 +44,6 @@ def nothing_is_trained_twice(adapter: Adapter | None, freeze: Freeze) -> Iterato
             "trains the vision tower in full, and adapter.vision_targets by LoRA",
             "choose one",
         )
-    if not freeze.vision and freeze.resampler:
-        yield Finding(
-            ("freeze.vision", "freeze.resampler"),
-            "beside an adapter the whole vision side is trained, or the resampler alone",
-            "set freeze.resampler: false too",
-        )
 
 
 def quantized_base_can_be_trained(model: Model, adapter: Adapter | None) -> Iterator[Finding]:

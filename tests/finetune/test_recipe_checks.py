@@ -36,7 +36,6 @@ def test_both_lines_are_named():
         (["adapter=null", "freeze.language=false", "model.quantization=nf4"], ["model.quantization", "adapter"]),
         (["adapter.init=pissa", "model.quantization=nf4"], ["adapter.init", "model.quantization"]),
         (["freeze.language=false"], ["freeze.language", "adapter"]),
-        (["freeze.vision=false"], ["freeze.vision", "freeze.resampler"]),
         (
             ["freeze.vision=false", "freeze.resampler=false", "adapter.vision_targets=[a]"],
             ["freeze.vision", "adapter.vision_targets"],
