@@ -102,11 +102,14 @@ class QwenVLTrainer(SFTTrainer):
         return RandomSampler(dataset)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        collator, self.data_collator = self.data_collator, self.collators["eval"]
+        # Each sample once: processes with fewer do not get others' again, as they would in training.
+        loading = self.accelerator.dataloader_config
+        before = self.data_collator, loading.even_batches
+        self.data_collator, loading.even_batches = self.collators["eval"], False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = collator
+            self.data_collator, loading.even_batches = before
 
     def create_optimizer(self, model=None):
         model = self.model if model is None else model

@@ -11,23 +11,30 @@ from safetensors.torch import load_file
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
 
 
-def losses(run):
+def logged(run, key):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
+    return [record[key] for record in records if key in record]
 
 
 def test_two_processes_equal_twice_the_accumulation(tmp_path):
     """The same samples a step, dropout off; only the first process writes and speaks."""
+    evaluate = {"data": [{"path": str(tmp_path / "one" / "eval.jsonl"), "format": "messages", "limit": 3}]}
     settings = {"adapter__dropout": 0.0, "train__max_steps": 3, "data__shuffle": False, "train__save_strategy": "no"}
+    settings |= {"evaluate": {**evaluate, "predictions": 1}, "train__per_device_eval_batch_size": 1}
+    settings |= {"train__eval_strategy": "steps", "train__eval_steps": 3}
     one = write_recipe(tmp_path / "one", **settings)
     two = write_recipe(tmp_path / "two", **settings, train__gradient_accumulation_steps=2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finetune(one, env=environment)
     port = str(20000 + os.getpid() % 20000)
     done = finetune(two, env=environment, launcher=(*TORCHRUN, port))
-    ours, theirs = losses(tmp_path / "two" / "run"), losses(tmp_path / "one" / "run")
+    runs = tmp_path / "two" / "run", tmp_path / "one" / "run"
+    ours, theirs = (logged(run, "loss") for run in runs)
     assert len(ours) == 3
     assert ours == pytest.approx(theirs, abs=1e-5)
+    # Three samples on two processes: each is counted once.
+    assert logged(runs[0], "eval_samples") == logged(runs[1], "eval_samples") == [3]
+    assert logged(runs[0], "eval_loss") == pytest.approx(logged(runs[1], "eval_loss"), abs=1e-4)
     first, second = (
         load_file(tmp_path / name / "run" / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
     )
