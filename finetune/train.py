@@ -132,9 +132,9 @@ class _Road:
             raise UserError(f"model.quantization: {model.quantization} is not available in this version: use none")
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        self.processor = QwenVLProcessor.from_pretrained(source.base)
-        self.base_fingerprint = weights_fingerprint(source.base)
-        self.say(f"model       {model.path} (fingerprint {self.base_fingerprint[:12]})")
+        self.base = source.base
+        self.processor = QwenVLProcessor.from_pretrained(self.base)
+        self.say(f"model       {model.path}")
 
     def read_data(self):
         recipe = self.recipe
@@ -168,6 +168,8 @@ class _Road:
         Raises:
             UserError: the folder holds a run of another recipe, other data or another base.
         """
+        # After the data was checked: for a hub id this fetches the weights.
+        self.base_fingerprint = weights_fingerprint(self.base)
         self.identity = {
             "recipe": self.recipe.model_dump(mode="json"),
             "data": {name: samples.fingerprint() for name, samples in self.samples.items()},

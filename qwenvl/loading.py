@@ -105,9 +105,24 @@ def find_source(path: str | Path) -> Source:
         _raise_exceptions_for_connection_errors=False,
     )
     if config is None:
+        _require_on_hub(str(path))
         return Source(str(path), None)
     folder = Path(snapshot_download(str(path), allow_patterns=ADAPTER_FILES))
     return Source(_base_of(folder), str(folder))
+
+
+def _require_on_hub(name: str):
+    """Raises:
+    FileNotFoundError: the id is not in the hub's cache, and the hub cannot give it.
+    """
+    try:
+        cached_file(name, "config.json")
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{name}: no folder here has this name, and as a hub id it cannot be had: {reason}. Where there is no "
+            "network, fetch it beforehand (hf download) or give a folder"
+        ) from error
 
 
 def _base_of(adapter: Path) -> str:

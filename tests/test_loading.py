@@ -106,6 +106,12 @@ def test_a_missing_folder_is_named(path):
         load_model(path)
 
 
+def test_a_hub_id_that_cannot_be_had_is_named():
+    for load in (load_model, load_processor):
+        with pytest.raises(FileNotFoundError, match=r"no-one/no-model: no folder here.*hf download"):
+            load("no-one/no-model")
+
+
 def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither config\.json"):
         load_model(tmp_path)
