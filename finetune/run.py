@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from finetune.atomic_writes import make_folder, write_text
+from finetune.quantities import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ PACKAGES = ("qwenvl-finetune", "torch", "transformers", "trl", "peft", "accelera
 # JSON has no such numbers; these are the names that Protocol Buffers' JSON and JavaScript give them.
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 HOLDER_WAIT = 5.0  # seconds that a second process waits for the first to have written who it is
-GB = 1e9  # bytes
 
 
 class RunLocked(RuntimeError):
@@ -193,15 +193,15 @@ def check_disk_space(folder: str | Path, needed: int):
         needed: bytes.
 
     Raises:
-        NotEnoughDiskSpace: with what is free and what is needed, in GB (10^9 bytes).
+        NotEnoughDiskSpace: with what is free and what is needed.
     """
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise NotEnoughDiskSpace(
-            f"{folder}: {free / GB:.2f} GB free, {needed / GB:.2f} GB needed: "
-            f"free {(needed - free) / GB:.2f} GB there, or choose an output on another disk"
+            f"{folder}: {format_bytes(free)} are free, but {format_bytes(needed)} are needed for the checkpoints: "
+            f"make room for {format_bytes(needed - free)} more there, or choose an output on another disk"
         )
 
 

@@ -289,7 +289,7 @@ def test_disk_space(tmp_path):
     folder = tmp_path / "not" / "yet"
     check_disk_space(folder, 1)
     with pytest.raises(
-        NotEnoughDiskSpace, match=r"not/yet: [0-9.]+ GB free, 1000000000\.00 GB needed: free "
+        NotEnoughDiskSpace, match=r"not/yet: [0-9.]+ [GT]B are free, but [0-9.]+ [A-Z]B are needed"
     ) as error:
         check_disk_space(folder, 10**18)
     assert error.value.errno == errno.ENOSPC
