@@ -7,15 +7,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-
-class Interrupted(Exception):
-    """The run was asked to stop. `exit_code` is 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT."""
-
-    def __init__(self, number: int, saved: bool):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-        self.saved = saved
-        self.exit_code = 128 + number
+from finetune.errors import Interrupted
 
 
 class StopOnSignal(TrainerCallback):

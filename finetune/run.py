@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from finetune.atomic_writes import make_folder, write_text
+from finetune.errors import UserError
 from finetune.quantities import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 HOLDER_WAIT = 5.0  # seconds that a second process waits for the first to have written who it is
 
 
-class RunLocked(RuntimeError):
+class RunLocked(UserError):
     """Another process has the run folder.
 
     Attributes:

@@ -22,7 +22,8 @@ from finetune.components import count_parameters, table_of_parameters
 from finetune.data.checking import Checked, check_samples
 from finetune.data.samples import Samples
 from finetune.data.summary import count_rows, describe_data, lines_left_out
-from finetune.interrupts import Interrupted, StopOnSignal
+from finetune.errors import Interrupted, UserError
+from finetune.interrupts import StopOnSignal
 from finetune.predictions import write_predictions
 from finetune.progress import Progress, summary
 from finetune.recipe import Recipe
@@ -42,10 +43,6 @@ FREE_TO_CHANGE = (
     *("model.path", "output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
     *(f"train.{key}" for key in ("logging_steps", "logging_strategy", "save_steps", "save_total_limit", "report_to")),
 )
-
-
-class UserError(Exception):
-    """Something in the recipe or its surroundings that the user can put right."""
 
 
 def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:

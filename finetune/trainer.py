@@ -22,13 +22,14 @@ from trl import SFTConfig, SFTTrainer
 from finetune.adapters import parameter_groups
 from finetune.checkpoints import checkpoint_path, prune, writing
 from finetune.collate import Collator
+from finetune.errors import Failed
 from finetune.packing import split_batch
 from finetune.run import RunFolder
 from qwenvl.chat import IGNORED
 from qwenvl.loss import SummedCrossEntropy
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the message names the samples it came from."""
 
 

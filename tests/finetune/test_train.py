@@ -8,8 +8,9 @@ import torch
 from recipes_for_tests import TINY, finetune, write_recipe, write_rows
 from safetensors.torch import load_file
 
+from finetune.errors import UserError
 from finetune.recipe import load_recipe
-from finetune.train import UserError, train
+from finetune.train import train
 
 
 def run(folder: Path, *overrides: str, **changes) -> tuple[Path, list[str]]:
