@@ -1,0 +1,91 @@
+"""A reply against the answers of its question: ANLS, relaxed accuracy, exact match."""
+
+import math
+from collections.abc import Sequence
+
+ANLS_THRESHOLD = 0.5
+"""Least similarity that counts; exactly this counts."""
+RELATIVE_TOLERANCE = 0.05
+"""Of relaxed accuracy, relative to the gold value."""
+
+
+def anls(prediction: str, answers: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity, of one question (DocVQA, InfographicVQA).
+
+    The best over the answers of 1 - distance / length, and 0 where that is below 0.5. The distance is that of the
+    texts in lower case with white space collapsed; the length is that of the longer text as it was given, which is the
+    published script's way and makes surplus white space cheap.
+
+    Source: Biten et al. 2019, "Scene Text Visual Question Answering"; details as the published DocVQA script has them.
+
+    Returns:
+        A score in [0, 1].
+
+    Raises:
+        ValueError: there is no answer.
+    """
+    _need_answers(answers)
+    similarity = max(1 - _normalised_distance(prediction, answer) for answer in answers)
+    return similarity if similarity >= ANLS_THRESHOLD else 0.0
+
+
+def relaxed_accuracy(prediction: str, gold: str, published_order: bool = False) -> float:
+    """1.0 where the prediction is within 5 % of the gold number, or is the gold text but for letter case (ChartQA).
+
+    `12%` is the number 0.12. A gold value of zero has no 5 % and is compared as text: `0.0` is wrong for `0`.
+
+    Source: Masry et al. 2022, "ChartQA", section 5.1, after Methani et al. 2020.
+
+    Args:
+        prediction, gold: white space around them does not count.
+        published_order: swap the two, as Qwen-VL's published script does: the 5 % are then of the prediction, and
+            56 is right for 53.2 (5.26 % off).
+    """
+    measured, reference = prediction.strip(), gold.strip()
+    if published_order:
+        measured, reference = reference, measured
+    value, target = _number(measured), _number(reference)
+    if value is not None and target:
+        return float(abs(value - target) / abs(target) <= RELATIVE_TOLERANCE)
+    return float(measured.lower() == reference.lower())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 where the prediction is one of the answers, but for letter case and white space around them.
+
+    Raises:
+        ValueError: there is no answer.
+    """
+    _need_answers(answers)
+    return float(prediction.strip().lower() in {answer.strip().lower() for answer in answers})
+
+
+def _need_answers(answers: Sequence[str]) -> None:
+    if isinstance(answers, str) or not answers:
+        raise ValueError(f"answers must be a list of at least one text, not {answers!r}")
+
+
+def _normalised_distance(a: str, b: str) -> float:
+    length = max(len(a), len(b))
+    distance = _levenshtein(" ".join(a.lower().split()), " ".join(b.lower().split()))
+    # Lower case may be longer ("İ"), so that texts with nothing in common could exceed 1.
+    return min(distance / length, 1.0) if length else 0.0
+
+
+def _levenshtein(a: str, b: str) -> int:
+    """Letters inserted, deleted or replaced to turn `a` into `b`."""
+    row = list(range(len(b) + 1))
+    for i, letter in enumerate(a, start=1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(b, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
+    return row[-1]
+
+
+def _number(text: str) -> float | None:
+    """The text as a number, percent signs at the end taken off for a hundredth; None where it is none."""
+    try:
+        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,89 @@
+"""The VQA score (VQAv2, TextVQA, OK-VQA), with the official normalisation of answers.
+
+Source: Antol et al. 2015, "VQA: Visual Question Answering", and the official evaluation code, whose peculiarities are
+part of the score that papers report; each is named where it is.
+"""
+
+import re
+from collections.abc import Sequence
+
+FEWEST_ANSWERS = 4
+"""With fewer, no leave-one-out set has the three matches of a full score, and even the right answer gets less."""
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGIT_COMMA = re.compile(r"\d,\d")
+# Also takes the period of "3." and of "No. 5": only a digit right behind keeps one.
+_PERIOD = re.compile(r"\.(?!\d)")
+# The official code hands the flag re.UNICODE, 32, to `sub` as its count.
+_MOST_PERIODS = 32
+_ARTICLES = {"a", "an", "the"}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
+
+# Restored where a word lacks one of the apostrophes. The official list, less what is without effect: entries that are
+# their own replacement, and those in capitals, which lower-cased words never meet.
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+"""
+_RESTORED = {
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTIONS.split()
+    for place, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}  # this one the official list has the wrong way round
+
+
+def vqa_score(prediction: str, answers: Sequence[str]) -> float:
+    """How far people gave the same answer: the mean over leave-one-out sets of min(1, matches / 3).
+
+    The prediction is normalised in full. The answers only lose their punctuation, and not even that where all are the
+    same: in the official data they are normalised already. So `the cat` never is the right answer `the cat`.
+
+    Args:
+        prediction: the reply.
+        answers: what people said, ten in the published data.
+
+    Returns:
+        A score in [0, 1].
+
+    Raises:
+        ValueError: fewer than four answers, with which not even the right one can score 1.
+    """
+    if isinstance(answers, str) or len(answers) < FEWEST_ANSWERS:
+        count = 1 if isinstance(answers, str) else len(answers)
+        raise ValueError(
+            f"the VQA score needs the answers of at least {FEWEST_ANSWERS} people, not {count}; "
+            "for single answers use exact_match or anls"
+        )
+    given = normalise_vqa_answer(prediction)
+    if len(set(answers)) > 1:
+        answers = [_without_punctuation(answer) for answer in answers]
+    matches = [answer == given for answer in answers]
+    total = sum(matches)
+    return sum(min(1.0, (total - match) / 3) for match in matches) / len(answers)
+
+
+def normalise_vqa_answer(answer: str) -> str:
+    """The answer as the official evaluation compares it.
+
+    White space and punctuation, then lower case, number words as digits, articles away, apostrophes restored.
+    """
+    answer = _without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())
+    words = [_DIGITS.get(word, word) for word in answer.lower().split()]
+    return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _without_punctuation(text: str) -> str:
+    """Marks beside a space go, others become one; with a comma between digits anywhere, all marks just go."""
+    kept = text
+    has_digit_comma = _DIGIT_COMMA.search(text) is not None
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        kept = kept.replace(mark, "" if beside_space or has_digit_comma else " ")
+    return _PERIOD.sub("", kept, count=_MOST_PERIODS)
