@@ -2,15 +2,89 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import cached_file
 
 # In the order in which Transformers looks for them.
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file.
+
+    Reading it, or some of its rows, takes just their bytes of memory. A memory-mapped file would count as resident as
+    far as it was touched.
+
+    Attributes:
+        offset: of its first value, in bytes from the file's beginning.
+        stride: in values; pickled files may hold transposed tensors.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def strided(self) -> bool:
+        """Whether its values lie in another order than that of its indices."""
+        return self.stride != tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+
+    def read(self, start: int = 0, stop: int | None = None, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor, or its rows (along the first axis) from `start` to before `stop`.
+
+        Args:
+            into: memory to read into (uint8, on the CPU), which the returned tensor then is a view of. Memory that
+                was used before is several times faster than fresh one, which the system must first clear.
+
+        Raises:
+            ValueError: the file is shorter than it should be.
+        """
+        shape = self.shape
+        if shape:
+            shape = (max(min(shape[0] if stop is None else stop, shape[0]) - start, 0), *shape[1:])
+        if 0 in shape:
+            return torch.empty(shape, dtype=self.dtype)
+        first = start * self.stride[0] if shape else 0
+        span = 1 + sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
+        size = span * self.dtype.itemsize
+        content = torch.empty(size, dtype=torch.uint8) if into is None else into[:size]
+        missing = memoryview(content.numpy())
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset + first * self.dtype.itemsize)
+            while missing:
+                count = file.readinto(missing)
+                if not count:
+                    raise ValueError(f"{self.file} ends before {self.name} does: it is cut short, fetch it again")
+                missing = missing[count:]
+        return content.view(self.dtype).as_strided(shape, self.stride)
 
 
 def weight_files(path: str | Path, **hub) -> list[Path]:
@@ -50,6 +124,67 @@ def stored_tensors(path: str | Path, **hub) -> Iterator[tuple[str, torch.Tensor]
                     yield name, tensors.get_tensor(name)
         else:
             yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+
+
+def locate_tensors(path: str | Path, **hub) -> dict[str, StoredTensor]:
+    """Each tensor of a checkpoint by its name, in the order of the files; nothing of them is read yet.
+
+    Raises:
+        FileNotFoundError: no weights at `path`.
+        ValueError: a file that is damaged, or not a checkpoint's.
+    """
+    return {tensor.name: tensor for file in weight_files(path, **hub) for tensor in tensors_in(file)}
+
+
+def tensors_in(file: Path) -> list[StoredTensor]:
+    """The tensors of one `.safetensors` or pickled file; nothing in the latter can run (`weights_only`).
+
+    Raises:
+        ValueError: the file is damaged, or holds something other than tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return _in_safetensors(file)
+        with FakeTensorMode():  # reads the names and places of tensors, not their values
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise ValueError(f"{file} cannot be read: it is damaged, fetch it again ({_first_line(error)})") from error
+    except Exception as error:  # pickle.UnpicklingError and what a damaged pickle may raise besides
+        raise ValueError(f"{file} cannot be read as plain tensors: {_first_line(error)}") from error
+    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(f"{file} holds {others[0]}, which is no tensor: this is not a file of weights")
+    return [_in_pickle(file, name, tensor) for name, tensor in content.items()]
+
+
+def _in_safetensors(file: Path) -> list[StoredTensor]:
+    with safe_open(file, framework="pt"):  # checks that the header is sound and the file has its length
+        pass
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    found = []
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{name} is of type {entry['dtype']}, which no Qwen checkpoint has")
+        shape = tuple(entry["shape"])
+        stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        offset = 8 + length + entry["data_offsets"][0]
+        found.append(StoredTensor(name, file, offset, SAFETENSORS_DTYPES[entry["dtype"]], shape, stride))
+    return found
+
+
+def _in_pickle(file: Path, name: str, tensor: torch.Tensor) -> StoredTensor:
+    # PyTorch's documented way to the place of a storage in a checkpoint.
+    offset = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+    return StoredTensor(name, file, offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _find(path: str | Path, name: str, **hub) -> Path | None:

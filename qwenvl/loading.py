@@ -1,6 +1,8 @@
 """Models and processors from whatever a practitioner has: a hub id, a checkpoint, an adapter, a run."""
 
+import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +11,21 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
-from qwenvl.fingerprint import BASE_FILE, check_base
+from qwenvl.configuration import QwenVLConfig
+from qwenvl.fingerprint import BASE_FILE, check_base, trained_parts
+from qwenvl.host_embedding import keep_embeddings_on_cpu
 from qwenvl.modeling import QwenVLForConditionalGeneration
 from qwenvl.processor import QwenVLProcessor
+from qwenvl.quantization import (
+    DEFAULT_PARTS,
+    compute_in,
+    linear_4bit,
+    modules_to_skip,
+    nf4_config,
+    quantized_parts,
+    read_parts,
+    require_bitsandbytes,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,6 +50,8 @@ def load_model(
     *,
     adapter: str | Path | None = None,
     quantization: str | None = None,
+    quantize: Iterable[str] | None = None,
+    embeddings_on_cpu: bool = False,
     dtype: str | torch.dtype | None = None,
     device_map: str | dict | None = None,
 ) -> "QwenVLForConditionalGeneration | PeftModel":
@@ -45,25 +61,84 @@ def load_model(
         path: hub id, checkpoint or exported folder; or an adapter folder (PEFT's format) or a run folder, whose base
             is then found.
         adapter: adapter or run folder, or hub id, to put on `path`.
-        quantization: None. (4-bit loading is not part of this version.)
+        quantization: "nf4" holds linears in 4 bits, made tensor by tensor while they are read; on the GPU where there
+            is one and device_map says nothing. None is as stored: a folder that is in 4 bits already stays so.
+        quantize: with "nf4", the parts in 4 bits: "language", and "vision" and "head" if wished (see
+            `quantization.PARTS`). None: those that the checkpoint has in 4 bits, or the adapter was trained on, else
+            the language model's.
+        embeddings_on_cpu: keep the token embeddings in host memory, wherever the rest is.
         dtype: "float32", "bfloat16", "float16", or "auto" and None for the one the checkpoint is stored in.
         device_map: as in Transformers.
 
     Raises:
         FileNotFoundError: no model at `path`, or the adapter's base is not where the adapter says.
-        ValueError: a base other than the adapter was trained on, or adapter weights that do not all find their place.
+        ValueError: a base other than the adapter was trained on, adapter weights that do not all find their place,
+            or a quantisation that there is not, that the checkpoint contradicts or that needs bitsandbytes.
     """
-    if quantization is not None:
-        raise ValueError(f"quantization={quantization!r} is not available in this version: leave it None")
     source = find_source(path)
     if adapter is not None:
         if source.adapter is not None:
             raise ValueError(f"{path} is an adapter itself: give the base checkpoint as path, or leave adapter out")
         source = Source(source.base, find_source(adapter).adapter or _not_an_adapter(adapter))
-    model = QwenVLForConditionalGeneration.from_pretrained(
-        source.base, dtype=_read_dtype(dtype), device_map=device_map
-    ).eval()
+    if quantization is not None and quantize is None and source.adapter is not None:
+        quantize = trained_parts(source.adapter) or None
+    parts = find_parts(source.base, quantization, quantize)
+    if parts:
+        model = _load_4bit(source.base, parts, _read_dtype(dtype), device_map)
+    else:
+        model = QwenVLForConditionalGeneration.from_pretrained(
+            source.base, dtype=_read_dtype(dtype), device_map=device_map
+        )
+    if embeddings_on_cpu:
+        keep_embeddings_on_cpu(model)
+    model = model.eval()
     return model if source.adapter is None else _put_adapter(model, source)
+
+
+def find_parts(base: str, quantization: str | None = None, quantize: Iterable[str] | None = None) -> tuple[str, ...]:
+    """The parts of a checkpoint that will be in 4 bits when it is loaded so (see `load_model`); none: 16 or 32 bits.
+
+    Raises:
+        ValueError: an unknown quantisation or part, one that the checkpoint contradicts, or no bitsandbytes.
+    """
+    if quantization not in (None, "nf4"):
+        raise ValueError(f"quantization must be nf4 or None, not {quantization!r}")
+    if quantization is None and quantize is not None:
+        raise ValueError("quantize has no effect without quantization='nf4': give both or neither")
+    stored = quantized_parts(QwenVLConfig.from_pretrained(base))
+    wanted = stored if quantization is None else read_parts(quantize or stored or DEFAULT_PARTS)
+    if stored and wanted != stored:
+        raise ValueError(
+            f"{base} is in 4 bits already: {', '.join(stored)}. That cannot be loaded as {', '.join(wanted)}: give "
+            "the 16-bit checkpoint it was made from, or leave quantize out"
+        )
+    if wanted:
+        require_bitsandbytes()
+    return wanted
+
+
+def _load_4bit(
+    base: str, parts: tuple[str, ...], dtype: str | torch.dtype, device_map: str | dict | None
+) -> QwenVLForConditionalGeneration:
+    stored = quantized_parts(QwenVLConfig.from_pretrained(base))
+    # On the CPU bitsandbytes takes 16 bytes a value while it quantises: too much for the head, by far the largest.
+    head_later = "head" in parts and not stored and _puts_head_on_cpu(device_map)
+    first = tuple(part for part in parts if part != "head" or not head_later)
+    model = QwenVLForConditionalGeneration.from_pretrained(
+        base, dtype=dtype, device_map=device_map, quantization_config=None if stored else nf4_config(first)
+    )
+    if head_later:
+        model.lm_head = linear_4bit(model.lm_head)
+        model.config.quantization_config.llm_int8_skip_modules = modules_to_skip(parts)
+    compute_in(model, model.dtype if dtype == "auto" else dtype)
+    return model
+
+
+def _puts_head_on_cpu(device_map: str | dict | None) -> bool:
+    device = device_map.get("lm_head", device_map.get("")) if isinstance(device_map, dict) else device_map
+    if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return not torch.cuda.is_available()
+    return device == "disk" or torch.device(device).type == "cpu"
 
 
 def load_processor(path: str | Path) -> QwenVLProcessor:
@@ -81,6 +156,7 @@ def find_source(path: str | Path) -> Source:
 
     Raises:
         FileNotFoundError: a folder without any of it, or an adapter whose base is missing.
+        ValueError: a checkpoint of another kind of model.
     """
     folder = Path(path)
     if (folder / "adapter" / ADAPTER_CONFIG).is_file():  # a run folder
@@ -90,6 +166,7 @@ def find_source(path: str | Path) -> Source:
     if (folder / "model" / "config.json").is_file():  # a run folder of a training without adapter
         folder = folder / "model"
     if (folder / "config.json").is_file():
+        _refuse_other_kind(folder)
         return Source(str(folder), None)
     if folder.exists():
         raise FileNotFoundError(
@@ -109,6 +186,17 @@ def find_source(path: str | Path) -> Source:
         return Source(str(path), None)
     folder = Path(snapshot_download(str(path), allow_patterns=ADAPTER_FILES))
     return Source(_base_of(folder), str(folder))
+
+
+def _refuse_other_kind(folder: Path):
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        return  # which whoever reads the config says better
+    if kind not in (None, QwenVLConfig.model_type):
+        raise ValueError(
+            f"{folder} holds a model of type {kind!r}, and Qwen-VL is of type {QwenVLConfig.model_type!r}"
+        )
 
 
 def _require_on_hub(name: str):

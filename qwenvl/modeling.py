@@ -266,6 +266,10 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         read_published_settings(model.generation_config, model.config)
+        if getattr(model, "is_loaded_in_4bit", False):  # Transformers' own mark
+            from qwenvl.quantization import compute_in  # which imports this module
+
+            compute_in(model, model.dtype)
         return loaded
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -345,8 +349,11 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             raise ValueError("labels need logits of neighbouring positions: give logits_to_keep as a number")
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        # A head trained in float32 beside 16-bit blocks takes its input in its own dtype.
-        logits = self.lm_head(hidden[:, kept].to(self.lm_head.weight.dtype))
+        hidden = hidden[:, kept]
+        # A head trained in float32 beside 16-bit blocks takes its input in its own dtype; 4-bit codes have none.
+        if self.lm_head.weight.is_floating_point():
+            hidden = hidden.to(self.lm_head.weight.dtype)
+        logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
             loss = next_token_loss(logits, labels[:, kept], num_items_in_batch)

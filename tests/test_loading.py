@@ -359,3 +359,9 @@ def test_parts_on_disk(tiny_folder, tmp_path, logits, tiny_model):
         tiny_folder, device_map=device_map, offload_folder=tmp_path / "offload"
     )
     assert torch.equal(logits(model.eval()), logits(tiny_model))
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match=r"holds a model of type 'qwen2', and Qwen-VL is of type 'qwen'"):
+        load_model(tmp_path)

@@ -1,0 +1,203 @@
+"""4-bit weights (NF4 with double quantisation, by bitsandbytes): which linears, how they are made, what training sees.
+
+A weight is cut into blocks of 64 values; each value becomes one of 16 levels between minus and plus the block's
+largest magnitude, and those magnitudes are held in 8 bits (Dettmers et al., 2023, QLoRA). About 4.13 bits a value.
+"""
+
+import importlib.util
+from collections.abc import Collection, Iterable
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qwenvl.configuration import QwenVLConfig
+from qwenvl.modeling import QwenVLForConditionalGeneration
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit
+
+PARTS = ("language", "vision", "head")
+"""What may be held in 4 bits. The resampler, the embeddings, convolutions, norms and biases never are."""
+
+DEFAULT_PARTS = ("language",)
+
+# The linears of a part by the beginning of their names, and one of them.
+_PREFIXES = {"language": "transformer.h.", "vision": "transformer.visual.transformer.", "head": "lm_head"}
+_EXAMPLES = {
+    "language": "transformer.h.0.mlp.w1",
+    "vision": "transformer.visual.transformer.resblocks.0.mlp.c_fc",
+    "head": "lm_head",
+}
+
+BLOCK = 64
+"""Values that share a largest magnitude."""
+
+# Of a weight that is quantised in host memory: a multiple of BLOCK. bitsandbytes needs 16 bytes a value meanwhile.
+PIECE = 1 << 20
+
+BITSANDBYTES = "bitsandbytes>=0.50"
+
+
+def require_bitsandbytes():
+    """Raises:
+    ValueError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"4-bit weights need bitsandbytes, which is not installed: pip install '{BITSANDBYTES}'")
+
+
+def read_parts(parts: Iterable[str]) -> tuple[str, ...]:
+    """The parts in the order of `PARTS`.
+
+    Raises:
+        ValueError: an unknown part, or no "language".
+    """
+    wanted = [parts] if isinstance(parts, str) else list(parts)
+    unknown = [part for part in wanted if part not in PARTS]
+    if unknown:
+        raise ValueError(f"quantize: {', '.join(map(repr, unknown))} is none of {', '.join(PARTS)}")
+    if "language" not in wanted:
+        raise ValueError("quantize: the language model is always in 4 bits where anything is: add 'language'")
+    return tuple(part for part in PARTS if part in wanted)
+
+
+def quantized_parts(config: QwenVLConfig) -> tuple[str, ...]:
+    """The parts that a checkpoint stores in 4 bits, by its config; none for a 16-bit one.
+
+    Raises:
+        ValueError: it is quantised in another way.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return ()
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
+        method = settings.get("quant_method", "an unknown method")
+        raise ValueError(
+            f"the checkpoint is quantised by {method}, which is not NF4 of bitsandbytes. Take the 16-bit one it was "
+            "made from, and quantization='nf4' if it shall be in 4 bits"
+        )
+    skipped = settings["llm_int8_skip_modules"] or ["lm_head"]  # Transformers' default
+    return tuple(part for part in PARTS if should_convert_module(_EXAMPLES[part], skipped))
+
+
+def quantized_names(config: QwenVLConfig, parts: Collection[str]) -> frozenset[str]:
+    """Names of the weights that are in 4 bits with these parts, as in the checkpoint."""
+    prefixes = tuple(_PREFIXES[part] for part in parts)
+    with torch.device("meta"):
+        model = QwenVLForConditionalGeneration(config)
+    # Exact linears only, as Transformers replaces them.
+    linears = (name for name, module in model.named_modules() if type(module) is nn.Linear)
+    return frozenset(f"{name}.weight" for name in linears if name.startswith(prefixes))
+
+
+def nf4_config(parts: Collection[str], dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
+    """Transformers' configuration for these parts; `dtype` is what is computed in."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=modules_to_skip(parts),
+    )
+
+
+def modules_to_skip(parts: Collection[str]) -> list[str]:
+    """What stays in 16 bits, as Transformers wants it named: the list replaces its own, which has the head."""
+    skipped = ["transformer.visual.attn_pool" if "vision" in parts else "transformer.visual"]
+    return skipped if "head" in parts else [*skipped, "lm_head"]
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a linear whose weight is in 4 bits. PEFT's wrapper around one is not."""
+    return isinstance(module, nn.Linear) and type(module.weight).__name__ == "Params4bit"
+
+
+def quantize(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]":
+    """The codes and the state that `bitsandbytes.functional.quantize_4bit` gives, bit by bit, made piece by piece.
+
+    At once, on the CPU, the published head would take 10 GB meanwhile.
+
+    Args:
+        weight: (out, in), float32, bfloat16 or float16.
+
+    Returns:
+        Codes (out * in / 2, 1), two a byte; the state has the blocks' magnitudes.
+    """
+    from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
+
+    values = weight.reshape(-1)
+    codes = torch.empty(ceil(len(values) / 2), 1, dtype=torch.uint8, device=weight.device)
+    magnitudes = torch.empty(ceil(len(values) / BLOCK), device=weight.device)
+    for start in range(0, len(values), PIECE):
+        made, state = quantize_4bit(values[start : start + PIECE], blocksize=BLOCK, quant_type="nf4")
+        codes[start // 2 :][: len(made)] = made
+        magnitudes[start // BLOCK :][: len(state.absmax)] = state.absmax
+    offset = magnitudes.mean()
+    absmax, nested = quantize_blockwise(magnitudes - offset, blocksize=256)
+    whole = QuantState(
+        absmax=absmax,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=BLOCK,
+        code=state.code,
+        quant_type="nf4",
+        offset=offset,
+        state2=nested,
+    )
+    return codes, whole
+
+
+def dequantized(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A 16- or 32-bit weight as training on it in 4 bits sees it.
+
+    Args:
+        weight: (out, in), as the checkpoint stores it.
+        dtype: what the training computed in; the weight is rounded to it before it is quantised, as loading does.
+
+    Returns:
+        (out, in), in `dtype`.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(*quantize(weight.to(dtype)))
+
+
+def linear_4bit(linear: nn.Linear) -> "Linear4bit":
+    """A linear with its weight in 4 bits, on the same device."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    with torch.device("meta"):
+        made = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, quant_type="nf4")
+    codes, state = quantize(linear.weight.data)
+    made.weight = Params4bit(codes, quant_state=state, quant_type="nf4", module=made, bnb_quantized=True)
+    made.quant_state = state
+    made.bias = linear.bias
+    return made
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype):
+    """Make a loaded 4-bit model compute in one type throughout, forward and backward, and repack nothing.
+
+    A stored folder brings the type it was made in: Transformers leaves its weights in that, and bitsandbytes would
+    compute in it, and go through it on the way back only.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks a weight for good in the first forward in eval mode: logits move, and
+    training that goes on afterwards has wrong gradients, or crashes.
+    """
+    quantized = [module for module in model.modules() if is_quantized(module)]
+    for linear in quantized:
+        linear.support_avx512bf16_for_cpu = False
+        linear.compute_dtype, linear.compute_type_is_set = dtype, True
+        linear.weight.quant_state.dtype = dtype
+    codes = {id(linear.weight) for linear in quantized}
+    for parameter in model.parameters():
+        if id(parameter) not in codes:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    model.config.quantization_config.bnb_4bit_compute_dtype = dtype
