@@ -8,6 +8,8 @@ from torch import nn
 
 from finetune.components import component_of, published_name
 from qwenvl import QwenVLForConditionalGeneration
+from qwenvl.host_embedding import HostEmbedding
+from qwenvl.quantization import is_quantized
 
 if TYPE_CHECKING:
     from finetune.recipe import Adapter, Freeze
@@ -56,10 +58,11 @@ def put_lora(
 ) -> PeftModel:
     """Put a fresh LoRA adapter on the model; what is trained in full beside it is saved in the adapter too.
 
-    Adapter weights and the components trained beside them are float32, whatever the base is in.
+    Adapter weights and the components trained beside them are float32, whatever the base is in: 4 bits (Q-LoRA) too.
 
     Raises:
-        ValueError: a target that matches nothing (with what there is), or the language model trained twice.
+        ValueError: a target that matches nothing (with what there is), the language model trained twice, or
+            embeddings to train that are in 4 bits or in host memory.
     """
     if not freeze.language:
         raise ValueError(
@@ -72,6 +75,8 @@ def put_lora(
         )
     targets = find_targets(model, adapter.targets, LANGUAGE, "adapter.targets")
     targets += find_targets(model, adapter.vision_targets, VISION, "adapter.vision_targets")
+    if embeddings:
+        _refuse_frozen_embeddings(model, adapter)
     beside = list(EMBEDDINGS) if embeddings else []
     if not freeze.vision:
         beside.append("visual")
@@ -95,7 +100,23 @@ def put_lora(
         if freeze.resampler and component_of(name) == "resampler":
             # It is part of the copy of the vision side that PEFT trains and saves.
             parameter.requires_grad_(False)
+    # By this TRL knows a 4-bit base, and would round to bfloat16 all that is trained. PEFT asks the base itself.
+    adapted.is_loaded_in_4bit = False
     return adapted
+
+
+def _refuse_frozen_embeddings(model: QwenVLForConditionalGeneration, adapter: "Adapter"):
+    reason = None
+    if is_quantized(model.lm_head):
+        reason = "the output head is in 4 bits (model.quantize: head), which cannot be trained in full"
+    elif isinstance(model.get_input_embeddings(), HostEmbedding):
+        reason = "the embeddings are to stay in host memory (model.embeddings_on_cpu)"
+    if reason:
+        auto = " (a base model: it never saw ChatML's tokens)" if adapter.train_embeddings == "auto" else ""
+        raise ValueError(
+            f"adapter.train_embeddings: {str(adapter.train_embeddings).lower()} trains embeddings and head{auto}, but "
+            f"{reason}. Take that out, or set adapter.train_embeddings: false"
+        )
 
 
 def trains_vision(model: nn.Module) -> bool:

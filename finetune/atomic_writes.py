@@ -19,6 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process left of a large folder stays there
+    fcntl = None
+
 logger = logging.getLogger(__name__)
 
 HIDDEN_NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced|removed)-[0-9a-f]{8}")
@@ -39,6 +44,26 @@ def write_text(path: str | Path, text: str):
             os.fsync(file.fileno())
         partial.replace(path)
         sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing_file(final: str | Path) -> Iterator[Path]:
+    """The name of a file to write, which becomes `final` when the block ends without an exception.
+
+    Raises:
+        OSError: the disk is full or fails; under the final name is what was there before.
+    """
+    final = Path(final)
+    partial = _hidden(final, "partial")
+    try:
+        yield partial
+        _sync(partial, os.O_RDWR)
+        partial.replace(final)
+        sync_folder(final.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -72,6 +97,18 @@ def writing_folder(final: str | Path) -> Iterator[Path]:
             remove(replaced)
         except OSError as error:  # the new one is in place all the same
             logger.warning("%s could not be deleted (%s): delete it to free its space", replaced, error)
+
+
+@contextmanager
+def writing_large_folder(final: str | Path) -> Iterator[Path]:
+    """As `writing_folder`, after removing what killed processes left of the same folder: it may be gigabytes.
+
+    A partial is locked for as long as its writer lives, so that of others at work it is left alone.
+    """
+    final = Path(final)
+    _remove_abandoned(final)
+    with writing_folder(final) as partial, _held(partial):
+        yield partial
 
 
 def remove(path: str | Path):
@@ -139,6 +176,35 @@ def sync_folder(folder: Path):
     except OSError as error:
         if error.errno != errno.EINVAL:  # some network file systems have no fsync of folders
             raise
+
+
+def _remove_abandoned(final: Path):
+    if fcntl is None or not final.parent.is_dir():
+        return
+    for path in sorted(final.parent.iterdir()):
+        hidden = HIDDEN_NAME.fullmatch(path.name)
+        if hidden and hidden["name"] == final.name and hidden["kind"] == "partial" and path.is_dir():
+            with _held(path) as ours:
+                if ours:
+                    remove(path)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock, which the operating system ends with the process; whether it could be had."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except OSError:  # another process has it, or this file system has no locks
+            ours = False
+        yield ours
+    finally:
+        os.close(descriptor)
 
 
 def _sync_tree(folder: Path):

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from finetune.data.shortening import Fitted, OnLong, render_fitting
 from qwenvl import QwenVLImageProcessor, QwenVLTokenizer, load_image
-from qwenvl.chat import IGNORED, LabelRule, render_chat
+from qwenvl.chat import IGNORED, LabelRule
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Collator:
     Attributes:
         samples: a sequence of `finetune.data` samples, indexed by the batch's rows.
         labels, grounding, n_queries: see `chat.render_chat`.
+        max_length, on_long: as the samples were checked; see `shortening.render_fitting`.
     """
 
     samples: Sequence[Any]
@@ -25,6 +27,20 @@ class Collator:
     labels: LabelRule
     grounding: bool
     n_queries: int
+    max_length: int | None = None
+    on_long: OnLong = "error"
+
+    def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
+        """A conversation as it is trained."""
+        return render_fitting(
+            messages,
+            self.tokenizer,
+            max_length=self.max_length,
+            on_long=self.on_long,
+            labels=self.labels,
+            grounding=self.grounding,
+            n_queries=self.n_queries,
+        )
 
     def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
         """Collate rows `{"sample": index into samples}`.
@@ -51,13 +67,7 @@ class Collator:
         pixels = []
         for row in rows:
             sample = self.samples[row["sample"]]
-            rendered = render_chat(
-                sample.messages,
-                self.tokenizer,
-                labels=self.labels,
-                grounding=self.grounding,
-                n_queries=self.n_queries,
-            )
+            rendered = self.fit(sample.messages).rendered
             ids += rendered.ids
             labels += [IGNORED, *rendered.labels[1:]]
             positions += range(len(rendered.ids))

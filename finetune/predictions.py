@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
+from finetune.atomic_writes import write_text
 from finetune.collate import Collator
-from qwenvl import load_image
+from finetune.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
+from qwenvl import ImageAccess, load_image
 from qwenvl.chat import render_chat
 
 PREDICTIONS = "predictions.jsonl"
@@ -17,7 +20,7 @@ IMAGE_FOLDER = "predictions"
 THUMBNAIL = 640  # pixels of the longer side; enough to read a receipt in the report
 
 
-def question_and_answer(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str] | None:
+def split_last_reply(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str] | None:
     """The conversation up to its last reply, and that reply; None where it does not end in one."""
     if messages[-1]["role"] != "assistant":
         return None
@@ -38,42 +41,38 @@ def write_predictions(
         run: the run folder; images go into it as small JPEGs, named by content.
         when: "before" or "after"; earlier records of the same are replaced.
     """
-    was_training = model.training
-    model.eval()
-    records = []
+    asked, prompts = [], []
     for row in rows:
         sample = collator.samples[row]
-        parts = question_and_answer(sample.messages)
+        parts = split_last_reply(collator.fit(sample.messages).messages)
         if parts is None:
             continue
-        question, target = parts
-        prompt = render_chat(
-            question,
+        rendered = render_chat(
+            parts[0],
             collator.tokenizer,
             add_generation_prompt=True,
             grounding=collator.grounding,
             n_queries=collator.n_queries,
         )
-        images = [load_image(source, access=sample.access, name=str(sample.origin)) for source in prompt.images]
-        ids = torch.tensor([prompt.ids], device=model.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if images:
-            pixels = collator.image_processor(images, do_normalize=False, return_tensors="pt")["pixel_values"]
-            inputs["pixel_values"] = pixels.to(model.device)
-        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        reply = collator.tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True, keep_grounding=True)
-        records.append(
-            {
-                "when": when,
-                "origin": str(sample.origin),
-                "question": _last_question(question),
-                "images": [_keep_image(image, run) for image in images],
-                "target": target,
-                "prediction": reply,
-            }
-        )
-    model.train(was_training)
-    _replace_records(run / PREDICTIONS, when, records)
+        asked.append((sample, *parts))
+        prompts.append(Prompt(rendered.ids, rendered.images, sample.access, str(sample.origin)))
+    decoding = Decoding(max_new_tokens, stop_ids_of(model, collator.tokenizer))
+    made = generate_replies(
+        model, prompts, plan_replies(prompts), collator.tokenizer, collator.image_processor, decoding
+    )
+    replies = {reply.index: reply.text for reply in made}
+    records = [
+        {
+            "when": when,
+            "origin": str(sample.origin),
+            "question": _last_question(question),
+            "images": keep_images(prompt.images, sample.access, str(sample.origin), run),
+            "target": target,
+            "prediction": replies[index],
+        }
+        for index, ((sample, question, target), prompt) in enumerate(zip(asked, prompts, strict=True))
+    ]
+    replace_records(run / PREDICTIONS, when, records)
 
 
 def _last_question(messages: Sequence[dict[str, Any]]) -> str:
@@ -83,7 +82,12 @@ def _last_question(messages: Sequence[dict[str, Any]]) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text").strip()
 
 
-def _keep_image(image, run: Path) -> str:
+def keep_images(sources: Sequence[Any], access: ImageAccess, name: str, run: Path) -> list[str]:
+    """Images made small, in the run folder; their paths there."""
+    return [_keep_image(load_image(source, access=access, name=name), run) for source in sources]
+
+
+def _keep_image(image: Image.Image, run: Path) -> str:
     folder = run / IMAGE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(image.tobytes()).hexdigest()[:16] + ".jpg"
@@ -94,11 +98,12 @@ def _keep_image(image, run: Path) -> str:
     return f"{IMAGE_FOLDER}/{name}"
 
 
-def _replace_records(file: Path, when: str, records: list[dict[str, Any]]):
+def replace_records(file: Path, when: str, records: list[dict[str, Any]]):
+    """Put the records of one time in the place of those that are there."""
     kept = []
     if file.is_file():
-        kept = [line for line in file.read_text().splitlines() if json.loads(line)["when"] != when]
+        # At \n only: strings may hold other line separators.
+        lines = file.read_text(encoding="utf-8").split("\n")
+        kept = [line for line in lines if line and json.loads(line)["when"] != when]
     lines = kept + [json.dumps(record, ensure_ascii=False) for record in records]
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in lines))
-    partial.replace(file)
+    write_text(file, "".join(line + "\n" for line in lines))

@@ -46,7 +46,7 @@ def nothing_is_trained_twice(adapter: Adapter | None, freeze: Freeze) -> Iterato
         )
 
 
-def quantized_base_can_be_trained(model: Model, adapter: Adapter | None) -> Iterator[Finding]:
+def quantized_base_can_be_trained(model: Model, adapter: Adapter | None, freeze: Freeze) -> Iterator[Finding]:
     if model.quantization == "none":
         return
     if adapter is None:
@@ -55,12 +55,32 @@ def quantized_base_can_be_trained(model: Model, adapter: Adapter | None) -> Iter
             "4-bit weights cannot be trained in full",
             "set adapter, or model.quantization: none",
         )
-    elif adapter.init == "pissa":
+        return
+    if adapter.init not in ("default", "gaussian"):
         yield Finding(
             ("adapter.init", "model.quantization"),
-            "pissa decomposes the base's weights, which it cannot do in 4 bits",
-            "set adapter.init: olora, or model.quantization: none",
+            f"{adapter.init} starts from the base's weights or changes them, which does not go in 4 bits",
+            "set adapter.init: default, or model.quantization: none",
         )
+    if "vision" in model.quantize and not freeze.vision:
+        yield Finding(
+            ("freeze.vision", "model.quantize"),
+            "trains the vision tower in full, which 4-bit weights cannot be",
+            "set freeze.vision: true, or take vision out of model.quantize",
+        )
+    if adapter.train_embeddings is True:
+        if "head" in model.quantize:
+            yield Finding(
+                ("adapter.train_embeddings", "model.quantize"),
+                "trains the output head in full, which 4-bit weights cannot be",
+                "set it to false, or take head out of model.quantize",
+            )
+        if model.embeddings_on_cpu:
+            yield Finding(
+                ("adapter.train_embeddings", "model.embeddings_on_cpu"),
+                "trains the embeddings, which are to stay in host memory",
+                "choose one",
+            )
 
 
 def attention_has_its_type(model: Model) -> Iterator[Finding]:

@@ -77,8 +77,23 @@ class Model(Section):
     """The type weights are loaded in; auto is bfloat16 on a GPU that has it, float16 on others, as stored on a CPU."""
     quantization: Literal["none", "nf4"] = "none"
     """nf4 holds the frozen base in 4 bits (Q-LoRA)."""
+    quantize: Annotated[tuple[Literal["language", "vision", "head"], ...], Strict(False)] = ("language",)
+    """With nf4, the parts in 4 bits: the language model's linears, the vision tower's, and the output head."""
+    embeddings_on_cpu: bool = False
+    """With nf4, keep the token embeddings in host memory: 1.2 GB less on the GPU."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """The attention implementation; eager is the plain reference."""
+
+    def findings(self):
+        if "language" not in self.quantize:
+            yield Finding(("quantize",), "the language model is in 4 bits where anything is", "add language")
+        if len(set(self.quantize)) < len(self.quantize):
+            yield Finding(("quantize",), "a part is named twice", "name each once")
+        if self.quantization == "none":
+            given = {"quantize": self.quantize != ("language",), "embeddings_on_cpu": self.embeddings_on_cpu}
+            for key in (key for key, is_given in given.items() if is_given):
+                reason = "acts with quantization: nf4 only"
+                yield Finding((key, "quantization"), reason, f"set quantization: nf4, or remove {key}")
 
 
 class Adapter(Section):
@@ -158,6 +173,8 @@ class Source(Section):
     """How often each row is used an epoch: 2.0 twice, 0.5 half of the rows."""
     limit: Count | None = None
     """Only the first so many rows."""
+    streaming: bool = False
+    """Fetch a hub dataset row by row, and none beyond limit, instead of whole."""
 
     def findings(self):
         roles = ROLES[self.format]
@@ -204,8 +221,8 @@ class Data(Section):
     """Folder that image paths are relative to and may not leave; null takes the folder of each data file."""
     max_length: Count | None = 2048
     """Most tokens of one conversation; an image takes 258. null sets no limit."""
-    on_long: Literal["error", "drop"] = "error"
-    """A conversation beyond max_length: refuse the data, or leave it out and count it. Nothing is ever cut."""
+    on_long: Literal["error", "drop", "drop_turns"] = "error"
+    """A conversation beyond max_length: refuse the data, leave it out, or only its first turns. Both are counted."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be read: refuse the data, or leave it out and report it."""
     tokens_per_batch: Count | None = None
@@ -239,16 +256,38 @@ class Data(Section):
                 )
 
 
+TaskName = Literal[
+    *("docvqa", "infographicvqa", "chartqa", "textvqa", "vqav2", "ocrvqa", "gqa", "refcoco", "refcoco+", "refcocog"),
+    *("flickr30k", "nocaps", "screenspot", "multiple_choice", "custom"),
+]
+MetricName = Literal[
+    "anls", "relaxed_accuracy", "vqa_score", "exact_match", "multiple_choice", "grounding", "click", "cider_d"
+]
+
+
 class Evaluate(Section):
     """Evaluation during training, and replies shown before and after; null in its place does without."""
 
     data: Sources
     """The sources to evaluate on; one source may stand without a list."""
+    task: TaskName | None = None
+    """What replies are scored as, besides the loss; that then picks the best checkpoint. custom takes `metric`."""
+    metric: MetricName | None = None
+    """The score of task custom, on data of any format that it goes with."""
+    sample: Count = 200
+    """Questions that are replied to and scored at each evaluation, drawn by the seed, the same over the run."""
     predictions: Annotated[int, Field(ge=0)] = 8
     """Rows whose replies are shown before and after training."""
     max_new_tokens: Count = 64
-    """Most tokens of such a reply."""
+    """Most tokens of a reply."""
     patience: Count | None = None
-    """Stop after so many evaluations without a better loss; null trains to the end."""
+    """Stop after so many evaluations without a better score (without a task: loss); null trains to the end."""
     limit: Count | None = None
     """Evaluate on only the first so many rows, over all sources."""
+
+    def findings(self):
+        if self.task == "custom" and self.metric is None:
+            yield Finding(("metric", "task"), "task custom has no score of its own", "set metric, such as anls")
+        if self.metric is not None and self.task != "custom":
+            remedy = "remove metric, or set task: custom"
+            yield Finding(("metric", "task"), f"task {self.task or 'null'} does not take one", remedy)

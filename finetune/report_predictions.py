@@ -1,10 +1,7 @@
 """What the model replied before and after training, row by row beside the target: a section of the report."""
 
-import base64
 import difflib
-import io
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +9,12 @@ from typing import Any
 
 from PIL import Image
 
+from finetune.quantities import format_loss, is_number
+from finetune.report_images import draw_pair, image_tag, pair_legend, thumbnail
 from finetune.report_page import show
-from qwenvl.drawing import PALETTE, draw_regions
-from qwenvl.grounding import Region, parse_grounding
-from qwenvl.images import ImageAccess, ImageError, load_image
+from qwenvl.grounding import parse_grounding
+from qwenvl.images import ImageAccess
 
-THUMBNAIL = 480  # pixels of the longer side
-JPEG_QUALITY = 80
 MAX_ROWS = 100  # shown; some 40 kB each
 MAX_DIFF_WORDS = 600  # of a text; comparing takes the square of it
 ALIKE = 0.5  # share of words in common below which marking the others would mark nearly everything
@@ -31,13 +27,18 @@ _WORDS = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d\u3040-\u30ff\u3400-\u9fff\uac00-\ud
 
 @dataclass
 class Row:
-    """An evaluation row and the replies to it: `replies["before"]`, `replies["after"]`, either of which may lack."""
+    """An evaluation row and the replies to it: `replies["before"]`, `replies["after"]`, either of which may lack.
+
+    `others` are further right answers, `scores` what each reply is worth by the task's metric, where there is a task.
+    """
 
     origin: str
     question: str
     target: str
     images: tuple[str, ...]
+    others: tuple[str, ...] = ()
     replies: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
     def matches(self, when: str) -> bool:
         """Whether the reply is the target, white space around it apart."""
@@ -47,7 +48,8 @@ class Row:
 def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Records of `predictions.jsonl` brought together by row, in the order in which the rows first come.
 
-    A record says when ("before" | "after"), origin, question, images (paths in the run folder), target, prediction.
+    A record says when ("before" | "after"), origin, question, images (paths in the run folder), target, prediction;
+    where there is a task, also other right answers (others) and the reply's score.
     Of two records on the same row at the same time the later one counts.
     """
     rows: dict[tuple[str, str, str], Row] = {}
@@ -55,9 +57,13 @@ def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
         origin, question, target = (_text(record.get(key)) for key in ("origin", "question", "target"))
         images = record.get("images")
         paths = tuple(map(str, images)) if isinstance(images, list) else ()
-        row = rows.setdefault((origin, question, target), Row(origin, question, target, paths))
+        others = record.get("others")
+        others = tuple(map(str, others)) if isinstance(others, list) else ()
+        row = rows.setdefault((origin, question, target), Row(origin, question, target, paths, others))
         if record.get("when") in WHEN:
             row.replies[record["when"]] = _text(record.get("prediction"))
+            if is_number(score := record.get("score")):
+                row.scores[record["when"]] = score
     return list(rows.values())
 
 
@@ -110,7 +116,7 @@ def _likeness(wanted: list[str], said: list[str]) -> float:
 
 
 def _panel(row: Row, run: Path) -> str:
-    thumbnails = [_thumbnail(path, run) for path in row.images]
+    thumbnails = [thumbnail(path, ImageAccess(root=run)) for path in row.images]
     regions = {when: parse_grounding(reply).regions for when, reply in row.replies.items()}
     regions["target"] = parse_grounding(row.target).regions
     # Markup does not say which of several images it is about.
@@ -118,18 +124,17 @@ def _panel(row: Row, run: Path) -> str:
     with_boxes = single is not None and any(regions.values())
     images = ""
     if not with_boxes and thumbnails:
-        images = f'<div class="images">{"".join(map(_image, thumbnails))}</div>'
+        images = f'<div class="images">{"".join(map(image_tag, thumbnails))}</div>'
     asked = (
         f'<div><div class="name">Question</div>{_said(show(row.question))}'
-        f'<div class="name">Target</div>{_said(show(row.target))}</div>'
+        f'<div class="name">Target</div>{_said(show(row.target))}{_others(row)}</div>'
     )
     sides = []
     for when in WHEN:
         drawn = ""
         if with_boxes and when in row.replies:
-            drawn = _image(_draw(single, regions["target"], regions[when])) + _colours(
-                regions["target"], regions[when]
-            )
+            pair = regions["target"], regions[when]
+            drawn = image_tag(draw_pair(single, *pair)) + pair_legend(*pair)
         sides.append(_side(row, when, drawn))
     return (
         f'<article class="panel row"><header><span>{show(row.origin)}</span></header>'
@@ -147,9 +152,15 @@ def _side(row: Row, when: str, drawn: str) -> str:
         badge, kind, said = '<span class="badge match">✓ exact match</span>', "match", show(reply)
     else:
         badge, kind, said = '<span class="badge differs">differs</span>', "differs", compare(row.target, reply)
+    if when in row.scores:
+        badge += f'<span class="badge">score {format_loss(row.scores[when])}</span>'
     if not reply.strip():
         said = '<span class="muted">(empty)</span>'
     return f'<section class="{kind}"><div class="name">{name}{badge}</div>{drawn}{_said(said)}</section>'
+
+
+def _others(row: Row) -> str:
+    return f'<p class="muted">also right: {show("; ".join(row.others))}</p>' if row.others else ""
 
 
 def _said(html: str) -> str:
@@ -158,53 +169,3 @@ def _said(html: str) -> str:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
-
-
-# --- images ----------------------------------------------------------------------------------------------------------
-
-
-def _thumbnail(path: str, run: Path) -> Image.Image | str:
-    """The image at `path` in the run folder, made small; or why it cannot be shown."""
-    try:
-        image = load_image(path, access=ImageAccess(root=run))
-    except ImageError as error:
-        return f"{error.image}: {error.reason}"
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    return image
-
-
-def _image(thumbnail: Image.Image | str) -> str:
-    """An `<img>` that holds its own bytes; in its place the reason where there is no image."""
-    if isinstance(thumbnail, str):
-        return f'<div class="nothing">No image: {show(thumbnail)}</div>'
-    file = io.BytesIO()
-    thumbnail.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    size = f'width="{thumbnail.width}" height="{thumbnail.height}"'
-    return f'<img {size} alt="image of this row" src="data:image/jpeg;base64,{data}">'
-
-
-def _draw(image: Image.Image, target: Sequence[Region], reply: Sequence[Region]) -> Image.Image:
-    """Boxes of the target and of the reply, each in its colour: `draw_regions` gives colours by label, in order."""
-    named = [
-        Region(region.kind, region.points, name, region.span)
-        for name, regions in (("target", target), ("reply", reply))
-        for region in regions
-    ]
-    with warnings.catch_warnings():
-        # An image too small for the labels is drawn without; the legend below it has the colours.
-        warnings.simplefilter("ignore", UserWarning)
-        return draw_regions(image, named, line_width=2, font_size=12)
-
-
-def _colours(target: Sequence[Region], reply: Sequence[Region]) -> str:
-    """The legend of `_draw`."""
-    names = [name for name, regions in (("target", target), ("reply", reply)) if regions]
-    swatches = [
-        f'<span class="legend"><svg viewBox="0 0 20 12" aria-hidden="true"><rect width="20" height="12" rx="2" '
-        f'fill="rgb{PALETTE[number]}"/></svg>{name}</span>'
-        for number, name in enumerate(names)
-    ]
-    missing = [name for name in ("target", "reply") if names and name not in names]
-    remark = "".join(f'<span class="remark">the {name} has no box</span>' for name in missing)
-    return f'<div class="legends">{"".join(swatches)}{remark}</div>'

@@ -186,12 +186,13 @@ class RunFolder:
         return records
 
 
-def check_disk_space(folder: str | Path, needed: int):
+def check_disk_space(folder: str | Path, needed: int, what: str):
     """Refuse to start writing what would not fit.
 
     Args:
         folder: where it will be written; need not exist yet.
         needed: bytes.
+        what: what will be written, for the message.
 
     Raises:
         NotEnoughDiskSpace: with what is free and what is needed.
@@ -201,8 +202,8 @@ def check_disk_space(folder: str | Path, needed: int):
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise NotEnoughDiskSpace(
-            f"{folder}: {format_bytes(free)} are free, but {format_bytes(needed)} are needed for the checkpoints: "
-            f"make room for {format_bytes(needed - free)} more there, or choose an output on another disk"
+            f"{folder}: {format_bytes(free)} are free, but {format_bytes(needed)} are needed for {what}: "
+            f"make room for {format_bytes(needed - free)} more there, or choose a folder on another disk"
         )
 
 

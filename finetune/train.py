@@ -10,29 +10,34 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import TrainerCallback, set_seed
 from trl import SFTConfig
 
-from finetune.adapters import put_lora, train_in_full, trains_embeddings, trains_vision, trains_vision_only
+from finetune.adapters import trains_vision
 from finetune.atomic_writes import write_text
+from finetune.base_model import find_base, make_trainable, refuse_untaught
 from finetune.checkpoints import Found, clean_partials, find_last_good, writing
 from finetune.collate import Collator
 from finetune.components import count_parameters, table_of_parameters
-from finetune.data.checking import Checked, check_samples
+from finetune.data.checking import Checked
+from finetune.data.reading import read_checked
 from finetune.data.samples import Samples
 from finetune.data.summary import count_rows, describe_data, lines_left_out
+from finetune.epoch_estimate import packing_budget
 from finetune.errors import Interrupted, UserError
 from finetune.interrupts import StopOnSignal
+from finetune.model_choices import choose_dtype, is_random, own_device, quantization_arguments
+from finetune.patience import Patience
 from finetune.predictions import write_predictions
+from finetune.prefetch import loader_settings
 from finetune.progress import Progress, summary
 from finetune.recipe import Recipe
 from finetune.report import write_report
 from finetune.run import RunFolder, check_disk_space, compare_runs, describe_environment
+from finetune.task_evaluation import TaskEvaluation, score_line
 from finetune.trainer import QwenVLTrainer
-from qwenvl import ImageAccess, QwenVLForConditionalGeneration, QwenVLProcessor, load_model
+from qwenvl import QwenVLForConditionalGeneration, load_model
 from qwenvl.fingerprint import weights_fingerprint, write_base
-from qwenvl.loading import find_source
 
 KEPT_CHECKPOINTS = 2
 LEFT_OUT = "left_out.jsonl"
@@ -118,44 +123,22 @@ class _Road:
     # Before anything heavy is loaded
 
     def find_base(self):
-        model = self.recipe.model
-        source = find_source(model.path)
-        if source.adapter is not None:
-            raise UserError(
-                f"model.path: {model.path} is an adapter. Training starts from a checkpoint: give its base "
-                f"({source.base}), or merge the adapter first"
-            )
-        if model.quantization != "none":
-            raise UserError(f"model.quantization: {model.quantization} is not available in this version: use none")
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        self.base = source.base
-        self.processor = QwenVLProcessor.from_pretrained(self.base)
-        self.say(f"model       {model.path}")
+        base = find_base(self.recipe.model)
+        self.base, self.quantized, self.processor = base.path, base.quantized, base.processor
+        self.say(f"model       {self.recipe.model.path}")
 
     def read_data(self):
         recipe = self.recipe
         self.evaluates = recipe.evaluate is not None
-        sources = {"train": recipe.data.train}
-        if self.evaluates:
-            sources["eval"] = recipe.evaluate.data
-        access = ImageAccess(root=recipe.data.images_root, allow_urls=recipe.data.allow_urls)
         self.samples: dict[str, Samples] = {}
         self.checked: dict[str, Checked] = {}
-        for name, part in sources.items():
-            self.samples[name] = Samples(part, images_root=recipe.data.images_root, access=access)
-            self.checked[name] = check_samples(
-                self.samples[name],
-                self.processor.tokenizer,
-                max_length=recipe.data.max_length,
-                n_queries=self.processor.n_queries,
-                labels=recipe.data.labels,
-                grounding=recipe.data.grounding,
-                on_long=recipe.data.on_long,
-                on_bad_row=recipe.data.on_bad_row,
-                show_progress=self.is_main,
-            )
+        for name, part in read_checked(recipe, self.processor, show_progress=self.is_main).items():
+            self.samples[name], self.checked[name] = part
             self.say(f"{name + ' data':<11} {describe_data(self.checked[name])}")
+        self.task: TaskEvaluation | None = None
+        if self.evaluates and recipe.evaluate.task is not None:
+            self.task = TaskEvaluation(recipe, self.processor)
+            self.say(f"{'eval task':<11} {self.task}")
 
     # Where the run stands
 
@@ -176,6 +159,7 @@ class _Road:
         if self.is_main:
             clean_partials(self.run.path)
             clean_partials(self.run.checkpoints)
+        self.score_so_far: dict[str, Any] = {}
         if stored is None or "identity" not in stored:
             return Found(None, 0, [])
         differences = compare_runs(stored["identity"], self.identity, tuple(f"recipe.{key}" for key in FREE_TO_CHANGE))
@@ -197,7 +181,10 @@ class _Road:
         if last.path is not None:
             self.say(f"resume      from step {last.step}")
         if self.is_main:
-            self.run.forget_metrics_after(last.step)
+            # A run that begins anew logs its scores of step 0 anew as well.
+            self.run.forget_metrics_after(last.step if last.path is not None else -1)
+        if last.path is not None:
+            self.score_so_far = stored.get("score", {})
         return last
 
     def describe_run(self):
@@ -208,6 +195,7 @@ class _Road:
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": self.recipe.model.path,
+            "quantized": list(self.quantized),
             "identity": self.identity,
             "environment": describe_environment(),
             "parameters": {
@@ -215,6 +203,7 @@ class _Road:
             },
             "rows": {name: count_rows(checked) for name, checked in self.checked.items()},
             "notes": self.notes,
+            **({"score": self.score_so_far} if self.score_so_far else {}),
         }
         self.run.write_run(self.description)
         left_out = [line for checked in self.checked.values() for line in lines_left_out(checked)]
@@ -225,23 +214,20 @@ class _Road:
     def load_model(self) -> QwenVLForConditionalGeneration | PeftModel:
         recipe = self.recipe
         set_seed(recipe.seed)
-        model = load_model(recipe.model.path, dtype=choose_dtype(recipe.model.dtype))
+        model = load_model(
+            recipe.model.path,
+            dtype=choose_dtype(recipe.model.dtype),
+            device_map=own_device() if self.quantized else None,
+            embeddings_on_cpu=recipe.model.embeddings_on_cpu,
+            **quantization_arguments(recipe.model),
+        )
         model.set_attn_implementation(recipe.model.attention)
         if is_random(model):
             self.notes.append(
                 "The checkpoint's weights are random: it can show that training works, not that it reads."
             )
-        if recipe.adapter is None:
-            model = train_in_full(model, recipe.freeze)
-        else:
-            embeddings = trains_embeddings(recipe.adapter.train_embeddings, model)
-            model = put_lora(model, recipe.adapter, recipe.freeze, embeddings=embeddings)
-        without_images = int((self.checked["train"].images == 0).sum())
-        if without_images and trains_vision_only(model):
-            raise UserError(
-                f"only the vision side is trained, and {without_images:,} of the samples have no image: they teach it "
-                "nothing. Leave them out, or train the language model too"
-            )
+        model = make_trainable(model, recipe)
+        refuse_untaught(model, self.checked["train"])
         self.parameters = count_parameters(model)
         for number, line in enumerate(table_of_parameters(self.parameters)):
             self.say(f"{'trained' if number == 0 else '':<11} {line}")
@@ -261,30 +247,37 @@ class _Road:
                 data.labels,
                 data.grounding,
                 self.processor.n_queries,
+                data.max_length,
+                data.on_long,
             )
             for name, samples in self.samples.items()
         }
         arguments = self.trainer_arguments(model)
+        if self.task is not None:
+            self.task.note_stop_ids(model)
         trained = sum(count.trained for count in self.parameters.values())
         if self.is_main:
             # Weights and AdamW's two moments in float32, for each checkpoint kept and the one being written.
-            check_disk_space(self.run.path, trained * 12 * ((arguments.save_total_limit or KEPT_CHECKPOINTS) + 1))
+            kept = (arguments.save_total_limit or KEPT_CHECKPOINTS) + 1
+            check_disk_space(self.run.path, trained * 12 * kept, "the checkpoints")
         self.progress = Progress(checkpoints=self.run.checkpoints)
         callbacks: list[TrainerCallback] = [self.stop, self.progress, WriteMetrics(self.run)]
         if self.evaluates and recipe.evaluate.patience is not None:
-            callbacks.append(EarlyStoppingCallback(recipe.evaluate.patience))
-        lengths = self.checked["train"].lengths
-        budget = (data.tokens_per_batch or data.max_length or max(lengths)) if data.packing else None
+            callbacks.append(Patience(recipe.evaluate.patience))
         trainer = QwenVLTrainer(
             model,
             arguments,
             collators=collators,
-            indices={name: checked.weighted_indices(recipe.seed) for name, checked in self.checked.items()},
+            indices={
+                name: checked.weighted_indices(recipe.seed)[: recipe.evaluate.limit if name == "eval" else None]
+                for name, checked in self.checked.items()
+            },
             run=self.run,
-            tokens_per_batch=budget,
+            tokens_per_batch=packing_budget(data, self.checked["train"].lengths),
             learning_rates=recipe.train.learning_rates and recipe.train.learning_rates.model_dump(),
             vision_layer_decay=recipe.train.vision_layer_decay,
             shuffle=data.shuffle,
+            task_evaluation=self.task,
             callbacks=callbacks,
         )
         drop_own_printers(trainer)
@@ -298,14 +291,15 @@ class _Road:
             if self.recipe.evaluate.patience is not None:
                 given.setdefault("load_best_model_at_end", True)
         if given.get("load_best_model_at_end"):
-            given.setdefault("metric_for_best_model", "eval_loss")
-            given.setdefault("greater_is_better", False)
+            given.setdefault("metric_for_best_model", "eval_loss" if self.task is None else self.task.key)
+            given.setdefault("greater_is_better", given["metric_for_best_model"] not in ("eval_loss", "loss"))
             # The best can only be kept if a checkpoint is saved at every evaluation.
             given.setdefault("save_strategy", given["eval_strategy"])
             if "eval_steps" in given:
                 given.setdefault("save_steps", given["eval_steps"])
+        loading = loader_settings(self.recipe.data.workers, given["gradient_accumulation_steps"])
         return SFTConfig(
-            **{"save_total_limit": KEPT_CHECKPOINTS, "report_to": "none", "logging_steps": 10, **given},
+            **{"save_total_limit": KEPT_CHECKPOINTS, "report_to": "none", "logging_steps": 10, **loading, **given},
             output_dir=str(self.run.path),
             seed=self.recipe.seed,
             data_seed=self.recipe.seed,
@@ -316,7 +310,6 @@ class _Road:
             packing=False,
             remove_unused_columns=False,
             dataset_kwargs={"skip_prepare_dataset": True},
-            dataloader_num_workers=self.recipe.data.workers,
             label_names=["labels"],
             average_tokens_across_devices=True,
             logging_nan_inf_filter=False,
@@ -326,9 +319,11 @@ class _Road:
         )
 
     def predict(self, trainer: QwenVLTrainer, when: str):
-        """Replies to the first evaluation samples, by the main process while the others wait."""
+        """Replies to the first evaluation samples, by the main process while the others wait; or the task's score."""
         evaluate = self.recipe.evaluate
-        if self.is_main and evaluate.predictions:
+        if self.task is not None:
+            self.score(trainer, when)
+        elif self.is_main and evaluate.predictions:
             write_predictions(
                 trainer.accelerator.unwrap_model(trainer.model),
                 trainer.collators["eval"],
@@ -338,6 +333,16 @@ class _Road:
                 max_new_tokens=evaluate.max_new_tokens,
             )
         trainer.accelerator.wait_for_everyone()
+
+    def score(self, trainer: QwenVLTrainer, when: str):
+        """The task's score before training, which is logged as step 0, or of the result."""
+        score = self.task.score_of(trainer)
+        if when == "before":
+            trainer.log(score.metrics())
+        if self.is_main:
+            self.description["score"] = self.description.get("score", {}) | score.summary(when)
+            self.run.write_run(self.description)
+            self.task.write_predictions(score, self.recipe.evaluate.predictions, self.run.path, when)
 
     # Afterwards
 
@@ -349,7 +354,7 @@ class _Road:
             with writing(self.result) as partial:
                 model.save_pretrained(partial)
                 if isinstance(model, PeftModel):
-                    write_base(partial, self.recipe.model.path, self.base_fingerprint)
+                    write_base(partial, self.recipe.model.path, self.base_fingerprint, quantize=self.quantized)
                 else:
                     self.processor.save_pretrained(partial)
         trainer.accelerator.wait_for_everyone()
@@ -367,18 +372,22 @@ class _Road:
         self.run.write_run(self.description)
         report = write_report(self.run.path)
         for line in summary(
-            trainer.state.log_history,
+            self.task.without_scores(trainer.state.log_history) if self.task else trainer.state.log_history,
             wall_seconds=seconds,
             run=self.run.path,
             tokens=trainer.throughput.all_tokens,
             images=trainer.throughput.all_images,
         ):
             self.say(line)
+        if self.task is not None:
+            self.say(score_line(self.description["score"]))
         self.say(f"{'adapter' if self.result == self.run.adapter else 'model':<11} {self.result}")
         self.say(f"report      {report}")
         self.say("Next:")
         self.say("  look     open the report in a browser")
-        self.say(f"  use      python examples/describe_image.py --model {self.run.path} --image IMAGE QUESTION")
+        self.say(f"  use      finetune chat {self.run.path} --image IMAGE")
+        if self.result == self.run.adapter:
+            self.say(f"  merge    finetune merge {self.run.path} --to MODEL")
         self.say("  go on    copy the recipe, put your own data and checkpoint in, and run it the same way")
 
 
@@ -392,18 +401,6 @@ class WriteMetrics(TrainerCallback):
         if state.is_world_process_zero and logs:
             epoch = round(state.epoch, 4) if state.epoch is not None else None
             self.run.append_metrics({"step": state.global_step, **logs, "epoch": epoch})
-
-
-def choose_dtype(setting: str) -> str:
-    """ "auto" is bfloat16 on a GPU that has it, float16 on one that has not, and as stored on the CPU."""
-    if setting != "auto" or not torch.cuda.is_available():
-        return setting
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-
-
-def is_random(model: QwenVLForConditionalGeneration) -> bool:
-    """Whether a checkpoint says of itself that its weights were never trained (`random_weights` in its config)."""
-    return bool(getattr(model.config, "random_weights", False))
 
 
 def drop_own_printers(trainer: QwenVLTrainer):

@@ -25,6 +25,7 @@ from finetune.collate import Collator
 from finetune.errors import Failed
 from finetune.packing import split_batch
 from finetune.run import RunFolder
+from finetune.task_evaluation import TaskEvaluation, TaskScore
 from qwenvl.chat import IGNORED
 from qwenvl.loss import SummedCrossEntropy
 
@@ -48,6 +49,7 @@ class QwenVLTrainer(SFTTrainer):
         tokens_per_batch: tokens of one forward; None runs every sequence by itself.
         learning_rates, vision_layer_decay: see `adapters.parameter_groups`.
         shuffle: draw the order of the training samples anew each epoch.
+        task_evaluation: scores replies at each evaluation, besides the loss; None does not.
         callbacks: Transformers' callbacks, besides its own.
     """
 
@@ -63,6 +65,7 @@ class QwenVLTrainer(SFTTrainer):
         learning_rates: dict[str, float | None] | None = None,
         vision_layer_decay: float | None = None,
         shuffle: bool = True,
+        task_evaluation: TaskEvaluation | None = None,
         callbacks: Sequence[Any] = (),
     ):
         self.collators = collators
@@ -71,6 +74,7 @@ class QwenVLTrainer(SFTTrainer):
         self.learning_rates = learning_rates or {}
         self.vision_layer_decay = vision_layer_decay
         self.shuffle = shuffle
+        self.task_evaluation = task_evaluation
         self.throughput = Throughput()
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
         super().__init__(
@@ -182,7 +186,13 @@ class QwenVLTrainer(SFTTrainer):
     # Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Mean loss over all supervised tokens of the evaluation samples.
+        """As `_evaluate_in_place`, and training goes on as if there had been none: a loader alone draws a number."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return self._evaluate_in_place(eval_dataset, metric_key_prefix)
+
+    def _evaluate_in_place(self, eval_dataset, metric_key_prefix: str) -> dict[str, float]:
+        """Mean loss over all supervised tokens of the evaluation samples, and the task's score where there is one.
 
         In eval mode the model stretches positions beyond `seq_length` (see `qwenvl.rotary`), which training does not:
         `eval_long_samples` counts the samples on which this loss is therefore not the training objective.
@@ -208,11 +218,21 @@ class QwenVLTrainer(SFTTrainer):
             f"{metric_key_prefix}_supervised_tokens": int(sums[1]),
             f"{metric_key_prefix}_samples": int(sums[2]),
             f"{metric_key_prefix}_long_samples": int(sums[3]),
-            f"{metric_key_prefix}_seconds": round(time.monotonic() - start, 3),
         }
+        if self.task_evaluation is not None:
+            metrics |= self._task_score().metrics()
+        metrics[f"{metric_key_prefix}_seconds"] = round(time.monotonic() - start, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _task_score(self) -> TaskScore:
+        model = self.accelerator.unwrap_model(self.model)
+        step = self.state.global_step
+        return self.task_evaluation.evaluate(model, self.accelerator, step, bar=False, tick=self._tick)
+
+    def _tick(self):
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -14,18 +14,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from finetune.data.rows import Rows
+from finetune.data.sample import Origin
 
 if TYPE_CHECKING:
     import datasets
 
 BLOCK = 256
 """Rows that `scan` takes from the files at once."""
+ORIGIN = {"file": pa.string(), "row": pa.int64()}
+"""A column `origin` of these says of each row where it was before `finetune prepare` took it."""
 _STAND_IN = b"\0"
 _ENDS = 1 << 20  # bytes
 
 
 class ArrowRows(Rows):
-    """The rows of one split of a `datasets.Dataset`.
+    """The rows of one split of a `datasets.Dataset`. Rows with an `origin` (see `ORIGIN`) are told by it.
 
     Args:
         dataset: a split.
@@ -39,6 +42,8 @@ class ArrowRows(Rows):
         self._dataset = dataset.with_format("arrow")
         self._features = _undecoded(dataset.features)
         self._digest = digest or dataset._fingerprint
+        # With an indices mapping the n-th row is not the n-th of the table.
+        self._has_origins = dataset._indices is None and is_origin(dataset.data.schema)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -48,6 +53,13 @@ class ArrowRows(Rows):
             raise IndexError(index)
         index %= len(self)
         return next(self._rows(self._dataset[index : index + 1]))
+
+    def origin(self, index: int) -> Origin:
+        if self._has_origins:
+            origin = self._dataset.data.column("origin")[index].as_py()
+            if origin and origin["file"] is not None and origin["row"] is not None:
+                return Origin(origin["file"], origin["row"])
+        return super().origin(index)
 
     def scan(self, start: int, stop: int) -> Iterator[Mapping[str, Any]]:
         for first in range(start, stop, BLOCK):
@@ -60,6 +72,13 @@ class ArrowRows(Rows):
 
     def _rows(self, table: pa.Table) -> Iterator[Mapping[str, Any]]:
         return map(self._features.decode_example, table.to_pylist())
+
+
+def is_origin(schema: pa.Schema) -> bool:
+    """Whether the rows say where they came from."""
+    if "origin" not in schema.names or not pa.types.is_struct(kind := schema.field("origin").type):
+        return False
+    return {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} == ORIGIN
 
 
 def files_digest(files: list[Path]) -> str:

@@ -4,30 +4,29 @@ An image takes the same number of tokens whatever it shows, so lengths are exact
 on is reported with its file, row, field and reason, or counted; nothing is lost silently.
 """
 
-import sys
-import time
+import contextlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from finetune.data.image_files import check_image
+from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.samples import Samples
-from qwenvl.chat import LabelRule, Rendered, render_chat
+from finetune.data.shortening import Fitted, OnLong, render_fitting
+from finetune.data.worker_processes import map_chunks
+from qwenvl.chat import LabelRule
 from qwenvl.grounding import parse_grounding
 from qwenvl.tokenizer import QwenVLTokenizer
 
 CHUNK = 1000
 """Samples checked at once. Chunks do not depend on one another, so they may as well be checked side by side."""
-QUIET_SECONDS = 3.0  # nothing is shown of a check that is done by then
-LINE_SECONDS = 10.0  # between two lines where there is no terminal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TooLong:
     """A sample left out for its length.
 
@@ -38,15 +37,26 @@ class TooLong:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """A sample that is trained on without its first turns, with which it is too long.
+
+    Attributes: `origin`; `turns_dropped`, turns left out.
+    """
+
+    origin: Origin
+    turns_dropped: int
+
+
 @dataclass(frozen=True)
 class Checked:
-    """What `check_samples` found. The arrays have one entry for each sample that is kept.
+    """What a look at all samples found. The arrays have one entry for each sample that is kept.
 
     Every sample is in exactly one of `kept`, `dropped_long` and the `refused` ones.
 
     Attributes:
         kept: (kept,) int64, indices into the samples, ascending.
-        lengths: (kept,) int64, tokens.
+        lengths: (kept,) int64, tokens, after what is shortened was shortened; so are the next two.
         images: (kept,) int64, images of the sample.
         supervised: (kept,) int64, trained tokens.
         source: (kept,) int64, which of the sources the sample is from.
@@ -54,6 +64,7 @@ class Checked:
         problems: one for each row (or sample of it) that cannot be used.
         refused: samples that are left out for these problems; more than the problems where one row gives several.
         dropped_long: samples left out because they are longer than allowed.
+        shortened: those of the kept ones that lost turns.
     """
 
     kept: np.ndarray
@@ -65,6 +76,7 @@ class Checked:
     problems: list[BadRow]
     refused: int
     dropped_long: list[TooLong]
+    shortened: list[Shortened]
 
     @property
     def total(self) -> int:
@@ -87,6 +99,39 @@ class Checked:
         return np.repeat(self.kept, times).tolist()
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What training makes of a sample.
+
+    Attributes:
+        tokenizer, labels, grounding, n_queries: as for `chat.render_chat`.
+        max_length: tokens a sample may have; None is any number.
+        on_long: what becomes of longer ones. "drop" leaves them out and counts them, "drop_turns" leaves out turns at
+            the front as far as that helps (see `shortening.render_fitting`). They are never cut elsewhere.
+        on_bad_row: what becomes of a sample that cannot be used. "skip" leaves it out and lists it.
+    """
+
+    tokenizer: QwenVLTokenizer
+    max_length: int | None
+    n_queries: int = 256
+    labels: LabelRule = "assistant"
+    grounding: bool = False
+    on_long: OnLong = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
+
+    def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
+        """The messages as they are trained; errors as of `chat.render_chat`."""
+        return render_fitting(
+            messages,
+            self.tokenizer,
+            max_length=self.max_length,
+            on_long=self.on_long,
+            labels=self.labels,
+            grounding=self.grounding,
+            n_queries=self.n_queries,
+        )
+
+
 def check_samples(
     samples: Samples,
     tokenizer: QwenVLTokenizer,
@@ -95,51 +140,71 @@ def check_samples(
     n_queries: int = 256,
     labels: LabelRule = "assistant",
     grounding: bool = False,
-    on_long: Literal["error", "drop"] = "error",
+    on_long: OnLong = "error",
     on_bad_row: Literal["error", "skip"] = "error",
     show_progress: bool = True,
+    processes: int | None = None,
 ) -> Checked:
-    """Render every sample and see whether it can be trained on.
-
-    A sample cannot be used when its row is not as its format wants it, an image is not where it is said to be, nothing
-    in it is trained, or grounding markup in it is malformed, and would be trained as plain text.
+    """Render every sample and see whether it can be trained on: `look_at`, and an error if it found one.
 
     Args:
         samples: all of them.
-        tokenizer, n_queries, labels, grounding: as for `chat.render_chat`; what training will use.
-        max_length: tokens a sample may have; None is any number.
-        on_long: what becomes of longer ones. "drop" leaves them out and counts them; they are never cut.
-        on_bad_row: what becomes of a sample that cannot be used. "skip" leaves it out and lists it.
-        show_progress: show a bar on a terminal, or lines elsewhere, if it takes longer than some seconds.
+        tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row: see `Rules`.
+        show_progress, processes: see `look_at`.
 
     Raises:
         DataError: some rows cannot be used or are too long and that is an error, listed together after all were read;
             or none is left.
+        WorkerDied: a process of several ended by itself.
     """
-    rules = _Rules(tokenizer, max_length, n_queries, labels, grounding)
+    rules = Rules(tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row)
+    checked = look_at(samples, rules, show_progress=show_progress, processes=processes)
+    if error := refusal(checked, rules):
+        raise error
+    return checked
+
+
+def look_at(samples: Samples, rules: Rules, *, show_progress: bool = True, processes: int | None = None) -> Checked:
+    """Render every sample, keep what can be trained on, and list the rest.
+
+    A sample cannot be used when its row is not as its format wants it, an image is not where it is said to be, nothing
+    in it is trained, or grounding markup in it is malformed, and would be trained as plain text. A row is looked at
+    whole, also the turns that are left out for its length.
+
+    Args:
+        samples: all of them.
+        rules: what makes them right or wrong.
+        show_progress: show a bar on a terminal, or lines elsewhere, if it takes longer than some seconds.
+        processes: that check side by side; the result is the same for any number. None takes several where there is
+            enough to do (see `worker_processes.map_chunks`).
+
+    Raises:
+        WorkerDied: a process of several ended by itself.
+    """
     found = _Found()
     chunks = [range(start, min(start + CHUNK, len(samples))) for start in range(0, len(samples), CHUNK)]
-    for chunk in _shown(chunks, len(samples), show_progress):
-        found.add(check_chunk(samples, chunk, rules))
-
-    errors = found.problems if on_bad_row == "error" else []
-    if on_long == "error":
-        reason = f"tokens, more than max_length={max_length}"
-        errors = errors + [BadRow(long.origin, "length", f"{long.tokens:,} {reason}") for long in found.dropped_long]
-    if errors:
-        raise DataError(_summary(found, len(samples), on_bad_row, on_long), errors)
-    if not found.kept:
-        raise DataError(f"none of the {len(samples):,} samples can be trained on:", found.problems)
+    with (
+        RowProgress("checking data", len(samples)) if show_progress else contextlib.nullcontext() as progress,
+        contextlib.closing(map_chunks(check_chunk, (samples, rules), chunks, processes)) as results,
+    ):
+        for chunk, result in zip(chunks, results, strict=True):
+            found.add(result)
+            if progress is not None:
+                progress.add(len(chunk))
     return found.checked(samples)
 
 
-@dataclass(frozen=True)
-class _Rules:
-    tokenizer: QwenVLTokenizer
-    max_length: int | None
-    n_queries: int
-    labels: LabelRule
-    grounding: bool
+def refusal(checked: Checked, rules: Rules) -> DataError | None:
+    """Why a run would not train on this data; None where it would."""
+    errors = checked.problems if rules.on_bad_row == "error" else []
+    if rules.on_long == "error":
+        reason = f"tokens, more than max_length={rules.max_length}"
+        errors = errors + [BadRow(long.origin, "length", f"{long.tokens:,} {reason}") for long in checked.dropped_long]
+    if errors:
+        return DataError(_summary(checked, rules), errors)
+    if not len(checked.kept):
+        return DataError(f"none of the {checked.total:,} samples can be trained on:", checked.problems)
+    return None
 
 
 @dataclass
@@ -153,15 +218,17 @@ class _Found:
     problems: list[BadRow] = field(default_factory=list)
     refused: int = 0
     dropped_long: list[TooLong] = field(default_factory=list)
+    shortened: list[Shortened] = field(default_factory=list)
 
     def refuse(self, problem: BadRow) -> None:
         self.refused += 1
         # The samples of one row share its problem, and it is told once.
         if not self.problems or problem.args != self.problems[-1].args:
-            self.problems.append(problem)
+            # Made anew: one that was raised holds on to all that was read when it was.
+            self.problems.append(BadRow(*problem.args))
 
     def add(self, later: "_Found") -> None:
-        for name in ("kept", "lengths", "images", "supervised", "dropped_long"):
+        for name in ("kept", "lengths", "images", "supervised", "dropped_long", "shortened"):
             getattr(self, name).extend(getattr(later, name))
         for problem in later.problems:
             self.refuse(problem)
@@ -180,21 +247,24 @@ class _Found:
             problems=self.problems,
             refused=self.refused,
             dropped_long=self.dropped_long,
+            shortened=self.shortened,
         )
 
 
-def check_chunk(samples: Samples, chunk: range, rules: _Rules) -> _Found:
+def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
     """Check the samples of a range of indices."""
+    samples, rules = task
     found = _Found()
     for index, sample in zip(chunk, samples.scan(chunk.start, chunk.stop), strict=True):
         if isinstance(sample, BadRow):
             found.refuse(sample)
             continue
         try:
-            rendered = _check(sample, rules)
+            fitted = _check(sample, rules)
         except BadField as error:
             found.refuse(BadRow(sample.origin, error.field, error.reason))
             continue
+        rendered = fitted.rendered
         if rules.max_length is not None and len(rendered.ids) > rules.max_length:
             found.dropped_long.append(TooLong(sample.origin, len(rendered.ids)))
             continue
@@ -202,35 +272,38 @@ def check_chunk(samples: Samples, chunk: range, rules: _Rules) -> _Found:
         found.lengths.append(len(rendered.ids))
         found.images.append(len(rendered.images))
         found.supervised.append(rendered.supervised)
+        if fitted.turns_dropped:
+            found.shortened.append(Shortened(sample.origin, fitted.turns_dropped))
     return found
 
 
-def _check(sample: Sample, rules: _Rules) -> Rendered:
-    for place, text in _grounding_texts(sample.messages, rules.grounding):
+def _check(sample: Sample, rules: Rules) -> Fitted:
+    for place, text in grounding_texts(sample.messages, rules.grounding):
         if problems := parse_grounding(text).problems:
             raise BadField(place, f"malformed grounding markup: {problems[0].reason}")
     try:
-        rendered = render_chat(
-            sample.messages,
-            rules.tokenizer,
-            labels=rules.labels,
-            grounding=rules.grounding,
-            n_queries=rules.n_queries,
-        )
+        fitted = rules.fit(sample.messages)
     except ValueError as error:  # half a surrogate pair, say: what only the tokenizer can know
         raise BadField("messages", str(error)) from error
-    for number, source in enumerate(rendered.images):
+    for number, source in enumerate(image_sources(sample.messages)):
         try:
             check_image(source, sample.access)
         except ValueError as error:
             raise BadField(f"images[{number}]", str(error)) from error
     # Asked of the messages, as the rule "structure" finds something to train in every conversation.
-    if not rendered.supervised or all(message["role"] != "assistant" for message in sample.messages):
+    if not fitted.rendered.supervised or all(message["role"] != "assistant" for message in sample.messages):
         raise BadField("messages", "nothing in it is trained: it has no assistant's turn")
-    return rendered
+    return fitted
 
 
-def _grounding_texts(messages: Sequence[Mapping[str, Any]], everywhere: bool) -> Iterator[tuple[str, str]]:
+def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    """The images of a sample's messages, in reading order."""
+    for message in messages:
+        if not isinstance(message["content"], str):
+            yield from (part["image"] for part in message["content"] if part["type"] == "image")
+
+
+def grounding_texts(messages: Sequence[Mapping[str, Any]], everywhere: bool) -> Iterator[tuple[str, str]]:
     """(place, text) of what will be read as grounding markup."""
     for index, message in enumerate(messages):
         content = message["content"]
@@ -241,37 +314,14 @@ def _grounding_texts(messages: Sequence[Mapping[str, Any]], everywhere: bool) ->
                 yield f"messages[{index}]", part["text"]
 
 
-def _summary(found: _Found, total: int, on_bad_row: str, on_long: str) -> str:
+def _summary(checked: Checked, rules: Rules) -> str:
     said = []
-    if found.problems and on_bad_row == "error":
-        said.append(f"{found.refused:,} cannot be used (mend them, or leave them out with on_bad_row: skip)")
-    if found.dropped_long and on_long == "error":
-        longest = max(long.tokens for long in found.dropped_long)
+    if checked.problems and rules.on_bad_row == "error":
+        said.append(f"{checked.refused:,} cannot be used (mend them, or leave them out with on_bad_row: skip)")
+    if checked.dropped_long and rules.on_long == "error":
+        longest = max(long.tokens for long in checked.dropped_long)
         said.append(
-            f"{len(found.dropped_long):,} are too long, the longest has {longest:,} tokens (raise max_length, or "
-            "leave them out with on_long: drop)"
+            f"{len(checked.dropped_long):,} are too long, the longest has {longest:,} tokens (raise max_length, leave "
+            "them out with on_long: drop, or their first turns with on_long: drop_turns)"
         )
-    return f"of {total:,} samples, {' and '.join(said)}:"
-
-
-def _shown(chunks: Sequence[range], total: int, show: bool) -> Iterable[range]:
-    """The chunks, and meanwhile how far it is."""
-    if not show:
-        return chunks
-    return _with_bar(chunks, total) if sys.stderr.isatty() else _with_lines(chunks, total)
-
-
-def _with_bar(chunks: Sequence[range], total: int) -> Iterator[range]:
-    with tqdm(total=total, desc="checking data", unit=" rows", delay=QUIET_SECONDS, leave=False) as bar:
-        for chunk in chunks:
-            yield chunk
-            bar.update(len(chunk))
-
-
-def _with_lines(chunks: Sequence[range], total: int) -> Iterator[range]:
-    said = time.monotonic() + QUIET_SECONDS - LINE_SECONDS
-    for chunk in chunks:
-        if time.monotonic() - said >= LINE_SECONDS:
-            print(f"checking data: {chunk.start:,} of {total:,} rows", file=sys.stderr, flush=True)
-            said = time.monotonic()
-        yield chunk
+    return f"of {checked.total:,} samples, {' and '.join(said)}:"

@@ -1,20 +1,23 @@
-"""What can be said of an image without decoding it: that its reference may be followed, and how large it is.
+"""Images as files: that a reference may be followed, how large the image is, its encoded bytes. Nothing is decoded.
 
 Training opens images with `qwenvl.images.load_image`, which decides alone what is reached. Here the same rules find a
 bad reference before training begins, for the price of a look into the folder.
 """
 
+import base64
 import io
 import os
 import re
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
+from finetune.data.sample import Sample
+from qwenvl.image_urls import UrlError, fetch
 from qwenvl.images import ImageAccess, ImageError, load_image
 
 # Only formats whose header Pillow reads in this process, and that `load_image` decodes.
@@ -56,6 +59,23 @@ def check_image(source: Any, access: ImageAccess) -> None:
     _find(source, access)
 
 
+def image_paths(sample: Sample) -> Iterator[str]:
+    """The paths of a sample's images that are files of their own."""
+    for message in sample.messages:
+        if not isinstance(message["content"], str):
+            for part in message["content"]:
+                if part["type"] == "image" and isinstance(part["image"], str) and not _is_url(part["image"]):
+                    yield part["image"]
+
+
+def file_size(path: str) -> int:
+    """Bytes of a file; -1 where it cannot be looked at."""
+    try:
+        return Path(path).stat().st_size
+    except (OSError, ValueError):
+        return -1
+
+
 def upright_size(source: Any, access: ImageAccess) -> tuple[int, int]:
     """(width, height) in pixels of an image after its EXIF rotation, as `load_image` would give it.
 
@@ -74,6 +94,37 @@ def upright_size(source: Any, access: ImageAccess) -> tuple[int, int]:
         except ImageError as error:
             raise ValueError(str(error)) from error
     return size
+
+
+def read_encoded(source: Any, access: ImageAccess) -> bytes:
+    """The encoded bytes of an image, as they are stored.
+
+    Raises:
+        ValueError: they cannot be had.
+    """
+    if isinstance(source, str) and _DATA_URI.match(source):
+        load_image(source, access=access)  # which is strict about what a data URI is
+        return base64.b64decode(source.partition(",")[2], validate=True)
+    if isinstance(source, str) and _URL.match(source):
+        check_image(source, access)
+        try:
+            return fetch(
+                source,
+                max_bytes=access.max_bytes,
+                timeout=access.url_timeout,
+                max_redirects=access.max_redirects,
+                address_allowed=access.address_allowed,
+            )
+        except UrlError as error:
+            raise ValueError(f"{error.reason}; {error.remedy}") from error
+    try:
+        with _open(source, access) as file:
+            data = file.read(access.max_bytes + 1)
+    except OSError as error:
+        raise ValueError(f"{_shown(str(source))} cannot be read ({error.strerror})") from error
+    if len(data) > access.max_bytes:
+        raise ValueError(f"it is longer than the {access.max_bytes:,} bytes allowed")
+    return data
 
 
 def _header_size(source: Any, access: ImageAccess) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """Rows of a JSON or JSON Lines file, by number.
 
-A JSON Lines file may have millions of rows: of each only the place in the file is kept, 16 bytes, and the row itself
-is read when it is asked for. A JSON file is one list and is held in memory as a whole.
+A file may have millions of rows: of each only the place in the file is kept, 16 bytes, and the row itself is read when
+it is asked for.
 """
 
 import codecs
@@ -11,8 +11,9 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from finetune.data.json_list import find_elements, kind_of, why_unreadable
 from finetune.data.sample import BadRow, DataError, Origin
 
 
@@ -50,34 +51,39 @@ class Rows(Sequence[Mapping[str, Any]]):
 class JsonRows(Rows):
     """The rows of a JSON file that holds a list.
 
+    Opening it reads it once, for the places of the rows and its digest.
+
     Raises:
         DataError: no JSON, or no list.
     """
 
     def __init__(self, path: Path, name: str):
         self.name, self.folder = name, path.parent.absolute()
-        data = path.read_bytes()
-        self._digest = sha256(data).hexdigest()
-        try:
-            self._rows = json.loads(data.decode("utf-8-sig"))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{name}: not JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
-                "one object a line is JSON Lines: name such a file .jsonl"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}: cannot be read as JSON ({_reason(error)})") from error
-        if not isinstance(self._rows, list):
-            raise DataError(f"{name}: must hold a list of rows, not {_kind(self._rows)}")
+        self._path = path.absolute()
+        self._starts, self._ends, self._digest = find_elements(path, name)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return _mapping(self._rows[index], self.origin(index))
+        # Opened anew each time: loader workers that share an open file would move each other's place in it.
+        with self._path.open("rb") as file:
+            return self._read(file, index)
+
+    def scan(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
+        with self._path.open("rb") as file:
+            for index in range(start, stop):
+                try:
+                    yield self._read(file, index)
+                except BadRow as error:
+                    yield error
 
     def fingerprint(self) -> str:
         return self._digest
+
+    def _read(self, file: BinaryIO, index: int) -> Mapping[str, Any]:
+        file.seek(self._starts[index])
+        return row_from_json(file.read(self._ends[index] - self._starts[index]), self.origin(index), "row")
 
 
 class JsonLinesRows(Rows):
@@ -115,66 +121,37 @@ class JsonLinesRows(Rows):
         return Origin(self.name, self._lines[index])
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        # Opened anew each time: loader workers that share an open file would move each other's place in it.
         with self._path.open("rb") as file:
-            file.seek(self._offsets[index])
-            line = file.readline()
-        return self._row(line, index)
+            return self._read(file, index)
 
     def scan(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
         with self._path.open("rb") as file:
             for index in range(start, stop):
-                file.seek(self._offsets[index])
                 try:
-                    yield self._row(file.readline(), index)
+                    yield self._read(file, index)
                 except BadRow as error:
                     yield error
 
     def fingerprint(self) -> str:
         return self._digest
 
-    def _row(self, line: bytes, index: int) -> Mapping[str, Any]:
-        origin = self.origin(index)
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except json.JSONDecodeError as error:
-            raise BadRow(origin, "line", f"is no JSON (column {error.colno}: {error.msg})") from error
-        except (ValueError, RecursionError) as error:
-            raise BadRow(origin, "line", f"cannot be read as JSON ({_reason(error)})") from error
-        return _mapping(row, origin)
+    def _read(self, file: BinaryIO, index: int) -> Mapping[str, Any]:
+        file.seek(self._offsets[index])
+        return row_from_json(file.readline(), self.origin(index), "line")
 
 
-class ImageFolderRows(JsonLinesRows):
-    """A folder of images with a `metadata.jsonl`, as the datasets library has it: `file_name` (or `file_names`), a
-    path within the folder, stands for the column `image` (`images`)."""
+def row_from_json(data: bytes, origin: Origin, field: str) -> Mapping[str, Any]:
+    """The row that its JSON text gives; `field` is what a problem calls the text.
 
-    def __init__(self, folder: Path, name: str):
-        super().__init__(folder / METADATA, f"{name}/{METADATA}")
-
-    def _row(self, line: bytes, index: int) -> Mapping[str, Any]:
-        row = dict(super()._row(line, index))
-        for given, column in (("file_name", "image"), ("file_names", "images")):
-            if given in row:
-                row.setdefault(column, row.pop(given))
-        return row
-
-
-METADATA = "metadata.jsonl"
-
-
-def _mapping(row: Any, origin: Origin) -> Mapping[str, Any]:
+    Raises:
+        BadRow: no JSON, or no object.
+    """
+    try:
+        row = json.loads(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise BadRow(origin, field, f"is no JSON (column {error.colno}: {error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(origin, field, f"cannot be read as JSON ({why_unreadable(error)})") from error
     if not isinstance(row, dict):
-        raise BadRow(origin, "row", f"must be an object of columns, not {_kind(row)}")
+        raise BadRow(origin, "row", f"must be an object of columns, not {kind_of(row)}")
     return row
-
-
-def _kind(value: Any) -> str:
-    """JSON's own word for a value."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start} is no UTF-8"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]

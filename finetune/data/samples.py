@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.formats import RowFormat
-from finetune.data.image_files import absolute, upright_size
+from finetune.data.image_files import absolute, file_size, image_paths, upright_size
 from finetune.data.rows import Rows
 from finetune.data.sample import BadField, BadRow, DataError, Sample
 from finetune.data.sources import Source, read_source
 from qwenvl.images import ImageAccess
 
+_LOOKED_AT = 1000
+"""Samples whose image files a fingerprint looks at, or up to twice as many."""
+
 
 class Samples(Sequence[Sample]):
     """Sources one after the other, sample by sample: `samples[31]` reads and converts one row, and opens no image.
 
-    Pickles to loader workers: paths and row offsets, no rows but those of .json files. A row that gives several
+    Pickles to loader workers: paths and row offsets, no rows. A row that gives several
     samples (questions, phrases or captions in a list) is found by counting them all here, which reads the text of all
     rows of such a source once.
 
@@ -77,13 +80,30 @@ class Samples(Sequence[Sample]):
             if first < last:
                 yield from part.scan(first - samples.start, last - samples.start)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, images: bool = True) -> str:
         """Hexadecimal digest of what the samples are made of: the data files, and how their rows are read.
 
         The contents of text files count in full, those of Parquet and Arrow files by their sizes and ends, a hub
-        dataset by the fingerprint that its library gives it. Images in files of their own do not count.
+        dataset by the fingerprint that its library gives it. Of images in files of their own, the sizes in bytes of
+        those of some samples count, spread over all: that shows a folder that was resized or replaced, at a price that
+        does not grow with the data (a look at each of a million files takes minutes on a network disk). Their times do
+        not count, as copies have others. A single image that was changed goes unnoticed; `finetune prepare` takes the
+        images in, and then nothing does.
+
+        Args:
+            images: False leaves image files out.
         """
-        return hashlib.sha256(json.dumps([part.identity() for part in self._parts]).encode()).hexdigest()
+        identity = [part.identity() for part in self._parts]
+        sizes = self._image_sizes() if images else []
+        return hashlib.sha256(json.dumps([identity, sizes]).encode()).hexdigest()
+
+    def _image_sizes(self) -> list[int]:
+        """Bytes of the image files of some samples, -1 for one that cannot be looked at."""
+        sizes = []
+        for index in range(0, len(self), max(1, len(self) // _LOOKED_AT)):
+            for sample in self.scan(index, index + 1):
+                sizes += [] if isinstance(sample, BadRow) else [file_size(source) for source in image_paths(sample)]
+        return sizes
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """Where rows are read from: files of several kinds, folders, and datasets of the Hugging Face hub."""
 
+import codecs
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from finetune.data.rows import METADATA, ImageFolderRows, JsonLinesRows, JsonRows, Rows
+from finetune.data.csv_rows import DELIMITERS, CsvRows
+from finetune.data.image_folder import METADATA, ImageFolderRows, find_metadata
+from finetune.data.rows import JsonLinesRows, JsonRows, Rows
 from finetune.data.sample import DataError
 
 
@@ -14,12 +17,13 @@ class Source(Protocol):
     """One source of a recipe.
 
     Attributes:
-        path: a .json, .jsonl or .parquet file; a folder written by `save_to_disk`, of Parquet files, or of images with
-            a metadata.jsonl; or the id of a hub dataset. What exists here is never looked for on the hub.
+        path: a .json, .jsonl, .csv, .tsv or .parquet file; a folder written by `save_to_disk`, of Parquet files, or of
+            images with a metadata file; or the id of a hub dataset. What exists here is never looked for on the hub.
         config, split: of a hub dataset; the split also of a folder that has several. None is the only one, or "train".
         format, columns, prompt, box_form: see `formats.RowFormat`.
         weight: how often each sample is seen in an epoch; 0.5 is a half of them, drawn by the seed.
         limit: rows to read, from the beginning; None is all.
+        streaming: fetch a hub dataset's rows one after the other, and none beyond `limit` (see `streams`).
     """
 
     path: str
@@ -31,20 +35,24 @@ class Source(Protocol):
     box_form: str | None
     weight: float
     limit: int | None
+    streaming: bool
 
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_FILE_KINDS = (".json", ".jsonl", ".ndjson", ".parquet")
+_FILE_KINDS = (".json", ".jsonl", ".ndjson", ".parquet", *DELIMITERS)
+_LONGEST_LINE = 1 << 26  # bytes
 
 
 def read_source(source: Source) -> Rows:
-    """Open a source: its rows by number, none of them kept in memory but those of a .json file.
+    """Open a source: its rows by number, none of them kept in memory.
 
     Raises:
         FileNotFoundError: a file that does not exist.
         DataError: a kind of file or folder that is not read, a damaged one, or a hub dataset that cannot be had.
     """
     name, path = str(source.path), Path(source.path)
+    if source.streaming and path.exists():
+        raise DataError(f"{name}: streaming fetches rows from the hub, and this is here already; remove streaming")
     if path.is_file():
         return _read_file(path, name)
     if path.is_dir():
@@ -53,6 +61,10 @@ def read_source(source: Source) -> Rows:
         raise DataError(f"{name}: is a device, pipe or socket; give a file or a folder")
     if path.suffix in _FILE_KINDS or path.is_absolute() or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"data: there is no file {name} (relative paths start at {Path.cwd()})")
+    if source.streaming:
+        from finetune.data.streams import read_stream
+
+        return read_stream(name, source.config, source.split, source.limit)
     return _read_hub(name, source.config, source.split)
 
 
@@ -64,19 +76,36 @@ def _read_file(path: Path, name: str) -> Rows:
             return JsonLinesRows(path, name) if _is_json_lines(path) else JsonRows(path, name)
         case ".parquet":
             return _read_parquet([path], name, path.parent)
+        case ".csv" | ".tsv":
+            return CsvRows(path, name, DELIMITERS[path.suffix.lower()])
     raise DataError(
         f"{name}: files of kind {path.suffix or '(none)'} are not read; give one of {', '.join(_FILE_KINDS)}"
     )
 
 
 def _is_json_lines(path: Path) -> bool:
-    """Whether a .json file's first line is a whole object: such data goes by both names."""
+    """Whether a .json file's first line is a whole row: such data goes by both names."""
     with path.open("rb") as file:
-        line = file.readline()
+        if not file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+            return False
+        file.seek(0)
+        line = file.readline(_LONGEST_LINE)
+        is_all = not file.readline(_LONGEST_LINE)
     try:
-        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
+        row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return False
+    # All rows as one object ({"data": [...]}) can be one line as well.
+    return not (is_all and any(_are_rows(value) for value in row.values()))
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether a value is a list of rows, and not of a conversation's turns."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and not {"role", "from", "type"} & item.keys() for item in value)
+    )
 
 
 def _read_folder(folder: Path, name: str, split: str | None) -> Rows:
@@ -94,12 +123,15 @@ def _read_folder(folder: Path, name: str, split: str | None) -> Rows:
             dataset = _choose(dataset, name, split)
         files = sorted({Path(entry["filename"]) for entry in dataset.cache_files})
         return ArrowRows(dataset, name, folder.absolute(), files_digest(files))
-    if (folder / METADATA).is_file():
-        return ImageFolderRows(folder, name)
+    if (metadata := find_metadata(folder, name)) is not None:
+        return ImageFolderRows(_read_file(metadata, f"{name}/{metadata.name}"))
     if files := sorted(folder.glob("*.parquet")):
         return _read_parquet(files, name, folder)
+    inner = sorted({str(file.parent) for file in folder.glob("*/*.parquet")})
+    remedy = f"; give one of its folders that hold Parquet files: {', '.join(inner[:5])}" if inner else ""
     raise DataError(
-        f"{name}: the folder holds neither a dataset written by save_to_disk, nor Parquet files, nor {METADATA}"
+        f"{name}: the folder holds neither a dataset written by save_to_disk, nor Parquet files, nor "
+        f"{' or '.join(METADATA)}{remedy}"
     )
 
 

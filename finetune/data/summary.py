@@ -1,9 +1,20 @@
 """What was found in the data, for the terminal, run.json and the list of rows left out."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
 
 from finetune.data.checking import Checked
+from finetune.data.sample import BadRow
+from finetune.data.samples import Samples
+
+# What tells one problem from another of its kind: quoted data, and numbers.
+_DETAIL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d[\d,.]*""")
+_LONGEST_KIND = 160  # characters
 
 
 def describe_data(checked: Checked) -> str:
@@ -18,22 +29,66 @@ def describe_data(checked: Checked) -> str:
         f"{len(checked.problems):,} bad" if checked.problems else "",
     ]
     left_out = [reason for reason in left_out if reason]
-    return text + (f"; left out: {', '.join(left_out)}" if left_out else "")
+    text += f"; left out: {', '.join(left_out)}" if left_out else ""
+    if checked.shortened:
+        turns = sum(sample.turns_dropped for sample in checked.shortened)
+        text += f"; shortened: {len(checked.shortened):,}, by {turns:,} turns at the front"
+    return text
 
 
 def lines_left_out(checked: Checked) -> Iterator[str]:
-    """A JSON line for each row that is not trained on, with its reason."""
+    """A JSON line for each row that is not trained on, or not whole, with its reason."""
     for problem in checked.problems:
         yield json.dumps({"origin": str(problem.origin), "reason": str(problem)}, ensure_ascii=False) + "\n"
     for sample in checked.dropped_long:
         yield json.dumps({"origin": str(sample.origin), "reason": f"too long: {sample.tokens} tokens"}) + "\n"
+    for sample in checked.shortened:
+        turns = sample.turns_dropped
+        reason = f"shortened: trained without its first {turns} turns"
+        yield json.dumps({"origin": str(sample.origin), "reason": reason, "turns_dropped": turns}) + "\n"
 
 
 def count_rows(checked: Checked) -> dict[str, int]:
-    """Rows kept and left out, for run.json."""
+    """Rows kept, left out and shortened, for run.json."""
     return {
         "total": checked.total,
         "kept": len(checked.kept),
         "too_long": len(checked.dropped_long),
         "bad": len(checked.problems),
+        "shortened": len(checked.shortened),
+        "turns_dropped": sum(sample.turns_dropped for sample in checked.shortened),
     }
+
+
+def problem_kinds(problems: Iterable[BadRow]) -> list[tuple[str, int]]:
+    """Problems counted by kind, the most frequent first: field and reason, whatever the row has in them."""
+    kinds = Counter(_kind(problem) for problem in problems)
+    return kinds.most_common()
+
+
+def _kind(problem: BadRow) -> str:
+    # The row in the place of its parts: images[0] and images[1] are one kind.
+    text = re.sub(r"\[\d+\]", "[]", problem.field) + ": " + _DETAIL.sub("…", problem.reason)
+    return text if len(text) <= _LONGEST_KIND else text[:_LONGEST_KIND] + "…"
+
+
+class SourceCount(NamedTuple):
+    """The samples of a source: all, those that are kept, and as many as its weight makes of them in an epoch."""
+
+    total: int
+    kept: int
+    weight: float
+    an_epoch: int
+    tokens: int
+
+
+def count_sources(samples: Samples, checked: Checked) -> list[SourceCount]:
+    """Of each source in order; tokens are those of the kept samples, once each."""
+    counts = []
+    for number, (indices, weight) in enumerate(zip(samples.ranges, checked.weights, strict=True)):
+        places = checked.source == number
+        kept = int(np.count_nonzero(places))
+        # As `Checked.weighted_indices` draws them.
+        an_epoch = int(weight) * kept + round((weight - int(weight)) * kept)
+        counts.append(SourceCount(len(indices), kept, weight, an_epoch, int(checked.lengths[places].sum())))
+    return counts

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from finetune.data import checking
+from finetune.data import checking, row_progress
 from finetune.data.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
@@ -16,7 +16,7 @@ from qwenvl.chat import IGNORED, render_chat
 
 
 def source(path, row_format="messages", **settings):
-    given = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None}
+    given = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
     return SimpleNamespace(path=str(path), format=row_format, **{"weight": 1.0, "limit": None} | given | settings)
 
 
@@ -113,7 +113,7 @@ def test_long_samples_are_an_error(check, tmp_path):
         check([chat(), chat("Hi " * 400), chat("Hi " * 500)], max_length=200)
     first, *rows = str(caught.value).splitlines()
     assert first.startswith("of 3 samples, 2 are too long, the longest has ")
-    assert "raise max_length, or leave them out with on_long: drop" in first
+    assert "raise max_length, leave them out with on_long: drop, or" in first
     assert rows[0].startswith(f"  {tmp_path / 'train.jsonl'}, row 2, length: ")
     assert rows[0].endswith("tokens, more than max_length=200")
     with pytest.raises(DataError, match="too long"):
@@ -214,6 +214,25 @@ def test_the_result_does_not_depend_on_the_chunks(check, monkeypatch):
     assert results[0][6]
 
 
+def test_the_result_does_not_depend_on_the_processes(check, monkeypatch, tmp_path):
+    monkeypatch.setattr(checking, "CHUNK", 8)
+    rows = [chat("Hi " * (number % 90), images=["a.png"] * (number % 2)) for number in range(97)]
+    rows[13] = rows[14] = rows[55] = {}
+    rows[15] = chat(images=["gone.png"])
+    rows[30]["messages"] = chat("Hi " * 400)["messages"] + rows[31]["messages"]
+
+    def outcome(processes):
+        rules = {"max_length": 340, "on_long": "drop_turns", "on_bad_row": "skip", "processes": processes}
+        found, _ = check(rows, **rules)
+        arrays = [found.kept, found.lengths, found.images, found.supervised, found.source]
+        lists = [[p.args for p in found.problems], found.dropped_long, found.shortened]
+        return (*[a.tolist() for a in arrays], *lists, found.refused, found.weights)
+
+    serial = outcome(1)
+    assert outcome(2) == serial
+    assert len(serial[5]) == 4 and serial[6] and [one.origin.row for one in serial[7]] == [31]
+
+
 def test_weights_repeat_the_samples_of_a_source(tmp_path, tokenizer):
     sources = [
         source(write(tmp_path / "a.jsonl", [chat()] * 4)),
@@ -237,10 +256,11 @@ def test_weights_repeat_the_samples_of_a_source(tmp_path, tokenizer):
 
 def test_progress_is_plain_lines_without_a_terminal(check, monkeypatch, capsys):
     monkeypatch.setattr(checking, "CHUNK", 2)
-    monkeypatch.setattr(checking, "QUIET_SECONDS", 0)
-    monkeypatch.setattr(checking, "LINE_SECONDS", 0)
+    monkeypatch.setattr(row_progress, "QUIET_SECONDS", 0)
+    monkeypatch.setattr(row_progress, "LINE_SECONDS", 0)
     check([chat()] * 5, show_progress=True)
-    lines = [f"checking data: {done} of 5 rows" for done in (0, 2, 4)]
-    assert capsys.readouterr().err.splitlines() == lines
+    lines = capsys.readouterr().err.splitlines()
+    starts = [f"checking data: {done} of 5 rows, " for done in (2, 4, 5)]
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
     check([chat()] * 5)
     assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def source(path, row_format="vqa", **settings):
-    given = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None}
+    given = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
     return SimpleNamespace(path=str(path), format=row_format, **{"weight": 1.0, "limit": None} | given | settings)
 
 
@@ -196,3 +197,26 @@ def test_fingerprint_changes_with_what_the_samples_are(tmp_path):
     write(path, questions(3, "R"))
     others.append(fingerprint())
     assert len({first, *others}) == 7
+
+
+def test_fingerprint_sees_other_images(tmp_path):
+    path = write(tmp_path / "a.jsonl", questions(3))
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(bytes(100 + number))
+    first = Samples([source(path)]).fingerprint()
+    os.utime(tmp_path / "1.png", (1, 1))  # as a copy has it
+    assert Samples([source(path)]).fingerprint() == first
+    (tmp_path / "1.png").write_bytes(bytes(90))
+    second = Samples([source(path)]).fingerprint()
+    (tmp_path / "2.png").unlink()
+    third = Samples([source(path)]).fingerprint()
+    assert len({first, second, third}) == 3
+    assert Samples([source(path)]).fingerprint(images=False) == Samples([source(path)]).fingerprint(images=False)
+
+
+def test_fingerprint_looks_at_a_bounded_number_of_images(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr("finetune.data.samples.file_size", lambda path: looked.append(path) or 7)
+    Samples([source(write(tmp_path / "a.jsonl", questions(5000)))]).fingerprint()
+    assert 1000 <= len(looked) == len(set(looked)) <= 2000
+    assert str(tmp_path / "0.png") in looked

@@ -24,7 +24,9 @@ def own_cache(tmp_path, monkeypatch):
 
 def read(path, **settings):
     given = {"config": None, "split": None, "format": "vqa", "columns": {}, "prompt": None, "box_form": None}
-    return read_source(SimpleNamespace(path=str(path), weight=1.0, limit=None, **given | settings))
+    return read_source(
+        SimpleNamespace(path=str(path), weight=1.0, limit=None, **{"streaming": False} | given | settings)
+    )
 
 
 ROWS = [{"image": f"{number}.png", "question": f"Ä {number}?", "answers": ["a", "b"]} for number in range(5)]
@@ -103,7 +105,7 @@ def test_a_list_may_hold_what_is_no_row(tmp_path):
         ("a.json", b"[\xff]", "byte 1 is no UTF-8"),
         ("a.json", b"[" * 200_000, "cannot be read as JSON (it is nested too deeply)"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
-        ("a.csv", b"image,question", "files of kind .csv are not read"),
+        ("a.xlsx", b"PK", "files of kind .xlsx are not read"),
         ("a", b"", "files of kind (none) are not read"),
         ("a.parquet", b"PAR1", "cannot be read as Parquet"),
     ],
@@ -232,6 +234,25 @@ def test_a_scan_leaves_the_bytes_of_images_on_disk(tmp_path):
     assert arrow_during - arrow_before < 1_000_000
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_rows_may_say_where_they_came_from(tmp_path, kind):
+    origins = [{"file": "a.jsonl", "row": 7}, {"file": "b.jsonl", "row": None}, None, {"file": "c.jsonl", "row": 1}]
+    features = {
+        "x": datasets.Value("int64"),
+        "origin": {"file": datasets.Value("string"), "row": datasets.Value("int64")},
+    }
+    rows = [{"x": number, "origin": origin} for number, origin in enumerate(origins)]
+    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    path = stored(kind, data, tmp_path)
+    rows = read(path)
+    wanted = ["a.jsonl, row 7", f"{path}, row 2", f"{path}, row 3", "c.jsonl, row 1"]
+    assert [str(rows.origin(index)) for index in range(4)] == wanted
+    assert [str(pickle.loads(pickle.dumps(rows)).origin(index)) for index in range(4)] == wanted
+    # Not where the column is something else.
+    path = stored(kind, data.map(lambda row: {"origin": "web"}, remove_columns="origin"), tmp_path)
+    assert str(read(path).origin(0)) == f"{path}, row 1"
+
+
 def test_splits_are_chosen_by_name(tmp_path, dataset):
     path = stored("splits", dataset, tmp_path)
     assert len(read(path, split="test")) == 1
@@ -265,6 +286,38 @@ def test_image_folder(tmp_path):
     assert rows[2]["image"] == "own.png"
     assert rows.folder == tmp_path
     assert str(rows.origin(0)) == f"{tmp_path}/metadata.jsonl, row 1"
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_image_folder_by_kind_of_metadata(tmp_path, name):
+    given = [{"file_name": "a/1.png", "question": "Q", "mask_file_name": "m.png"}] * 2
+    if name.endswith(".jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, given)))
+    elif name.endswith(".csv"):
+        (tmp_path / name).write_text("file_name,question,mask_file_name\na/1.png,Q,m.png\na/1.png,Q,m.png\n")
+    else:
+        datasets.Dataset.from_list(given).to_parquet(tmp_path / name)
+    rows = read(tmp_path)
+    assert list(rows) == list(rows.scan(0, 2)) == [{"image": "a/1.png", "question": "Q", "mask": "m.png"}] * 2
+    assert rows.folder == tmp_path
+    assert str(rows.origin(1)) == f"{tmp_path}/{name}, row {3 if name.endswith('.csv') else 2}"
+    assert list(pickle.loads(pickle.dumps(rows))) == list(rows)
+    assert rows.fingerprint() == read(tmp_path).fingerprint()
+
+
+def test_an_image_folder_with_two_metadata_files_is_refused(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name\n")
+    (tmp_path / "metadata.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"holds metadata.jsonl and metadata.csv; keep one of them"):
+        read(tmp_path)
+
+
+def test_a_folder_of_folders_names_them(tmp_path, dataset):
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+        dataset.to_parquet(tmp_path / name / "a.parquet")
+    with pytest.raises(DataError, match=rf"give one of its folders that hold Parquet files: {tmp_path}/1, "):
+        read(tmp_path)
 
 
 def test_hub_dataset(monkeypatch, dataset, tmp_path):

@@ -43,7 +43,7 @@ def test_it_is_small():
 
 
 def checked(name, row_format, tokenizer):
-    settings = {"columns": {}, "prompt": None, "box_form": None, "config": None, "split": None}
+    settings = {"columns": {}, "prompt": None, "box_form": None, "config": None, "split": None, "streaming": False}
     source = SimpleNamespace(path=str(QUICKSTART / name), format=row_format, weight=1.0, limit=None, **settings)
     return check_samples(Samples([source]), tokenizer, max_length=1024)
 

@@ -100,7 +100,7 @@ def test_contradiction(overrides, keys):
         ["freeze.resampler=false", "train.learning_rates.resampler=1e-4", "train.learning_rates.adapter=1e-3"],
         ["freeze.vision=false", "freeze.resampler=false"],
         ["adapter.vision_targets=[attn.in_proj]", "adapter.targets=[]"],
-        ["model.quantization=nf4", "adapter.init=olora"],
+        ["model.quantization=nf4", "adapter.init=gaussian"],
         ["train.learning_rates.embeddings=1e-4"],  # auto may train them
         [EVALUATE, "evaluate.patience=2"],
         [EVALUATE, "train.load_best_model_at_end=true", "train.save_strategy=epoch"],

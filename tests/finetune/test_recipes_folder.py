@@ -13,8 +13,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 def test_which_there_are():
     assert {recipe.stem for recipe in RECIPES} == {
-        *("quickstart", "docvqa_lora", "chartqa_lora", "textvqa_lora", "grounding_lora", "caption_lora"),
-        *("chat_lora", "base_lora", "full_sft"),
+        *("quickstart", "docvqa_lora", "docvqa_qlora", "chartqa_lora", "textvqa_lora"),
+        *("grounding_lora", "caption_lora", "chat_lora", "base_lora", "full_sft"),
     }
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from finetune.charts import HEIGHT, WIDTH, Series, line_chart, make_axis, smooth, spike_limit
 from finetune.report import read_curves, write_report
-from finetune.report_predictions import MAX_ROWS, THUMBNAIL, compare, pair_rows
+from finetune.report_images import THUMBNAIL
+from finetune.report_predictions import MAX_ROWS, compare, pair_rows
 from qwenvl.drawing import PALETTE
 
 VOID = {"meta", "br", "img", "hr", "link", "input"}

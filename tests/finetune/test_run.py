@@ -287,11 +287,11 @@ def test_forgetting_the_steps_that_will_be_repeated(run):
 
 def test_disk_space(tmp_path):
     folder = tmp_path / "not" / "yet"
-    check_disk_space(folder, 1)
+    check_disk_space(folder, 1, "the checkpoints")
     with pytest.raises(
         NotEnoughDiskSpace, match=r"not/yet: [0-9.]+ [GT]B are free, but [0-9.]+ [A-Z]B are needed"
     ) as error:
-        check_disk_space(folder, 10**18)
+        check_disk_space(folder, 10**18, "the checkpoints")
     assert error.value.errno == errno.ENOSPC
     assert isinstance(error.value, OSError)
     assert not folder.exists()
@@ -299,7 +299,7 @@ def test_disk_space(tmp_path):
 
 def test_disk_space_from_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_disk_space("runs/first", 1)
+    check_disk_space("runs/first", 1, "the checkpoints")
 
 
 # What a run is

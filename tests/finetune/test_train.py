@@ -123,11 +123,6 @@ def test_an_adapter_is_no_base_to_train(tmp_path):
         run(tmp_path / "second", model__path=str(finished))
 
 
-def test_what_is_not_there_yet_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"model\.quantization"):
-        run(tmp_path, model__quantization="nf4")
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -1,0 +1,88 @@
+"""How far a score can be trusted: percentile bootstrap intervals over the questions.
+
+Questions are drawn again with replacement and the score is computed anew, some thousand times; the middle 95% of these
+scores are the interval (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13). Questions on one page are
+drawn independently of one another, so where pages hold many questions the true uncertainty is somewhat larger.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+SEED = 0
+
+Aggregate = Callable[[np.ndarray, np.ndarray | None], float]
+"""(questions,) scores, (questions,) groups or None -> the task's score."""
+
+
+class Interval(NamedTuple):
+    """From `low` to `high`, in the score's own unit."""
+
+    low: float
+    high: float
+
+
+def score_interval(
+    values: Sequence[float],
+    groups: Sequence[str | None] | None,
+    aggregate: Aggregate,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Interval:
+    """The interval of a score.
+
+    Args:
+        values: (questions,) the score of each.
+        groups: (questions,) the group of each; None where there are none.
+        aggregate: makes the task's score of them.
+
+    Raises:
+        ValueError: no values.
+    """
+    return _interval(values, groups, lambda scores, names: aggregate(scores[0], names), resamples, seed)
+
+
+def difference_interval(
+    values: Sequence[float],
+    compared: Sequence[float],
+    groups: Sequence[str | None] | None,
+    aggregate: Aggregate,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Interval:
+    """The interval of the difference between two models' scores on the same questions, `values` minus `compared`.
+
+    Each draw takes the same questions for both, so what makes a question hard or easy for both cancels out.
+
+    Raises:
+        ValueError: no values, or another number of them.
+    """
+    if len(values) != len(compared):
+        raise ValueError(f"{len(values)} scores cannot be paired with {len(compared)}")
+    return _interval(
+        [values, compared],
+        groups,
+        lambda scores, names: aggregate(scores[0], names) - aggregate(scores[1], names),
+        resamples,
+        seed,
+    )
+
+
+def _interval(values, groups, statistic, resamples: int, seed: int) -> Interval:
+    scores = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    count = scores.shape[1]
+    if not count:
+        raise ValueError("there are no scores to draw from")
+    names = None if groups is None else np.asarray(groups, dtype=object)
+    draws = np.random.default_rng(seed)
+    drawn = np.empty(resamples)
+    for number in range(resamples):
+        chosen = draws.integers(0, count, count)
+        drawn[number] = statistic(scores[:, chosen], None if names is None else names[chosen])
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(low), float(high))

@@ -1,0 +1,187 @@
+"""A JSON file that holds a list, however long: where its elements lie, found in one pass that keeps none of them.
+
+The file is read through a window that holds a mebibyte, or one element where that is longer.
+"""
+
+import codecs
+import json
+import re
+from array import array
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from finetune.data.sample import DataError
+
+CHUNK = 1 << 20
+"""Bytes read at once."""
+_EDGE = 16  # characters: the longest beginning of a number, literal or escape that looks wrong until the rest is there
+_SPACE = re.compile(r"[ \t\n\r]*")
+_KEY = re.compile(r'[ \t\n\r]*("(?:[^"\\]|\\.)*")[ \t\n\r]*:[ \t\n\r]*')
+_TURNS = ("messages", "conversations", "prompt")  # lists that a single row holds
+
+
+def find_elements(path: Path, name: str) -> tuple[array, array, str]:
+    """Where the elements of a file's list begin and end, in bytes from its beginning; and the file's SHA-256.
+
+    Raises:
+        DataError: no JSON (with line and column), no list, or no UTF-8.
+    """
+    starts, ends = array("q"), array("q")
+    with path.open("rb") as file:
+        window = _Window(file, name)
+        window.skip_space()
+        if window.next() != "[":
+            window.refuse_other_than_list()
+        window.advance(1)
+        window.skip_space()
+        more = window.next() != "]"
+        while more:
+            starts.append(window.byte)
+            window.skip_value()
+            ends.append(window.byte)
+            window.skip_space()
+            if window.next() not in (",", "]"):
+                window.refuse("Expecting ',' delimiter")
+            more = window.next() == ","
+            if more:
+                window.advance(1)
+                window.skip_space()
+        window.advance(1)
+        window.skip_space()
+        if window.next():
+            window.refuse("Extra data")
+    return starts, ends, window.digest.hexdigest()
+
+
+class _Window:
+    """The part of a file that is being read.
+
+    Attributes:
+        text: that part, decoded.
+        at: how far it has been read, in characters of `text`.
+        byte: the same place in bytes from the file's beginning.
+        digest: of what was taken from the file.
+    """
+
+    def __init__(self, file: BinaryIO, name: str):
+        self.name = name
+        self.text, self.at, self.byte = "", 0, 0
+        self.digest = sha256()
+        self._file = file
+        self._taken = 0  # bytes
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._lines = self._column = 0  # before `text`: whole lines, and characters of the line it begins in
+        self._values = json.JSONDecoder()
+        if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+            self.digest.update(codecs.BOM_UTF8)
+            self.byte = self._taken = len(codecs.BOM_UTF8)
+        else:
+            file.seek(0)
+
+    def next(self) -> str:
+        """The character to be read, "" at the end."""
+        return self.text[self.at : self.at + 1]
+
+    def advance(self, count: int) -> None:
+        passed = self.text[self.at : self.at + count]
+        self.byte += len(passed) if passed.isascii() else len(passed.encode())
+        self.at += count
+
+    def skip_space(self) -> None:
+        while True:
+            self.advance(_SPACE.match(self.text, self.at).end() - self.at)
+            if self.at < len(self.text) or not self._take():
+                return
+
+    def skip_value(self) -> None:
+        """Go past one value.
+
+        Raises:
+            DataError: there is none.
+        """
+        while True:
+            try:
+                _, end = self._values.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                unfinished = error.pos > len(self.text) - _EDGE or error.msg.startswith("Unterminated string")
+                if not (unfinished and self._take()):
+                    self.refuse(error.msg, error.pos)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{self.name}: cannot be read as JSON ({why_unreadable(error)})") from error
+            else:
+                # A number at the end of the window may go on behind it.
+                if end <= len(self.text) - _EDGE or not self._take():
+                    self.advance(end - self.at)
+                    return
+
+    def refuse(self, reason: str, place: int | None = None) -> NoReturn:
+        """Raises DataError with line and column of `place`, in characters of `text`; None is where reading stands."""
+        place = self.at if place is None else place
+        line = self._lines + self.text.count("\n", 0, place) + 1
+        newline = self.text.rfind("\n", 0, place)
+        column = place - newline if newline >= 0 else self._column + place + 1
+        raise DataError(
+            f"{self.name}: not JSON (line {line}, column {column}: {reason}); "
+            "one object a line is JSON Lines: name such a file .jsonl"
+        )
+
+    def refuse_other_than_list(self) -> NoReturn:
+        first = self.next()
+        if first != "{":
+            self.skip_value()  # which says what is wrong where it is no JSON
+            kind = {'"': "text", "t": "a truth value", "f": "a truth value", "n": "null"}.get(first, "a number")
+            raise DataError(f"{self.name}: must hold a list of rows, not {kind}")
+        key, remedy = self._first_list(), ""
+        if key in _TURNS:
+            remedy = "; if it is one row, put [ and ] around it"
+        elif key is not None:
+            remedy = (
+                f'; if the rows are under "{key}", write that list to a file of its own: python -c "import json; '
+                f"json.dump(json.load(open('{self.name}'))['{key}'], open('rows.json', 'w'))\""
+            )
+        raise DataError(f"{self.name}: must hold a list of rows, not an object{remedy}")
+
+    def _first_list(self) -> str | None:
+        """The first key of an object whose value is a list, as far as the window shows."""
+        at = self.at + 1
+        while key := _KEY.match(self.text, at):
+            if self.text[key.end() : key.end() + 1] == "[":
+                return json.loads(key[1])
+            try:
+                _, end = self._values.raw_decode(self.text, key.end())
+            except (ValueError, RecursionError):
+                return None
+            at = _SPACE.match(self.text, end).end() + 1
+        return None
+
+    def _take(self) -> bool:
+        """Let go of what was read and take more of the file, as much again as is left; False at its end."""
+        data = self._file.read(max(CHUNK, len(self.text) - self.at))
+        self.digest.update(data)
+        try:
+            more = self._decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            place = self._taken - (len(error.object) - len(data)) + error.start
+            raise DataError(f"{self.name}: cannot be read as JSON (byte {place} is no UTF-8)") from error
+        self._taken += len(data)
+        if not data:
+            return False
+        newline = self.text.rfind("\n", 0, self.at)
+        self._lines += self.text.count("\n", 0, self.at)
+        self._column = self.at - newline - 1 if newline >= 0 else self._column + self.at
+        self.text, self.at = self.text[self.at :] + more, 0
+        return True
+
+
+def why_unreadable(error: Exception) -> str:
+    """What else than its grammar keeps JSON from being read."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is no UTF-8"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+
+
+def kind_of(value: Any) -> str:
+    """JSON's own word for a value."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,107 @@
+"""The data of a recipe, opened and looked at: the first step of training, and all of `finetune check`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.data.checking import Checked, Rules, look_at, refusal
+from finetune.data.sample import DataError
+from finetune.data.samples import Samples
+from finetune.recipe import Recipe, Source
+from qwenvl import ImageAccess, QwenVLProcessor
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """The training or the evaluation data of a recipe.
+
+    Attributes:
+        sources: of the recipe, those that could be opened.
+        samples: of these sources; None where there are none.
+        checked: what was found in them.
+        errors: why a run would not train on this; none where it would.
+    """
+
+    sources: Sequence[Source]
+    samples: Samples | None
+    checked: Checked | None
+    errors: Sequence[ValueError | OSError]
+
+
+def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
+    """What a recipe makes of a sample."""
+    data = recipe.data
+    return Rules(
+        processor.tokenizer,
+        data.max_length,
+        processor.n_queries,
+        data.labels,
+        data.grounding,
+        data.on_long,
+        data.on_bad_row,
+    )
+
+
+def read_checked(
+    recipe: Recipe, processor: QwenVLProcessor, *, show_progress: bool = True, processes: int | None = None
+) -> dict[str, tuple[Samples, Checked]]:
+    """The samples of "train" and, where there is evaluation, "eval", all of them looked at.
+
+    Args:
+        show_progress, processes: see `checking.look_at`.
+
+    Raises:
+        FileNotFoundError, DataError: what a run would not train on, of both parts together.
+        WorkerDied: a process of several ended by itself.
+    """
+    parts = look_at_data(recipe, processor, show_progress=show_progress, processes=processes)
+    errors = [(name, error) for name, part in parts.items() for error in part.errors]
+    if len(errors) == 1:
+        raise errors[0][1]
+    if errors:
+        raise DataError("\n".join(f"{name} data: {error}" for name, error in errors))
+    return {name: (part.samples, part.checked) for name, part in parts.items()}
+
+
+def look_at_data(
+    recipe: Recipe, processor: QwenVLProcessor, *, show_progress: bool = True, processes: int | None = None
+) -> dict[str, DataPart]:
+    """As `read_checked`, but errors are returned: a source that cannot be opened keeps none from being looked at.
+
+    Raises:
+        WorkerDied: a process of several ended by itself.
+    """
+    parts = {"train": recipe.data.train}
+    if recipe.evaluate is not None:
+        parts["eval"] = recipe.evaluate.data
+    rules = rules_of(recipe, processor)
+    looked_at = {}
+    for name, sources in parts.items():
+        kept, samples, errors = _open(recipe, sources)
+        checked = None
+        if samples is not None:
+            checked = look_at(samples, rules, show_progress=show_progress, processes=processes)
+            if error := refusal(checked, rules):
+                errors.append(error)
+        looked_at[name] = DataPart(kept, samples, checked, errors)
+    return looked_at
+
+
+def _open(
+    recipe: Recipe, sources: Sequence[Source]
+) -> tuple[Sequence[Source], Samples | None, list[ValueError | OSError]]:
+    """The sources that can be opened, their samples, and why the others cannot."""
+    root = recipe.data.images_root
+    access = ImageAccess(root=root, allow_urls=recipe.data.allow_urls)
+    try:
+        return sources, Samples(sources, images_root=root, access=access), []
+    except (DataError, OSError) as error:
+        if len(sources) == 1:
+            return [], None, [error]
+    opened, errors = [], []
+    for source in sources:
+        try:
+            Samples([source], images_root=root, access=access)
+            opened.append(source)
+        except (DataError, OSError) as error:
+            errors.append(error)
+    return opened, Samples(opened, images_root=root, access=access) if opened else None, errors

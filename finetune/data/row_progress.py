@@ -1,0 +1,56 @@
+"""How far a pass over rows is: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from finetune.quantities import format_count, format_duration
+
+QUIET_SECONDS = 3.0  # nothing is shown of a pass that is done by then
+LINE_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+class RowProgress:
+    """Shows rows and rows a second on stderr while rows are done.
+
+    Args:
+        what: what is done to them, for the reader.
+        total: rows; None where that is not known.
+        done: rows that were done before.
+    """
+
+    def __init__(self, what: str, total: int | None, done: int = 0):
+        self.what, self.total, self.rows = what, total, done
+        self._before, self._start = done, time.monotonic()
+        self._said = self._start + QUIET_SECONDS - LINE_SECONDS
+        self._bar = None
+
+    def __enter__(self) -> "RowProgress":
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self.total, initial=self.rows, desc=self.what, unit=" rows", delay=QUIET_SECONDS, leave=False
+            )
+        return self
+
+    def __exit__(self, *_):
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, rows: int) -> None:
+        """So many more rows are done."""
+        self.rows += rows
+        if self._bar is not None:
+            self._bar.update(rows)
+            return
+        now = time.monotonic()
+        if now - self._said >= LINE_SECONDS:
+            print(f"{self.what}: {self._line(now)}", file=sys.stderr, flush=True)
+            self._said = now
+
+    def _line(self, now: float) -> str:
+        rate = (self.rows - self._before) / max(now - self._start, 1e-9)
+        text = f"{self.rows:,}{'' if self.total is None else f' of {self.total:,}'} rows, {format_count(rate)} rows/s"
+        if self.total is not None and rate > 0:
+            text += f", {format_duration((self.total - self.rows) / rate)} left"
+        return text

@@ -1,0 +1,87 @@
+"""Conversations that are too long, made to fit by leaving out whole turns from the front.
+
+The check of the data and the collator both render here, so what is checked is what is trained. Nothing is cut in the
+middle of a turn, and an image goes or stays with its turn.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qwenvl.chat import LabelRule, Rendered, render_chat
+from qwenvl.tokenizer import QwenVLTokenizer
+
+OnLong = Literal["error", "drop", "drop_turns"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A conversation as it is trained.
+
+    Attributes:
+        messages: those that are kept: a leading system message, and the last turns.
+        rendered: of these messages; longer than allowed where nothing could make it fit.
+        turns_dropped: turns left out at the front.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    rendered: Rendered
+    turns_dropped: int
+
+
+def render_fitting(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: QwenVLTokenizer,
+    *,
+    max_length: int | None,
+    on_long: OnLong,
+    labels: LabelRule,
+    grounding: bool,
+    n_queries: int,
+) -> Fitted:
+    """Render a conversation, and if it is too long and `on_long` is "drop_turns", as few turns less as make it fit.
+
+    The images that stay are numbered anew: the first "Picture 1:" of what is trained is the first that is shown. What
+    does not fit even as its last exchange, or may not be shortened, comes whole and too long, for the caller to see.
+
+    Args:
+        messages: as for `chat.render_chat`.
+        max_length: tokens; None is any number.
+        tokenizer, labels, grounding, n_queries: as for `chat.render_chat`.
+
+    Raises:
+        ValueError: as `chat.render_chat`.
+    """
+
+    def render(kept: Sequence[Mapping[str, Any]]) -> Rendered:
+        return render_chat(kept, tokenizer, labels=labels, grounding=grounding, n_queries=n_queries)
+
+    rendered = render(messages)
+    if on_long != "drop_turns" or max_length is None or len(rendered.ids) <= max_length:
+        return Fitted(messages, rendered, 0)
+    system, starts = messages[: messages[0]["role"] == "system"], turn_starts(messages)
+
+    def without(turns: int) -> Sequence[Mapping[str, Any]]:
+        return [*system, *messages[starts[turns] :]]
+
+    # Fewer turns are never longer, so the first number that is enough is found by halving.
+    numbers = range(1, len(starts))
+    enough = bisect_left(numbers, True, key=lambda turns: len(render(without(turns)).ids) <= max_length)
+    if enough == len(numbers):
+        return Fitted(messages, rendered, 0)
+    kept = without(numbers[enough])
+    return Fitted(kept, render(kept), numbers[enough])
+
+
+def turn_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Where a conversation's turns begin, as indices of messages: one or more of the user, and the replies to them.
+
+    A reply before any user's message is a turn by itself. User's messages at the end that nobody replies to belong to
+    the turn before them: nothing in them is trained.
+    """
+    roles = [message["role"] for message in messages]
+    first = 1 if roles[0] == "system" else 0
+    last_reply = max((index for index, role in enumerate(roles) if role == "assistant"), default=first)
+    later = range(first + 1, last_reply)
+    return [first, *(index for index in later if roles[index] == "user" and roles[index - 1] != "user")]

@@ -1,0 +1,78 @@
+"""What an epoch will be, from the lengths of the samples alone: tokens, optimizer steps, forwards of a step."""
+
+import os
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from finetune.data.checking import Checked
+from finetune.packing import pack
+from finetune.recipe import Data, Recipe
+
+SAMPLED_BATCHES = 200  # packed to estimate the rest
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training data.
+
+    Attributes:
+        samples: with the weights of their sources.
+        tokens, supervised: of these samples.
+        processes: of the run, as far as this one's surroundings say.
+        samples_per_step: of all processes.
+        steps: optimizer steps of an epoch; `all_steps`, of the run.
+        budget: tokens that one forward may have; None is one conversation at a time.
+        packs_per_step: forwards of one process in an optimizer step, on average.
+        fill: share of the budget that is used, on average; None without one.
+    """
+
+    samples: int
+    tokens: int
+    supervised: int
+    processes: int
+    samples_per_step: int
+    steps: int
+    all_steps: int
+    budget: int | None
+    packs_per_step: float
+    fill: float | None
+
+
+def packing_budget(data: Data, lengths: np.ndarray) -> int | None:
+    """Tokens of one forward; None where every conversation has its own."""
+    return (data.tokens_per_batch or data.max_length or int(lengths.max())) if data.packing else None
+
+
+def estimate_epoch(recipe: Recipe, checked: Checked) -> Epoch:
+    """An epoch of a recipe; packs are those of `SAMPLED_BATCHES` batches drawn by its seed.
+
+    Args:
+        checked: of the training data; at least one sample is kept.
+    """
+    train = recipe.train
+    indices = checked.weighted_indices(recipe.seed)
+    places = np.searchsorted(checked.kept, indices)
+    lengths = checked.lengths[places]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    batches = len(lengths) / (batch * processes)
+    batches = int(batches) if train.dataloader_drop_last else ceil(batches)
+    steps = max(1, ceil(batches / accumulation))
+    budget = packing_budget(recipe.data, checked.lengths)
+    drawn = np.random.default_rng(recipe.seed).permutation(len(lengths))[: SAMPLED_BATCHES * batch]
+    packed = [pack(lengths[drawn[start : start + batch]].tolist(), budget) for start in range(0, len(drawn), batch)]
+    packs = sum(map(len, packed))
+    return Epoch(
+        samples=len(lengths),
+        tokens=int(lengths.sum()),
+        supervised=int(checked.supervised[places].sum()),
+        processes=processes,
+        samples_per_step=batch * accumulation * processes,
+        steps=steps,
+        all_steps=train.max_steps if train.max_steps > 0 else ceil(train.num_train_epochs * steps),
+        budget=budget,
+        packs_per_step=packs / max(len(packed), 1) * min(accumulation, batches),
+        fill=None if budget is None or not packs else float(lengths[drawn].sum()) / (packs * budget),
+    )

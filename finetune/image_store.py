@@ -1,0 +1,122 @@
+"""The image features of a long run of questions: each image is read ahead by a thread and encoded once."""
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qwenvl import ImageAccess, QwenVLForConditionalGeneration, QwenVLImageProcessor, load_image
+from qwenvl.images import ImageError
+
+READERS = 4  # threads that decode; Pillow decodes and resizes without holding the interpreter's lock
+ENCODED_TOGETHER = 8  # images; beyond that a tower of this size is busy anyway
+KEPT_BYTES = 256_000_000  # of features: 120 images of the published model in 16 bits
+
+
+class ImageRequest(NamedTuple):
+    """An image to be read: its `source`, what it may reach, and what to call it in errors."""
+
+    source: Any
+    access: ImageAccess
+    name: str
+
+
+def image_key(source: Any, access: ImageAccess) -> str:
+    """Tells images apart without decoding them: an image in memory by its content, one elsewhere by its place."""
+    if isinstance(source, Mapping):
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, str | os.PathLike):
+        return f"{access.root}:{os.fspath(source)}"
+    if not isinstance(source, bytes):
+        pixels = np.asarray(source)
+        source = str(pixels.shape).encode() + pixels.tobytes()
+    return hashlib.sha256(source).hexdigest()
+
+
+class ImageStore:
+    """Features by key. Those least recently used go when there are more than `keep_bytes` of them.
+
+    Args:
+        model: encodes, on its device, in the mode it is in.
+        image_processor: of the model.
+        keep_bytes: of features. What one call of `features` asks for is kept together whatever it takes.
+    """
+
+    def __init__(
+        self,
+        model: QwenVLForConditionalGeneration,
+        image_processor: QwenVLImageProcessor,
+        keep_bytes: int = KEPT_BYTES,
+    ):
+        self._model, self._image_processor, self._keep_bytes = model, image_processor, keep_bytes
+        self._readers = ThreadPoolExecutor(READERS, "read-images")
+        self._pixels: dict[str, Future] = {}  # being read, or read and not encoded yet
+        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._unreadable: dict[str, ImageError] = {}
+        self._bytes = 0
+        self.encoded = 0
+
+    def __enter__(self) -> "ImageStore":
+        return self
+
+    def __exit__(self, *_):
+        self._readers.shutdown(wait=True, cancel_futures=True)
+
+    def read_ahead(self, requests: Mapping[str, ImageRequest]):
+        """Begin to read images (by key) that will be asked for; those already here or on their way are left."""
+        for key, request in requests.items():
+            if key not in self._pixels and key not in self._features and key not in self._unreadable:
+                self._pixels[key] = self._readers.submit(self._read, request)
+
+    def features(self, requests: Mapping[str, ImageRequest]) -> dict[str, torch.Tensor | ImageError]:
+        """Features of images by key.
+
+        Returns:
+            for each key (n_queries, hidden) on the model's device, or why the image cannot be had.
+        """
+        self.read_ahead(requests)
+        wanted = list(requests)
+        missing = [key for key in wanted if key in self._pixels]
+        for start in range(0, len(missing), ENCODED_TOGETHER):
+            self._encode(missing[start : start + ENCODED_TOGETHER])
+        found: dict[str, torch.Tensor | ImageError] = {}
+        for key in wanted:
+            if key in self._unreadable:
+                found[key] = self._unreadable[key]
+            else:
+                self._features.move_to_end(key)
+                found[key] = self._features[key]
+        while self._bytes > self._keep_bytes and len(self._features) > len(wanted):
+            _, dropped = self._features.popitem(last=False)
+            self._bytes -= dropped.nbytes
+        return found
+
+    def _read(self, request: ImageRequest) -> torch.Tensor:
+        """(3, S, S) uint8."""
+        image = load_image(request.source, access=request.access, name=request.name)
+        return self._image_processor(image, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+
+    @torch.no_grad()
+    def _encode(self, keys: Sequence[str]):
+        pixels = {}
+        for key in keys:
+            try:
+                pixels[key] = self._pixels[key].result()
+            except ImageError as error:
+                self._unreadable[key] = error
+                del self._pixels[key]
+        if not pixels:
+            return
+        features = self._model.get_image_features(torch.stack(list(pixels.values())).to(self._model.device))
+        self.encoded += len(pixels)
+        for key, one in zip(pixels, features, strict=True):
+            # Only now: what did not fit into memory is tried again, with fewer.
+            del self._pixels[key]
+            # A copy of its own: a view would keep the whole stack in memory.
+            self._features[key] = one.clone()
+            self._bytes += one.nbytes
