@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 / 143 interrupted
 
 import argparse
 import contextlib
+import logging
 import signal
 import sys
 import warnings
@@ -14,7 +15,7 @@ from importlib import import_module
 from finetune.errors import Failed, Interrupted, UserError
 from finetune.recipe import RecipeError
 
-COMMANDS = ("train",)
+COMMANDS = ("check", "train")
 """In the order of a job; each is the module of its name in `finetune.commands`. `train` need not be written."""
 
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return told.code
     # What the libraries tell programmers, about names that they will drop, is not for the reader of a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, with or without 4-bit weights
     try:
         with stopping_on_sigterm():
             command.run(parsed)
@@ -66,12 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """All commands, a line each."""
-    lines = ["finetune RECIPE [key.path=value ...]    " + import_module("finetune.commands.train").SUMMARY]
-    lines += [
-        f"finetune {name:<31}{import_module(f'finetune.commands.{name}').SUMMARY}"
-        for name in COMMANDS
-        if name != "train"
-    ]
+    lines = []
+    for name in COMMANDS:
+        word = "RECIPE" if name == "train" else name
+        lines.append(f"finetune {word:<10}{import_module(f'finetune.commands.{name}').SUMMARY}")
     lines += ["", indented(import_module("finetune.commands.train").EXAMPLES), ""]
     lines.append(
         "`finetune COMMAND --help` has the words of each. Recipes are in recipes/; every key can be overridden."
