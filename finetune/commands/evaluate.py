@@ -1,0 +1,167 @@
+"""`finetune evaluate MODEL_OR_RUN --task TASK --data PATH`"""
+
+import argparse
+from pathlib import Path
+
+from finetune.errors import UserError
+
+SUMMARY = "score a model on a task, with an interval and a page of its worst replies"
+WHEN_STOPPED = "the replies so far are kept: the same command goes on"
+EXAMPLES = """\
+finetune evaluate Qwen/Qwen-VL-Chat --task docvqa --data HuggingFaceM4/DocumentVQA --split validation
+finetune evaluate runs/docvqa_lora --recipe recipes/docvqa_lora.yaml --compare Qwen/Qwen-VL-Chat
+finetune evaluate runs/mine --task custom --metric anls --data questions.jsonl --column answers=label"""
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="hub id, checkpoint, exported folder, adapter or run")
+    asked = parser.add_argument_group("what is asked")
+    asked.add_argument("--task", help="docvqa, chartqa, textvqa, refcoco, flickr30k, ..., or custom with --metric")
+    asked.add_argument("--data", metavar="PATH", help="file, folder or hub dataset id")
+    asked.add_argument(
+        "--recipe", type=Path, help="take task, metric, data and prompts of its evaluate section, all of its rows"
+    )
+    asked.add_argument("--split", help="split of a hub dataset, such as validation")
+    asked.add_argument("--config", help="configuration of a hub dataset that has several")
+    asked.add_argument("--format", help="what a row of custom data looks like; vqa by default")
+    asked.add_argument(
+        "--column", metavar="role=name", action="append", default=[], help="where the data has another name; repeat"
+    )
+    asked.add_argument("--box-form", choices=["xyxy", "xywh"], help="of boxes in pixels, where the task does not say")
+    asked.add_argument("--images-root", metavar="DIR", help="folder that image paths are relative to and stay in")
+    asked.add_argument("--limit", type=count, metavar="N", help="only the first N questions")
+    asked.add_argument("--sample", type=count, metavar="N", help="N questions drawn by --seed, the same every time")
+    asked.add_argument("--seed", type=int, default=0, help="of --sample; 0 by default")
+    asked.add_argument("--on-bad-row", choices=["error", "skip"], default="error", help="skip leaves out and lists it")
+    asked.add_argument(
+        "--bad-image",
+        choices=["refuse", "wrong"],
+        default="refuse",
+        help="a missing or damaged image ends the evaluation, or its questions count as wrong and are listed",
+    )
+    how = parser.add_argument_group("how it is asked")
+    how.add_argument("--metric", help="of task custom: anls, relaxed_accuracy, vqa_score, exact_match, grounding, ...")
+    how.add_argument("--prompt", help="in place of the task's; {question} or {phrase} is filled in")
+    how.add_argument("--style", choices=["chat", "base"], help="ChatML, or raw text; by default as the model says")
+    how.add_argument("--shots", type=int, default=0, metavar="K", help="solved examples first; style base")
+    how.add_argument("--max-new-tokens", type=count, metavar="N", help="of a reply; by default the task's")
+    how.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    how.add_argument("--quantization", choices=["nf4"], help="load the model in 4 bits")
+    how.add_argument("--batch-tokens", type=count, metavar="N", help="most tokens of a batch; 8192 by default")
+    parser.add_argument("--compare", metavar="BASE", help="a second model, asked the same: shows the difference")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="results go here; RUN/evaluations/TASK or runs/evaluations/MODEL-TASK"
+    )
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def run(arguments: argparse.Namespace):
+    refuse_what_does_not_go_together(arguments)
+    task, recipe = task_of(arguments)
+    # Only now, with arguments known to be right, is anything heavy imported.
+    from finetune.evaluate import Evaluation, EvaluationSource, evaluate
+
+    if recipe is None:
+        own = {"limit": None, "columns": columns_of(arguments), "prompt": arguments.prompt}
+        given = {key: getattr(arguments, key) for key in ("config", "split", "box_form")}
+        sources = (EvaluationSource(arguments.data, **own, **given),)
+    else:
+        # A limit bounds the time that training spends on it; here all is asked.
+        sources = tuple(source.model_copy(update={"limit": None}) for source in recipe.evaluate.data)
+    optional = {"batch_tokens": arguments.batch_tokens} if arguments.batch_tokens else {}
+    evaluate(
+        Evaluation(
+            model=arguments.model,
+            task=task,
+            sources=sources,
+            compare=arguments.compare,
+            images_root=arguments.images_root or (recipe and recipe.data.images_root),
+            allow_urls=bool(recipe and recipe.data.allow_urls),
+            limit=arguments.limit,
+            sample=arguments.sample,
+            seed=arguments.seed,
+            style=arguments.style,
+            shots=arguments.shots,
+            dtype=arguments.dtype,
+            quantization=arguments.quantization,
+            grounding=bool(recipe and recipe.data.grounding),
+            on_bad_row=arguments.on_bad_row,
+            on_bad_image=arguments.bad_image,
+            out=arguments.out,
+            **optional,
+        )
+    )
+
+
+OF_DATA = ("split", "config", "format", "column", "box_form", "prompt")
+
+
+def refuse_what_does_not_go_together(arguments: argparse.Namespace):
+    """Raises:
+    UserError: with the arguments that contradict each other or are missing.
+    """
+    if arguments.recipe is not None:
+        given = [name for name in ("task", "metric", "data", *OF_DATA) if getattr(arguments, name)]
+        if given:
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"--recipe says what is asked, and so does {named}: give one of them")
+        return
+    if arguments.task is None or arguments.data is None:
+        raise UserError("give --task and --data, or --recipe with an evaluate section that names a task")
+    if (arguments.task == "custom") != (arguments.metric is not None):
+        raise UserError("--metric is for --task custom, and task custom needs it")
+    if arguments.format is not None and arguments.task != "custom":
+        raise UserError(f"--format is for --task custom: task {arguments.task} has its own")
+    if arguments.shots < 0:
+        raise UserError(f"--shots must be 0 or more, not {arguments.shots}")
+
+
+def task_of(arguments: argparse.Namespace):
+    """The task with the most new tokens of a reply, and the recipe where one says what is asked.
+
+    Raises:
+        UserError: an unknown task or metric, or a recipe without a task.
+    """
+    from dataclasses import replace
+
+    from finetune import recipe_task
+    from finetune.recipe import load_recipe
+    from finetune.tasks import custom_task, find_task
+
+    recipe = None
+    if arguments.recipe is not None:
+        recipe = load_recipe(arguments.recipe)
+        if recipe.evaluate is None or recipe.evaluate.task is None:
+            raise UserError(
+                f"{arguments.recipe}: its evaluate section names no task: set evaluate.task, or give --task and --data"
+            )
+        task = recipe_task.task_of(recipe.evaluate)
+    elif arguments.task == "custom":
+        task = custom_task(arguments.metric, format=arguments.format or "vqa")
+    else:
+        task = find_task(arguments.task)
+    return (replace(task, max_new_tokens=arguments.max_new_tokens) if arguments.max_new_tokens else task), recipe
+
+
+def columns_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """`role=name` pairs.
+
+    Raises:
+        UserError: one without `=`, or a role given twice.
+    """
+    columns: dict[str, str] = {}
+    for pair in arguments.column:
+        role, equals, name = pair.partition("=")
+        if not (role and equals and name):
+            raise UserError(f"--column {pair}: write role=name, such as question=query")
+        if role in columns:
+            raise UserError(f"--column {role} is given twice")
+        columns[role] = name
+    return columns
