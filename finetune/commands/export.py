@@ -1,0 +1,59 @@
+"""`finetune export MODEL --to FORMAT`"""
+
+import argparse
+from pathlib import Path
+
+from finetune.commands.merge import read_size
+from finetune.errors import UserError
+from finetune.export_folder import FORMATS, default_folder, refuse_existing
+
+SUMMARY = "write a checkpoint in another form: safetensors, 4 bits, or for servers that know Qwen2"
+WHEN_STOPPED = "nothing was written under the folder's name"
+EXAMPLES = """\
+finetune export models/docvqa --to nf4
+finetune export models/docvqa --to qwen2 --out models/docvqa-server
+finetune export Qwen/Qwen-VL-Chat --to safetensors --dtype bfloat16 --shard-size 2GB
+finetune export models/docvqa --to safetensors --push me/docvqa"""
+
+TO = """\
+safetensors: the same model in safetensors files. nf4: linears in 4 bits. qwen2: the language model as Transformers'
+Qwen2, which servers know, with vision beside it"""
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "model", metavar="MODEL", help="checkpoint or merged folder, hub id, or the run of a training without adapter"
+    )
+    parser.add_argument("--to", choices=FORMATS, required=True, help=TO)
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write (default: MODEL-FORMAT beside MODEL)")
+    parser.add_argument("--shard-size", metavar="SIZE", type=read_size, help="of a weight file at most (default: 5GB)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="type of the weights; auto (the default) is as they are stored",
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the finished folder to the hub, as private")
+    parser.add_argument("--public", action="store_true", help="with --push: let everybody see it")
+
+
+def run(arguments: argparse.Namespace):
+    if arguments.public and arguments.push is None:
+        raise UserError("--public says who may see an upload: give --push too")
+    refuse_existing(arguments.out or default_folder(arguments.model, arguments.to))
+    # Only now, with a place to write to, is anything heavy imported.
+    from transformers.utils import logging
+
+    from finetune.export import export
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    export(
+        arguments.model,
+        arguments.to,
+        out=arguments.out,
+        shard_bytes=arguments.shard_size,
+        dtype=arguments.dtype,
+        push=arguments.push,
+        public=arguments.public,
+    )

@@ -1,0 +1,143 @@
+"""Tensors on their way from one checkpoint into another: renamed, cut, rounded at most once, and held against it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from finetune.errors import Failed, UserError
+from finetune.tensor_files import Planned, file_hash
+from qwenvl.checkpoint_files import StoredTensor, tensors_in
+
+PIECE_BYTES = 1 << 26  # read at once
+SAMPLED = 16  # tensors of which every value is computed once more, spread from the first to the last
+
+
+@dataclass(frozen=True)
+class ExportedTensor:
+    """A tensor to be written and what it is made of.
+
+    Attributes:
+        name: in the checkpoint that is written.
+        source: the tensor that it is, or is cut out of.
+        dtype: that it is written in.
+        rows: (start, stop) along the source's first axis; None for all of it.
+    """
+
+    name: str
+    source: StoredTensor
+    dtype: torch.dtype
+    rows: tuple[int, int] | None = None
+
+    @property
+    def planned(self) -> Planned:
+        shape = self.source.shape
+        if self.rows is not None:
+            shape = (self.rows[1] - self.rows[0], *shape[1:])
+        return Planned(self.name, shape, self.dtype)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """The tensor, cut along its first axis.
+
+        Raises:
+            UserError: a value that the written type cannot hold.
+        """
+        if not self.source.shape:
+            yield self._rounded(self.source.read())
+            return
+        start, stop = self.rows or (0, self.source.shape[0])
+        step = max(1, PIECE_BYTES * self.source.shape[0] // max(1, self.source.nbytes))
+        for first in range(start, stop, step):
+            yield self._rounded(self.source.read(first, min(first + step, stop)))
+
+    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
+        rounded = values.to(self.dtype)
+        overflown = self.dtype != values.dtype and (rounded.isinf() & ~values.isinf()).any()
+        if overflown:
+            finite = values[~values.isinf()]
+            raise UserError(
+                f"{self.source.name}: {finite.abs().max():.3g} is more than {dtype_name(self.dtype)} can hold "
+                f"({torch.finfo(self.dtype).max:.5g}): give --dtype bfloat16 or float32"
+            )
+        return rounded
+
+
+def planned(tensors: Sequence[ExportedTensor]) -> list[Planned]:
+    """As `tensor_files.write_tensors` takes them."""
+    return [tensor.planned for tensor in tensors]
+
+
+def pieces(tensors: Sequence[ExportedTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `tensor_files.write_tensors` takes them."""
+    for tensor in tensors:
+        for piece in tensor.pieces():
+            yield tensor.name, piece
+
+
+def written_dtype(stored: StoredTensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The type that a tensor is written in: what is no floating-point number stays as it is."""
+    return stored.dtype if dtype is None or not stored.dtype.is_floating_point else dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16"""
+    return str(dtype).removeprefix("torch.")
+
+
+def refuse_incomplete(path: str, stored: dict[str, StoredTensor], model: nn.Module):
+    """Hold a checkpoint's tensors against the model that its config describes.
+
+    Args:
+        model: may be on the meta device.
+
+    Raises:
+        ValueError: a tensor is missing, or has another shape.
+    """
+    for name, expected in model.state_dict().items():
+        if name not in stored:
+            raise ValueError(f"{path}: {name} is missing from its weights: fetch them again")
+        if stored[name].shape != tuple(expected.shape):
+            raise ValueError(
+                f"{path}: {name} is {stored[name].shape}, but by config.json it is {tuple(expected.shape)}: config "
+                "and weights are not of the same model"
+            )
+
+
+def check_written(
+    folder: Path, hashes: dict[str, str], tensors: Sequence[ExportedTensor], on_bytes: Callable[[int], None]
+) -> None:
+    """Read back what was written.
+
+    Every byte is held against the hash taken while writing, every tensor's name, shape and type against what was
+    planned; some tensors are computed once more and compared value by value.
+
+    Raises:
+        Failed: something is not as it should be; says what.
+    """
+    for name, expected in hashes.items():
+        if file_hash(folder / name, on_bytes) != expected:
+            raise Failed(f"{name} does not read back as it was written: is the disk sound? Nothing was kept")
+    files = [folder / name for name in hashes if name.endswith(".safetensors")]
+    there = {stored.name: stored for file in files for stored in tensors_in(file)}
+    plans = {tensor.name: tensor.planned for tensor in tensors}
+    if there.keys() != plans.keys():
+        raise Failed(f"the written files lack or add {min(there.keys() ^ plans.keys())}. Nothing was kept")
+    for name, plan in plans.items():
+        if (there[name].shape, there[name].dtype) != (plan.shape, plan.dtype):
+            raise Failed(f"{name} was written as {there[name].dtype} {there[name].shape}. Nothing was kept")
+    for tensor in _spread(tensors):
+        written, first = there[tensor.name], 0
+        for piece in tensor.pieces():
+            rows = len(piece) if piece.ndim else 0
+            read = written.read(first, first + rows)
+            first += rows
+            if not torch.equal(read.view(torch.uint8), piece.contiguous().view(torch.uint8)):
+                raise Failed(f"{tensor.name} was not written as it was computed. Nothing was kept")
+
+
+def _spread(tensors: Sequence[ExportedTensor]) -> list[ExportedTensor]:
+    if len(tensors) <= SAMPLED:
+        return list(tensors)
+    return [tensors[number * (len(tensors) - 1) // (SAMPLED - 1)] for number in range(SAMPLED)]

@@ -1,0 +1,129 @@
+"""`qwen.tiktoken` as the `tokenizer.json` that other programs read: the same ids for the same text.
+
+tiktoken merges the two neighbours whose union has the lowest rank, the leftmost first. `tokenizers` merges by a list
+of pairs, of which the file has none. Each token has exactly one: the two pieces that its bytes come to when only lower
+ranks merge. Two neighbours that make up a token have only ever merged within it, in the same order, so whatever stands
+around them they are that pair.
+
+Two things differ. A control token spelled in a text is that token, as everywhere with a `tokenizer.json`, where
+`qwenvl` takes it for text. And the order of a few combining marks that are new since Unicode 14, which the tables of
+`tokenizers` do not have yet.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenvl.vocabulary import END_OF_TEXT, SPLIT_PATTERN, Vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# ChatML for conversations in text. Images are no part of it: they come as prompt embeddings.
+TEXT_CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] != 'text' -%}
+{{- raise_exception('this template is for text: an image goes in by prompt_embeddings.py') -}}
+{%- endif -%}
+{{- part['text'] -}}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+def write_tokenizer(vocabulary: Vocabulary, folder: Path, *, eos_token: str, max_length: int) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`.
+
+    Args:
+        eos_token: the control token at which programs that know only one end a reply.
+        max_length: tokens that the model takes.
+
+    Raises:
+        ValueError: see `fast_tokenizer`.
+    """
+    fast_tokenizer(vocabulary).save(str(folder / "tokenizer.json"), pretty=False)
+    settings = {
+        # Taken as it is by what honours this class; Transformers 5 takes Qwen2's own for the model's sake, and builds
+        # it from the vocabulary and the merges in tokenizer.json: the same ids.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": eos_token,
+        "pad_token": END_OF_TEXT,
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": TEXT_CHAT_TEMPLATE,
+    }
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """The tokenizer that gives the ids of `vocabulary`, control tokens in the text recognised.
+
+    Raises:
+        ValueError: an ordinary token is spelled like a control token, which `tokenizers` cannot hold apart.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    strings = vocabulary.token_strings[: vocabulary.ordinary_size]
+    for token, string in zip(vocabulary.token_bytes, strings, strict=False):
+        if token.decode("latin-1") in vocabulary.control_tokens:
+            raise ValueError(f"the vocabulary has an ordinary token {token!r} ({string}) beside the control token")
+    merges = [(strings[left], strings[right]) for left, right in merged_pairs(vocabulary)]
+    # As tiktoken, a word that is a token is that token, whatever merging its bytes would give.
+    model = models.BPE(vocab={string: rank for rank, string in enumerate(strings)}, merges=merges, ignore_merges=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # In the order of their ids, which follow the last rank.
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in vocabulary.control_tokens]
+    )
+    return tokenizer
+
+
+def merged_pairs(vocabulary: Vocabulary) -> list[tuple[int, int]]:
+    """The ranks of the two tokens that each longer token is merged from, in the order of the tokens' ranks.
+
+    A token that merging never reaches has none; as a whole word it is found all the same.
+    """
+    ranks = {token: rank for rank, token in enumerate(vocabulary.token_bytes[: vocabulary.ordinary_size])}
+    pairs = []
+    for token, rank in ranks.items():
+        parts = _merge_below(token, rank, ranks)
+        if len(parts) == 2 and all(part in ranks for part in parts):
+            pairs.append((ranks[parts[0]], ranks[parts[1]]))
+    return pairs
+
+
+def _merge_below(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[bytes]:
+    """What a token's bytes come to when only tokens of ranks below `limit` are merged."""
+    parts = [token[place : place + 1] for place in range(len(token))]
+    while len(parts) > 1:
+        unions = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
+        lowest = min(unions)
+        if lowest >= limit:
+            break
+        place = unions.index(lowest)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
