@@ -1,0 +1,88 @@
+"""The wordings of questions. {name} is what a field is called, {picture} what the family calls its picture."""
+
+PICTURES = {
+    "words": "page",
+    "form": "form",
+    "receipt": "receipt",
+    "table": "table",
+    "label": "label",
+    "chart": "chart",
+    "shapes": "picture",
+    "boarding": "boarding pass",
+}
+
+TRANSCRIBE = (
+    "Read the page.",
+    "What is written here?",
+    "Write down all the text.",
+    "Transcribe the picture.",
+    "Read everything from top to bottom.",
+    "What does the page say?",
+    "Copy the text line by line.",
+)
+
+QUESTION = (
+    "What is the {name}?",
+    "{name}?",
+    "Read the {name}.",
+    "Which {name} is on the {picture}?",
+    "Tell me the {name}.",
+    "Give the {name}.",
+    "What does the {picture} say for the {name}?",
+    "Find the {name}.",
+    "Can you read the {name}?",
+    "The {name}, please.",
+)
+
+FOLLOW_UP = (
+    "And the {name}?",
+    "What about the {name}?",
+    "And {name}?",
+    "Now the {name}.",
+    "The {name} as well, please.",
+)
+
+IN_PICTURE = (
+    "What is the {name} in Picture {number}?",
+    "Read the {name} of Picture {number}.",
+    "{name} in Picture {number}?",
+    "Which {name} does Picture {number} show?",
+)
+
+COMPARE = (
+    "Which picture has the {more} {name}?",
+    "On which picture is the {more} {name}?",
+    "Is the {name} {more} in Picture 1 or Picture 2?",
+    "Where is the {name} {more}?",
+)
+"""For two pictures; the answer is "Picture 1" or "Picture 2"."""
+
+MORE = {
+    "price": ("higher", "lower"),
+    "date": ("later", "earlier"),
+    "time": ("later", "earlier"),
+    "weight": ("larger", "smaller"),
+    "percent": ("higher", "lower"),
+    "number": ("higher", "lower"),
+}
+"""Kinds of values that can be compared -> words for more and for less."""
+
+COMPARE_OWN = {
+    ("receipt", "total"): (("Which receipt is dearer?", "Where was more paid?"), ("Which receipt is cheaper?",)),
+    ("receipt", "date"): (("Which receipt is newer?",), ("Which receipt is older?",)),
+    ("label", "weight"): (("Which parcel is heavier?",), ("Which parcel is lighter?",)),
+    ("label", "date"): (("Which parcel was sent later?",), ("Which parcel was sent first?",)),
+}
+"""(family, key) -> further questions for more, and for less."""
+
+IS_IT = ("Is the {name} {value}?", "Is {value} the {name}?", "Does the {picture} say {value} for the {name}?")
+IS_WRITTEN = ("Is {value} written here?", "Does the {picture} say {value}?", "Can you see {value} on the {picture}?")
+
+READ_BOX = ("What is written in {box}?", "Read {box}.", "What does {box} say?", "Which text is in {box}?")
+WHAT_IN_BOX = ("What is in {box}?", "Which shape is in {box}?", "Name the shape in {box}.")
+
+COUNT = ("How many {what} are there?", "Count the {what}.", "How many {what} do you see?", "{what}: how many?")
+COUNT_MORE = ("And {what}?", "And how many {what}?", "What about the {what}?")
+COLOUR = ("What colour is the {shape}?", "Which colour has the {shape}?", "The {shape} is of which colour?")
+IS_THERE = ("Is there a {what}?", "Do you see a {what}?", "Does the picture show a {what}?")
+MORE_SHAPES = ("Which picture has more {what}?", "Where are more {what}?", "On which picture are there more {what}?")
