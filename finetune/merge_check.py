@@ -41,7 +41,10 @@ MEASURED = 8  # layers on which the rounding to 4 bits is measured
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.15}
 
 
-MEMORY_PER_BYTE = 1.3  # that loading and running a model takes, for each byte of its weights
+# That loading and running a model takes, for each byte of its weights; and where these are as stored, and stay in their
+# files, mapped into memory: in all.
+MEMORY_PER_BYTE = 1.3
+MEMORY_MAPPED = 3_000_000_000
 
 
 def check_merge(
@@ -69,6 +72,8 @@ def check_merge(
     facts = {"read back": f"{len(hashes)} weight files hold what was written; {recomputed} tensors computed once more"}
     dtype = max(plan, key=lambda tensor: tensor.planned.nbytes).dtype
     needed = int(sum(tensor.planned.nbytes for tensor in plan) * MEMORY_PER_BYTE)
+    if not sources.parts and all(tensor.dtype == tensor.base.dtype for tensor in plan):
+        needed = min(needed, MEMORY_MAPPED)
     available = psutil.virtual_memory().available
     if available < needed:
         facts["logits"] = (

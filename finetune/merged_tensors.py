@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,11 +16,12 @@ from finetune.adapter_weights import Change, LowRank
 from finetune.errors import UserError
 from finetune.tensor_files import Planned
 from qwenvl.checkpoint_files import StoredTensor
+from qwenvl.direct_reading import SLACK
 
 # Values computed at once. The published model's linears have up to 45 million: each is one piece, so that its product
 # B A is that of one multiplication, whatever the machine makes of a smaller one.
 PIECE_VALUES = 46_000_000
-COPIED_BYTES = 1 << 22  # read at once where nothing is computed
+COPIED_BYTES = 1 << 25  # read at once where nothing is computed
 
 
 class Scratch:
@@ -30,7 +32,7 @@ class Scratch:
 
     def __init__(self):
         self._memory: dict[str, torch.Tensor] = {}
-        self._turn = 0
+        self._turn = self._reading = 0
 
     def bytes(self, purpose: str, count: int) -> torch.Tensor:
         """(count,) uint8, with whatever is left in it."""
@@ -43,9 +45,22 @@ class Scratch:
         self._turn = 1 - self._turn
         return self.bytes(f"handed out {self._turn}", count)
 
+    def bytes_to_read_into(self, count: int) -> torch.Tensor:
+        """As `bytes`, good until the third next call: one is read, one computed with, one written as it is."""
+        self._reading = (self._reading + 1) % 3
+        return self.bytes(f"read {self._reading}", count)
+
     def tensor(self, purpose: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor, with whatever is left in it."""
         return self.bytes(purpose, prod(shape) * dtype.itemsize).view(dtype).view(*shape)
+
+
+class Part(NamedTuple):
+    """Rows `start` to before `stop` of a tensor as they are stored, in the base or trained in full."""
+
+    stored: torch.Tensor
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,11 @@ class MergedTensor:
             UserError: a value that the written type cannot hold.
         """
         scratch = scratch or Scratch()
+        for part in self.read(scratch):
+            yield self.finish(part, scratch)
+
+    def read(self, scratch: Scratch) -> Iterator["Part"]:
+        """What the pieces are made of, read one after the other; a part is good until the third next is asked for."""
         shape = self.base.shape
         whole = self._whole_base()
         at_once = COPIED_BYTES // self.dtype.itemsize if self.copied else PIECE_VALUES
@@ -91,14 +111,21 @@ class MergedTensor:
         for start in range(0, max(rows, 1), step):
             stop = min(start + step, rows)
             if whole is not None:
-                stored = whole[start:stop]
-            else:
-                source = self.change.replaced if self.change is not None and self.change.replaced else self.base
-                # The rows of a strided tensor lie apart.
-                size = source.nbytes if source.strided else step * source.nbytes // max(rows, 1)
-                memory = scratch.bytes_to_hand_out(size) if self.copied else scratch.bytes("read", size)
-                stored = source.read(start, stop, memory) if shape else source.read()
-            yield stored if self.copied else self._merged(stored, start, stop, scratch)
+                yield Part(whole[start:stop], start, stop)
+                continue
+            source = self.change.replaced if self.change is not None and self.change.replaced else self.base
+            # The rows of a strided tensor lie apart.
+            size = source.nbytes if source.strided else step * source.nbytes // max(rows, 1)
+            memory = scratch.bytes_to_read_into(size + SLACK)
+            yield Part(source.read(start, stop, memory) if shape else source.read(), start, stop)
+
+    def finish(self, part: "Part", scratch: Scratch) -> torch.Tensor:
+        """The piece that a part makes.
+
+        Raises:
+            UserError: a value that the written type cannot hold.
+        """
+        return part.stored if self.copied else self._merged(part.stored, part.start, part.stop, scratch)
 
     def _merged(self, stored: torch.Tensor, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
         """Rows `start` to before `stop`, from those of the base (or what replaces it)."""
@@ -139,18 +166,23 @@ class MergedTensor:
 
 
 def merged_pieces(plan: Iterable[MergedTensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, piece) of all tensors in order; the next is computed in a thread of its own while one is worked on.
+    """(name, piece) of all tensors in order. While one is worked on, the next is computed and the one after it read.
 
     Raises:
         UserError: a value that the written type cannot hold.
     """
     scratch = Scratch()
-    pieces = ((tensor.base.name, piece) for tensor in plan for piece in tensor.pieces(scratch))
-    with ThreadPoolExecutor(1) as computing:
-        coming = computing.submit(next, pieces, None)
-        while (piece := coming.result()) is not None:
-            coming = computing.submit(next, pieces, None)
-            yield piece
+    parts = _ahead((tensor, part) for tensor in plan for part in tensor.read(scratch))
+    return _ahead((tensor.base.name, tensor.finish(part, scratch)) for tensor, part in parts)
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The items; the next is made in a thread of its own while one is worked on."""
+    with ThreadPoolExecutor(1) as making:
+        coming = making.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = making.submit(next, items, None)
+            yield item
 
 
 def left_of_base(weight: torch.Tensor, low_rank: LowRank, dtype: torch.dtype) -> torch.Tensor:

@@ -151,20 +151,6 @@ def evaluation_takes_place(train: Train, evaluate: Evaluate | None) -> Iterator[
             if wished:
                 reason = "needs evaluations during training, and train.eval_strategy is no"
                 yield Finding((key, "train.eval_strategy"), reason, "set train.eval_strategy: epoch or steps")
-    elif train.load_best_model_at_end and train.save_strategy not in (when, "best"):
-        yield Finding(
-            ("train.load_best_model_at_end", "train.save_strategy", "train.eval_strategy"),
-            f"the best is among the saved only if saving ({train.save_strategy}) goes with evaluation ({when})",
-            f"set train.save_strategy: {when}",
-        )
-    elif train.load_best_model_at_end and train.save_strategy == when == "steps":
-        every = train.eval_steps or train.logging_steps
-        if (every < 1) != (train.save_steps < 1) or (every >= 1 and train.save_steps % every):
-            yield Finding(
-                ("train.save_steps", "train.eval_steps", "train.load_best_model_at_end"),
-                f"saving every {train.save_steps} steps misses evaluations every {every}",
-                "make it a multiple of train.eval_steps",
-            )
 
 
 def workers_have_work(data: Data, train: Train) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from trl import SFTConfig
 from finetune.adapters import trains_vision
 from finetune.atomic_writes import write_text
 from finetune.base_model import find_base, make_trainable, refuse_untaught
+from finetune.best_checkpoint import Patience, SaveBest, pick_best
 from finetune.checkpoints import Found, clean_partials, find_last_good, writing
 from finetune.collate import Collator
 from finetune.components import count_parameters, table_of_parameters
@@ -27,7 +28,6 @@ from finetune.epoch_estimate import packing_budget
 from finetune.errors import Interrupted, UserError
 from finetune.interrupts import StopOnSignal
 from finetune.model_choices import choose_dtype, is_random, own_device, quantization_arguments
-from finetune.patience import Patience
 from finetune.predictions import write_predictions
 from finetune.prefetch import loader_settings
 from finetune.progress import Progress, summary
@@ -258,12 +258,14 @@ class _Road:
         trained = sum(count.trained for count in self.parameters.values())
         if self.is_main:
             # Weights and AdamW's two moments in float32, for each checkpoint kept and the one being written.
-            kept = (arguments.save_total_limit or KEPT_CHECKPOINTS) + 1
+            kept = (arguments.save_total_limit or KEPT_CHECKPOINTS) + 1 + arguments.load_best_model_at_end
             check_disk_space(self.run.path, trained * 12 * kept, "the checkpoints")
         self.progress = Progress(checkpoints=self.run.checkpoints)
         callbacks: list[TrainerCallback] = [self.stop, self.progress, WriteMetrics(self.run)]
         if self.evaluates and recipe.evaluate.patience is not None:
             callbacks.append(Patience(recipe.evaluate.patience))
+        if arguments.load_best_model_at_end:
+            callbacks.append(SaveBest())
         trainer = QwenVLTrainer(
             model,
             arguments,
@@ -288,17 +290,9 @@ class _Road:
         given = dict(self.recipe.train_arguments())
         if self.evaluates:
             given.setdefault("eval_strategy", "epoch")
-            if self.recipe.evaluate.patience is not None:
-                given.setdefault("load_best_model_at_end", True)
-        if given.get("load_best_model_at_end"):
-            given.setdefault("metric_for_best_model", "eval_loss" if self.task is None else self.task.key)
-            given.setdefault("greater_is_better", given["metric_for_best_model"] not in ("eval_loss", "loss"))
-            # The best can only be kept if a checkpoint is saved at every evaluation.
-            given.setdefault("save_strategy", given["eval_strategy"])
-            if "eval_steps" in given:
-                given.setdefault("save_steps", given["eval_steps"])
         loading = loader_settings(self.recipe.data.workers, given["gradient_accumulation_steps"])
-        return SFTConfig(
+        picks_best = self.picks_best(given)
+        arguments = SFTConfig(
             **{"save_total_limit": KEPT_CHECKPOINTS, "report_to": "none", "logging_steps": 10, **loading, **given},
             output_dir=str(self.run.path),
             seed=self.recipe.seed,
@@ -317,6 +311,16 @@ class _Road:
             # A batch of text alone leaves a trained vision side without gradients on one process.
             ddp_find_unused_parameters=trains_vision(model),
         )
+        if picks_best:
+            pick_best(arguments, "eval_loss" if self.task is None else self.task.key)
+        return arguments
+
+    def picks_best(self, given: dict[str, Any]) -> bool:
+        """Whether the result is the best checkpoint and not the last. Taken out of `given`: see `pick_best`."""
+        evaluate = self.recipe.evaluate
+        by_itself = self.evaluates and (self.task is not None or evaluate.patience is not None)
+        by_itself = by_itself or given.get("save_strategy") == "best"
+        return given.pop("load_best_model_at_end", by_itself) and given.get("eval_strategy", "no") != "no"
 
     def predict(self, trainer: QwenVLTrainer, when: str):
         """Replies to the first evaluation samples, by the main process while the others wait; or the task's score."""
@@ -381,7 +385,10 @@ class _Road:
             self.say(line)
         if self.task is not None:
             self.say(score_line(self.description["score"]))
-        self.say(f"{'adapter' if self.result == self.run.adapter else 'model':<11} {self.result}")
+        state, of_step = trainer.state, ""
+        if trainer.args.load_best_model_at_end and state.best_global_step not in (None, state.global_step):
+            of_step = f", of step {state.best_global_step}: the best {trainer.args.metric_for_best_model}"
+        self.say(f"{'adapter' if self.result == self.run.adapter else 'model':<11} {self.result}{of_step}")
         self.say(f"report      {report}")
         self.say("Next:")
         self.say("  look     open the report in a browser")

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import cached_file
 
+from qwenvl.direct_reading import SLACK, read_direct
+
 # In the order in which Transformers looks for them.
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -61,8 +63,9 @@ class StoredTensor:
         """The tensor, or its rows (along the first axis) from `start` to before `stop`.
 
         Args:
-            into: memory to read into (uint8, on the CPU), which the returned tensor then is a view of. Memory that
-                was used before is several times faster than fresh one, which the system must first clear.
+            into: memory to read into (uint8, on the CPU, `direct_reading.SLACK` bytes longer than what is read), which
+                the returned tensor then is a view of. Memory that was used before is several times faster than fresh
+                one, which the system must first clear.
 
         Raises:
             ValueError: the file is shorter than it should be.
@@ -75,16 +78,30 @@ class StoredTensor:
         first = start * self.stride[0] if shape else 0
         span = 1 + sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
         size = span * self.dtype.itemsize
-        content = torch.empty(size, dtype=torch.uint8) if into is None else into[:size]
-        missing = memoryview(content.numpy())
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset + first * self.dtype.itemsize)
-            while missing:
-                count = file.readinto(missing)
-                if not count:
-                    raise ValueError(f"{self.file} ends before {self.name} does: it is cut short, fetch it again")
-                missing = missing[count:]
-        return content.view(self.dtype).as_strided(shape, self.stride)
+        memory = torch.empty(size + SLACK, dtype=torch.uint8) if into is None else into
+        return self._values(first, span, memory).as_strided(shape, self.stride)
+
+    def flat(self, start: int, stop: int) -> torch.Tensor:
+        """Values `start` to before `stop` of the tensor as one long row."""
+        stop = min(stop, prod(self.shape))
+        if self.strided:
+            return self.read().reshape(-1)[start:stop]
+        if start >= stop:
+            return torch.empty(0, dtype=self.dtype)
+        size = (stop - start) * self.dtype.itemsize
+        return self._values(start, stop - start, torch.empty(size + SLACK, dtype=torch.uint8))
+
+    def _values(self, first: int, count: int, memory: torch.Tensor) -> torch.Tensor:
+        """(count,) values from place `first` on, as they lie in the file."""
+        place, size = self.offset + first * self.dtype.itemsize, count * self.dtype.itemsize
+        try:
+            content = read_direct(self.file, place, size, memory)
+        except EOFError as error:
+            raise ValueError(f"{self.file} ends before {self.name} does: it is cut short, fetch it again") from error
+        # Behind tensors of bytes, others may lie at places that no view can begin at.
+        if content.storage_offset() % self.dtype.itemsize:
+            content = content.clone()
+        return content.view(self.dtype)
 
 
 def weight_files(path: str | Path, **hub) -> list[Path]:

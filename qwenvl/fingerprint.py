@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import cached_file
 
-from qwenvl.checkpoint_files import stored_tensors
+from qwenvl.checkpoint_files import StoredTensor, locate_tensors
 
 # Beside adapter_config.json, written when the adapter is saved; and in a 4-bit folder, made from a 16-bit base.
 BASE_FILE = "base.json"
@@ -35,7 +36,7 @@ def weights_fingerprint(path: str | Path, **hub) -> str:
 
 def own_fingerprint(path: str | Path, **hub) -> str:
     """As `weights_fingerprint`, of the very tensors at `path`, 4-bit codes or not."""
-    parts = {name: _sample(tensor) for name, tensor in stored_tensors(path, **hub)}
+    parts = {name: _sample(tensor) for name, tensor in locate_tensors(path, **hub).items()}
     digest = hashlib.sha256()
     for name in sorted(parts):
         digest.update(f"{name} {parts[name][0]}\n".encode())
@@ -107,9 +108,8 @@ def _read_base(folder: str | Path, **hub) -> dict[str, Any]:
     return json.loads(Path(file).read_text()) if file else {}
 
 
-def _sample(tensor: torch.Tensor) -> tuple[list[int], bytes]:
-    flat = tensor.reshape(-1)
-    middle = len(flat) // 2
-    pieces = (flat[:SAMPLED], flat[middle : middle + SAMPLED], flat[-SAMPLED:])
-    values = torch.cat([piece.to(torch.float32) for piece in pieces])
+def _sample(tensor: StoredTensor) -> tuple[list[int], bytes]:
+    count = prod(tensor.shape)
+    starts = (0, count // 2, max(count - SAMPLED, 0))
+    values = torch.cat([tensor.flat(start, start + SAMPLED).to(torch.float32) for start in starts])
     return list(tensor.shape), values.numpy().tobytes()

@@ -11,10 +11,12 @@ import torch
 from recipes_for_tests import TINY, finetune
 from safetensors.torch import load_file
 
-from finetune import exported_tensors, tensor_files
+from finetune import exported_tensors
+from finetune.direct_file import DirectFile
 from finetune.errors import Failed, UserError
 from finetune.export import export
 from finetune.export_folder import default_folder
+from finetune.tensor_files import Planned, write_tensors
 from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.checkpoint_files import stored_tensors
 from qwenvl.fingerprint import weights_fingerprint
@@ -87,8 +89,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor]):
     for file in TINY.iterdir():
         if file.suffix != ".safetensors":
             (folder / file.name).write_bytes(file.read_bytes())
-    plan = [tensor_files.Planned(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    tensor_files.write_tensors(folder, plan, tensors.items())
+    plan = [Planned(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    write_tensors(folder, plan, tensors.items())
 
 
 def test_the_card_of_the_source_stays(tmp_path):
@@ -153,14 +155,14 @@ def test_too_little_disk_space_is_told_before_writing(tmp_path, monkeypatch):
 def test_a_disk_that_fails_leaves_nothing(to, tmp_path, monkeypatch):
     written = []
 
-    def failing(descriptor, content):
+    def failing(self, content):
         written.append(len(content))
         if len(written) > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        while content:
-            content = content[os.write(descriptor, content) :]
+        write(self, content)
 
-    monkeypatch.setattr(tensor_files, "_write_all", failing)
+    write = DirectFile.write
+    monkeypatch.setattr(DirectFile, "write", failing)
     with pytest.raises(Failed, match="No space left on device"):
         export(str(TINY), to, out=tmp_path / "out", say=quiet)
     assert not list(tmp_path.iterdir())

@@ -107,7 +107,7 @@ write = os.write
 def counted(*arguments):
     global writes
     writes += 1
-    if writes == 9:
+    if writes == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*arguments)
 

@@ -53,12 +53,6 @@ def test_both_lines_are_named():
             [EVALUATE, "train.load_best_model_at_end=true", "train.eval_strategy=no"],
             ["train.load_best_model_at_end", "train.eval_strategy"],
         ),
-        # Evaluation is once an epoch by default, saving every 500 steps.
-        ([EVALUATE, "train.load_best_model_at_end=true"], ["train.load_best_model_at_end", "train.save_strategy"]),
-        (
-            [EVALUATE, "train.load_best_model_at_end=true", "train.eval_strategy=steps", "train.eval_steps=300"],
-            ["train.eval_steps", "train.save_steps"],
-        ),
         (["data.tokens_per_batch=100"], ["data.tokens_per_batch", "data.max_length"]),
         (["data.tokens_per_batch=4096", "data.packing=false"], ["data.tokens_per_batch", "data.packing"]),
         (["train.learning_rates.vision=1e-4"], ["train.learning_rates.vision", "freeze.vision"]),
@@ -103,8 +97,9 @@ def test_contradiction(overrides, keys):
         ["model.quantization=nf4", "adapter.init=gaussian"],
         ["train.learning_rates.embeddings=1e-4"],  # auto may train them
         [EVALUATE, "evaluate.patience=2"],
-        [EVALUATE, "train.load_best_model_at_end=true", "train.save_strategy=epoch"],
-        [EVALUATE, "train.load_best_model_at_end=true", "train.eval_strategy=steps", "train.eval_steps=250"],
+        # Evaluation is once an epoch by default, saving every 500 steps: the best is saved besides.
+        [EVALUATE, "train.load_best_model_at_end=true"],
+        [EVALUATE, "train.load_best_model_at_end=true", "train.eval_strategy=steps", "train.eval_steps=300"],
         [EVALUATE, "train.load_best_model_at_end=true", "train.save_strategy=best"],
         ["data.tokens_per_batch=2048"],
         ["data.max_length=null", "data.tokens_per_batch=512"],

@@ -10,10 +10,10 @@ from recipes_for_tests import IMAGES, finetune, write_recipe
 from safetensors.torch import load_file
 
 from finetune import task_evaluation
+from finetune.best_checkpoint import evaluations_since_best
 from finetune.errors import Interrupted, UserError
 from finetune.interrupts import StopOnSignal
 from finetune.metrics import anls
-from finetune.patience import evaluations_since_best
 from finetune.recipe import load_recipe
 from finetune.train import train
 
@@ -92,31 +92,35 @@ def test_the_score_is_logged_before_training_and_at_each_evaluation(tmp_path):
     assert "Evaluation: anls" in report and report.count(">score ") == 4 and "also right: a" in report
 
 
-@pytest.mark.parametrize("load_best", [True, False])
-def test_the_best_checkpoint_is_the_one_of_the_best_score(tmp_path, planned, load_best):
+@pytest.mark.parametrize("save_steps", [1, 50], ids=["every step", "at the best only"])
+def test_the_result_is_the_checkpoint_of_the_best_score(tmp_path, planned, save_steps):
     """Greater is better; after two evaluations without, patience ends it."""
-    evaluate = {"patience": 2} if load_best else {}
     left = planned(0.9, 0.1, 0.3, 0.2, 0.3, 0.5, 0.6)
-    done, _ = run(recipe(tmp_path, evaluate), *([] if load_best else ["train.max_steps=3"]))
+    done, said = run(recipe(tmp_path, {"patience": 2}), f"train.save_steps={save_steps}")
     description = json.loads((done / "run.json").read_text())
-    if not load_best:
-        assert (
-            description["steps"] == 3
-            and description["score"]["after"] == 0.2
-            and description["best_checkpoint"] is None
-        )
-        return
     # The score before training is no checkpoint's. The result is that of step 2, which is scored once more.
     assert description["steps"] == 4 and len(left) == 1
     assert description["best_checkpoint"].endswith("step-2")
     assert description["score"]["before"] == 0.9 and description["score"]["after"] == 0.5
+    assert f"adapter     {done / 'adapter'}, of step 2: the best eval_anls" in said
     stored = load_file(Path(description["best_checkpoint"]) / "adapter_model.safetensors")
     assert all(torch.equal(stored[name], tensor) for name, tensor in adapter(done).items())
 
 
+def test_the_best_score_needs_no_patience_and_can_be_declined(tmp_path, planned):
+    planned(0.9, 0.1, 0.3, 0.2, 0.3)
+    best, _ = run(recipe(tmp_path / "best"), "train.max_steps=3", "train.save_steps=50")
+    assert json.loads((best / "run.json").read_text())["best_checkpoint"].endswith("step-2")
+    planned(0.9, 0.1, 0.3, 0.2)
+    last, said = run(recipe(tmp_path / "last"), "train.max_steps=3", "train.load_best_model_at_end=false")
+    description = json.loads((last / "run.json").read_text())
+    assert description["score"]["after"] == 0.2 and description["best_checkpoint"] is None
+    assert f"adapter     {last / 'adapter'}" in said and not same_weights(best, last)
+
+
 def test_training_is_the_same_bit_for_bit_with_and_without(tmp_path):
     """Dropout is on: replies that took a random number or left the model in eval mode would change what is learned."""
-    with_task, _ = run(recipe(tmp_path / "with"), "train.max_steps=3")
+    with_task, _ = run(recipe(tmp_path / "with"), "train.max_steps=3", "train.load_best_model_at_end=false")
     without, _ = run(
         recipe(tmp_path / "without"),
         "train.max_steps=3",
