@@ -41,8 +41,8 @@ MEASURED = 8  # layers on which the rounding to 4 bits is measured
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.15}
 
 
-# That loading and running a model takes, for each byte of its weights; and where these are as stored, and stay in their
-# files, mapped into memory: in all.
+# That loading and running a model takes, for each byte of its weights; and in all where these are as stored, and stay
+# in their files, mapped into memory.
 MEMORY_PER_BYTE = 1.3
 MEMORY_MAPPED = 3_000_000_000
 
