@@ -8,6 +8,7 @@ import torch
 from recipes_for_tests import TINY, finetune, write_recipe, write_rows
 from safetensors.torch import load_file
 
+from finetune.cli import main
 from finetune.errors import UserError
 from finetune.recipe import load_recipe
 from finetune.train import train
@@ -133,10 +134,14 @@ def test_an_adapter_is_no_base_to_train(tmp_path):
         ([f"model.path={TINY.parent}"], "neither config.json"),
     ],
 )
-def test_wrong_input_is_exit_code_2_without_a_traceback(tmp_path, overrides, message):
-    done = finetune(write_recipe(tmp_path), *overrides, check=False)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
+def test_wrong_input_is_exit_code_2(tmp_path, capsys, overrides, message):
+    assert main([str(write_recipe(tmp_path)), *overrides]) == 2  # a traceback would come as an exception
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_input_is_told_without_a_traceback(tmp_path):
+    done = finetune(write_recipe(tmp_path), "data.train.path=nowhere.jsonl", check=False)
+    assert done.returncode == 2 and "nowhere.jsonl" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_and_no_arguments():
