@@ -17,6 +17,7 @@ import torch
 
 from finetune.atomic_writes import sync_folder, write_text
 from finetune.direct_file import PIECE_BYTES, DirectFile
+from qwenvl.direct_reading import SLACK, read_direct
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -111,14 +112,20 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def file_hash(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as it is read back."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 24))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+    """SHA-256 of a file as the disk has it, which is not asked of the page cache where that can be helped."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    memory = [torch.empty(min(PIECE_BYTES, size) + SLACK, dtype=torch.uint8) for _ in range(2)]
+    with ThreadPoolExecutor(1) as hasher:
+        hashed = None
+        for number, start in enumerate(range(0, size, PIECE_BYTES)):
+            content = read_direct(path, start, min(PIECE_BYTES, size - start), memory[number % 2])
+            if hashed is not None:
+                hashed.result()
+            hashed = hasher.submit(digest.update, memoryview(content.numpy()))
             if on_bytes is not None:
-                on_bytes(count)
+                on_bytes(len(content))
+        if hashed is not None:
+            hashed.result()
     return digest.hexdigest()
 
 
