@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from finetune.data.shortening import Fitted, OnLong, render_fitting
+from finetune.data.checking import Rules
+from finetune.data.shortening import Fitted, OnLong
 from qwenvl import QwenVLImageProcessor, QwenVLTokenizer, load_image
 from qwenvl.chat import IGNORED, LabelRule
 
@@ -32,15 +33,10 @@ class Collator:
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
         """A conversation as it is trained."""
-        return render_fitting(
-            messages,
-            self.tokenizer,
-            max_length=self.max_length,
-            on_long=self.on_long,
-            labels=self.labels,
-            grounding=self.grounding,
-            n_queries=self.n_queries,
+        rules = Rules(
+            self.tokenizer, self.max_length, self.n_queries, self.labels, self.grounding, on_long=self.on_long
         )
+        return rules.fit(messages)
 
     def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
         """Collate rows `{"sample": index into samples}`.

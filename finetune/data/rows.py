@@ -48,19 +48,15 @@ class Rows(Sequence[Mapping[str, Any]]):
         """Hexadecimal digest that changes when the rows do."""
 
 
-class JsonRows(Rows):
-    """The rows of a JSON file that holds a list.
+class TextRows(Rows):
+    """Rows of a text file, each read from its place when it is asked for.
 
-    Opening it reads it once, for the places of the rows and its digest.
-
-    Raises:
-        DataError: no JSON, or no list.
+    A subclass finds the places (`_path`, `_starts`, `_digest`) and reads the row at one.
     """
 
-    def __init__(self, path: Path, name: str):
-        self.name, self.folder = name, path.parent.absolute()
-        self._path = path.absolute()
-        self._starts, self._ends, self._digest = find_elements(path, name)
+    _path: Path
+    _starts: array
+    _digest: str
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -81,12 +77,31 @@ class JsonRows(Rows):
     def fingerprint(self) -> str:
         return self._digest
 
+    @abstractmethod
+    def _read(self, file: BinaryIO, index: int) -> Mapping[str, Any]:
+        """Row `index` of the open file."""
+
+
+class JsonRows(TextRows):
+    """The rows of a JSON file that holds a list.
+
+    Opening it reads it once, for the places of the rows and its digest.
+
+    Raises:
+        DataError: no JSON, or no list.
+    """
+
+    def __init__(self, path: Path, name: str):
+        self.name, self.folder = name, path.parent.absolute()
+        self._path = path.absolute()
+        self._starts, self._ends, self._digest = find_elements(path, name)
+
     def _read(self, file: BinaryIO, index: int) -> Mapping[str, Any]:
         file.seek(self._starts[index])
         return row_from_json(file.read(self._ends[index] - self._starts[index]), self.origin(index), "row")
 
 
-class JsonLinesRows(Rows):
+class JsonLinesRows(TextRows):
     """The rows of a JSON Lines file (UTF-8; a byte order mark, CRLF and empty lines are fine).
 
     Opening it reads it once, for the places of the lines and its digest. A line that is no JSON is an error of its own
@@ -99,7 +114,7 @@ class JsonLinesRows(Rows):
     def __init__(self, path: Path, name: str):
         self.name, self.folder = name, path.parent.absolute()
         self._path = path.absolute()
-        self._offsets = array("q")  # bytes from the file's beginning
+        self._starts = array("q")  # bytes from the file's beginning
         self._lines = array("q")  # line numbers, from 1
         digest = sha256()
         offset = 0
@@ -109,34 +124,16 @@ class JsonLinesRows(Rows):
                 if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                     raise DataError(f"{name}: the file is UTF-16; save it as UTF-8")
                 if line.removeprefix(codecs.BOM_UTF8).strip():
-                    self._offsets.append(offset)
+                    self._starts.append(offset)
                     self._lines.append(number)
                 offset += len(line)
         self._digest = digest.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self._offsets)
-
     def origin(self, index: int) -> Origin:
         return Origin(self.name, self._lines[index])
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        with self._path.open("rb") as file:
-            return self._read(file, index)
-
-    def scan(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
-        with self._path.open("rb") as file:
-            for index in range(start, stop):
-                try:
-                    yield self._read(file, index)
-                except BadRow as error:
-                    yield error
-
-    def fingerprint(self) -> str:
-        return self._digest
-
     def _read(self, file: BinaryIO, index: int) -> Mapping[str, Any]:
-        file.seek(self._offsets[index])
+        file.seek(self._starts[index])
         return row_from_json(file.readline(), self.origin(index), "line")
 
 

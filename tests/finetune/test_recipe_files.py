@@ -1,9 +1,10 @@
 """The files that are made from code: TRL's fields, and the JSON Schema for editors."""
 
+import dataclasses
 import json
 from importlib.metadata import version
 
-import pytest
+from trl import SFTConfig
 
 from finetune import recipe_fields, recipe_schema
 from finetune.recipe_train import DECIDING, FIELDS, LIMITS, OWNED, Train
@@ -13,9 +14,9 @@ def test_train_fields_are_those_of_the_installed_trl():
     stored = json.loads(recipe_fields.FILE.read_text())
     here = {"trl": version("trl"), "transformers": version("transformers")}
     made_with = {name: stored[name] for name in here}
-    if here != made_with:
-        pytest.skip(f"train_fields.json was made with {made_with}, here is {here}")
-    assert recipe_fields.FILE.read_text() == recipe_fields.written(), "run python -m finetune.recipe_fields"
+    assert set(DECIDING) <= {field.name for field in dataclasses.fields(SFTConfig)}
+    if here == made_with:  # other versions have other fields and sentences besides
+        assert recipe_fields.FILE.read_text() == recipe_fields.written(), "run python -m finetune.recipe_fields"
 
 
 def test_every_field_is_taken_or_owned():
