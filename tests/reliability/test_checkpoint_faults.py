@@ -1,4 +1,6 @@
-"""Saving under attack: killed at, and failed in, every file operation; then every kind of damage to what was saved.
+"""Saving under attack: killed at, and failed in, every file operation.
+
+Damage to what was saved: test_checkpoint_damage.py.
 
 The operations are counted by wrapping those of `os` and of opened files, in this process for errors and in forked
 children of a small process (this file run as a program) for SIGKILL.
