@@ -99,9 +99,10 @@ class QwenVLConfig(PreTrainedConfig):
             raise ValueError(
                 f"config: visual.output_dim ({visual['output_dim']}) must equal hidden_size ({self.hidden_size})"
             )
-        if visual["output_dim"] % RESAMPLER_HEAD_DIM:
+        if visual["output_dim"] < RESAMPLER_HEAD_DIM or visual["output_dim"] % self.resampler_heads:
             raise ValueError(
-                f"config: visual.output_dim ({visual['output_dim']}) must be a multiple of {RESAMPLER_HEAD_DIM}"
+                f"config: visual.output_dim ({visual['output_dim']}) must be {RESAMPLER_HEAD_DIM} or more, and divide "
+                f"into one head for each whole {RESAMPLER_HEAD_DIM}"
             )
         if visual["width"] % visual["heads"]:
             raise ValueError(f"config: visual.width ({visual['width']}) must divide into {visual['heads']} heads")
@@ -127,6 +128,11 @@ class QwenVLConfig(PreTrainedConfig):
     def n_queries(self) -> int:
         """Positions one image takes between `<img>` and `</img>`."""
         return self.visual.get("n_queries", 256) if self.visual else 0
+
+    @property
+    def resampler_heads(self) -> int:
+        """Attention heads of the resampler: the published code takes one for each whole 128 channels."""
+        return self.visual["output_dim"] // RESAMPLER_HEAD_DIM
 
     @property
     def image_start_id(self) -> int | None:

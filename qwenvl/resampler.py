@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qwenvl.attention import attend
-from qwenvl.configuration import RESAMPLER_HEAD_DIM, QwenVLConfig
+from qwenvl.configuration import QwenVLConfig
 
 LAYER_NORM_EPS = 1e-6
 
@@ -50,7 +50,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         width = config.visual["output_dim"]
         self.config = config
-        self.heads = width // RESAMPLER_HEAD_DIM
+        self.heads = config.resampler_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -62,7 +62,7 @@ class CrossAttention(nn.Module):
         """
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         query, key, value = (
-            nn.functional.linear(x, weight, bias).unflatten(-1, (self.heads, RESAMPLER_HEAD_DIM)).transpose(-3, -2)
+            nn.functional.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
         output, _ = attend(self, query.expand(key.shape[0], -1, -1, -1), key, value)

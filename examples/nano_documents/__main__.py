@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--difficulty", type=float, default=0.5, help="0, clean pages, to 1 (default 0.5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--palette", type=int, help="colours of an image, 2 to 256: smaller files (32 are plenty)")
+    parser.add_argument(
+        "--joined", type=float, default=0.0, help="share of documents asked about in one conversation (default 0)"
+    )
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="images beside or inside")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     given = parser.parse_args(arguments)
@@ -74,6 +77,7 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         "image_size": (SMALLEST_PAGE, LARGEST_PAGE),
         "difficulty": (0, 1),
         "palette": (2, 256),
+        "joined": (0, 1),
         "workers": (1, 1024),
     }
     for name, (low, high) in limits.items():
@@ -102,6 +106,7 @@ def _write(given: argparse.Namespace) -> int:
         difficulty=given.difficulty,
         seed=given.seed,
         palette=given.palette,
+        joined=given.joined,
     )
 
     def stop(number, _frame):

@@ -64,6 +64,25 @@ def conversations(
     return list(made.values())
 
 
+def joined(made: Sequence[Conversation], draw: random.Random) -> list[Conversation]:
+    """The conversations about one page as a single one of several turns; those about two pages stay apart.
+
+    A transcription comes last, or the turns after it could be answered without a look at the page.
+    """
+    apart = [conversation for conversation in made if len(conversation.documents) > 1]
+    together = [conversation for conversation in made if len(conversation.documents) == 1]
+    if len(together) < 2:
+        return list(made)
+    together.sort(key=lambda conversation: (conversation.kind == "transcribe", draw.random()))
+    messages = list(together[0].messages)
+    for conversation in together[1:]:
+        first, *rest = conversation.messages
+        text = [part for part in first["content"] if part["type"] != "image"]
+        messages += [{**first, "content": text}, *rest]
+    last = together[-1]
+    return [Conversation("joined", messages, last.documents, last.answers), *apart]
+
+
 def kinds_of(family: str) -> tuple[str, ...]:
     """The kinds of conversation that a family's documents can have."""
     if family == "shapes":

@@ -64,6 +64,7 @@ class Document:
         facts: questions beyond the fields.
         lines: the printed text in reading order; empty for pictures of shapes.
         money: of `values.MONEY`, how its prices are printed.
+        letters: every printed letter with the (x, y) of its middle, pixels.
     """
 
     family: str
@@ -73,6 +74,7 @@ class Document:
     facts: tuple[Fact, ...]
     lines: tuple[str, ...]
     money: str
+    letters: tuple[tuple[str, float, float], ...]
 
 
 @dataclass
@@ -129,7 +131,20 @@ def make_document(
             continue
         image, angle = sheet.page.finish()
         fields = [replace(field, box=turned(field.box, image_size, angle)) for field in sheet.fields]
-        return Document(family, sheet.layout, image, tuple(fields), tuple(sheet.facts), tuple(sheet.lines), money)
+        letters = [
+            (letter, *turned((x, y, x, y), image_size, angle)[:2]) if angle else (letter, x, y)
+            for letter, x, y in sheet.page.letters
+        ]
+        return Document(
+            family,
+            sheet.layout,
+            image,
+            tuple(fields),
+            tuple(sheet.facts),
+            tuple(sheet.lines),
+            money,
+            tuple(letters),
+        )
     raise AssertionError(f"{name}: no page of {image_size} px in {_TRIES} tries")
 
 

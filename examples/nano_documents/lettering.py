@@ -105,6 +105,21 @@ def mask(text: str, look: Look) -> tuple[Image.Image, int]:
     return big.resize(small, Image.Resampling.HAMMING), _PAD
 
 
+def letter_centres(text: str, look: Look) -> list[float]:
+    """The middle of each letter at half the line's height, in pixels from the left edge of `mask`'s image."""
+    if look.stretch == 1 and not look.slant and not look.spacing:
+        scale, size, weight, spacing, pad = 1.0, look.size, look.weight, 0.0, _PAD
+    else:
+        scale, size, weight = look.stretch / 2, 2 * look.size, 2 * look.weight
+        spacing, pad = 2 * look.spacing / look.stretch, 2 * _PAD
+    advances = [_letter(letter, size, weight)[1] for letter in text]
+    ends = accumulate(advance + spacing for advance in advances)
+    lean = abs(look.slant) * look.line_height  # of which half at half the height
+    return [
+        (pad + end - spacing - advance / 2) * scale + lean / 2 for end, advance in zip(ends, advances, strict=True)
+    ]
+
+
 def _drawn(text: str, size: int, weight: float, spacing: float, pad: int) -> Image.Image:
     """The line put together from letters that were drawn before: many times faster than drawing strokes anew."""
     letters = [_letter(letter, size, weight) for letter in text]

@@ -37,6 +37,7 @@ class Page:
 
     Attributes:
         paper, ink: of the page; `muted` is between them, for labels, and `faint` for rules.
+        letters: all that was written, as (letter, x, y) of its middle before the page is turned; no blanks.
     """
 
     def __init__(self, size: int, draw: random.Random, difficulty: float):
@@ -48,6 +49,7 @@ class Page:
             self.paper, self.ink = _near(draw, 0, 80), _near(draw, 255, -30)
         self.muted = mixed(self.ink, self.paper, 0.25)
         self.faint = mixed(self.ink, self.paper, 0.7)
+        self.letters: list[tuple[str, float, float]] = []
         self.image = Image.new("RGB", (size, size), self.paper)
         self.pen = ImageDraw.Draw(self.image)
         self._background()
@@ -87,6 +89,9 @@ class Page:
         left = {"left": x - pad, "centre": x - mask.width / 2, "right": x - mask.width + pad}[align]
         left, top = round(left), round(y) - pad
         self.image.paste(self.ink if colour is None else colour, (left, top), mask)
+        middle = top + mask.height / 2
+        centres = lettering.letter_centres(text, look)
+        self.letters += [(letter, left + x, middle) for letter, x in zip(text, centres, strict=True) if letter != " "]
         inked = np.asarray(mask) >= VISIBLE
         xs, ys = inked.any(0).nonzero()[0], inked.any(1).nonzero()[0]
         return left + int(xs[0]), top + int(ys[0]), left + int(xs[-1]) + 1, top + int(ys[-1]) + 1

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from examples.nano_documents.conversations import Conversation, conversations
+from examples.nano_documents.conversations import Conversation, conversations, joined
 from examples.nano_documents.document import Document, make_document
 from finetune.atomic_writes import write_text, writing_folder
 from finetune.quantities import format_bytes, format_count, format_duration
@@ -44,6 +44,7 @@ class Plan:
         count: documents.
         per_image: conversations about each.
         palette: colours of an image, fewer make smaller files; None keeps all.
+        joined: share of the documents whose conversations become one of several turns: the page is read once.
     """
 
     split: str
@@ -55,6 +56,7 @@ class Plan:
     difficulty: float = 0.5
     seed: int = 0
     palette: int | None = None
+    joined: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,8 @@ def conversations_of(plan: Plan, index: int, document: Document | None = None) -
             others.append(document_of(plan, index, copy=1))
         return others[0]
 
-    return conversations(document, plan.kinds, plan.per_image, draw, plan.split, partner)
+    made = conversations(document, plan.kinds, plan.per_image, draw, plan.split, partner)
+    return joined(made, draw) if draw.random() < plan.joined else made
 
 
 def png(image: Image.Image, palette: int | None = None) -> bytes:

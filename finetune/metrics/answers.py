@@ -67,12 +67,12 @@ def _need_answers(answers: Sequence[str]) -> None:
 
 def _normalised_distance(a: str, b: str) -> float:
     length = max(len(a), len(b))
-    distance = _levenshtein(" ".join(a.lower().split()), " ".join(b.lower().split()))
+    distance = edit_distance(" ".join(a.lower().split()), " ".join(b.lower().split()))
     # Lower case may be longer ("İ"), so that texts with nothing in common could exceed 1.
     return min(distance / length, 1.0) if length else 0.0
 
 
-def _levenshtein(a: str, b: str) -> int:
+def edit_distance(a: str, b: str) -> int:
     """Letters inserted, deleted or replaced to turn `a` into `b`."""
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, start=1):

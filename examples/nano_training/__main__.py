@@ -1,0 +1,138 @@
+"""Make the bundled nano checkpoint from nothing: vocabulary, warm starts, three stages, card and scores.
+
+    python -m examples.nano_training --to runs/nano/checkpoint
+
+Run from the repository's root, in the environment that `make test` sets up. Every phase leaves its result under
+runs/nano, is skipped where that is there, and goes on where it was stopped. Two CPU cores take about two hours; the
+matrix products are in bfloat16, which CPUs without it do at a quarter of the speed.
+"""
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from examples.nano_documents.write import Plan, write
+from examples.nano_training.checkpoint import at_resolution, publish, put_together
+from examples.nano_training.optimizer import autocast
+from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, write_start
+from examples.nano_training.texts import KNOWN_FAMILIES, ONE_PAGE, TWO_PAGES, conversation_texts
+from examples.nano_training.vocabulary import train_vocabulary
+from examples.nano_training.warm_language import warm_language
+from examples.nano_training.warm_vision import warm_vision
+
+WORK = Path("runs/nano")
+RECIPES = Path("recipes/nano")
+STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_sft")
+VOCABULARY_DOCUMENTS = 4000
+VISION_STEPS, LANGUAGE_STEPS = 10_000, 6000
+
+TEXTS = ("words", "words", "form", "receipt", "table", "label", "chart")
+DATA = {
+    # Image-text pairs: a page and its text.
+    "stage1": Plan("train", TEXTS, ("transcribe",), 5000, 1, LOW_IMAGE_SIZE, seed=3000),
+    "stage2": Plan("train", KNOWN_FAMILIES, ONE_PAGE, 30_000, 5, IMAGE_SIZE, seed=4000, joined=0.75),
+    "stage2-pairs": Plan("train", KNOWN_FAMILIES, TWO_PAGES, 5000, 1, IMAGE_SIZE, seed=4500),
+    "stage3": Plan("train", KNOWN_FAMILIES, ONE_PAGE, 6000, 2, IMAGE_SIZE, seed=5000),
+    "stage3-pairs": Plan("train", KNOWN_FAMILIES, TWO_PAGES, 3000, 1, IMAGE_SIZE, seed=5500),
+}
+"""What each stage is trained on; more documents than it sees, so that it sees none twice."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.nano_training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--to", type=Path, required=True, help="folder to write the checkpoint to; must not exist")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    if given.to.exists():
+        print(f"{given.to} exists; delete it, or give another folder with --to", file=sys.stderr)
+        return 2
+    seconds = Phases(WORK / "seconds.json")
+    start, vision, language = WORK / "start", WORK / "vision.pt", WORK / "language.pt"
+    seconds.time("start", start, lambda: make_start(start, given.seed))
+    seconds.time("warm starts", WORK / "warm", lambda: warm_starts(start, vision, language, given.seed))
+    for name, plan in DATA.items():
+        folder = WORK / "data" / name
+        seconds.time(f"data of {name}", folder / "train", lambda: write(plan, folder, "parquet", workers=2))  # noqa: B023
+    for recipe in STAGES:
+        name = recipe.partition("_")[0]
+        done = WORK / f"{name}-at-{IMAGE_SIZE}"
+        seconds.time(name, done, lambda: run_stage(RECIPES / f"{recipe}.yaml", done))  # noqa: B023
+    publish(WORK / f"stage3-at-{IMAGE_SIZE}", given.to, seconds.taken)
+    print(f"{given.to}: the checkpoint. Next: python -m examples.nano_training.scores {given.to}")
+    return 0
+
+
+class Phases:
+    """How long each phase took, kept in a file; a phase whose result is there is not done again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.taken: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def time(self, name: str, result: Path, do: Callable[[], None]) -> None:
+        if result.exists():
+            print(f"{name}: {result} is there")
+            return
+        print(f"{name}: begins", flush=True)
+        began = time.monotonic()
+        do()
+        # A phase that was stopped and went on counts the time of all its parts but the lost ones.
+        self.taken[name] = round(self.taken.get(name, 0) + time.monotonic() - began, 1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.taken, indent=2) + "\n")
+        print(f"{name}: {self.taken[name]:.0f} s", flush=True)
+
+
+def make_start(folder: Path, seed: int) -> None:
+    vocabulary = train_vocabulary(conversation_texts(VOCABULARY_DOCUMENTS))
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_start(partial, vocabulary, seed)
+    partial.rename(folder)
+
+
+def warm_starts(start: Path, vision: Path, language: Path, seed: int) -> None:
+    """Both at once, a core for each: at this size two threads gain less than two processes."""
+    spawning = multiprocessing.get_context("spawn")
+    works = [
+        spawning.Process(target=one_core, args=(warm_vision, start, vision, VISION_STEPS, seed)),
+        spawning.Process(target=one_core, args=(warm_language, start, language, LANGUAGE_STEPS, seed)),
+    ]
+    for work in works:
+        work.start()
+    for work in works:
+        work.join()
+        if work.exitcode:
+            raise SystemExit(work.exitcode)
+    put_together(start, [vision, language], LOW_IMAGE_SIZE, vision.with_name("warm"))
+
+
+def one_core(work: Callable[..., None], start: Path, to: Path, steps: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    if not to.exists():
+        work(start, to, steps, seed)
+
+
+def run_stage(recipe: Path, done: Path) -> None:
+    """A stage by its recipe, as `finetune` runs it, but with matrix products in bfloat16."""
+    from finetune.recipe import load_recipe
+    from finetune.train import train
+
+    with autocast():
+        run = train(load_recipe(recipe))
+    at_resolution(run / "model", IMAGE_SIZE, done)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

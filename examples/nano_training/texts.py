@@ -1,0 +1,27 @@
+"""What the nano's vocabulary is counted on: the conversations that it is trained on, without markup."""
+
+import re
+from collections.abc import Iterator
+
+from examples.nano_documents.conversations import KINDS
+from examples.nano_documents.families import FAMILIES, HELD_OUT
+from examples.nano_documents.write import Plan, conversations_of
+
+KNOWN_FAMILIES = tuple(family for family in FAMILIES if family not in HELD_OUT)
+TWO_PAGES = ("two_images",)
+ONE_PAGE = tuple(kind for kind in KINDS if kind not in TWO_PAGES)
+"""Kinds of conversation, by how many pages they are about."""
+
+_MARKUP = re.compile(r"</?(?:ref|box)>")
+_NUMBERS = re.compile(r"\(\d+,\d+\)")
+
+
+def conversation_texts(documents: int, seed: int = 0) -> Iterator[str]:
+    """Texts of all turns about so many training documents; markup has tokens of its own, boxes are digits."""
+    plan = Plan("train", KNOWN_FAMILIES, tuple(KINDS), documents, per_image=3, seed=seed)
+    for index in range(documents):
+        for conversation in conversations_of(plan, index):
+            for message in conversation.messages:
+                for part in message["content"]:
+                    if part["type"] == "text":
+                        yield _NUMBERS.sub("", _MARKUP.sub(" ", part["text"]))

@@ -1,0 +1,222 @@
+"""The making of the nano checkpoint: its vocabulary, the symbols of pages, its first weights, the warm starts."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the examples are not installed
+
+from examples.nano_documents.document import make_document
+from examples.nano_documents.word_lists import COLOURS, SHAPES
+from examples.nano_documents.write import Plan, conversations_of
+from examples.nano_training import warm_language, warm_vision
+from examples.nano_training.__main__ import DATA, RECIPES, STAGES, WORK
+from examples.nano_training.checkpoint import at_resolution, publish, put_together
+from examples.nano_training.page_symbols import (
+    LETTERS,
+    PARTS,
+    SLOTS,
+    WIDTHS,
+    page_features,
+    page_symbols,
+    symbol_features,
+)
+from examples.nano_training.scores import Scored, score, table
+from examples.nano_training.start import WIDTH, look_ahead, nano_config, place_weights, write_start
+from examples.nano_training.texts import conversation_texts
+from examples.nano_training.vocabulary import train_vocabulary
+from finetune.recipe import load_recipe
+from qwenvl import QwenVLForConditionalGeneration, load_model, load_processor
+from qwenvl.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("nano") / "start"
+    write_start(folder, train_vocabulary(conversation_texts(40)), seed=0)
+    return folder
+
+
+def test_merges_are_the_most_frequent_pairs_and_never_cross_words():
+    vocabulary = Vocabulary(train_vocabulary(["abab abab cd"] * 3, ranks=259))
+    # Pieces are "abab", " abab", " cd": "ab" comes 12 times, then "abab" 6 times, then " c", "cd" and " abab" 3 times.
+    assert vocabulary.token_bytes[256:259] == [b"ab", b"abab", b" abab"]
+    assert vocabulary.encode("abab cd", ()) == [257, 32, 99, 100]
+
+
+def test_the_same_texts_give_the_same_vocabulary():
+    texts = list(conversation_texts(20))
+    assert train_vocabulary(texts) == train_vocabulary(reversed(texts))
+    assert not any("<box>" in text for text in texts)
+
+
+@pytest.mark.parametrize("family", ["words", "form", "table", "chart"])
+def test_every_letter_is_a_symbol_of_the_patch_it_stands_in(family):
+    for index in range(10):
+        page = make_document(family, seed=5, split="train", index=index, difficulty=0.0)
+        printed = sorted(letter for line in page.lines for letter in line if letter != " ")
+        assert sorted(letter for letter, _, _ in page.letters) == printed
+        symbols = page_symbols(page)
+        read = [LETTERS[number - 1] for number in symbols[:, :SLOTS].flatten() if number]
+        # Narrow letters may share a quarter of a patch; hardly any is lost.
+        assert len(read) >= 0.97 * len(printed)
+        for letter, x, y in page.letters:
+            patch = symbols[int(y // 14) * 10 + int(x // 14)]
+            assert any(patch[:SLOTS]), (letter, x, y)
+
+
+def test_letters_stand_where_their_ink_is():
+    page = make_document("words", seed=5, split="train", index=3, difficulty=0.0)
+    grey = np.asarray(page.image.convert("L"), np.int16)
+    paper = np.median(grey)
+    for letter, x, y in page.letters:
+        if letter not in ".,-:'":
+            around = grey[int(y) - 6 : int(y) + 7, max(int(x) - 3, 0) : int(x) + 4]
+            assert np.abs(around - paper).max() > 60, letter
+
+
+def test_shapes_are_symbols_of_the_patches_they_cover():
+    page = make_document("shapes", seed=5, split="train", index=1, difficulty=0.0)
+    symbols = page_symbols(page).reshape(10, 10, -1)
+    names = list(PARTS)
+    for field in page.fields:
+        x, y = (field.box[0] + field.box[2]) / 2, (field.box[1] + field.box[3]) / 2
+        patch = dict(zip(names, symbols[int(y // 14), int(x // 14)], strict=True))
+        assert SHAPES[patch["shape"] - 1] == field.key
+        assert list(COLOURS)[patch["colour"] - 1] == field.label
+        assert patch["across"] == 1 + int(x / 14 % 1 * 4)
+    assert (symbols[..., names.index("radius")] > 0).sum() == len(page.fields)
+
+
+def test_features_tell_every_symbol_of_every_part_apart():
+    tables = symbol_features(WIDTH)
+    for name, symbols in zip(PARTS, tables, strict=True):
+        assert not symbols[0].any()
+        distances = torch.cdist(symbols, symbols) + 100 * torch.eye(len(symbols))
+        assert distances.min() > 0.2, name
+    # Parts have channels of their own, so that features of several are read one by one.
+    used = torch.stack([symbols.abs().sum(0) > 0 for symbols in tables])
+    assert used.sum(0).max() == 1
+    assert used.sum() == sum(WIDTHS.values()) == WIDTH
+    symbols = torch.tensor([[1] * len(PARTS), [0] * len(PARTS)])
+    assert torch.equal(page_features(symbols, tables)[0], sum(one[1] for one in tables))
+
+
+def test_the_adapter_first_looks_straight_ahead():
+    model = QwenVLForConditionalGeneration(nano_config(400))
+    resampler = model.transformer.visual.attn_pool
+    look_ahead(resampler)
+    own = place_weights(resampler, 100)
+    assert own.diagonal().min() > 0.9
+    # At the lower resolution the nearest of 8 x 8 patches.
+    low = place_weights(resampler, 64).argmax(-1).reshape(10, 10)
+    assert low[0, 0] == 0
+    assert low[9, 9] == 63
+    assert low[0, 9] == 7
+    # And what is there comes through, whatever it is.
+    patches = torch.randn(2, 100, WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        normal = torch.nn.functional.layer_norm(patches, (WIDTH,))
+        likeness = torch.nn.functional.cosine_similarity(resampler(patches), normal, dim=-1)
+    assert likeness.median() > 0.9
+
+
+def test_a_start_is_a_checkpoint_of_the_published_layout(start):
+    model = load_model(str(start))
+    assert 4e6 < model.num_parameters() < 5e6
+    processor = load_processor(str(start))
+    assert processor.tokenizer.image_token_id == model.config.image_token_id == 400 + 216
+    assert model.generation_config.chat_format == "chatml"
+
+
+def stopped_after(monkeypatch, module, steps):
+    """Make a warm start end as if killed, after its state of `steps` was saved."""
+    save = module.save_state
+
+    def save_then_stop(path, state):
+        save(path, state)
+        if state.get("step") == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_state", save_then_stop)
+
+
+@pytest.mark.parametrize("module, warm", [(warm_vision, "warm_vision"), (warm_language, "warm_language")])
+def test_a_warm_start_learns_and_goes_on_where_it_was_stopped(module, warm, start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    monkeypatch.setattr("examples.nano_training.progress.SECONDS", 0.0)
+    monkeypatch.setattr(module, "LOW_EVERY", 3)
+    for name in ("BATCH", "DOCUMENTS"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, 2)
+    run = getattr(module, warm)
+    run(start, tmp_path / "whole.pt", 5, 0)
+    first, *_, last = [float(line.split()[4]) for line in capsys.readouterr().out.splitlines()]
+    assert last < first
+    with monkeypatch.context() as patched:
+        stopped_after(patched, module, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(start, tmp_path / "parts.pt", 5, 0)
+    run(start, tmp_path / "parts.pt", 5, 0)
+    whole, parts = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "parts.pt")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_parts_are_put_together_resized_and_published(start, tmp_path):
+    model = load_model(str(start))
+    torch.manual_seed(1)
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    vision = {name: value for name, value in state.items() if ".visual." in name}
+    language = {name: value for name, value in state.items() if ".visual." not in name}
+    torch.save(vision, tmp_path / "vision.pt")
+    torch.save(language, tmp_path / "language.pt")
+    put_together(start, [tmp_path / "vision.pt", tmp_path / "language.pt"], 112, tmp_path / "low")
+    at_resolution(tmp_path / "low", 140, tmp_path / "high")
+    publish(tmp_path / "high", tmp_path / "done", {"stage1": 3.0})
+    assert load_processor(str(tmp_path / "low")).image_processor.size == {"height": 112, "width": 112}
+    done = load_model(str(tmp_path / "done"), dtype="auto")
+    assert done.dtype == torch.bfloat16
+    assert load_processor(str(tmp_path / "done")).image_processor.size == {"height": 140, "width": 140}
+    for name, value in done.state_dict().items():
+        assert torch.equal(value.float(), state[name].to(torch.bfloat16).float()), name
+
+
+def test_replies_are_scored_by_kind():
+    plan = Plan("test", ("form",), ("transcribe", "question", "ground"), 1, per_image=3)
+    made = {one.kind: one for one in conversations_of(plan, 0)}
+    answer = made["question"].answers[0]
+    assert score(made["question"], answer) == {"anls": 1.0, "exact": 1.0}
+    assert score(made["ground"], made["ground"].answers[0]) == {"iou 0.5": 1.0}
+    assert score(made["ground"], "<box>(0,0),(1,1)</box>") == {"iou 0.5": 0.0}
+    text = made["transcribe"].answers[0]
+    assert score(made["transcribe"], text[:-2]) == {"errors": 2, "characters": len(text)}
+    shown = table([Scored(one, reply, score(one, reply)) for one, reply in ((made["transcribe"], text[:-2]),)])
+    assert f"| transcribe | 1 |  |  | {2 / len(text):.1%} |  |" in shown
+
+
+def test_stages_train_on_what_is_made_for_them_and_follow_each_other():
+    recipes = [load_recipe(RECIPES / f"{name}.yaml") for name in STAGES]
+    assert {source.path for recipe in recipes for source in recipe.data.train} == {
+        str(WORK / "data" / name / "train") for name in DATA
+    }
+    before = [WORK / "warm", WORK / "stage1-at-140", WORK / "stage2-at-140"]
+    assert [Path(recipe.model.path) for recipe in recipes] == before
+    assert [Path(recipe.output) for recipe in recipes] == [WORK / name for name in ("stage1", "stage2", "stage3")]
+    trained = [[part for part in ("vision", "resampler", "language") if not getattr(r.freeze, part)] for r in recipes]
+    assert trained == [["vision", "resampler"], ["vision", "resampler", "language"], ["resampler", "language"]]
+
+
+def test_a_page_is_asked_about_in_one_conversation():
+    plan = Plan("train", ("form",), ("transcribe", "question", "two_images"), 6, per_image=4, joined=1.0)
+    for index in range(plan.count):
+        joined, *apart = conversations_of(plan, index)
+        assert joined.kind == "joined"
+        assert [one.kind for one in apart] == ["two_images"] * len(apart)
+        images = [part["type"] for message in joined.messages for part in message["content"]].count("image")
+        assert images == 1
+        assert [message["role"] for message in joined.messages] == ["user", "assistant"] * (len(joined.messages) // 2)
+        assert joined.answers[0].count("\n") > 1  # the transcription comes last
