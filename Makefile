@@ -1,4 +1,4 @@
-# make test: everything installed and all tests run.  make demo: a training run on bundled data, offline.
+# make test: everything installed and all tests run.  make demo: a training run on bundled data and its merge, offline.
 # Both work on a fresh machine with Python 3.11 or later and make.
 
 PYTHON ?= python3
@@ -9,8 +9,12 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .PHONY: demo test lint clean
 
+# Run again, it says that both are done; removing runs/quickstart has it all done anew.
 demo: $(VENV)/installed
-	$(BIN)/finetune recipes/quickstart.yaml
+	@echo "--- train and score: finetune recipes/quickstart.yaml"
+	@$(BIN)/finetune recipes/quickstart.yaml
+	@echo "--- adapter and base in one checkpoint: finetune merge runs/quickstart --to runs/quickstart/merged"
+	@$(BIN)/finetune merge runs/quickstart --to runs/quickstart/merged
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from finetune.recipe import Model, Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
 from qwenvl.host_embedding import HostEmbedding
 from qwenvl.loading import find_parts, find_source
-from qwenvl.quantization import linear_4bit
+from qwenvl.quantization import linear_4bit, quantized_names
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,43 @@ def build_without_weights(recipe: Recipe, base: Base) -> QwenVLForConditionalGen
         ValueError: what is to be trained cannot be.
     """
     config = QwenVLConfig.from_pretrained(base.path)
+    return shape_model(recipe, config, base.quantized, _generation_config(base.path))
+
+
+def shape_model(
+    recipe: Recipe,
+    config: QwenVLConfig,
+    quantized: tuple[str, ...],
+    generation_config: GenerationConfig | None = None,
+    dtype: torch.dtype | None = None,
+) -> QwenVLForConditionalGeneration | PeftModel:
+    """As `build_without_weights`, of any config.
+
+    Args:
+        quantized: the parts in 4 bits.
+        generation_config: for what `adapter.train_embeddings: auto` comes to.
+        dtype: of the weights that are loaded; what is trained beside an adapter is in float32 all the same.
+
+    Raises:
+        ValueError: what is to be trained cannot be.
+    """
     with torch.device("meta"):
         model = QwenVLForConditionalGeneration(config)
         if recipe.model.embeddings_on_cpu:
+            # Behind the other modules, as `keep_embeddings_on_cpu` puts it.
+            del model.transformer.wte
             model.transformer.wte = HostEmbedding(config.vocab_size, config.hidden_size)
-    if "head" in base.quantized:
-        model.lm_head = linear_4bit(model.lm_head)
-    model.generation_config = _generation_config(base.path)
+    if dtype is not None:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.to(dtype)
+    for name in sorted(quantized_names(config, quantized)):
+        holder, _, name = name.removesuffix(".weight").rpartition(".")
+        linear = linear_4bit(getattr(model.get_submodule(holder), name))
+        linear.compute_dtype, linear.compute_type_is_set = dtype, dtype is not None
+        setattr(model.get_submodule(holder), name, linear)
+    model.is_loaded_in_4bit = bool(quantized)  # by which PEFT knows them
+    if generation_config is not None:
+        model.generation_config = generation_config
     if recipe.adapter is not None:
         # Where LoRA starts does not change its size, and some starts are computed from the weights.
         recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"init": "default"})})

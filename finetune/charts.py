@@ -9,7 +9,7 @@ Text keeps its size ratio: a chart is meant to be shown 300 to 520 pixels wide.
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from finetune.quantities import format_count
 
@@ -25,31 +25,35 @@ MAX_DOTS = 250
 LARGEST, SMALLEST = 1e30, 1e-30  # of numbers that an axis is made for
 SPIKE = 20  # how many times the range of 95 % of the values one must lie above it to be cut off
 
+Colour = Literal["a", "b", "c", "d", "e", "f"]
+
 STYLE = """
 .chart { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; }
 .chart text { fill: var(--muted); }
 .chart .grid { stroke: var(--rule); stroke-width: 1; }
 .chart .axis { stroke: var(--muted); stroke-width: 1; }
 .chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.chart .a.line, .chart .a .tip { stroke: var(--series-a); } .chart .a.dot { fill: var(--series-a); opacity: .35; }
-.chart .a.mark { fill: var(--series-a); } .chart .b.mark { fill: var(--series-b); }
-.chart .b.line { stroke: var(--series-b); } .chart .b.dot { fill: var(--series-b); opacity: .35; }
 .legend { display: inline-flex; align-items: center; gap: .35em; margin-right: .9em; white-space: nowrap; }
 .legend svg { width: 1.5em; height: .8em; }
-"""
+""" + "".join(
+    f".chart .{colour}.line {{ stroke: var(--series-{colour}); }} "
+    f".chart .{colour}.mark {{ fill: var(--series-{colour}); }} "
+    f".chart .{colour}.dot {{ fill: var(--series-{colour}); opacity: .35; }}\n"
+    for colour in get_args(Colour)
+)
 
 
 class Series(NamedTuple):
     """One curve: name for the legend, (x, y) within +-LARGEST in the order of x, and how to draw it.
 
     `look`: "line"; "dots", faint, for raw values; "marks", a line with a mark at each point, for few points.
-    `colour`: "a" or "b" of the page's sheet.
+    `colour`: one of those of the page's sheet, `--series-a` and so on.
     """
 
     name: str
     points: Points
     look: Literal["line", "dots", "marks"] = "line"
-    colour: Literal["a", "b"] = "a"
+    colour: Colour = "a"
 
 
 class Axis(NamedTuple):

@@ -9,9 +9,13 @@ from finetune.data.reading import DataPart, look_at_data, rules_of
 from finetune.data.sample import BadRow, DataError
 from finetune.epoch_estimate import Epoch, estimate_epoch
 from finetune.errors import UserError
+from finetune.packing_budget import ChosenBudget, choose_budget, packing_budget
 from finetune.recipe import Recipe
+from finetune.run_plan import RunPlan, look_at_memory, settled
 from finetune.sample_preview import Preview, choose_samples, preview
 from finetune.task_evaluation import TaskEvaluation
+from finetune.vision_phase import describe_phase
+from qwenvl import QwenVLConfig
 
 
 @dataclass
@@ -21,8 +25,10 @@ class Findings:
     Attributes:
         parameters: per component; None where the model cannot be set up as the recipe wants it.
         parts: "train" and, where there is evaluation, "eval".
-        epoch: None where no training sample is left.
+        budget: of a forward's tokens; like the epoch None where no training sample is left.
         task: the evaluation's, in words.
+        vision_cache: the phase that encodes the images, in words; None where there is none.
+        memory: what a run here would hold; None where the model cannot be set up, or nothing is trained on.
         opened: for each part, if images were opened.
         refusals: (what, why) of everything at which a run would stop.
     """
@@ -31,8 +37,11 @@ class Findings:
     base: Base
     parameters: dict[str, Count] | None = None
     parts: dict[str, DataPart] = field(default_factory=dict)
+    budget: ChosenBudget | None = None
     epoch: Epoch | None = None
     task: str | None = None
+    vision_cache: str | None = None
+    memory: RunPlan | None = None
     opened: dict[str, OpenedImages] = field(default_factory=dict)
     previews: list[Preview] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
@@ -78,15 +87,30 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
     except (UserError, ValueError) as error:
         findings.refusals.append(("model", str(error)))
     if training is not None and len(training.kept):
-        findings.epoch = estimate_epoch(recipe, training)
+        findings.budget = ChosenBudget(packing_budget(recipe.data, training.lengths))
+        can_be_planned = all(what != "model" for what, _ in findings.refusals)
+        if can_be_planned:
+            config = QwenVLConfig.from_pretrained(base.path)
+            findings.budget = choose_budget(settled(recipe, base.path), config, training)
+        findings.epoch = estimate_epoch(recipe, training, findings.budget.tokens)
+        if can_be_planned:
+            findings.memory = look_at_memory(recipe, base.path, training, findings.budget.tokens)
+            if findings.memory.refusal:
+                findings.refusals.append(("memory", findings.memory.refusal))
+    task = None
     if recipe.evaluate is not None and recipe.evaluate.task is not None:
         try:
-            findings.task = str(TaskEvaluation(recipe, base.processor))
+            task = TaskEvaluation(recipe, base.processor)
+            findings.task = str(task)
         except (UserError, ValueError, OSError) as error:
             # The same rows as the evaluation data's, asked in another way: one shows what is wrong with it.
             problems = error.problems if isinstance(error, DataError) else []
             example = f", such as {problems[0]}" if problems else ""
             findings.refusals.append(("eval task", _first_line(error) + example))
+    if not findings.refusals:
+        findings.vision_cache = describe_phase(
+            recipe, QwenVLConfig.from_pretrained(base.path), base.processor, findings.parts, task, processes
+        )
     if images:
         for name, part in findings.parts.items():
             if part.checked is not None:

@@ -11,6 +11,7 @@ from finetune.data.reading import DataPart
 from finetune.data.summary import count_sources, problem_kinds
 from finetune.epoch_estimate import Epoch
 from finetune.histogram import histogram_chart, make_histogram
+from finetune.memory_cards import describe_cards
 from finetune.quantities import format_count, format_duration
 from finetune.report_images import image_tag, thumbnail
 from finetune.report_page import page, show, table, tiles
@@ -30,6 +31,7 @@ def check_page(findings: Findings) -> str:
         _tiles(findings),
         *(_part(name, part) for name, part in findings.parts.items() if part.checked is not None),
         _parameters(findings),
+        _memory(findings),
         *(_problems(findings, name) for name in findings.parts),
     ]
     if findings.previews:
@@ -58,6 +60,8 @@ def _tiles(findings: Findings) -> str:
         values.append((f"Images opened, {name}", f"{opened.opened:,}", more))
     if findings.task is not None:
         values.append(("Evaluation task", findings.task, ""))
+    if findings.vision_cache is not None:
+        values.append(("Vision cache", findings.recipe.data.vision_cache, findings.vision_cache))
     return tiles(values)
 
 
@@ -110,6 +114,16 @@ def _parameters(findings: Findings) -> str:
     rows = [(name, f"{count.trained:,}", f"{count.total:,}") for name, count in findings.parameters.items()]
     counted = table(rows, head=("", "trained", "of"), numeric=(1, 2))
     return f'<h2>What is trained</h2><div class="panel">{counted}</div>'
+
+
+def _memory(findings: Findings) -> str:
+    if findings.memory is None or findings.memory.plan is None:
+        return ""
+    plan = findings.memory.plan
+    head, *rows = plan.table()
+    said = "".join(f"<p>{show(line)}</p>" for line in (*findings.memory.lines(), describe_cards(plan)))
+    counted = table(rows, head=head, numeric=range(1, len(head)))
+    return f'<h2>Memory</h2><div class="panel">{counted}{said}</div>'
 
 
 def _problems(findings: Findings, name: str) -> str:

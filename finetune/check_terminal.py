@@ -11,6 +11,7 @@ from finetune.components import table_of_parameters
 from finetune.data.sample import SHOWN_PROBLEMS
 from finetune.data.summary import count_sources, describe_data, problem_kinds
 from finetune.histogram import bars, make_histogram
+from finetune.memory_cards import describe_cards
 from finetune.quantities import format_count, format_duration
 from finetune.report_page import readable
 from finetune.sample_preview import Piece, Preview, one_line
@@ -23,7 +24,7 @@ TRAINED = "bold green"
 
 def print_findings(findings: Findings, console: Console):
     """Print all of it; without colours, trained text stands between ⟦ and ⟧."""
-    for line in (*_model(findings), *_data(findings), *_steps(findings)):
+    for line in (*_model(findings), *_data(findings), *_steps(findings), *_memory(findings)):
         console.print(Text(line))
     for line in _distributions(findings):
         console.print(line)
@@ -88,6 +89,21 @@ def _steps(findings: Findings) -> Iterator[str]:
     yield f"steps       {steps}; {epoch.samples_per_step:,} samples a step{on}"
     fill = "" if epoch.fill is None else f" of at most {epoch.budget:,} tokens, {epoch.fill:.0%} full (estimated)"
     yield f"forwards    {epoch.packs_per_step:.1f} a step{fill}"
+    if findings.budget.reason:
+        yield f"packing     {findings.budget}"
+    if findings.vision_cache is not None:
+        yield f"vision      {one_line(findings.vision_cache)}"
+
+
+def _memory(findings: Findings) -> Iterator[str]:
+    if findings.memory is None:
+        return
+    for number, line in enumerate(findings.memory.lines()):
+        yield f"{'' if number else 'memory':<11} {line}"
+    if findings.memory.plan is not None:
+        for name, *sizes in findings.memory.plan.table():
+            yield f"{'':<11} {name:<24}{''.join(f'{size:>10}' for size in sizes)}"
+        yield f"{'':<11} {describe_cards(findings.memory.plan)}"
 
 
 def _distributions(findings: Findings) -> Iterator[Text]:

@@ -15,7 +15,7 @@ from importlib import import_module
 from finetune.errors import Failed, Interrupted, UserError
 from finetune.recipe import RecipeError
 
-COMMANDS = ("check", "prepare", "train", "evaluate", "merge", "export", "chat")
+COMMANDS = ("check", "prepare", "train", "evaluate", "merge", "export", "chat", "bench")
 """In the order of a job; each is the module of its name in `finetune.commands`. `train` need not be written."""
 
 

@@ -1,4 +1,4 @@
-"""Samples to one batch: rendered, laid end to end without padding, images decoded to uint8."""
+"""Samples to one batch: rendered, laid end to end without padding, images decoded to uint8 or their features found."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
+from finetune.batch_images import image_columns
 from finetune.data.checking import Rules
 from finetune.data.shortening import Fitted, OnLong
-from qwenvl import QwenVLImageProcessor, QwenVLTokenizer, load_image
+from finetune.image_store import ImageRequest, read_pixels
+from finetune.vision_cache import VisionCache
+from qwenvl import QwenVLImageProcessor, QwenVLTokenizer
 from qwenvl.chat import IGNORED, LabelRule
 
 
@@ -20,6 +23,7 @@ class Collator:
         samples: a sequence of `finetune.data` samples, indexed by the batch's rows.
         labels, grounding, n_queries: see `chat.render_chat`.
         max_length, on_long: as the samples were checked; see `shortening.render_fitting`.
+        vision_cache: has the features of images that were encoded before; None where there is none.
     """
 
     samples: Sequence[Any]
@@ -30,6 +34,7 @@ class Collator:
     n_queries: int
     max_length: int | None = None
     on_long: OnLong = "error"
+    vision_cache: VisionCache | None = None
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
         """A conversation as it is trained."""
@@ -45,7 +50,8 @@ class Collator:
             `input_ids`, `labels`, `position_ids`: (1, tokens of all rows), positions beginning anew for each; the
             first label of each is -100, as nothing before it may predict it.
             `sequence_lengths`, `sequence_images`, `samples`: (rows,), tokens, images and index of each.
-            `pixel_values`: (images, 3, S, S), uint8, in reading order; absent where there are none.
+            `pixel_values`: (images, 3, S, S), uint8, in reading order; absent where there are none. Or features in
+            their place, see `batch_images.image_columns`.
 
             Two rows of 3 and 2 tokens:
 
@@ -55,12 +61,13 @@ class Collator:
 
         Raises:
             ImageError: an image that cannot be read; file and row are named.
+            UserError: an image that was encoded is not what it was then.
         """
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
         lengths, images = [], []
-        pixels = []
+        requests: list[ImageRequest] = []
         for row in rows:
             sample = self.samples[row["sample"]]
             rendered = self.fit(sample.messages).rendered
@@ -69,20 +76,22 @@ class Collator:
             positions += range(len(rendered.ids))
             lengths.append(len(rendered.ids))
             images.append(len(rendered.images))
-            pixels += [
-                load_image(source, access=sample.access, name=f"{sample.origin}, image {number}")
+            requests += [
+                ImageRequest(source, sample.access, f"{sample.origin}, image {number}")
                 for number, source in enumerate(rendered.images, start=1)
             ]
-        batch = {
+        return {
             "input_ids": torch.tensor([ids]),
             "labels": torch.tensor([labels]),
             "position_ids": torch.tensor([positions]),
             "sequence_lengths": torch.tensor(lengths),
             "sequence_images": torch.tensor(images),
             "samples": torch.tensor([row["sample"] for row in rows]),
+            **image_columns([self._image(request) for request in requests]),
         }
-        if pixels:
-            batch["pixel_values"] = self.image_processor(pixels, do_normalize=False, return_tensors="pt")[
-                "pixel_values"
-            ]
-        return batch
+
+    def _image(self, request: ImageRequest) -> torch.Tensor:
+        """(3, S, S) uint8, or features."""
+        if self.vision_cache is not None:
+            return self.vision_cache.get(request)
+        return read_pixels(request, self.image_processor)

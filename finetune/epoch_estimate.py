@@ -8,7 +8,7 @@ import numpy as np
 
 from finetune.data.checking import Checked
 from finetune.packing import pack
-from finetune.recipe import Data, Recipe
+from finetune.recipe import Recipe
 
 SAMPLED_BATCHES = 200  # packed to estimate the rest
 
@@ -40,16 +40,12 @@ class Epoch:
     fill: float | None
 
 
-def packing_budget(data: Data, lengths: np.ndarray) -> int | None:
-    """Tokens of one forward; None where every conversation has its own."""
-    return (data.tokens_per_batch or data.max_length or int(lengths.max())) if data.packing else None
-
-
-def estimate_epoch(recipe: Recipe, checked: Checked) -> Epoch:
+def estimate_epoch(recipe: Recipe, checked: Checked, budget: int | None) -> Epoch:
     """An epoch of a recipe; packs are those of `SAMPLED_BATCHES` batches drawn by its seed.
 
     Args:
         checked: of the training data; at least one sample is kept.
+        budget: tokens of one forward (`packing_budget.choose_budget`).
     """
     train = recipe.train
     indices = checked.weighted_indices(recipe.seed)
@@ -60,7 +56,6 @@ def estimate_epoch(recipe: Recipe, checked: Checked) -> Epoch:
     batches = len(lengths) / (batch * processes)
     batches = int(batches) if train.dataloader_drop_last else ceil(batches)
     steps = max(1, ceil(batches / accumulation))
-    budget = packing_budget(recipe.data, checked.lengths)
     drawn = np.random.default_rng(recipe.seed).permutation(len(lengths))[: SAMPLED_BATCHES * batch]
     packed = [pack(lengths[drawn[start : start + batch]].tolist(), budget) for start in range(0, len(drawn), batch)]
     packs = sum(map(len, packed))

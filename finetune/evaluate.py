@@ -19,7 +19,6 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from finetune.atomic_writes import write_text
-from finetune.data.sources import Source
 from finetune.evaluated_model import default_folder, model_fingerprint, style_of
 from finetune.evaluation_page import write_evaluation_page
 from finetune.evaluation_results import (
@@ -39,9 +38,11 @@ from finetune.evaluation_results import (
 from finetune.model_choices import choose_dtype, is_random, own_device
 from finetune.question_sample import QuestionPrompts, QuestionSample
 from finetune.questions import Questions
+from finetune.recipe_sections import NamedSource
 from finetune.replies import BATCH_TOKENS, Decoding, generate_replies, plan_replies, stop_ids_of
 from finetune.reply_progress import ReplyProgress
 from finetune.run import RunFolder, describe_environment
+from finetune.source_names import source_names
 from finetune.tasks import Task
 from finetune.tasks_replies import Style
 from qwenvl import ImageAccess, load_model, load_processor
@@ -49,7 +50,10 @@ from qwenvl import ImageAccess, load_model, load_processor
 
 @dataclass(frozen=True)
 class EvaluationSource:
-    """A dataset to ask from; see `finetune.data.sources.Source`. `format` None is the task's."""
+    """A dataset to ask from; see `finetune.data.sources.Source`. `format` None is the task's.
+
+    `name` is what its score goes by where there are several; None is the name of its file.
+    """
 
     path: str
     format: str | None = None
@@ -61,6 +65,7 @@ class EvaluationSource:
     weight: float = 1.0
     limit: int | None = None
     streaming: bool = False
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,11 @@ class Evaluation:
     Attributes:
         model: whatever `qwenvl.load_model` takes.
         task: with the most new tokens of a reply.
-        sources: what is asked, one after the other.
+        sources: what is asked, one after the other; several are scored apart as well.
         compare: a second model, asked the same; None for none.
         images_root, allow_urls: what images may be reached.
         limit: only the first so many questions; None is all.
-        sample: so many of them, drawn by `seed`; None is all.
+        sample: so many of them, drawn by `seed`, equal shares of all sources; None is all.
         style: None is each model's own.
         shots: solved examples before each question, for style base.
         dtype, quantization: as `load_model` takes them; "auto" is the device's own.
@@ -87,7 +92,7 @@ class Evaluation:
 
     model: str
     task: Task
-    sources: tuple[Source, ...]
+    sources: tuple[EvaluationSource | NamedSource, ...]
     compare: str | None = None
     images_root: str | None = None
     allow_urls: bool = False
@@ -179,10 +184,15 @@ class _Road:
             )
             for source in evaluation.sources
         ]
-        asked = QuestionSample(parts, limit=evaluation.limit, sample=evaluation.sample, seed=evaluation.seed)
+        asked = QuestionSample(
+            parts,
+            names=source_names(evaluation.sources),
+            limit=evaluation.limit,
+            sample=evaluation.sample,
+            seed=evaluation.seed,
+        )
         if not self.asked:
-            of = f" of {asked.total:,}" if len(asked) < asked.total else ""
-            self.say(f"{'task':<11} {self.task.name}: {self.task.metric} on {len(asked):,}{of} questions")
+            self.say(f"{'task':<11} {self.task.name}: {self.task.metric} on {asked}")
             if asked.problems:
                 self.say(f"{'left out':<11} {len(asked.problems):,} rows that cannot be asked; {RESULTS} lists them")
         self.asked[style] = asked

@@ -48,6 +48,7 @@ def write_evaluation_page(
     sections = [
         _headline(results),
         _notes(results),
+        _sources(results),
         _groups(results),
         _changed(questions, records, compared) if compared and "score" in results else "",
         _worst(questions, records) if "score" in results else _first(questions, records),
@@ -100,6 +101,24 @@ def _notes(results: Mapping[str, Any]) -> str:
         return ""
     items = "".join(f"<li>{show(line)}</li>" for line in lines)
     return f'<div class="panel notes"><strong>Before you read the numbers</strong><ul>{items}</ul></div>'
+
+
+def _sources(results: Mapping[str, Any]) -> str:
+    """A line for each source, where there are several."""
+    sources = results.get("sources")
+    if not sources:
+        return ""
+    theirs = (results.get("compared") or {}).get("sources", {})
+    head = ["source", "questions", results["metric"], "95%"] + (["compared", "difference"] if theirs else [])
+    rows = []
+    for name, source in sources.items():
+        low, high = source["interval"]
+        row = [name, f"{source['questions']:,}", format_loss(source["score"]), f"{low:.4f} to {high:.4f}"]
+        if theirs:
+            other = theirs[name]["score"]
+            row += [format_loss(other), f"{source['score'] - other:+.4f}"]
+        rows.append(row)
+    return f'<h2>Sources</h2>\n<div class="panel">{table(rows, head=head, numeric=range(1, len(head)))}</div>'
 
 
 def _groups(results: Mapping[str, Any]) -> str:
@@ -161,7 +180,7 @@ def _panel(question: Question, record: Mapping[str, Any], compared: Mapping[str,
     )
     names = ["Reply"] if compared is None else ["Reply", "Reply of the compared model"]
     sides = [_side(name, one, html) for name, one, html in zip(names, replies, drawn, strict=True)]
-    group = f"<span>{show(record['group'])}</span>" if "group" in record else ""
+    group = "".join(f"<span>{show(record[key])}</span>" for key in ("source", "group") if key in record)
     place = f"<span>{show(record['origin'])}, {show(record['id'])}</span>"
     return (
         f'<article class="panel row"><header>{place}{group}</header>'

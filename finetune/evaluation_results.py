@@ -4,7 +4,7 @@
 |---|---|
 | `evaluation.json` | the identity: model, task, data and settings; another one is never mixed in |
 | `predictions.jsonl` | a line for each question, as replies come; at the end in the order of the data, with scores |
-| `results.json` | the score with its interval, groups, counts, settings, versions |
+| `results.json` | the score with its interval, that of each source and group, counts, settings, versions |
 | `submission.json` | in place of a score where the answers are hidden |
 | `evaluation.html` | all of it to look at |
 | `compared/` | the first two of the model that it is compared with |
@@ -51,6 +51,8 @@ def record_of(task: Task, number: int, question: Question, reply: Reply) -> Reco
         "reply": reply.text,
         "prediction": task.extract(reply.text, question.style),
     }
+    if question.source is not None:
+        record["source"] = question.source
     if question.group is not None:
         record["group"] = question.group
     if question.box is not None:
@@ -133,6 +135,19 @@ class PredictionFile:
 
 
 @dataclass(frozen=True)
+class PartScore:
+    """The score of the questions of one source, out of several, and its 95% interval."""
+
+    score: float
+    interval: Interval
+    questions: int
+
+    def summary(self) -> dict[str, Any]:
+        """As in `results.json`."""
+        return {"score": self.score, "interval": list(self.interval), "questions": self.questions}
+
+
+@dataclass(frozen=True)
 class Scored:
     """What one model's replies are worth.
 
@@ -142,6 +157,8 @@ class Scored:
         interval: of the total, 95%.
         groups: name -> score.
         counts: name -> questions.
+        sources: name -> the task's score of its questions, in the order of the data; empty where there is one source.
+            A metric that looks at all replies at once (cider_d) has looked at those of all sources.
     """
 
     values: list[float]
@@ -149,11 +166,13 @@ class Scored:
     interval: Interval
     groups: dict[str, float]
     counts: dict[str, int]
+    sources: dict[str, PartScore]
 
     def summary(self) -> dict[str, Any]:
         """As in `results.json`."""
         groups = {name: {"score": score, "questions": self.counts[name]} for name, score in self.groups.items()}
-        return {"score": self.total, "interval": list(self.interval), "groups": groups}
+        sources = {name: part.summary() for name, part in self.sources.items()}
+        return {"score": self.total, "interval": list(self.interval), "sources": sources, "groups": groups}
 
 
 def score_records(task: Task, questions: Sequence[Question], records: Sequence[Record]) -> Scored:
@@ -173,7 +192,21 @@ def score_records(task: Task, questions: Sequence[Question], records: Sequence[R
         score_interval(values, groups, task.aggregate),
         {name: sum(members[name]) / len(members[name]) for name in sorted(members)},
         {name: len(members[name]) for name in members},
+        _source_scores(task, records),
     )
+
+
+def _source_scores(task: Task, records: Sequence[Record]) -> dict[str, PartScore]:
+    parts: dict[str, list[Record]] = {}
+    for record in records:
+        if "source" in record:
+            parts.setdefault(record["source"], []).append(record)
+    scores = {}
+    for name, part in parts.items():
+        values, groups = [record["score"] for record in part], _groups(part)
+        total = task.aggregate(np.array(values), groups)
+        scores[name] = PartScore(total, score_interval(values, groups, task.aggregate), len(part))
+    return scores
 
 
 def compare_scored(task: Task, records: Sequence[Record], ours: Scored, theirs: Scored) -> dict[str, Any]:
@@ -217,9 +250,13 @@ def summary(results: Mapping[str, Any]) -> list[str]:
 
     if "score" in results:
         line(results["metric"], f"{score_text(results)}, {results['questions']:,} questions")
+        compared = results.get("compared")
+        for name, source in results["sources"].items():
+            other = f"; compared: {format_loss(compared['sources'][name]['score'])}" if compared else ""
+            line(f"  {name}", f"{score_text(source)}, {source['questions']:,} questions{other}")
         for name, group in results["groups"].items():
             line(f"  {name}", f"{format_loss(group['score'])}, {group['questions']:,} questions")
-        if compared := results.get("compared"):
+        if compared:
             low, high = compared["difference_interval"]
             line("compared", f"{score_text(compared)}, {compared['model']}")
             line(

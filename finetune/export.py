@@ -4,7 +4,7 @@ Tensors pass through one after the other, in pieces: memory stays at some hundre
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,6 +46,7 @@ def export(
     out: str | Path | None = None,
     shard_bytes: float | None = None,
     dtype: str = "auto",
+    quantize: Sequence[str] | None = None,
     push: str | None = None,
     public: bool = False,
     say: Say = print,
@@ -59,6 +60,7 @@ def export(
         out: the folder; None for MODEL-FORMAT beside the model.
         shard_bytes: of the largest weight file; None for 5 GB.
         dtype: "float32", "bfloat16", "float16", or "auto" for the types that the weights are stored in.
+        quantize: with "nf4", the parts in 4 bits (see `qwenvl.quantization.PARTS`); None for the language model's.
         push: `owner/name` on the hub, to upload the finished folder to.
         public: let everybody see it there.
         say: prints a line.
@@ -81,12 +83,16 @@ def export(
         refuse_push(push, public=public)
     elif public:
         raise UserError("--public says who may see an upload: give --push too")
+    if quantize is not None and to != "nf4":
+        raise UserError(f"--quantize has no effect with --to {to}: leave it out")
     if to == "nf4":
         if shard_bytes is not None:
             raise UserError("--shard-size has no effect with --to nf4: leave it out")
         from finetune.export_nf4 import export_nf4
+        from qwenvl.quantization import DEFAULT_PARTS
 
-        export_nf4(base, folder, dtype=None if dtype == "auto" else dtype, say=say)
+        parts = DEFAULT_PARTS if quantize is None else quantize
+        export_nf4(base, folder, quantize=parts, dtype=None if dtype == "auto" else dtype, say=say)
     else:
         write = _write_safetensors if to == "safetensors" else _write_qwen2
         run = Path(model) if (Path(model) / "run.json").is_file() else None

@@ -5,13 +5,16 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from qwenvl import ImageAccess, QwenVLForConditionalGeneration, QwenVLImageProcessor, load_image
 from qwenvl.images import ImageError
+
+if TYPE_CHECKING:
+    from finetune.vision_cache import VisionCache
 
 READERS = 4  # threads that decode; Pillow decodes and resizes without holding the interpreter's lock
 ENCODED_TOGETHER = 8  # images; beyond that a tower of this size is busy anyway
@@ -38,6 +41,16 @@ def image_key(source: Any, access: ImageAccess) -> str:
     return hashlib.sha256(source).hexdigest()
 
 
+def read_pixels(request: ImageRequest, image_processor: QwenVLImageProcessor) -> torch.Tensor:
+    """An image as the model takes it, (3, S, S) uint8.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    image = load_image(request.source, access=request.access, name=request.name)
+    return image_processor(image, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+
+
 class ImageStore:
     """Features by key. Those least recently used go when there are more than `keep_bytes` of them.
 
@@ -45,6 +58,7 @@ class ImageStore:
         model: encodes, on its device, in the mode it is in.
         image_processor: of the model.
         keep_bytes: of features. What one call of `features` asks for is kept together whatever it takes.
+        cache: has features of images that were encoded before; None where there is none.
     """
 
     def __init__(
@@ -52,10 +66,12 @@ class ImageStore:
         model: QwenVLForConditionalGeneration,
         image_processor: QwenVLImageProcessor,
         keep_bytes: int = KEPT_BYTES,
+        cache: "VisionCache | None" = None,
     ):
         self._model, self._image_processor, self._keep_bytes = model, image_processor, keep_bytes
+        self._cache = cache
         self._readers = ThreadPoolExecutor(READERS, "read-images")
-        self._pixels: dict[str, Future] = {}  # being read, or read and not encoded yet
+        self._coming: dict[str, Future] = {}  # being read, or read and not encoded yet
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._unreadable: dict[str, ImageError] = {}
         self._bytes = 0
@@ -70,8 +86,8 @@ class ImageStore:
     def read_ahead(self, requests: Mapping[str, ImageRequest]):
         """Begin to read images (by key) that will be asked for; those already here or on their way are left."""
         for key, request in requests.items():
-            if key not in self._pixels and key not in self._features and key not in self._unreadable:
-                self._pixels[key] = self._readers.submit(self._read, request)
+            if key not in self._coming and key not in self._features and key not in self._unreadable:
+                self._coming[key] = self._readers.submit(self._read, request)
 
     def features(self, requests: Mapping[str, ImageRequest]) -> dict[str, torch.Tensor | ImageError]:
         """Features of images by key.
@@ -81,7 +97,7 @@ class ImageStore:
         """
         self.read_ahead(requests)
         wanted = list(requests)
-        missing = [key for key in wanted if key in self._pixels]
+        missing = [key for key in wanted if key in self._coming]
         for start in range(0, len(missing), ENCODED_TOGETHER):
             self._encode(missing[start : start + ENCODED_TOGETHER])
         found: dict[str, torch.Tensor | ImageError] = {}
@@ -97,26 +113,28 @@ class ImageStore:
         return found
 
     def _read(self, request: ImageRequest) -> torch.Tensor:
-        """(3, S, S) uint8."""
-        image = load_image(request.source, access=request.access, name=request.name)
-        return self._image_processor(image, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        """(3, S, S) uint8, or (n_queries, hidden) of an image that is in the cache."""
+        if self._cache is not None:
+            return self._cache.get(request)
+        return read_pixels(request, self._image_processor)
 
     @torch.no_grad()
     def _encode(self, keys: Sequence[str]):
-        pixels = {}
+        read: dict[str, torch.Tensor] = {}
         for key in keys:
             try:
-                pixels[key] = self._pixels[key].result()
+                read[key] = self._coming[key].result()
             except ImageError as error:
                 self._unreadable[key] = error
-                del self._pixels[key]
-        if not pixels:
-            return
-        features = self._model.get_image_features(torch.stack(list(pixels.values())).to(self._model.device))
-        self.encoded += len(pixels)
-        for key, one in zip(pixels, features, strict=True):
-            # Only now: what did not fit into memory is tried again, with fewer.
-            del self._pixels[key]
+                del self._coming[key]
+        pixels = {key: one for key, one in read.items() if one.dtype == torch.uint8}
+        if pixels:
+            features = self._model.get_image_features(torch.stack(list(pixels.values())).to(self._model.device))
+            self.encoded += len(pixels)
             # A copy of its own: a view would keep the whole stack in memory.
-            self._features[key] = one.clone()
+            read |= {key: one.clone() for key, one in zip(pixels, features, strict=True)}
+        for key, one in read.items():
+            # Only now: what did not fit into memory is tried again, with fewer.
+            del self._coming[key]
+            self._features[key] = one.to(self._model.device)
             self._bytes += one.nbytes

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from finetune.atomic_writes import write_text
-from finetune.quantities import format_loss, is_score
+from finetune.logged_scores import is_score
+from finetune.quantities import format_loss
 from finetune.run import RunFolder
 
 CARD = "README.md"

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from finetune.batch_images import cut_images
+
 # Entries of a batch that run along its tokens, with shape (1, tokens).
 TOKEN_COLUMNS = ("input_ids", "labels", "position_ids")
 
@@ -63,6 +65,6 @@ def split_batch(batch: dict[str, Any], budget: int | None) -> list[dict[str, Any
         for name in ("sequence_lengths", "sequence_images", "samples"):
             one[name] = batch[name][members]
         if one["sequence_images"].sum():
-            one["pixel_values"] = part(batch["pixel_values"], image_ends, members, 0)
+            one |= cut_images(batch, part(torch.arange(image_ends[-1]), image_ends, members, 0))
         parts.append(one)
     return parts

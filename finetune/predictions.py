@@ -12,6 +12,7 @@ from PIL import Image
 from finetune.atomic_writes import write_text
 from finetune.collate import Collator
 from finetune.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
+from finetune.report_images import jpeg_settings
 from qwenvl import ImageAccess, load_image
 from qwenvl.chat import render_chat
 
@@ -58,7 +59,13 @@ def write_predictions(
         prompts.append(Prompt(rendered.ids, rendered.images, sample.access, str(sample.origin)))
     decoding = Decoding(max_new_tokens, stop_ids_of(model, collator.tokenizer))
     made = generate_replies(
-        model, prompts, plan_replies(prompts), collator.tokenizer, collator.image_processor, decoding
+        model,
+        prompts,
+        plan_replies(prompts),
+        collator.tokenizer,
+        collator.image_processor,
+        decoding,
+        vision_cache=collator.vision_cache,
     )
     replies = {reply.index: reply.text for reply in made}
     records = [
@@ -94,7 +101,7 @@ def _keep_image(image: Image.Image, run: Path) -> str:
     if not (folder / name).exists():
         small = image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(folder / name, "JPEG", quality=88)
+        small.save(folder / name, "JPEG", **jpeg_settings(small, 88))
     return f"{IMAGE_FOLDER}/{name}"
 
 

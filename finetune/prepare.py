@@ -6,7 +6,8 @@
     DIR/left_out.jsonl             what was left out, and why
 
 Training from there is training from the originals: the same conversations, in the same order, with the same pixels.
-Sources whose weights are not all 1 get a folder each (`DIR/train/1`), as weights are drawn source by source.
+Sources whose weights are not all 1 get a folder each (`DIR/train/1`), as weights are drawn source by source. So do
+several sources to evaluate on where they are scored, by their names (`DIR/eval/boarding`).
 """
 
 import json
@@ -33,6 +34,7 @@ from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from finetune.recipe_yaml import write_yaml
 from finetune.run import RunFolder, check_disk_space, compare_runs
+from finetune.source_names import source_names
 from finetune.tasks import CONVERSATIONS
 from qwenvl import QwenVLProcessor
 from qwenvl.loading import find_source
@@ -53,11 +55,13 @@ class Group:
         folder: below the prepared folder.
         indices: of the samples, in order.
         weight: of the source.
+        name: that its scores go by; None where they need none.
     """
 
     folder: str
     indices: Sequence[int]
     weight: float
+    name: str | None = None
 
     def shards(self) -> list[tuple[str, Sequence[int]]]:
         """Name of each file below the prepared folder, and the samples in it."""
@@ -112,7 +116,8 @@ def prepare(recipe: Recipe, to: Path, image_size: int | None = None, say: Callab
     run = RunFolder(to)
     with run.lock():
         parts = _read_data(recipe, processor, say)
-        groups = {name: _groups(name, *part) for name, part in parts.items()}
+        names = {"eval": names_to_keep(recipe)}
+        groups = {name: _groups(name, *part, names.get(name)) for name, part in parts.items()}
         manifest = Manifest(
             _made_from(recipe, image_size, parts), {name: count_rows(checked) for name, (_, checked) in parts.items()}
         )
@@ -147,8 +152,19 @@ def _read_data(
     return parts
 
 
-def _groups(name: str, samples: Samples, checked: Checked) -> list[Group]:
-    if all(weight == 1 for weight in checked.weights):
+def names_to_keep(recipe: Recipe) -> list[str] | None:
+    """What the scores of the sources to evaluate on are told apart by; None where there is nothing to tell apart."""
+    evaluate = recipe.evaluate
+    return source_names(evaluate.data) if evaluate is not None and evaluate.task and len(evaluate.data) > 1 else None
+
+
+def _groups(name: str, samples: Samples, checked: Checked, names: Sequence[str] | None) -> list[Group]:
+    """The samples by folder.
+
+    Args:
+        names: of the sources, each of which then has a folder; None where they need none.
+    """
+    if names is None and all(weight == 1 for weight in checked.weights):
         return [Group(name, checked.kept.tolist(), 1.0)]
     groups = []
     for number, weight in enumerate(checked.weights):
@@ -156,7 +172,10 @@ def _groups(name: str, samples: Samples, checked: Checked) -> list[Group]:
         if not indices:
             # Weights are drawn by the number of a source, which those after it would lose.
             raise UserError(f"{name} data: no row of source {number + 1} can be used; leave it out of the recipe")
-        groups.append(Group(f"{name}/{number + 1}", indices, weight))
+        if names is None:
+            groups.append(Group(f"{name}/{number + 1}", indices, weight))
+        else:
+            groups.append(Group(f"{name}/{names[number]}", indices, weight, names[number]))
     return groups
 
 
@@ -171,6 +190,7 @@ def _made_from(recipe: Recipe, image_size: int | None, parts: Mapping[str, tuple
         "sources": {
             name: [{"path": source.path, "weight": source.weight} for source in sources[name]] for name in parts
         },
+        **({"names": names} if (names := names_to_keep(recipe)) is not None and "eval" in parts else {}),
         "fingerprints": {name: samples.fingerprint(images=False) for name, (samples, _) in parts.items()},
         "images": {name: samples.fingerprint() for name, (samples, _) in parts.items()},
         # The tokenizer decides too what is short enough.
@@ -336,6 +356,7 @@ def snippet(to: Path, groups: Mapping[str, list[Group]]) -> str:
         name: [
             {"path": str(to / group.folder), "format": "messages"}
             | ({} if group.weight == 1 else {"weight": group.weight})
+            | ({} if group.name is None else {"name": group.name})
             for group in ones
         ]
         for name, ones in groups.items()

@@ -2,7 +2,7 @@
 
 On a terminal one live line, redrawn in place, and a line that stays for every evaluation and checkpoint:
 
-    step 100/1000 | eval loss 0.9876, best so far
+    step 100/1000 | eval loss 0.9876, best so far | eval anls 0.4550 (boarding 0.0200, before 0.8900)
     step 100/1000 | checkpoint saved
     step 120/1000 | epoch 0.48/3 | loss 1.2345 | lr 1.00e-04 | 1.2k tok/s | 3.1 img/s | peak 5.3 GB | 2h 04m left
 
@@ -26,6 +26,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from finetune.checkpoints import checkpoint_path
+from finetune.logged_scores import is_score, parts_of_scores
 from finetune.quantities import (
     format_bytes,
     format_count,
@@ -33,7 +34,6 @@ from finetune.quantities import (
     format_learning_rate,
     format_loss,
     is_number,
-    is_score,
 )
 
 SEPARATOR = " | "
@@ -58,7 +58,8 @@ class Progress(TrainerCallback):
     """The live line, or plain lines where there is no terminal.
 
     It reads these keys of `logs`, each left out of the line where it is missing: loss, learning_rate,
-    tokens_per_second, images_per_second, peak_memory_bytes (bytes), epoch, eval_loss and other eval_* scores.
+    tokens_per_second, images_per_second, peak_memory_bytes (bytes), epoch, eval_loss and other eval_* scores; and,
+    where a pack did not fit into the memory, out_of_memory_tokens with (evaluation_)tokens_per_batch.
 
     Call `close()` when training ends with an exception, to hand the terminal back. At the end of training and at the
     interpreter's exit that happens by itself.
@@ -130,6 +131,8 @@ class Progress(TrainerCallback):
         if any(is_score(key) for key in numbers):
             self._say(SEPARATOR.join([_step(state), *self._scores(numbers, state.global_step)]))
             self._note_best(numbers, state.global_step)
+        if "out_of_memory_tokens" in numbers:
+            self._say(f"{_step(state)}{SEPARATOR}{_lowered_budget(numbers)}")
         if any(key in numbers for key in _LOGGED):
             self._latest = {key: numbers[key] for key in _LOGGED if key in numbers}
             if self._live is None:
@@ -220,11 +223,11 @@ class Progress(TrainerCallback):
             else:
                 remark = f", best {format_loss(self._best[0])} at step {self._best[1]}"
             scores.append(f"eval loss {format_loss(loss)}{remark}")
-        scores += [
-            f"{key.replace('_', ' ')} {format_loss(value)}"
-            for key, value in numbers.items()
-            if is_score(key) and key != "eval_loss"
-        ]
+        for key, parts in parts_of_scores(numbers).items():
+            if key != "eval_loss":
+                text = f"{key.replace('_', ' ')} {format_loss(numbers[key])}"
+                each = ", ".join(f"{name} {format_loss(numbers[part])}" for part, name in parts.items())
+                scores.append(f"{text} ({each})" if each else text)
         return scores
 
     def _note_best(self, record: Mapping[str, Any], step: int) -> None:
@@ -267,6 +270,14 @@ class _Pace:
             return None
         each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         return steps * (each + self._paused / self._steps)
+
+
+def _lowered_budget(numbers: Mapping[str, float]) -> str:
+    """That a pack did not fit into the memory (see `out_of_memory.PackBudget`), and what follows."""
+    too_many = f"out of memory with {numbers['out_of_memory_tokens']:,} tokens in one forward"
+    if "tokens_per_batch" in numbers:
+        return f"{too_many}: at most {numbers['tokens_per_batch']:,} from now on, with the same loss and gradients"
+    return f"{too_many} of evaluation: at most {numbers['evaluation_tokens_per_batch']:,} from now on"
 
 
 def _step(state) -> str:
@@ -340,9 +351,10 @@ def summary(
         lines["loss"] = _first_to_last(series["loss"])
     if "eval_loss" in series:
         lines["eval loss"] = _first_to_best(series["eval_loss"])
-    for key, values in series.items():
-        if is_score(key) and key != "eval_loss":
-            lines[key.replace("_", " ")] = _first_to_last(values)
+    for key, parts in parts_of_scores(series).items():
+        if key != "eval_loss":
+            each = ", ".join(f"{name} {_first_to_last(series[part])}" for part, name in parts.items())
+            lines[key.replace("_", " ")] = _first_to_last(series[key]) + (f" ({each})" if each else "")
     if "peak_memory_bytes" in series:
         lines["peak memory"] = format_bytes(max(value for _, value in series["peak_memory_bytes"]))
     lines["run"] = os.fspath(run)

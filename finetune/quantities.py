@@ -10,21 +10,10 @@ from typing import Any
 COUNT_SUFFIXES = ("", "k", "M", "B", "T")
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
-# Of an evaluation the numbers on speed and amounts, which say nothing about the model: ours, Transformers', TRL's.
-_NOT_A_SCORE = (
-    *("_runtime", "_seconds", "_per_second", "_preparation_time"),
-    *("_tokens", "_samples", "_images", "_entropy"),
-)
-
 
 def is_number(value: Any) -> bool:
     """Whether a value from a log is a number to show: Python's or NumPy's, NaN and infinities too, but no bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def is_score(key: str) -> bool:
-    """Whether a logged key is an evaluation's judgement of the model: eval_loss, eval_anls, not eval_runtime."""
-    return key.startswith("eval_") and not key.endswith(_NOT_A_SCORE)
 
 
 def format_count(value: float) -> str:

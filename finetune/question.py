@@ -32,6 +32,7 @@ class Question:
         messages: what is asked, in parts; image parts are filled from `images` in order.
         options: of multiple choice.
         shots: solved examples that are shown before it.
+        source: the name of its source, where an evaluation has several.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Question:
     messages: tuple[Message, ...]
     options: tuple[str, ...] = ()
     shots: "tuple[Question, ...]" = ()
+    source: str | None = None
 
     def render(self, tokenizer: QwenVLTokenizer, n_queries: int = 256) -> Rendered:
         """The prompt: a chat that waits for a reply, or raw text for a base model to go on with.

@@ -68,19 +68,41 @@ def quantized_base_can_be_trained(model: Model, adapter: Adapter | None, freeze:
             "trains the vision tower in full, which 4-bit weights cannot be",
             "set freeze.vision: true, or take vision out of model.quantize",
         )
-    if adapter.train_embeddings is True:
-        if "head" in model.quantize:
-            yield Finding(
-                ("adapter.train_embeddings", "model.quantize"),
-                "trains the output head in full, which 4-bit weights cannot be",
-                "set it to false, or take head out of model.quantize",
-            )
-        if model.embeddings_on_cpu:
-            yield Finding(
-                ("adapter.train_embeddings", "model.embeddings_on_cpu"),
-                "trains the embeddings, which are to stay in host memory",
-                "choose one",
-            )
+    if adapter.train_embeddings is True and "head" in model.quantize:
+        yield Finding(
+            ("adapter.train_embeddings", "model.quantize"),
+            "trains the output head in full, which 4-bit weights cannot be",
+            "set it to false, or take head out of model.quantize",
+        )
+
+
+def host_embeddings_are_frozen(model: Model, adapter: Adapter | None, freeze: Freeze) -> Iterator[Finding]:
+    if not model.embeddings_on_cpu:
+        return
+    if adapter is not None and adapter.train_embeddings is True:
+        key = "adapter.train_embeddings"
+    elif adapter is None and not freeze.language:
+        key = "freeze.language"
+    else:
+        return
+    reason = "trains the embeddings, which are to stay in host memory"
+    yield Finding((key, "model.embeddings_on_cpu"), reason, "choose one")
+
+
+def cached_vision_is_frozen(adapter: Adapter | None, freeze: Freeze, data: Data) -> Iterator[Finding]:
+    if data.vision_cache == "off":
+        return
+    trained = {
+        "freeze.vision": not freeze.vision,
+        "freeze.resampler": not freeze.resampler,
+        "adapter.vision_targets": adapter is not None and bool(adapter.vision_targets),
+    }
+    for key in (key for key, is_trained in trained.items() if is_trained):
+        yield Finding(
+            ("data.vision_cache", key),
+            f"features of images are computed once, and {key} trains what computes them",
+            "set data.vision_cache: off, or freeze vision and resampler and name no vision_targets",
+        )
 
 
 def attention_has_its_type(model: Model) -> Iterator[Finding]:
@@ -165,6 +187,8 @@ CHECKS = (
     something_is_trained,
     nothing_is_trained_twice,
     quantized_base_can_be_trained,
+    host_embeddings_are_frozen,
+    cached_vision_is_frozen,
     attention_has_its_type,
     learning_rates_have_an_effect,
     evaluation_has_data,

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from finetune.recipe_problems import nearest
+from finetune.source_names import NAME, name_given_twice, source_names
 
 
 class Finding(NamedTuple):
@@ -80,20 +81,20 @@ class Model(Section):
     quantize: Annotated[tuple[Literal["language", "vision", "head"], ...], Strict(False)] = ("language",)
     """With nf4, the parts in 4 bits: the language model's linears, the vision tower's, and the output head."""
     embeddings_on_cpu: bool = False
-    """With nf4, keep the token embeddings in host memory: 1.2 GB less on the GPU."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """The attention implementation; eager is the plain reference."""
+    """Keep the token embeddings, frozen, in host memory: 1.2 GB less on the GPU."""
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """auto is varlen: each sequence of a pack by itself; sdpa masks the others, eager is the plain reference."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """For norms, rotary positions and SwiGLU: liger fuses each of them (GPU); auto takes it where it is installed."""
 
     def findings(self):
         if "language" not in self.quantize:
             yield Finding(("quantize",), "the language model is in 4 bits where anything is", "add language")
         if len(set(self.quantize)) < len(self.quantize):
             yield Finding(("quantize",), "a part is named twice", "name each once")
-        if self.quantization == "none":
-            given = {"quantize": self.quantize != ("language",), "embeddings_on_cpu": self.embeddings_on_cpu}
-            for key in (key for key, is_given in given.items() if is_given):
-                reason = "acts with quantization: nf4 only"
-                yield Finding((key, "quantization"), reason, f"set quantization: nf4, or remove {key}")
+        if self.quantization == "none" and self.quantize != ("language",):
+            reason = "acts with quantization: nf4 only"
+            yield Finding(("quantize", "quantization"), reason, "set quantization: nf4, or remove quantize")
 
 
 class Adapter(Section):
@@ -212,6 +213,29 @@ Sources = Annotated[
 ]
 
 
+class NamedSource(Source):
+    """A dataset to evaluate on, whose score is told apart from those of the others."""
+
+    name: Word | None = None
+    """The word its score is logged under, such as old for eval_anls_old; null takes the name of its file."""
+
+    def findings(self):
+        yield from super().findings()
+        if self.name is not None and not NAME.fullmatch(self.name):
+            yield Finding(("name",), f"{self.name!r} is not one word", "use letters, digits, _, . and - only")
+
+
+NamedSources = Annotated[
+    tuple[NamedSource, ...],
+    Strict(False),
+    Field(min_length=1),
+    BeforeValidator(
+        one_as_list,
+        json_schema_input_type=NamedSource | Annotated[tuple[NamedSource, ...], Field(min_length=1)],
+    ),
+]
+
+
 class Data(Section):
     """What is trained on, and how rows become batches."""
 
@@ -225,8 +249,8 @@ class Data(Section):
     """A conversation beyond max_length: refuse the data, leave it out, or only its first turns. Both are counted."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be read: refuse the data, or leave it out and report it."""
-    tokens_per_batch: Count | None = None
-    """Most tokens of one packed forward; null takes max_length, or the longest conversation."""
+    tokens_per_batch: Count | Literal["auto"] | None = None
+    """Most tokens of one packed forward; auto takes what fits into the memory, null max_length or the longest row."""
     packing: bool = True
     """Put several conversations into one forward, without padding; results do not change, speed does."""
     labels: Literal["assistant", "structure"] = "assistant"
@@ -239,8 +263,18 @@ class Data(Section):
     """Allow rows to name images by public web address."""
     shuffle: bool = True
     """Draw the order of the rows anew each epoch."""
+    vision_cache: Literal["off", "memory", "disk"] = "off"
+    """Encode each image once, before training, where the vision side is frozen; disk keeps that for later runs."""
+    vision_cache_gb: Annotated[float, Field(gt=0)] | None = None
+    """Most GB of the vision cache; null takes what fits, in memory at most half of what is free."""
 
     def findings(self):
+        if self.vision_cache_gb is not None and self.vision_cache == "off":
+            yield Finding(
+                ("vision_cache_gb", "vision_cache"),
+                "is the bound of the vision cache, which is off",
+                "remove it, or set vision_cache: disk or memory",
+            )
         if self.tokens_per_batch is not None:
             if not self.packing:
                 yield Finding(
@@ -248,7 +282,8 @@ class Data(Section):
                     "is the budget of packing, which is off",
                     "remove it or set packing: true",
                 )
-            if self.max_length is not None and self.tokens_per_batch < self.max_length:
+            is_number = isinstance(self.tokens_per_batch, int)
+            if is_number and self.max_length is not None and self.tokens_per_batch < self.max_length:
                 yield Finding(
                     ("tokens_per_batch", "max_length"),
                     f"{self.tokens_per_batch} tokens cannot hold a conversation of max_length {self.max_length}",
@@ -268,14 +303,14 @@ MetricName = Literal[
 class Evaluate(Section):
     """Evaluation during training, and replies shown before and after; null in its place does without."""
 
-    data: Sources
-    """The sources to evaluate on; one source may stand without a list."""
+    data: NamedSources
+    """The sources to evaluate on; one may stand without a list, of several each has a score of its own as well."""
     task: TaskName | None = None
-    """What replies are scored as, besides the loss; that then picks the best checkpoint. custom takes `metric`."""
+    """What replies are scored as, besides the loss; the score over all picks the best. custom takes `metric`."""
     metric: MetricName | None = None
     """The score of task custom, on data of any format that it goes with."""
     sample: Count = 200
-    """Questions that are replied to and scored at each evaluation, drawn by the seed, the same over the run."""
+    """Questions scored at each evaluation, the same over the run, drawn by the seed; sources have equal shares."""
     predictions: Annotated[int, Field(ge=0)] = 8
     """Rows whose replies are shown before and after training."""
     max_new_tokens: Count = 64
@@ -288,6 +323,9 @@ class Evaluate(Section):
     def findings(self):
         if self.task == "custom" and self.metric is None:
             yield Finding(("metric", "task"), "task custom has no score of its own", "set metric, such as anls")
+        if self.task is not None and (name := name_given_twice(source_names(self.data))) is not None:
+            reason = f"two sources are called {name}, and their scores are told apart by name"
+            yield Finding(("data",), reason, "give one of them another `name`")
         if self.metric is not None and self.task != "custom":
             remedy = "remove metric, or set task: custom"
             yield Finding(("metric", "task"), f"task {self.task or 'null'} does not take one", remedy)

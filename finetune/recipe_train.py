@@ -17,6 +17,7 @@ _PACKED = "conversations are packed without padding"
 _NO_UPLOAD = "a run uploads nothing; when it is done, upload its adapter folder with `hf upload`"
 _OWN_LOSS = "the loss is the cross-entropy over the supervised tokens of the whole step"
 _OWN_EVALUATION = "evaluation measures the loss over all supervised tokens, and needs no such setting"
+_OWN_EXCHANGE = "processes exchange gradients once a step, after its last backward, and nothing else"
 _OWN_RESUME = "a run resumes exactly, or says why not"
 
 OWNED: dict[str, tuple[str | None, str]] = {
@@ -73,7 +74,10 @@ OWNED: dict[str, tuple[str | None, str]] = {
     "auto_find_batch_size": ("data.tokens_per_batch", "it bounds the memory of a step, whatever the batch size"),
     "torch_empty_cache_steps": ("data.tokens_per_batch", "it bounds the memory of a step"),
     "disable_tqdm": (None, "a run prints its own progress"),
-    "ddp_find_unused_parameters": (None, "follows from what is trained"),
+    "ddp_find_unused_parameters": (None, _OWN_EXCHANGE),
+    "ddp_bucket_cap_mb": (None, _OWN_EXCHANGE),
+    "ddp_broadcast_buffers": (None, _OWN_EXCHANGE),
+    "ddp_static_graph": (None, _OWN_EXCHANGE),
     "local_rank": (None, "comes from the launcher"),
     "parallelism_config": (None, "comes from the configuration of `accelerate launch`"),
     "push_to_hub": (None, _NO_UPLOAD),
@@ -88,6 +92,9 @@ OWNED: dict[str, tuple[str | None, str]] = {
 
 DEFAULTS = {"learning_rate": (1e-5, "The default is the published LoRA script's; TRL's is 2e-5.")}
 """Where the default is not TRL's."""
+
+MORE_CHOICES = {"optim": (("auto",), "auto is AdamW in float32, or in 8 bits and paged where only that fits the GPU.")}
+"""What we take beside TRL's choices, and a sentence on it."""
 
 LIMITS: dict[str, dict[str, float]] = {
     "learning_rate": {"gt": 0},
@@ -108,7 +115,6 @@ LIMITS: dict[str, dict[str, float]] = {
     "save_steps": {"gt": 0},
     "save_total_limit": {"ge": 1},
     "dataloader_prefetch_factor": {"ge": 1},
-    "ddp_bucket_cap_mb": {"ge": 1},
     "ddp_timeout": {"ge": 1},
 }
 """Bounds that `SFTConfig` does not state, and would let pass or fail on after the weights were loaded."""
@@ -119,6 +125,12 @@ DECIDING = (
     *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 """Fields that decide the result of a run: always written out, so that a later TRL's defaults cannot change it."""
+
+TRL_CHECKPOINTING = (
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),
+)
+"""Fields that `checkpointing` takes the place of."""
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -145,6 +157,8 @@ class OwnTrainKeys(Section):
     """Learning rates of single components; what is null takes learning_rate."""
     vision_layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor on the learning rate from each layer of the vision transformer to the one below (the paper: 0.95)."""
+    checkpointing: Literal["auto", "none", "selective", "full", "offload"] | None = None
+    """What backward computes anew instead of keeping; auto is the least that fits, null goes by TRL's keys."""
 
     def findings(self) -> Iterator[Finding]:
         if self.max_steps == 0:
@@ -153,6 +167,13 @@ class OwnTrainKeys(Section):
             steps = getattr(self, key)
             if steps is not None and steps > 1 and steps != int(steps):
                 yield Finding((key,), f"{steps} is neither a whole number of steps nor a share below 1")
+        for key in TRL_CHECKPOINTING if self.checkpointing is not None else ():
+            if key in self.model_fields_set:
+                yield Finding((key, "checkpointing"), "both say what is kept for backward", "remove one of them")
+        for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if isinstance(getattr(self, key), dict) and "selective" in getattr(self, key):
+                reason = "TRL's selective does not reach the layers, or stops the run, with recent Transformers"
+                yield Finding((key,), reason, "remove it, and set checkpointing: selective")
         if self.deepspeed is not None and self.fsdp:
             yield Finding(("deepspeed", "fsdp"), "both shard the model", "choose one of them")
 
@@ -160,18 +181,22 @@ class OwnTrainKeys(Section):
         """Arguments of `SFTConfig`: what the recipe sets, and what decides a run's result. The caller's to change."""
         wanted = (self.model_fields_set | set(DECIDING)) - set(OwnTrainKeys.model_fields)
         values = self.model_dump(mode="json")
-        return {name: values[name] for name in FIELDS if name in wanted}
+        if self.checkpointing is not None:
+            # The layers are set by `checkpointing.checkpoint_blocks`.
+            wanted, values = wanted | {"gradient_checkpointing"}, values | {"gradient_checkpointing": False}
+        return {name: values[name] for name in FIELDS if name in wanted and values[name] != "auto"}
 
 
 def _annotation(name: str, about: dict[str, Any]) -> Any:
     limits = LIMITS.get(name)
+    more, _ = MORE_CHOICES.get(name, ((), ""))
     bounded = (lambda kind: Annotated[kind, Field(**limits)]) if limits else (lambda kind: kind)
     kinds = {
         "integer": bounded(int),
         # Whole numbers stay whole: TRL takes both where it says float.
         "number": bounded(int) | bounded(float),
         "boolean": bool,
-        "string": Literal[tuple(about["choices"])] if "choices" in about else str,
+        "string": Literal[(*about["choices"], *more)] if "choices" in about else str,
         "array": Words,
         "object": Annotated[dict[str, Any], AfterValidator(read_only)],
         "null": None,
@@ -184,7 +209,8 @@ def _annotation(name: str, about: dict[str, Any]) -> Any:
 
 def _field(name: str, about: dict[str, Any]) -> tuple[Any, Any]:
     default, note = DEFAULTS.get(name, (about["default"], ""))
-    description = f"{about['help']} {note}".rstrip()
+    _, more = MORE_CHOICES.get(name, ((), ""))
+    description = " ".join(filter(None, (about["help"], note, more)))
     return _annotation(name, about), Field(default=read_only(default), description=description)
 
 

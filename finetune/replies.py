@@ -5,11 +5,11 @@ with is computed once (`shared_prefix`). Pages come by the length of their longe
 images, of which the next one's are read while one is replied to.
 """
 
-import gc
 import logging
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,10 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from finetune.errors import Failed
 from finetune.image_store import KEPT_BYTES, ImageRequest, ImageStore, image_key
+from finetune.out_of_memory import OutOfMemory, attempt
 from finetune.shared_prefix import PrefixedBatch, cut_prefixes, generate_from_prefixes
 from finetune.tasks_replies import Style
+from finetune.vision_cache import VisionCache
 from qwenvl import ImageAccess, QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer
 from qwenvl.images import ImageError
 
@@ -162,6 +164,7 @@ def generate_replies(
     *,
     on_bad_image: Literal["refuse", "wrong"] = "refuse",
     keep_bytes: int = KEPT_BYTES,
+    vision_cache: VisionCache | None = None,
 ) -> Iterator[Reply]:
     """Reply to every prompt; replies come batch by batch, each prompt's once.
 
@@ -172,6 +175,7 @@ def generate_replies(
         prompts, plan: `plan_replies(prompts)`.
         on_bad_image: an image that cannot be read ends it all, or its prompts come back as `unreadable`.
         keep_bytes: of image features held in memory.
+        vision_cache: has features of images that were encoded before; None where there is none.
 
     Raises:
         ImageError: an image cannot be read, and that is refused.
@@ -183,7 +187,7 @@ def generate_replies(
     # Whatever the model's config says of sampling and penalties is not what is measured.
     base.generation_config = GenerationConfig()
     try:
-        with ImageStore(base, image_processor, keep_bytes) as store:
+        with ImageStore(base, image_processor, keep_bytes, vision_cache) as store:
             yield from _Generator(base, prompts, plan, tokenizer, decoding, on_bad_image, store).replies(keep_bytes)
     finally:
         base.generation_config = config
@@ -221,10 +225,9 @@ class _Generator:
             rows, ahead = ahead, self._open(window)
             while rows:
                 count = self._batch_size(rows)
-                try:
-                    replies = self._reply(rows[:count])
-                except torch.OutOfMemoryError as error:
-                    self._take_smaller_batches(rows[:count], error)
+                replies = attempt(partial(self._reply, rows[:count]))
+                if isinstance(replies, OutOfMemory):
+                    self._take_smaller_batches(rows[:count], replies)
                     continue
                 rows = rows[count:]
                 yield from replies
@@ -249,18 +252,15 @@ class _Generator:
         row_tokens = len(rows[0].ids) + self.decoding.max_new_tokens
         return max(1, min(self.batch_tokens // row_tokens, self.decoding.batch_rows, len(rows)))
 
-    def _take_smaller_batches(self, rows: Sequence[_Row], error: torch.OutOfMemoryError):
+    def _take_smaller_batches(self, rows: Sequence[_Row], failure: OutOfMemory):
         tokens = len(rows) * (len(rows[0].ids) + self.decoding.max_new_tokens)
         if len(rows) == 1:
             raise Failed(
                 f"{self.prompts[rows[0].index].name}: {tokens:,} tokens do not fit into the device's memory, even by "
-                "themselves; take fewer new tokens, fewer shots, or a smaller dtype"
-            ) from error
+                f"themselves; take fewer new tokens, fewer shots, or a smaller dtype\n({failure.said})"
+            )
         self.batch_tokens = tokens // 2
         logger.warning("out of memory with batches of %d tokens: going on with %d", tokens, self.batch_tokens)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _reply(self, rows: Sequence[_Row]) -> list[Reply]:
         found = self.store.features({key: request for row in rows for key, request in row.images})

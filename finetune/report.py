@@ -14,9 +14,12 @@ their own; any other is listed as it stands:
     model           path or name of the base
     parameters      {component: {"trained": int, "total": int}}
     rows            {"train": {"kept": int, "bad": int, ...}, "eval": {...}}
+    phases          {"load": {"seconds": ..., "times": ...}, ...}, in the order in which they began
     packing_efficiency  share of the packs that holds tokens, 0 to 1
     environment     {"versions": {package: version}, ...}
     notes           warnings for whoever reads the numbers, a list of sentences
+    score           the task's: {"metric": text, "questions": int, "before": float, "after": float,
+                    "sources": {name: {"questions": int, "before": float, "after": float}}, "groups": the same}
     identity        its `recipe` is left out, as the recipe is shown whole
 """
 
@@ -30,16 +33,18 @@ from typing import Any
 
 from finetune.atomic_writes import write_text
 from finetune.charts import LARGEST, Series, line_chart, smooth
+from finetune.logged_scores import parts_of_scores
 from finetune.quantities import (
     format_bytes,
     format_count,
     format_duration,
     format_loss,
     is_number,
-    is_score,
 )
-from finetune.report_page import flatten, page, readable, show, table, tiles
+from finetune.report_page import flatten, page, show, table, tiles
+from finetune.report_phases import phases_table
 from finetune.report_predictions import pair_rows, predictions_section
+from finetune.report_scores import score_charts, score_title, scores_section
 from finetune.run import NON_FINITE
 
 REPORT = "report.html"
@@ -57,7 +62,7 @@ _CHARTS = (
 )
 _OWN_PLACE = (
     *("status", "started", "finished", "wall_seconds", "model", "parameters", "rows"),
-    *("packing_efficiency", "environment", "notes", "identity"),
+    *("packing_efficiency", "environment", "notes", "identity", "score", "phases"),
 )
 
 
@@ -89,6 +94,7 @@ def _render(run: Path) -> str:
     sections = [
         _headline(name, facts, curves),
         _notes(facts.get("notes"), missing),
+        scores_section(facts.get("score")),
         _curves(curves),
         predictions_section(rows, run) if rows else "",
         _composition(facts),
@@ -227,9 +233,9 @@ def _numbers(facts: Mapping[str, Any], curves: Mapping[str, Curve]) -> Iterable[
         if len(evaluated) > 1:
             more += f"; first {format_loss(evaluated[0][1])}, last {format_loss(evaluated[-1][1])}"
         yield ("Best evaluation loss", format_loss(best[1]), more)
-    for key, curve in curves.items():
-        if is_score(key) and key != "eval_loss":
-            yield (_title(key), _first_to_last(curve), "first → last" if len(curve) > 1 else "")
+    for key in parts_of_scores(curves):
+        if key != "eval_loss":
+            yield (score_title(key), _first_to_last(curves[key]), "first → last" if len(curves[key]) > 1 else "")
     steps = max((curve[-1][0] for curve in curves.values()), default=None)
     epoch = _finite(curves.get("epoch", []))
     if steps is not None:
@@ -248,10 +254,6 @@ def _numbers(facts: Mapping[str, Any], curves: Mapping[str, Curve]) -> Iterable[
 def _first_to_last(curve: Curve) -> str:
     ends = [curve[0], curve[-1]] if len(curve) > 1 else curve
     return " → ".join(format_loss(value) for _, value in ends)
-
-
-def _title(key: str) -> str:
-    return "Evaluation: " + readable(key.removeprefix("eval_").replace("_", " "))
 
 
 def _notes(notes: Any, missing: list[str]) -> str:
@@ -274,9 +276,7 @@ def _curves(curves: Mapping[str, Curve]) -> str:
             jagged = key != "learning_rate" and len(points) > FEW_POINTS
             drawn = _raw_and_smooth(points) if jagged else [Series(title, points)]
             charts.append(line_chart(title, drawn, unit=unit, from_zero=from_zero))
-    for key, curve in curves.items():
-        if is_score(key) and key != "eval_loss" and (points := _finite(curve)):
-            charts.append(line_chart(_title(key), [Series(key, points, "marks", "b")], unit="score"))
+    charts += score_charts({key: _finite(curve) for key, curve in curves.items()})
     charts = [chart for chart in charts if chart]
     bad = {key: len(curve) - len(_finite(curve)) for key, curve in curves.items()}
     remarks = [f"{key}: {count} value(s) are not finite and not drawn" for key, count in bad.items() if count]
@@ -344,6 +344,8 @@ def _share(trained: float, total: float) -> tuple[str, str, str]:
 
 def _environment(facts: Mapping[str, Any]) -> str:
     panels = []
+    if times := phases_table(facts.get("phases")):
+        panels.append(_panel("Where the time went", times))
     environment = facts.get("environment")
     if environment:
         lines = [(key.removeprefix("versions."), text) for key, text in flatten(environment)]

@@ -15,6 +15,7 @@ from qwenvl.images import ImageAccess, ImageError, load_image
 
 THUMBNAIL = 480  # pixels of the longer side
 JPEG_QUALITY = 80
+SMALL = 256  # pixels of the longer side, up to which letters are a few pixels large
 
 
 def thumbnail(source: Any, access: ImageAccess) -> Image.Image | str:
@@ -32,10 +33,15 @@ def image_tag(small: Image.Image | str) -> str:
     if isinstance(small, str):
         return f'<div class="nothing">No image: {show(small)}</div>'
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    small.save(file, "JPEG", optimize=True, **jpeg_settings(small, JPEG_QUALITY))
     data = base64.b64encode(file.getvalue()).decode()
     size = f'width="{small.width}" height="{small.height}"'
     return f'<img {size} alt="image of this row" src="data:image/jpeg;base64,{data}">'
+
+
+def jpeg_settings(image: Image.Image, quality: int) -> dict[str, int]:
+    """How to save an image as JPEG; a small one nearly as it is, as its letters would not survive being blurred."""
+    return {"quality": 95, "subsampling": 0} if max(image.size) <= SMALL else {"quality": quality}
 
 
 def draw_pair(image: Image.Image, target: Sequence[Region], reply: Sequence[Region]) -> Image.Image:

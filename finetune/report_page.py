@@ -22,14 +22,16 @@ STYLE = """
 :root {
   color-scheme: light;
   --page: #f6f7f9; --panel: #fff; --text: #1d2129; --muted: #667085; --rule: #e4e7ec;
-  --series-a: #2f6fde; --series-b: #c8601a; --good: #18794e; --good-soft: #dff3e8; --bad: #b42318;
+  --series-a: #2f6fde; --series-b: #c8601a; --series-c: #0f8a80; --series-d: #7a4fc9; --series-e: #c2377f;
+  --series-f: #6b7280; --good: #18794e; --good-soft: #dff3e8; --bad: #b42318;
   --warn: #93590d; --warn-soft: #fdf3dc; --mark: #fbdfc9;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     color-scheme: dark;
     --page: #14161a; --panel: #1c1f25; --text: #e4e7ec; --muted: #98a2b3; --rule: #2d323b;
-    --series-a: #78a9ff; --series-b: #f2a35e; --good: #6fd3a0; --good-soft: #173527; --bad: #ff8a80;
+    --series-a: #78a9ff; --series-b: #f2a35e; --series-c: #5fd0c5; --series-d: #b79bf5; --series-e: #f28bbb;
+    --series-f: #a8b0bd; --good: #6fd3a0; --good-soft: #173527; --bad: #ff8a80;
     --warn: #f0c468; --warn-soft: #352b14; --mark: #5a3419;
   }
 }
@@ -74,15 +76,15 @@ pre { margin: 0; font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; 
 .row .asked { display: grid; grid-template-columns: minmax(0, auto) minmax(0, 1fr); gap: 16px; }
 .row .asked.bare { grid-template-columns: 1fr; }
 .row .images { display: flex; flex-wrap: wrap; gap: 8px; max-width: 300px; align-content: flex-start; }
-.row img { display: block; width: auto; height: auto; max-width: 100%; max-height: 360px; border-radius: 4px;
-  border: 1px solid var(--rule); }
+.row img { display: block; width: auto; height: auto; min-width: min(100%, 240px); max-width: 100%; max-height: 360px;
+  object-fit: contain; border-radius: 4px; border: 1px solid var(--rule); }
 .row .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; margin-top: 12px; padding-top: 12px;
   border-top: 1px solid var(--rule); }
 .row .sides img { margin-bottom: 8px; }
 .name { color: var(--muted); font-size: .85em; }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; margin: 0 0 .7em; }
 .badge { font-size: .85em; font-weight: 600; margin-left: .6em; white-space: nowrap; }
-.badge.differs { color: var(--muted); font-weight: 400; }
+.badge.differs { color: var(--muted); font-weight: 400; } .badge.wrong { color: var(--bad); }
 .match .said { background: var(--good-soft); border-radius: 4px; padding: 2px 8px; margin-left: -8px; }
 mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 0 2px; }
 del { color: var(--muted); }

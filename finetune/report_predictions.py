@@ -21,6 +21,14 @@ ALIKE = 0.5  # share of words in common below which marking the others would mar
 
 WHEN = ("before", "after")
 
+# How these rows came to be here: see `finetune.shown_rows`.
+CHOSEN = (
+    "These are the first rows of the evaluation data (of the sample, where one is scored), one of each document as "
+    "far as there are enough, its sources in turn: chosen before training, whatever the replies."
+)
+UNBOUNDED = ("cider_d",)
+"""Metrics without a score that is all right."""
+
 # Numbers, words of the scripts that write them apart, stretches of white space, each other character by itself.
 _WORDS = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\s+|.", re.DOTALL)
 
@@ -29,7 +37,8 @@ _WORDS = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d\u3040-\u30ff\u3400-\u9fff\uac00-\ud
 class Row:
     """An evaluation row and the replies to it: `replies["before"]`, `replies["after"]`, either of which may lack.
 
-    `others` are further right answers, `scores` what each reply is worth by the task's metric, where there is a task.
+    `others` are further right answers; `scores` is what each reply is worth by the task's `metric`, where there is a
+    task; `source` says which source the row is from, where there are several.
     """
 
     origin: str
@@ -39,17 +48,28 @@ class Row:
     others: tuple[str, ...] = ()
     replies: dict[str, str] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
+    metric: str = ""
+    source: str = ""
 
     def matches(self, when: str) -> bool:
         """Whether the reply is the target, white space around it apart."""
         return self.replies[when].strip() == self.target.strip()
+
+    def is_judged(self, when: str) -> bool:
+        """Whether the task's score says if the reply is right."""
+        return when in self.scores and self.metric not in UNBOUNDED
+
+    def is_right(self, when: str) -> bool:
+        """Whether the reply has the whole score; without a score, whether it is the target."""
+        return self.scores[when] > 1 - 1e-9 if self.is_judged(when) else self.matches(when)
 
 
 def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Records of `predictions.jsonl` brought together by row, in the order in which the rows first come.
 
     A record says when ("before" | "after"), origin, question, images (paths in the run folder), target, prediction;
-    where there is a task, also other right answers (others) and the reply's score.
+    where there is a task, also other right answers (others), the reply's score, its metric, and of several sources the
+    row's (source).
     Of two records on the same row at the same time the later one counts.
     """
     rows: dict[tuple[str, str, str], Row] = {}
@@ -60,6 +80,7 @@ def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
         others = record.get("others")
         others = tuple(map(str, others)) if isinstance(others, list) else ()
         row = rows.setdefault((origin, question, target), Row(origin, question, target, paths, others))
+        row.metric, row.source = _text(record.get("metric")), _text(record.get("source"))
         if record.get("when") in WHEN:
             row.replies[record["when"]] = _text(record.get("prediction"))
             if is_number(score := record.get("score")):
@@ -68,13 +89,14 @@ def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def predictions_section(rows: Sequence[Row], run: Path) -> str:
-    """The section's HTML: how many rows match, then a panel for each row."""
+    """The section's HTML: how many replies are right, how the rows were chosen, then a panel for each row."""
     counts = []
     for when in WHEN:
         answered = [row for row in rows if when in row.replies]
         if answered:
-            counts.append(f"{sum(row.matches(when) for row in answered)} of {len(answered)} {when}")
-    intro = [f"Exact matches: {', '.join(counts)} training." if counts else "No replies."]
+            counts.append(f"{sum(row.is_right(when) for row in answered)} of {len(answered)} {when}")
+    counted = "Right" if any(row.is_judged(when) for row in rows for when in WHEN) else "Exact matches"
+    intro = [f"{counted}: {', '.join(counts)} training." if counts else "No replies.", CHOSEN]
     intro.append(
         "In a reply, <mark>marked</mark> is what the target does not say, <del>struck</del> what the reply leaves out."
     )
@@ -137,7 +159,7 @@ def _panel(row: Row, run: Path) -> str:
             drawn = image_tag(draw_pair(single, *pair)) + pair_legend(*pair)
         sides.append(_side(row, when, drawn))
     return (
-        f'<article class="panel row"><header><span>{show(row.origin)}</span></header>'
+        f'<article class="panel row"><header><span>{show(row.origin)}</span><span>{show(row.source)}</span></header>'
         f'<div class="asked{"" if images else " bare"}">{images}{asked}</div>'
         f'<div class="sides">{"".join(sides)}</div></article>'
     )
@@ -148,15 +170,23 @@ def _side(row: Row, when: str, drawn: str) -> str:
     if when not in row.replies:
         return f'<section><div class="name">{name}</div><p class="nothing">No reply was recorded.</p></section>'
     reply = row.replies[when]
-    if row.matches(when):
-        badge, kind, said = '<span class="badge match">✓ exact match</span>', "match", show(reply)
+    is_right = row.is_right(when)
+    kind, said = ("match", show(reply)) if is_right else ("differs", compare(row.target, reply))
+    if not row.is_judged(when):
+        badge = _badge("match", "✓ exact match") if is_right else _badge("differs", "differs")
+    elif is_right:
+        badge = _badge("match", "✓ right")
     else:
-        badge, kind, said = '<span class="badge differs">differs</span>', "differs", compare(row.target, reply)
+        badge = _badge("differs", "partly right") if row.scores[when] > 0 else _badge("wrong", "✗ wrong")
     if when in row.scores:
-        badge += f'<span class="badge">score {format_loss(row.scores[when])}</span>'
+        badge += _badge("", f"score {format_loss(row.scores[when])}")
     if not reply.strip():
         said = '<span class="muted">(empty)</span>'
     return f'<section class="{kind}"><div class="name">{name}{badge}</div>{drawn}{_said(said)}</section>'
+
+
+def _badge(kind: str, text: str) -> str:
+    return f'<span class="{f"badge {kind}".rstrip()}">{text}</span>'
 
 
 def _others(row: Row) -> str:

@@ -1,11 +1,16 @@
 """The task's score while a model trains: a fixed sample of questions, replied to greedily by the model as it is.
 
+Where the evaluation data has several sources, each has a score of its own as well: new documents and old ones, what is
+learned and what is forgotten. The score over all questions of the sample picks the best checkpoint; as the sources
+have equal shares of it, that weighs them alike as long as none runs out of questions.
+
 Neither the model's mode and generation config nor any random number is touched: with and without it, training is the
 same bit for bit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,9 @@ from finetune.recipe import Recipe
 from finetune.recipe_task import task_of
 from finetune.replies import Decoding, Reply, generate_replies, plan_replies, stop_ids_of
 from finetune.reply_progress import ReplyProgress
+from finetune.shown_rows import choose_shown, document_of
+from finetune.source_names import source_names
+from finetune.vision_cache import VisionCache
 from qwenvl import ImageAccess, QwenVLProcessor
 
 BATCH_TOKENS = 4096  # beside gradients and optimizer states; too much for the memory halves it
@@ -38,15 +46,28 @@ class TaskScore:
     records: list[Record]
     scored: Scored
 
-    def summary(self, when: str) -> dict[str, Any]:
-        """For `run.json`: `before` or `after`, the score, and with groups those."""
-        groups = {f"groups_{when}": self.scored.groups} if self.scored.groups else {}
-        return {"metric": self.metric, "questions": len(self.records), when: self.scored.total, **groups}
+    def added_to(self, summary: Mapping[str, Any], when: str) -> dict[str, Any]:
+        """What `run.json` says of the score, with this one as `before` or `after`: that of all questions, and of the
+        questions of each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`."""
+        scored = self.scored
+        sources = {name: (part.questions, part.score) for name, part in scored.sources.items()}
+        groups = {name: (scored.counts[name], score) for name, score in scored.groups.items()}
+        parts = {
+            kind: {
+                name: summary.get(kind, {}).get(name, {}) | {"questions": questions, when: score}
+                for name, (questions, score) in found.items()
+            }
+            for kind, found in (("sources", sources), ("groups", groups))
+            if found
+        }
+        return {**summary, "metric": self.metric, "questions": len(self.records), when: scored.total, **parts}
 
     def metrics(self) -> dict[str, float]:
-        """As they are logged: `eval_anls`, and one for each group, `eval_relaxed_accuracy_human`."""
-        groups = {f"eval_{self.metric}_{name}": score for name, score in self.scored.groups.items()}
-        return {f"eval_{self.metric}": self.scored.total, **groups}
+        """As they are logged: `eval_anls`, and one for each source and group, `eval_anls_boarding`."""
+        key = f"eval_{self.metric}"
+        sources = {f"{key}_{name}": part.score for name, part in self.scored.sources.items()}
+        groups = {f"{key}_{name}": score for name, score in self.scored.groups.items()}
+        return {key: self.scored.total, **sources, **groups}
 
 
 class TaskEvaluation:
@@ -62,6 +83,7 @@ class TaskEvaluation:
         task: what is scored; `questions` the sample.
         key: what the score is logged as.
         last: the latest score, with the step it is of.
+        vision_cache: has the features of the sample's images where they were encoded before training.
 
     Raises:
         DataError: rows that cannot be asked (see `Questions`).
@@ -83,18 +105,24 @@ class TaskEvaluation:
             )
             for source in evaluate.data
         ]
-        self.questions = QuestionSample(parts, limit=evaluate.limit, sample=evaluate.sample, seed=recipe.seed)
+        self.questions = QuestionSample(
+            parts,
+            names=source_names(evaluate.data),
+            limit=evaluate.limit,
+            sample=evaluate.sample,
+            seed=recipe.seed,
+        )
         if not self.questions.answered:
             raise UserError("evaluate.data: its answers are hidden, so there is no score: set evaluate.task: null")
         self.key = f"eval_{self.task.metric}"
         self.last: TaskScore | None = None
+        self.vision_cache: VisionCache | None = None
         self._processor = processor
         self._stop_ids: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        """`docvqa: anls on 200 of 5,349 questions`"""
-        of = f" of {self.questions.total:,}" if len(self.questions) < self.questions.total else ""
-        return f"{self.task.name}: {self.task.metric} on {len(self.questions):,}{of} questions"
+        """`docvqa: anls on 200 of 5,949 questions (boarding 100, before 100)`"""
+        return f"{self.task.name}: {self.task.metric} on {self.questions}"
 
     def note_stop_ids(self, model: torch.nn.Module):
         """Before training, while the model's generation config is its own: Transformers' trainer changes it."""
@@ -118,7 +146,7 @@ class TaskEvaluation:
             tick: called for every reply of this process.
 
         Raises:
-            UserError: an image of the sample is damaged.
+            UserError: an image of the sample is damaged, or a source is called like a group of the data.
         """
         replies = self._share(model, accelerator, bar and accelerator.is_main_process, tick)
         if accelerator.num_processes > 1:
@@ -130,6 +158,9 @@ class TaskEvaluation:
             raise UserError(f"evaluate.data: {len(bad)} of the sampled questions are on damaged images:\n  {lines}")
         records = [record_of(self.task, reply.index, self.questions[reply.index], reply) for reply in replies]
         scored = score_records(self.task, self.questions, records)
+        if both := scored.sources.keys() & scored.groups.keys():
+            named = ", ".join(sorted(both))
+            raise UserError(f"evaluate.data: {named} is the name of a source and of a group: rename the source")
         self.last = TaskScore(step, self.task.metric, records, scored)
         return self.last
 
@@ -147,6 +178,7 @@ class TaskEvaluation:
             self._processor.image_processor,
             Decoding(self.task.max_new_tokens, self._stop_ids, batch_tokens=BATCH_TOKENS),
             on_bad_image="wrong",
+            vision_cache=self.vision_cache,
         )
         replies = []
         with ReplyProgress(f"evaluating {self.task.metric}", len(numbers), bar=bar) as progress:
@@ -171,10 +203,10 @@ class TaskEvaluation:
         return [{key: value for key, value in one.items() if not key.startswith(self.key)} for one in log_history]
 
     def write_predictions(self, score: TaskScore, count: int, run: Path, when: str):
-        """The first replies of a score, for the run's report: see `finetune.predictions`."""
+        """Some replies of a score, for the run's report: see `finetune.predictions` and `finetune.shown_rows`."""
         records = []
-        for record in score.records[:count]:
-            question = self.questions[record["number"]]
+        for number in self._shown(count):
+            question, record = self.questions[number], score.records[number]
             answers = list(dict.fromkeys(record["answers"]))
             records.append(
                 {
@@ -185,13 +217,29 @@ class TaskEvaluation:
                     "target": answers[0],
                     "others": answers[1:],
                     "prediction": record["prediction"],
+                    "metric": score.metric,
                     "score": record["score"],
+                    **({"source": record["source"]} if "source" in record else {}),
                 }
             )
         replace_records(run / PREDICTIONS, when, records)
 
+    def _shown(self, count: int) -> list[int]:
+        """Numbers of the questions whose replies are shown: the same ones each time."""
+        ends = list(accumulate(self.questions.counts.values())) or [len(self.questions)]
+        parts = [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        return choose_shown(parts, lambda number: document_of(self.questions[number].images), count)
+
 
 def score_line(score: Mapping[str, Any]) -> str:
-    """`anls        0.3100 -> 0.8200 on 200 questions`, from what `run.json` says of the score."""
+    """`anls        0.3100 -> 0.8200 on 200 questions`, from what `run.json` says of the score.
+
+    With several sources ` (boarding 0.0200 -> 0.8900 on 100, before 0.9700 -> 0.9500 on 100)` follows.
+    """
+    each = [f"{name} {_course(part)}" for name, part in score.get("sources", {}).items()]
+    return f"{score['metric']:<11} {_course(score)} questions" + (f" ({', '.join(each)})" if each else "")
+
+
+def _course(score: Mapping[str, Any]) -> str:
     values = " -> ".join(format_loss(score[when]) for when in ("before", "after") if when in score)
-    return f"{score['metric']:<11} {values} on {score['questions']:,} questions"
+    return f"{values} on {score['questions']:,}"

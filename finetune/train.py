@@ -8,36 +8,42 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig
 
-from finetune.adapters import trains_vision
 from finetune.atomic_writes import write_text
 from finetune.base_model import find_base, make_trainable, refuse_untaught
 from finetune.best_checkpoint import Patience, SaveBest, pick_best
 from finetune.checkpoints import Found, clean_partials, find_last_good, writing
 from finetune.collate import Collator
 from finetune.components import count_parameters, table_of_parameters
+from finetune.computing import choose_computing
 from finetune.data.checking import Checked
 from finetune.data.reading import read_checked
 from finetune.data.samples import Samples
 from finetune.data.summary import count_rows, describe_data, lines_left_out
-from finetune.epoch_estimate import packing_budget
 from finetune.errors import Interrupted, UserError
 from finetune.interrupts import StopOnSignal
 from finetune.model_choices import choose_dtype, is_random, own_device, quantization_arguments
+from finetune.out_of_memory import NoteBudgets
+from finetune.packing_budget import choose_budget
+from finetune.phases import Phases
 from finetune.predictions import write_predictions
 from finetune.prefetch import loader_settings
 from finetune.progress import Progress, summary
 from finetune.recipe import Recipe
 from finetune.report import write_report
 from finetune.run import RunFolder, check_disk_space, compare_runs, describe_environment
+from finetune.run_plan import SWITCHES, plan_run, settled
+from finetune.sft_config import sft_config
+from finetune.shown_rows import shown_samples
 from finetune.task_evaluation import TaskEvaluation, score_line
 from finetune.trainer import QwenVLTrainer
-from qwenvl import QwenVLForConditionalGeneration, load_model
+from finetune.vision_phase import cache_images
+from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, load_model
 from qwenvl.fingerprint import weights_fingerprint, write_base
+from qwenvl.kernels import use_kernels
 
 KEPT_CHECKPOINTS = 2
 LEFT_OUT = "left_out.jsonl"
@@ -46,6 +52,9 @@ LEFT_OUT = "left_out.jsonl"
 FREE_TO_CHANGE = (
     # The base is told by its fingerprint, wherever it lies.
     *("model.path", "output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
+    "data.tokens_per_batch",  # but for rounding, and for which inputs dropout drops
+    *("data.vision_cache", "data.vision_cache_gb", "model.attention", "model.kernels"),  # but for rounding
+    "train.checkpointing",
     *(f"train.{key}" for key in ("logging_steps", "logging_strategy", "save_steps", "save_total_limit", "report_to")),
 )
 
@@ -92,6 +101,7 @@ class _Road:
         self.stop = stop
         self.notes: list[str] = []
         self.description: dict[str, Any] = {}
+        self.phases = Phases("read")
 
     def walk(self):
         started = time.monotonic()
@@ -100,6 +110,8 @@ class _Road:
         last = self.find_last_checkpoint()
         if last is None:
             return
+        self.phases.begin("load")
+        self.choose_budget()
         model = self.load_model()
         self.describe_run()
         trainer = self.make_trainer(model)
@@ -110,6 +122,7 @@ class _Road:
         finally:
             self.progress.close()
         self.stop.raise_if_received()
+        self.phases.begin("save")
         self.save_result(trainer)
         if self.evaluates:
             self.predict(trainer, "after")
@@ -118,14 +131,15 @@ class _Road:
     def note_end(self, status: str):
         """Say in run.json how a run ended that did not finish."""
         if self.is_main and self.description:
-            self.run.write_run({**self.description, "status": status})
+            self.run.write_run({**self.description, "status": status, "phases": self.phases.record()})
 
     # Before anything heavy is loaded
 
     def find_base(self):
         base = find_base(self.recipe.model)
         self.base, self.quantized, self.processor = base.path, base.quantized, base.processor
-        self.say(f"model       {self.recipe.model.path}")
+        self.computing = choose_computing(self.recipe.model)
+        self.say(f"model       {self.recipe.model.path}: {self.computing}")
 
     def read_data(self):
         recipe = self.recipe
@@ -155,7 +169,7 @@ class _Road:
             "data": {name: samples.fingerprint() for name, samples in self.samples.items()},
             "base": self.base_fingerprint,
         }
-        stored = self.run.read_run()
+        self.stored = stored = self.run.read_run()
         if self.is_main:
             clean_partials(self.run.path)
             clean_partials(self.run.checkpoints)
@@ -187,6 +201,15 @@ class _Road:
             self.score_so_far = stored.get("score", {})
         return last
 
+    def choose_budget(self):
+        """How many tokens a forward may have; by what is free before the weights are loaded, which count as well."""
+        config = QwenVLConfig.from_pretrained(self.base)
+        self.budget = choose_budget(settled(self.recipe, self.base), config, self.checked["train"], self.stored)
+        if self.budget.reason:
+            self.say(f"packing     {self.budget}")
+        data, tokens = self.checked["train"], self.budget.tokens
+        self.switches = plan_run(self.recipe, self.base, data, tokens, self.stored, self.say)
+
     def describe_run(self):
         if not self.is_main:
             return
@@ -203,6 +226,7 @@ class _Road:
             },
             "rows": {name: count_rows(checked) for name, checked in self.checked.items()},
             "notes": self.notes,
+            SWITCHES: {"optim": self.switches.optim},
             **({"score": self.score_so_far} if self.score_so_far else {}),
         }
         self.run.write_run(self.description)
@@ -221,12 +245,14 @@ class _Road:
             embeddings_on_cpu=recipe.model.embeddings_on_cpu,
             **quantization_arguments(recipe.model),
         )
-        model.set_attn_implementation(recipe.model.attention)
+        model.set_attn_implementation(self.computing.attention)
+        use_kernels(model, self.computing.kernels)
         if is_random(model):
             self.notes.append(
                 "The checkpoint's weights are random: it can show that training works, not that it reads."
             )
         model = make_trainable(model, recipe)
+        self.switches.prepare(model, recipe.train)
         refuse_untaught(model, self.checked["train"])
         self.parameters = count_parameters(model)
         for number, line in enumerate(table_of_parameters(self.parameters)):
@@ -239,6 +265,10 @@ class _Road:
 
     def make_trainer(self, model: QwenVLForConditionalGeneration | PeftModel) -> QwenVLTrainer:
         recipe, data = self.recipe, self.recipe.data
+        arguments = self.trainer_arguments(model)
+        self.phases.begin("load" if data.vision_cache == "off" else "encode")
+        cache = cache_images(recipe, model, self.processor, self.samples, self.checked, self.task, self.say)
+        self.phases.begin("load")
         collators = {
             name: Collator(
                 samples,
@@ -249,10 +279,10 @@ class _Road:
                 self.processor.n_queries,
                 data.max_length,
                 data.on_long,
+                cache,
             )
             for name, samples in self.samples.items()
         }
-        arguments = self.trainer_arguments(model)
         if self.task is not None:
             self.task.note_stop_ids(model)
         trained = sum(count.trained for count in self.parameters.values())
@@ -266,6 +296,9 @@ class _Road:
             callbacks.append(Patience(recipe.evaluate.patience))
         if arguments.load_best_model_at_end:
             callbacks.append(SaveBest())
+        callbacks.append(self.phases)
+        budget = self.budget.of_all_processes(arguments.device)
+        callbacks.append(NoteBudgets(self.run, self.description, budget))
         trainer = QwenVLTrainer(
             model,
             arguments,
@@ -275,7 +308,8 @@ class _Road:
                 for name, checked in self.checked.items()
             },
             run=self.run,
-            tokens_per_batch=packing_budget(data, self.checked["train"].lengths),
+            tokens_per_batch=budget.tokens,
+            out_of_memory=budget.lowered,
             learning_rates=recipe.train.learning_rates and recipe.train.learning_rates.model_dump(),
             vision_layer_decay=recipe.train.vision_layer_decay,
             shuffle=data.shuffle,
@@ -287,30 +321,13 @@ class _Road:
 
     def trainer_arguments(self, model: QwenVLForConditionalGeneration | PeftModel) -> SFTConfig:
         """The recipe's `train` section with what follows from the rest of the recipe."""
-        given = dict(self.recipe.train_arguments())
+        given = self.recipe.train_arguments() | self.switches.train_arguments
         if self.evaluates:
             given.setdefault("eval_strategy", "epoch")
         loading = loader_settings(self.recipe.data.workers, given["gradient_accumulation_steps"])
         picks_best = self.picks_best(given)
-        arguments = SFTConfig(
-            **{"save_total_limit": KEPT_CHECKPOINTS, "report_to": "none", "logging_steps": 10, **loading, **given},
-            output_dir=str(self.run.path),
-            seed=self.recipe.seed,
-            data_seed=self.recipe.seed,
-            bf16=False,
-            fp16=False,
-            use_cpu=not torch.cuda.is_available(),
-            max_length=None,
-            packing=False,
-            remove_unused_columns=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            label_names=["labels"],
-            average_tokens_across_devices=True,
-            logging_nan_inf_filter=False,
-            disable_tqdm=True,
-            # A batch of text alone leaves a trained vision side without gradients on one process.
-            ddp_find_unused_parameters=trains_vision(model),
-        )
+        given = {"save_total_limit": KEPT_CHECKPOINTS, "report_to": "none", "logging_steps": 10, **loading, **given}
+        arguments = sft_config(given, output=str(self.run.path), seed=self.recipe.seed)
         if picks_best:
             pick_best(arguments, "eval_loss" if self.task is None else self.task.key)
         return arguments
@@ -324,6 +341,7 @@ class _Road:
 
     def predict(self, trainer: QwenVLTrainer, when: str):
         """Replies to the first evaluation samples, by the main process while the others wait; or the task's score."""
+        self.phases.begin("evaluate")
         evaluate = self.recipe.evaluate
         if self.task is not None:
             self.score(trainer, when)
@@ -331,7 +349,7 @@ class _Road:
             write_predictions(
                 trainer.accelerator.unwrap_model(trainer.model),
                 trainer.collators["eval"],
-                self.checked["eval"].kept[: evaluate.predictions].tolist(),
+                shown_samples(self.samples["eval"], self.checked["eval"], evaluate.predictions),
                 run=self.run.path,
                 when=when,
                 max_new_tokens=evaluate.max_new_tokens,
@@ -344,7 +362,7 @@ class _Road:
         if when == "before":
             trainer.log(score.metrics())
         if self.is_main:
-            self.description["score"] = self.description.get("score", {}) | score.summary(when)
+            self.description["score"] = score.added_to(self.description.get("score", {}), when)
             self.run.write_run(self.description)
             self.task.write_predictions(score, self.recipe.evaluate.predictions, self.run.path, when)
 
@@ -370,6 +388,7 @@ class _Road:
             "status": "finished",
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "wall_seconds": round(seconds, 1),
+            "phases": self.phases.record(),
             "steps": trainer.state.global_step,
             "best_checkpoint": trainer.state.best_model_checkpoint,
         }

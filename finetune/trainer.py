@@ -4,15 +4,18 @@ import contextlib
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,14 +23,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from finetune.adapters import parameter_groups
+from finetune.batch_images import image_arguments
 from finetune.checkpoints import checkpoint_path, prune, writing
 from finetune.collate import Collator
 from finetune.errors import Failed
+from finetune.gradient_exchange import average_gradients
+from finetune.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt
 from finetune.packing import split_batch
 from finetune.run import RunFolder
 from finetune.task_evaluation import TaskEvaluation, TaskScore
+from finetune.throughput import Throughput
 from qwenvl.chat import IGNORED
-from qwenvl.loss import SummedCrossEntropy
 
 
 class NonFiniteLoss(Failed):
@@ -46,7 +52,9 @@ class QwenVLTrainer(SFTTrainer):
         collators: for "train" and, where there is evaluation, "eval".
         indices: for the same names, the samples to use, as indices into the collator's samples.
         run: where checkpoints go.
-        tokens_per_batch: tokens of one forward; None runs every sequence by itself.
+        tokens_per_batch: tokens of one forward; None runs every sequence by itself. A pack that the memory does not
+            hold lowers it (see `out_of_memory`).
+        out_of_memory: what earlier parts of a resumed run noted in run.json of packs that were too much.
         learning_rates, vision_layer_decay: see `adapters.parameter_groups`.
         shuffle: draw the order of the training samples anew each epoch.
         task_evaluation: scores replies at each evaluation, besides the loss; None does not.
@@ -62,6 +70,7 @@ class QwenVLTrainer(SFTTrainer):
         indices: dict[str, Sequence[int]],
         run: RunFolder,
         tokens_per_batch: int | None,
+        out_of_memory: Sequence[Mapping[str, Any]] = (),
         learning_rates: dict[str, float | None] | None = None,
         vision_layer_decay: float | None = None,
         shuffle: bool = True,
@@ -70,7 +79,10 @@ class QwenVLTrainer(SFTTrainer):
     ):
         self.collators = collators
         self.run = run
-        self.tokens_per_batch = tokens_per_batch
+        self.train_budget = PackBudget("tokens_per_batch", tokens_per_batch, out_of_memory)
+        # Evaluation keeps no activations, and where it fails that need not slow training down.
+        self.eval_budget = PackBudget("evaluation_tokens_per_batch", tokens_per_batch, out_of_memory)
+        self.step_in_packs: StepInPacks | None = None
         self.learning_rates = learning_rates or {}
         self.vision_layer_decay = vision_layer_decay
         self.shuffle = shuffle
@@ -94,6 +106,7 @@ class QwenVLTrainer(SFTTrainer):
         # Transformers aligns the model's stop tokens with the tokenizer's one; a reply has three.
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         settings = copy.deepcopy(model.generation_config)
+        self.step_in_packs = None
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -137,37 +150,54 @@ class QwenVLTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of one batch, pack by pack; returns its share of the step's loss."""
         model.train()
-        packs = split_batch(inputs, self.tokens_per_batch)
-        total = torch.zeros((), device=self.args.device)
-        for number, pack in enumerate(packs, start=1):
-            # Gradients are exchanged between processes once a batch, with its last pack.
-            wait = contextlib.nullcontext() if number == len(packs) else self.accelerator.no_sync(model)
-            pack = self._prepare_inputs(pack)
-            with wait, self.maybe_activation_offload_context:
-                loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
-                self._refuse_non_finite(loss, pack)
-                self.accelerator.backward(loss)
-            total += loss.detach()
+        if self.step_in_packs is None:
+            self.train_budget.reach(self.state.global_step + 1)
+            self.step_in_packs = StepInPacks(
+                self.train_budget,
+                run_pack=partial(self._forward_backward, model, num_items_in_batch),
+                empty_gradients=model.zero_grad,
+                refuse=partial(self._refuse_out_of_memory, "train"),
+                can_run_anew=not self._is_sharded,
+                device=self.args.device,
+            )
+        total = self.step_in_packs.run(inputs)
+        if self.accelerator.sync_gradients:
+            self.step_in_packs = None
+            if isinstance(model, DistributedDataParallel):
+                average_gradients(model.parameters())
         self.throughput.count(inputs)
         return total
+
+    def _forward_backward(self, model, num_items_in_batch, pack: dict[str, torch.Tensor], is_last: bool):
+        """Of one pack; returns its share of the step's loss."""
+        wait = contextlib.nullcontext()
+        if isinstance(model, DistributedDataParallel):
+            # Past the wrapper, which would exchange gradients during the backward: see `gradient_exchange`.
+            model = model.module
+        elif not (is_last and self.accelerator.sync_gradients):
+            wait = self.accelerator.no_sync(model)
+        pack = self._prepare_inputs(pack)
+        with wait, self.maybe_activation_offload_context:
+            loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
+            self._refuse_non_finite(loss, pack)
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy summed over the supervised tokens, divided by `num_items_in_batch` (of all processes).
 
-        Logits are computed at the supervised positions only.
+        Logits are computed at the supervised positions only, a few at a time, and not kept.
         """
-        labels = inputs["labels"]
-        predicting = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
         outputs = model(
             input_ids=inputs["input_ids"],
-            position_ids=inputs["position_ids"],
-            pixel_values=inputs.get("pixel_values"),
-            logits_to_keep=predicting,
+            sequence_lengths=inputs["sequence_lengths"].tolist(),
+            **image_arguments(self.accelerator.unwrap_model(self.model), inputs),
+            labels=inputs["labels"],
+            num_items_in_batch=num_items_in_batch,
+            skip_logits=True,
             use_cache=False,
         )
-        rows = torch.arange(len(predicting), device=labels.device)
-        total = SummedCrossEntropy.apply(outputs.logits[0], rows, labels[0, predicting + 1])
-        loss = total / (len(predicting) if num_items_in_batch is None else num_items_in_batch)
+        loss = outputs.loss
         if num_items_in_batch is not None and self.model.training:
             # The items are those of all processes, and gradients are averaged over them.
             loss = loss * self.accelerator.num_processes
@@ -176,11 +206,26 @@ class QwenVLTrainer(SFTTrainer):
     def _refuse_non_finite(self, loss: torch.Tensor, pack: dict[str, torch.Tensor]):
         if torch.isfinite(loss):
             return
-        samples = self.collators["train"].samples
-        origins = [str(samples[index].origin) for index in pack["samples"].tolist()]
         raise NonFiniteLoss(
-            f"the loss is {loss.item()} at step {self.state.global_step + 1}, on {'; '.join(origins)}. Look at these "
-            "rows; if they are fine, lower train.learning_rate, or use model.dtype: bfloat16 or float32"
+            f"the loss is {loss.item()} at step {self.state.global_step + 1}, on {self._origins('train', pack)}. Look "
+            "at these rows; if they are fine, lower train.learning_rate, or use model.dtype: bfloat16 or float32"
+        )
+
+    def _origins(self, name: str, pack: dict[str, torch.Tensor]) -> str:
+        """File and row of each sample of a pack."""
+        samples = self.collators[name].samples
+        return "; ".join(str(samples[index].origin) for index in pack["samples"].tolist())
+
+    def _refuse_out_of_memory(self, name: str, pack: dict[str, torch.Tensor], failure: OutOfMemory) -> NoReturn:
+        images = int(pack["sequence_images"].sum())
+        raise DoesNotFit(
+            what=f"{self._origins(name, pack)} ({pack['input_ids'].numel():,} tokens, {images} images)",
+            when=f"in evaluation after step {self.state.global_step}"
+            if name == "eval"
+            else f"at step {self.state.global_step + 1}",
+            conversations=len(pack["sequence_lengths"]),
+            tokens=pack["input_ids"].numel(),
+            said=failure.said,
         )
 
     # Evaluation
@@ -205,14 +250,12 @@ class QwenVLTrainer(SFTTrainer):
         beyond = self.model.config.seq_length
         for batch in self.get_eval_dataloader(eval_dataset):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            for pack in split_batch(batch, self.tokens_per_batch):
-                pack = self._prepare_inputs(pack)
-                with torch.no_grad():
-                    loss = self.compute_loss(model, pack, num_items_in_batch=1)
+            for pack, loss in self._losses(model, batch):
                 lengths = pack["sequence_lengths"]
                 counts = [(pack["labels"] != IGNORED).sum(), len(lengths), (lengths > beyond).sum()]
                 sums += torch.tensor([loss, *counts], dtype=torch.float64, device=sums.device)
         sums = self.accelerator.reduce(sums, reduction="sum")
+        self._log_lowered(self.eval_budget)
         metrics = {
             f"{metric_key_prefix}_loss": (sums[0] / sums[1]).item(),
             f"{metric_key_prefix}_supervised_tokens": int(sums[1]),
@@ -226,6 +269,28 @@ class QwenVLTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _losses(self, model, batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """A batch pack by pack, each with its summed loss, in smaller packs where they do not fit."""
+        budget = self.eval_budget
+        budget.reach(self.state.global_step)
+        packs = split_batch(batch, budget.tokens)
+        while packs:
+            pack, *others = packs
+            loss = attempt(partial(self._loss_of_pack, model, pack))
+            if not isinstance(loss, OutOfMemory):
+                yield pack, loss
+                packs = others
+                continue
+            lengths = pack["sequence_lengths"]
+            if len(lengths) == 1 or self._is_sharded:
+                self._refuse_out_of_memory("eval", pack, loss)
+            budget.lower(int(lengths.sum()), max(int(one["sequence_lengths"].max()) for one in packs))
+            packs = [smaller for larger in packs for smaller in split_batch(larger, budget.tokens)]
+
+    def _loss_of_pack(self, model, pack: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(pack), num_items_in_batch=1)
+
     def _task_score(self) -> TaskScore:
         model = self.accelerator.unwrap_model(self.model)
         step = self.state.global_step
@@ -233,6 +298,24 @@ class QwenVLTrainer(SFTTrainer):
 
     def _tick(self):
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # A step is done, and nothing is saved of it yet.
+        self._log_lowered(self.train_budget)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _log_lowered(self, budget: PackBudget):
+        news = budget.take_news(self.args.device)
+        if news is not None:
+            # A log takes the place of the step's own, which is still to come.
+            is_to_come = self.control.should_log
+            self.log(news)
+            self.control.should_log = is_to_come
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether every forward waits for the other processes, which have parts of the model."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -281,45 +364,3 @@ class QwenVLTrainer(SFTTrainer):
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
-
-
-class Throughput:
-    """Tokens and images since the last log, for the figures of the live line."""
-
-    def __init__(self):
-        self.tokens = self.images = self.supervised = 0
-        self.all_tokens = self.all_images = 0
-        self.since = time.monotonic()
-
-    def count(self, batch: dict[str, torch.Tensor]):
-        """Add one collated batch of this process."""
-        tokens, images = batch["input_ids"].numel(), int(batch["sequence_images"].sum())
-        self.tokens += tokens
-        self.images += images
-        self.all_tokens += tokens
-        self.all_images += images
-        self.supervised += int((batch["labels"] != IGNORED).sum())
-
-    def since_last(self, processes: int, device: torch.device) -> dict[str, float]:
-        """Rates over all processes (taken to be alike) since the last call, and the peak memory so far."""
-        seconds = max(time.monotonic() - self.since, 1e-9)
-        figures = {
-            "tokens_per_second": round(self.tokens * processes / seconds, 1),
-            "images_per_second": round(self.images * processes / seconds, 2),
-            "supervised_tokens": self.supervised * processes,
-            "peak_memory_bytes": peak_memory(device),
-        }
-        self.tokens = self.images = self.supervised = 0
-        self.since = time.monotonic()
-        return figures
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the accelerator where there is one, else of this process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

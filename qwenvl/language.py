@@ -7,7 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl.attention import attend
 from qwenvl.configuration import QwenVLConfig
-from qwenvl.rotary import Positions, rotate, rotate_query
+from qwenvl.rotary import Positions, rotate, scale_by_log_n
 
 
 class RMSNorm(nn.Module):
@@ -49,13 +49,19 @@ class Attention(nn.Module):
         """x: (batch, length, hidden) -> the same shape, and the attention weights where the kernel gives them."""
         qkv = self.c_attn(x).unflatten(-1, (3, self.config.num_attention_heads, self.config.kv_channels))
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
-        query, key = rotate_query(query, positions), rotate(key, positions)
+        query, key = self.rotate(query, key, positions)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=self.config.attn_dropout_prob, **kwargs
         )
         return self.c_proj(output), weights
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, positions: Positions
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query and key (batch, heads, length, head_dim) at their positions, the query with its log-n factor."""
+        return scale_by_log_n(rotate(query, positions), positions), rotate(key, positions)
 
 
 class MLP(nn.Module):
@@ -69,7 +75,11 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(self.w1(x) * nn.functional.silu(self.w2(x)))
+        return self.c_proj(self.gated(x))
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, length, hidden) -> (batch, length, inner)."""
+        return self.w1(x) * nn.functional.silu(self.w2(x))
 
 
 class Block(GradientCheckpointingLayer):

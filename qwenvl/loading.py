@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from qwenvl.configuration import QwenVLConfig
 from qwenvl.fingerprint import BASE_FILE, check_base, trained_parts
-from qwenvl.host_embedding import keep_embeddings_on_cpu
+from qwenvl.host_embedding import WithoutEmbeddings, read_embeddings
 from qwenvl.modeling import QwenVLForConditionalGeneration
 from qwenvl.processor import QwenVLProcessor
 from qwenvl.quantization import (
@@ -83,14 +83,13 @@ def load_model(
     if quantization is not None and quantize is None and source.adapter is not None:
         quantize = trained_parts(source.adapter) or None
     parts = find_parts(source.base, quantization, quantize)
+    kind = WithoutEmbeddings if embeddings_on_cpu else QwenVLForConditionalGeneration
     if parts:
-        model = _load_4bit(source.base, parts, _read_dtype(dtype), device_map)
+        model = _load_4bit(kind, source.base, parts, _read_dtype(dtype), device_map)
     else:
-        model = QwenVLForConditionalGeneration.from_pretrained(
-            source.base, dtype=_read_dtype(dtype), device_map=device_map
-        )
+        model = kind.from_pretrained(source.base, dtype=_read_dtype(dtype), device_map=device_map)
     if embeddings_on_cpu:
-        keep_embeddings_on_cpu(model)
+        read_embeddings(model, source.base)
     model = model.eval()
     return model if source.adapter is None else _put_adapter(model, source)
 
@@ -118,13 +117,17 @@ def find_parts(base: str, quantization: str | None = None, quantize: Iterable[st
 
 
 def _load_4bit(
-    base: str, parts: tuple[str, ...], dtype: str | torch.dtype, device_map: str | dict | None
+    kind: type[QwenVLForConditionalGeneration],
+    base: str,
+    parts: tuple[str, ...],
+    dtype: str | torch.dtype,
+    device_map: str | dict | None,
 ) -> QwenVLForConditionalGeneration:
     stored = quantized_parts(QwenVLConfig.from_pretrained(base))
     # On the CPU bitsandbytes takes 16 bytes a value while it quantises: too much for the head, by far the largest.
     head_later = "head" in parts and not stored and _puts_head_on_cpu(device_map)
     first = tuple(part for part in parts if part != "head" or not head_later)
-    model = QwenVLForConditionalGeneration.from_pretrained(
+    model = kind.from_pretrained(
         base, dtype=dtype, device_map=device_map, quantization_config=None if stored else nf4_config(first)
     )
     if head_later:

@@ -1,11 +1,10 @@
 """Qwen-VL: embed, place image features, decode, logits, loss, generate."""
 
-from math import isqrt
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -13,14 +12,24 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.output_capturing import capture_outputs
 
 from qwenvl.configuration import QwenVLConfig
+from qwenvl.fresh_weights import draw_weights
 from qwenvl.generation import images_of_suffix, read_published_settings, refuse_chunked_prefill, repeat_images
 from qwenvl.image_processor import normalize_pixels
 from qwenvl.image_span import place_image_features
 from qwenvl.language import Attention, Block, RMSNorm
-from qwenvl.loss import next_token_loss
-from qwenvl.resampler import CrossAttention, Resampler, sine_cosine_grid
-from qwenvl.rotary import Positions, dynamic_ntk_alpha, own_sequence_length, rotary_positions
-from qwenvl.vision import VisionAttention, VisionMLP, VisionTransformer
+from qwenvl.loss import in_type_of, mean_loss, next_token_loss, supervised_loss, supervised_positions
+from qwenvl.quantized_head import head_logits
+from qwenvl.rotary import Positions, dynamic_ntk_alpha, rotary_positions
+from qwenvl.sequences import (
+    PackedSequences,
+    is_packed,
+    lengths_of_sequences,
+    padded_positions,
+    positions_of_sequences,
+    real_lengths,
+)
+from qwenvl.varlen_attention import VARLEN
+from qwenvl.vision import VisionTransformer
 
 
 class QwenVLPreTrainedModel(PreTrainedModel):
@@ -40,34 +49,7 @@ class QwenVLPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Language side: normal(initializer_range). Vision side: as the paper's authors started theirs."""
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, VisionTransformer):
-            init.trunc_normal_(module.conv1.weight, std=0.02)
-            init.normal_(module.positional_embedding, std=module.positional_embedding.shape[1] ** -0.5)
-            init.normal_(module.proj, std=module.proj.shape[0] ** -0.5)
-        elif isinstance(module, VisionAttention | VisionMLP | CrossAttention | Resampler):
-            # Children come first: their linears were just drawn as the language model's.
-            for child in module.children():
-                if isinstance(child, nn.Linear):
-                    init.trunc_normal_(child.weight, std=0.02)
-            if isinstance(module, CrossAttention):
-                init.trunc_normal_(module.in_proj_weight, std=0.02)
-                init.zeros_(module.in_proj_bias)
-            elif isinstance(module, Resampler):
-                queries, output_dim = module.query.shape
-                init.trunc_normal_(module.query, std=0.02)
-                init.copy_(module.pos_embed, sine_cosine_grid(isqrt(queries), output_dim))
+        draw_weights(module, self.config)
 
 
 class QwenVLModel(QwenVLPreTrainedModel):
@@ -117,6 +99,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        sequence_lengths: Sequence[int] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Arguments and errors: see `QwenVLForConditionalGeneration.forward`.
@@ -126,22 +109,33 @@ class QwenVLModel(QwenVLPreTrainedModel):
         """
         hidden = self._embed(input_ids, inputs_embeds, pixel_values, image_features)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        packed = _is_packed(position_ids, attention_mask) if past_key_values is None else False
+        if sequence_lengths is not None:
+            if any(given is not None for given in (position_ids, attention_mask, past_key_values)):
+                raise ValueError("sequence_lengths say all: give no position_ids, attention_mask or past_key_values")
+            position_ids = positions_of_sequences(sequence_lengths, hidden)
+            packed = len(sequence_lengths) > len(hidden)
+        else:
+            packed = is_packed(position_ids, attention_mask) if past_key_values is None else False
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not packed
         elif use_cache and packed:
-            raise ValueError("packed sequences (position_ids that begin anew within a row) cannot use a cache")
+            raise ValueError("packed sequences (several within a row) cannot use a cache")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = _position_ids(attention_mask, past_length, hidden)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+            position_ids = padded_positions(attention_mask, past_length, hidden)
+        mask = None
+        if packed and self.config._attn_implementation == VARLEN:
+            lengths = lengths_of_sequences(position_ids) if sequence_lengths is None else sequence_lengths
+            kwargs["sequences"] = PackedSequences.of_lengths(lengths, hidden.device)
+        else:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         positions = self._positions(position_ids, attention_mask, past_key_values, past_length)
         hidden = nn.functional.dropout(hidden, p=self.config.emb_dropout_prob, training=self.training)
         for block in self.h:
@@ -201,7 +195,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
                 if past_length:
                     ntk_alpha = getattr(past_key_values, "ntk_alpha", None)
                 elif length > config.seq_length:
-                    ntk_alpha = dynamic_ntk_alpha(_real_lengths(position_ids, attention_mask), config.seq_length)
+                    ntk_alpha = dynamic_ntk_alpha(real_lengths(position_ids, attention_mask), config.seq_length)
                 if past_key_values is not None and not past_length:
                     past_key_values.ntk_alpha = None if ntk_alpha is None else ntk_alpha.amax(1, keepdim=True)
             if config.use_logn_attn and past_length + length > config.seq_length:
@@ -213,41 +207,6 @@ class QwenVLModel(QwenVLPreTrainedModel):
             ntk_alpha=ntk_alpha,
             log_n_from=log_n_from,
         )
-
-
-def _position_ids(attention_mask: torch.Tensor | None, past_length: int, hidden: torch.Tensor) -> torch.Tensor:
-    """0-based positions of the new tokens, not counting padding: (batch or 1, length)."""
-    length = hidden.shape[1]
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:].to(hidden.device)
-    return torch.arange(past_length, past_length + length, device=hidden.device)[None]
-
-
-def _real_lengths(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Real tokens of the sequence that each position belongs to: (batch, 1), or (batch, length) from positions."""
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return attention_mask.long().sum(dim=1, keepdim=True)
-    return own_sequence_length(position_ids)
-
-
-def _is_packed(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
-    """Whether rows hold several sequences, told by positions that begin anew between real tokens.
-
-    Raises:
-        ValueError: packed positions beside a 2-D attention mask, which would let the sequences see each other.
-    """
-    if position_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
-        return False
-    begins_anew = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if attention_mask is None:
-        return bool(begins_anew.any())
-    real = attention_mask[:, -position_ids.shape[1] :].bool()
-    if (begins_anew & real[:, 1:] & real[:, :-1]).any():
-        raise ValueError(
-            "position_ids begin anew within a row (packed sequences) but a 2-D attention_mask is given too: pass "
-            "attention_mask=None, and the sequences are kept apart by their positions"
-        )
-    return False
 
 
 class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
@@ -310,6 +269,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        sequence_lengths: Sequence[int] | None = None,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
@@ -324,16 +285,24 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             inputs_embeds: (batch, length, hidden) instead of ids, images already placed.
             image_features: (images, n_queries, hidden) instead of pixel_values, from `get_image_features`.
             logits_to_keep: only the last so many positions (0: all), or an index tensor of positions.
-            num_items_in_batch: supervised tokens of the whole step; see `loss.next_token_loss`.
+            num_items_in_batch: supervised tokens of the whole step; see `loss.mean_loss`.
+            sequence_lengths: tokens of each packed sequence, in order, on the host. Say what position_ids say else,
+                which are then looked through on the device.
+            skip_logits: for training, with labels: the loss alone, and never more than a few rows of logits. As an
+                argument of forward it works through whatever wraps the model and listens there (DDP, FSDP, PEFT).
 
         Returns:
-            `logits` (batch, kept positions, vocabulary) in the model's dtype, `loss` if labels were given,
-            `past_key_values` if a cache is used.
+            `logits` (batch, kept positions, vocabulary) in the model's dtype, None with skip_logits; `loss` if labels
+            were given; `past_key_values` if a cache is used.
 
         Raises:
             ValueError: images and image spans differ in number; contradictory arguments.
         """
         return_dict = kwargs.pop("return_dict", None)
+        if skip_logits:
+            if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
+                raise ValueError("skip_logits gives the loss alone: it needs labels, and no logits_to_keep")
+            rows, targets = supervised_positions(labels)  # waits for the device, which has little to do yet
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -343,20 +312,21 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             image_features=image_features,
             use_cache=use_cache,
+            sequence_lengths=sequence_lengths,
             **kwargs,
         )
         if labels is not None and not isinstance(logits_to_keep, int):
             raise ValueError("labels need logits of neighbouring positions: give logits_to_keep as a number")
-        hidden = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = hidden[:, kept]
-        # A head trained in float32 beside 16-bit blocks takes its input in its own dtype; 4-bit codes have none.
-        if self.lm_head.weight.is_floating_point():
-            hidden = hidden.to(self.lm_head.weight.dtype)
-        logits = self.lm_head(hidden)
-        loss = None
-        if labels is not None:
-            loss = next_token_loss(logits, labels[:, kept], num_items_in_batch)
+        hidden, logits, loss = outputs.last_hidden_state, None, None
+        if skip_logits:
+            hidden = hidden.flatten(0, 1)[rows.to(hidden.device)]
+            total = supervised_loss(hidden, self.lm_head, targets.to(hidden.device))
+            loss = mean_loss(total, len(rows), num_items_in_batch)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = head_logits(self.lm_head, in_type_of(self.lm_head, hidden[:, kept]))
+            if labels is not None:
+                loss = next_token_loss(logits, labels[:, kept], num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

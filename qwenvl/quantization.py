@@ -37,6 +37,9 @@ _EXAMPLES = {
 BLOCK = 64
 """Values that share a largest magnitude."""
 
+NESTED_BLOCK = 256
+"""Magnitudes, themselves in 8 bits, that share one."""
+
 # Of a weight that is quantised in host memory: a multiple of BLOCK. bitsandbytes needs 16 bytes a value meanwhile.
 PIECE = 1 << 20
 
@@ -131,6 +134,8 @@ def quantize(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]":
     """
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 
+    if weight.is_meta:
+        return _quantized_shapes(weight)
     values = weight.reshape(-1)
     codes = torch.empty(ceil(len(values) / 2), 1, dtype=torch.uint8, device=weight.device)
     magnitudes = torch.empty(ceil(len(values) / BLOCK), device=weight.device)
@@ -139,7 +144,7 @@ def quantize(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]":
         codes[start // 2 :][: len(made)] = made
         magnitudes[start // BLOCK :][: len(state.absmax)] = state.absmax
     offset = magnitudes.mean()
-    absmax, nested = quantize_blockwise(magnitudes - offset, blocksize=256)
+    absmax, nested = quantize_blockwise(magnitudes - offset, blocksize=NESTED_BLOCK)
     whole = QuantState(
         absmax=absmax,
         shape=weight.shape,
@@ -151,6 +156,29 @@ def quantize(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]":
         state2=nested,
     )
     return codes, whole
+
+
+def _quantized_shapes(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]":
+    """As `quantize`, of a weight without values: bitsandbytes would keep a table without them for all that follow."""
+    from bitsandbytes.functional import QuantState
+
+    def table(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    blocks = ceil(weight.numel() / BLOCK)
+    nested = QuantState(absmax=table(ceil(blocks / NESTED_BLOCK)), blocksize=NESTED_BLOCK, code=table(256))
+    nested.dtype = torch.float32
+    whole = QuantState(
+        absmax=table(blocks, dtype=torch.uint8),
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=BLOCK,
+        code=table(16),
+        quant_type="nf4",
+        offset=table(),
+        state2=nested,
+    )
+    return table(ceil(weight.numel() / 2), 1, dtype=torch.uint8), whole
 
 
 def dequantized(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

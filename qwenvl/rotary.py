@@ -61,9 +61,8 @@ def rotate(x: torch.Tensor, positions: Positions) -> torch.Tensor:
     return (x * positions.cos + turned * positions.sin).to(x.dtype)
 
 
-def rotate_query(query: torch.Tensor, positions: Positions) -> torch.Tensor:
-    """`rotate`, then the log-n factor where there is one."""
-    query = rotate(query, positions)
+def scale_by_log_n(query: torch.Tensor, positions: Positions) -> torch.Tensor:
+    """The log-n factor on queries (batch, heads, length, head_dim), where there is one; in the query's dtype."""
     if positions.log_n is None:
         return query
     return (query * positions.log_n).to(query.dtype)

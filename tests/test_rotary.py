@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from qwenvl.rotary import dynamic_ntk_alpha, own_sequence_length, rotary_positions, rotate, rotate_query
+from qwenvl.rotary import dynamic_ntk_alpha, own_sequence_length, rotary_positions, rotate, scale_by_log_n
 
 
 def test_alpha_at_the_edges():
@@ -45,4 +45,4 @@ def test_log_n_scales_queries_beyond_seq_length():
         [1, 1, math.log(701, 700), math.log(1400, 700)], rel=1e-6
     )
     query = torch.randn(1, 2, 4, 64)
-    torch.testing.assert_close(rotate_query(query, positions), rotate(query, positions) * positions.log_n)
+    torch.testing.assert_close(scale_by_log_n(query, positions), query * positions.log_n)

@@ -11,6 +11,7 @@ SUMMARY = "write a checkpoint in another form: safetensors, 4 bits, or for serve
 WHEN_STOPPED = "nothing was written under the folder's name"
 EXAMPLES = """\
 finetune export models/docvqa --to nf4
+finetune export Qwen/Qwen-VL-Chat --to nf4 --quantize language,vision,head
 finetune export models/docvqa --to qwen2 --out models/docvqa-server
 finetune export Qwen/Qwen-VL-Chat --to safetensors --dtype bfloat16 --shard-size 2GB
 finetune export models/docvqa --to safetensors --push me/docvqa"""
@@ -33,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser):
         default="auto",
         help="type of the weights; auto (the default) is as they are stored",
     )
+    parser.add_argument(
+        "--quantize",
+        metavar="PARTS",
+        type=lambda text: tuple(text.split(",")),
+        help="with nf4, what is in 4 bits: language (the default), or with it vision, head, as model.quantize says",
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the finished folder to the hub, as private")
     parser.add_argument("--public", action="store_true", help="with --push: let everybody see it")
 
@@ -54,6 +61,7 @@ def run(arguments: argparse.Namespace):
         out=arguments.out,
         shard_bytes=arguments.shard_size,
         dtype=arguments.dtype,
+        quantize=arguments.quantize,
         push=arguments.push,
         public=arguments.public,
     )

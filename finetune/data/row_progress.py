@@ -18,10 +18,11 @@ class RowProgress:
         what: what is done to them, for the reader.
         total: rows; None where that is not known.
         done: rows that were done before.
+        unit: what they are, if not rows.
     """
 
-    def __init__(self, what: str, total: int | None, done: int = 0):
-        self.what, self.total, self.rows = what, total, done
+    def __init__(self, what: str, total: int | None, done: int = 0, unit: str = "rows"):
+        self.what, self.total, self.rows, self.unit = what, total, done, unit
         self._before, self._start = done, time.monotonic()
         self._said = self._start + QUIET_SECONDS - LINE_SECONDS
         self._bar = None
@@ -29,7 +30,12 @@ class RowProgress:
     def __enter__(self) -> "RowProgress":
         if sys.stderr.isatty():
             self._bar = tqdm(
-                total=self.total, initial=self.rows, desc=self.what, unit=" rows", delay=QUIET_SECONDS, leave=False
+                total=self.total,
+                initial=self.rows,
+                desc=self.what,
+                unit=f" {self.unit}",
+                delay=QUIET_SECONDS,
+                leave=False,
             )
         return self
 
@@ -50,7 +56,8 @@ class RowProgress:
 
     def _line(self, now: float) -> str:
         rate = (self.rows - self._before) / max(now - self._start, 1e-9)
-        text = f"{self.rows:,}{'' if self.total is None else f' of {self.total:,}'} rows, {format_count(rate)} rows/s"
+        of_all = "" if self.total is None else f" of {self.total:,}"
+        text = f"{self.rows:,}{of_all} {self.unit}, {format_count(rate)} {self.unit}/s"
         if self.total is not None and rate > 0:
             text += f", {format_duration((self.total - self.rows) / rate)} left"
         return text

@@ -5,9 +5,10 @@ import pytest
 from recipes_for_tests import write_recipe
 
 from finetune.data.checking import Checked
-from finetune.epoch_estimate import estimate_epoch, packing_budget
+from finetune.epoch_estimate import estimate_epoch
 from finetune.histogram import bars, histogram_chart, make_histogram
 from finetune.packing import pack
+from finetune.packing_budget import packing_budget
 from finetune.recipe import load_recipe
 
 
@@ -19,7 +20,8 @@ def checked(lengths, weight=1.0):
 
 def estimate(tmp_path, lengths, *overrides, weight=1.0):
     overrides = ["train.max_steps=-1", "data.max_length=1000", *overrides]
-    return estimate_epoch(load_recipe(write_recipe(tmp_path), overrides), checked(lengths, weight))
+    recipe = load_recipe(write_recipe(tmp_path), overrides)
+    return estimate_epoch(recipe, checked(lengths, weight), packing_budget(recipe.data, np.array(lengths)))
 
 
 @pytest.mark.parametrize(

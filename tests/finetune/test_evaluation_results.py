@@ -106,6 +106,7 @@ def test_the_lines_at_the_end():
         "score": 0.5,
         "interval": [0.4, 0.6],
         "questions": 1200,
+        "sources": {},
         "groups": {"form": {"score": 0.25, "questions": 200}},
         "unreadable": [{}],
         "notes": [],
@@ -114,6 +115,7 @@ def test_the_lines_at_the_end():
             "model": "base",
             "score": 0.25,
             "interval": [0.2, 0.3],
+            "sources": {},
             "difference": 0.25,
             "difference_interval": [0.2, 0.3],
             "better": 400,
@@ -128,3 +130,31 @@ def test_the_lines_at_the_end():
         "unreadable  1 questions on images that cannot be read: counted as wrong",
         "speed       16.00 examples/s, 1,200 replies in 1m 15s",
     ]
+    own = {"new": {"score": 0.75, "interval": [0.5, 1.0], "questions": 600}}
+    results = {**results, "sources": own, "compared": {**results["compared"], "sources": {"new": {"score": 0.125}}}}
+    assert summary(results)[1] == "  new       0.7500 (95% 0.5000 to 1.0000), 600 questions; compared: 0.1250"
+
+
+def test_each_source_has_its_score():
+    """The task's own: of a mean of groups, the mean of the groups that the source has."""
+    task = find_task("chartqa")
+    own = records("1", "x", "3", "x", "5", "6")
+    for record, source, group in zip(
+        own, "aaabbb", ("human", "human", "augmented", "human", "human", "human"), strict=True
+    ):
+        record |= {"source": source, "group": group}
+    asked = [Asked((answer,), group=record["group"]) for answer, record in zip("123456", own, strict=True)]
+    scored = score_records(task, asked, own)
+    assert list(scored.sources) == ["a", "b"]
+    first, second = scored.sources.values()
+    assert (first.score, first.questions) == (pytest.approx(0.75), 3)
+    assert (second.score, second.questions) == (pytest.approx(2 / 3), 3)
+    assert second.interval.low <= 2 / 3 <= second.interval.high <= 1
+    assert scored.total == pytest.approx((3 / 5 + 1) / 2)
+    told = scored.summary()["sources"]["b"]
+    assert told == {"score": second.score, "interval": list(second.interval), "questions": 3}
+
+
+def test_one_source_has_no_score_of_its_own():
+    scored = score_records(custom_task("exact_match"), [Asked(("a",))], records("a"))
+    assert scored.sources == {} and scored.summary()["sources"] == {}

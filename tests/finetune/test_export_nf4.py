@@ -9,6 +9,7 @@ from recipes_for_tests import TINY, write_recipe
 from safetensors.torch import load_file, save_file
 
 from finetune import export_nf4 as module
+from finetune.cli import main
 from finetune.errors import Failed, UserError
 from finetune.export_nf4 import export_nf4, stored_bytes
 from finetune.recipe import load_recipe
@@ -127,6 +128,16 @@ def test_wrong_input_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(NotEnoughDiskSpace, match=r"1\.0 kB are free"):
         export(tmp_path / "small")
+
+
+def test_the_command_takes_the_parts(tmp_path, capsys):
+    arguments = ["export", str(TINY), "--out", str(tmp_path / "small")]
+    assert main([*arguments, "--to", "nf4", "--quantize", "language,head"]) == 0
+    model = load_model(tmp_path / "small")
+    assert not model.lm_head.weight.is_floating_point()
+    assert model.transformer.visual.transformer.resblocks[0].mlp.c_fc.weight.is_floating_point()
+    assert main([*arguments[:2], "--out", str(tmp_path / "other"), "--to", "qwen2", "--quantize", "language"]) == 2
+    assert "--quantize has no effect with --to qwen2" in capsys.readouterr().err
 
 
 def test_a_4_bit_folder_is_not_exported_again(tmp_path):

@@ -19,6 +19,7 @@ def make_trainer(folder, workers):
     road.find_base()
     road.read_data()
     road.find_last_checkpoint()
+    road.choose_budget()
     return road.make_trainer(road.load_model())
 
 
@@ -61,7 +62,10 @@ def test_the_next_optimizer_step_is_made_ahead(workers, accumulation, ahead):
 def test_a_recipe_may_say_otherwise(tmp_path):
     file = write_recipe(tmp_path, data__workers=2, train__dataloader_prefetch_factor=5)
     road = _Road(load_recipe(file), RunFolder(tmp_path / "run"), True, lambda line: None, StopOnSignal())
-    road.evaluates = False
+    road.find_base()
+    road.read_data()
+    road.find_last_checkpoint()
+    road.choose_budget()
     arguments = road.trainer_arguments(torch.nn.Linear(1, 1))
     assert (arguments.dataloader_prefetch_factor, arguments.dataloader_num_workers) == (5, 2)
     assert arguments.dataloader_pin_memory is torch.cuda.is_available()

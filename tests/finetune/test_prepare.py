@@ -11,7 +11,7 @@ import pytest
 import yaml
 from encoded_images import encode, noise
 from PIL import Image
-from recipes_for_tests import IMAGES, finetune, write_recipe, write_rows
+from recipes_for_tests import IMAGES, TINY, finetune, write_recipe, write_rows
 
 import finetune.prepare as preparing
 from finetune.data.checking import check_samples
@@ -21,7 +21,9 @@ from finetune.errors import Interrupted, UserError
 from finetune.prepare import prepare
 from finetune.recipe import Recipe, load_recipe
 from finetune.run import NotEnoughDiskSpace, RunFolder
+from finetune.task_evaluation import TaskEvaluation
 from finetune.train import train
+from qwenvl import QwenVLProcessor
 from qwenvl.chat import render_chat
 from qwenvl.images import ImageAccess, load_image
 
@@ -333,6 +335,31 @@ def test_data_of_a_task_stays_where_its_columns_are(tmp_path):
         assert (folder / "eval").exists() is not stays
         used = recipe_from(file, said, tmp_path / "other").evaluate.data[0]
         assert used.path == (data["path"] if stays else str(folder / "eval"))
+
+
+def test_sources_that_are_scored_keep_their_folders_and_names(tmp_path):
+    """Of one folder there would be one score, and another sample of questions."""
+    write_rows(tmp_path / "old.jsonl", 6, first=40)
+    sources = [
+        {"path": str(tmp_path / "eval.jsonl"), "format": "messages", "name": "new"},
+        {"path": str(tmp_path / "old.jsonl"), "format": "messages"},
+    ]
+    evaluation = {"data": sources, "task": "custom", "metric": "anls", "sample": 6}
+    recipe = load_recipe(write_recipe(tmp_path, evaluate=evaluation))
+    said = []
+    prepare(recipe, tmp_path / "prepared", say=said.append)
+    prepared = recipe_from(tmp_path / "recipe.yaml", said, tmp_path / "other")
+    assert [(source.path, source.name) for source in prepared.evaluate.data] == [
+        (str(tmp_path / "prepared" / "eval" / name), name) for name in ("new", "old")
+    ]
+    processor = QwenVLProcessor.from_pretrained(TINY)
+    asked = [TaskEvaluation(each, processor).questions for each in (recipe, prepared)]
+    assert str(asked[0]) == str(asked[1]) == "6 of 10 questions (new 3, old 3)"
+    texts = [[(question.source, question.text, question.answers) for question in sample] for sample in asked]
+    assert texts[0] == texts[1]
+    # Another name is another set of folders.
+    with pytest.raises(UserError, match="holds data prepared from something else"):
+        prepare(load_recipe(tmp_path / "recipe.yaml", ["evaluate.data.0.name=x"]), tmp_path / "prepared", say=silent)
 
 
 def test_the_command(tmp_path):

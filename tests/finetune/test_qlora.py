@@ -170,7 +170,10 @@ def test_embeddings_in_host_memory_are_not_trained():
         (["model.quantize=[vision]"], ["model.quantize"]),
         (["model.quantize=[language,language]"], ["model.quantize"]),
         (["model.quantization=none", "model.quantize=[language,head]"], ["model.quantize", "model.quantization"]),
-        (["model.quantization=none", "model.embeddings_on_cpu=true"], ["model.embeddings_on_cpu"]),
+        (
+            ["model.quantization=none", "model.embeddings_on_cpu=true", "adapter=null", "freeze.language=false"],
+            ["freeze.language", "model.embeddings_on_cpu"],
+        ),
     ],
 )
 def test_what_does_not_go_with_4_bits(overrides, keys):

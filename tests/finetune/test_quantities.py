@@ -12,7 +12,6 @@ from finetune.quantities import (
     format_learning_rate,
     format_loss,
     is_number,
-    is_score,
 )
 
 
@@ -66,11 +65,8 @@ def test_losses_and_learning_rates():
     assert [format_learning_rate(value) for value in (1e-4, 2.5e-6, 0.0)] == ["1.00e-04", "2.50e-06", "0"]
 
 
-def test_what_counts_as_a_number_and_as_a_score():
+def test_what_counts_as_a_number():
     assert [is_number(value) for value in (1, 1.5, math.nan, np.float32(1), True, "1", None)] == [
         *(True, True, True, True),
         *(False, False, False),
     ]
-    assert is_score("eval_loss") and is_score("eval_anls") and is_score("eval_docvqa_loss")
-    for key in ("loss", "eval_runtime", "eval_samples_per_second", "eval_seconds", "eval_long_samples"):
-        assert not is_score(key)

@@ -55,6 +55,7 @@ def test_both_lines_are_named():
         ),
         (["data.tokens_per_batch=100"], ["data.tokens_per_batch", "data.max_length"]),
         (["data.tokens_per_batch=4096", "data.packing=false"], ["data.tokens_per_batch", "data.packing"]),
+        (["data.tokens_per_batch=auto", "data.packing=false"], ["data.tokens_per_batch", "data.packing"]),
         (["train.learning_rates.vision=1e-4"], ["train.learning_rates.vision", "freeze.vision"]),
         (["train.learning_rates.language=1e-4"], ["train.learning_rates.language", "freeze.language"]),
         (
@@ -102,6 +103,7 @@ def test_contradiction(overrides, keys):
         [EVALUATE, "train.load_best_model_at_end=true", "train.eval_strategy=steps", "train.eval_steps=300"],
         [EVALUATE, "train.load_best_model_at_end=true", "train.save_strategy=best"],
         ["data.tokens_per_batch=2048"],
+        ["data.tokens_per_batch=auto"],
         ["data.max_length=null", "data.tokens_per_batch=512"],
         ["data.train.format=grounding", "data.train.box_form=xywh", "data.train.prompt='Find {phrase}.'"],
         ["data.train.format=caption", "data.train.prompt=Describe it."],

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, Image
+from huggingface_hub import constants
 from PIL import Image as PILImage
 from recipes_for_tests import IMAGES, ROOT, TINY
 
@@ -123,7 +124,10 @@ def conversations(folder, name):
 
 DATA = {
     "docvqa_lora": (document_questions, document_questions),
+    "docvqa_lora_24gb": (document_questions, document_questions),
     "docvqa_qlora": (document_questions, document_questions),
+    "docvqa_qlora_8gb": (document_questions, document_questions),
+    "docvqa_qlora_6gb": (document_questions, document_questions),
     "chartqa_lora": (chart_questions, chart_questions),
     "textvqa_lora": (text_questions, text_questions),
     "grounding_lora": (phrases_with_corners, phrases_with_sizes),
@@ -143,7 +147,10 @@ def nothing_is_compiled():
 
 SCORED = {
     "docvqa_lora": "eval_anls",
+    "docvqa_lora_24gb": "eval_anls",
     "docvqa_qlora": "eval_anls",
+    "docvqa_qlora_8gb": "eval_anls",
+    "docvqa_qlora_6gb": "eval_anls",
     "chartqa_lora": "eval_relaxed_accuracy",
     "textvqa_lora": "eval_vqa_score",
     "grounding_lora": "eval_grounding",
@@ -157,7 +164,8 @@ def test_every_recipe_is_here():
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_a_recipe_end_to_end(name, tmp_path):
+def test_a_recipe_end_to_end(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))  # where features of images are kept
     make_train, make_eval = DATA[name]
     overrides = [
         f"model.path={TINY}",

@@ -14,6 +14,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 def test_which_there_are():
     assert {recipe.stem for recipe in RECIPES} == {
         *("quickstart", "docvqa_lora", "docvqa_qlora", "chartqa_lora", "textvqa_lora"),
+        *("docvqa_lora_24gb", "docvqa_qlora_8gb", "docvqa_qlora_6gb"),
         *("grounding_lora", "caption_lora", "chat_lora", "base_lora", "full_sft"),
     }
 

@@ -1,0 +1,143 @@
+"""What the vision cache saves on this machine: seconds of a training step with pixels, and with cached features.
+
+    python examples/benchmark_vision_cache.py [--device cuda] [--dtype bfloat16] [--size mid] [--steps 3]
+
+A model of the published shape made smaller, with random weights, and LoRA on its language model. Each step packs
+samples of one page and some text: from JPEGs that are decoded for it, as in a run with `data.workers: 0`, or whose
+features the encoding phase has put into a cache, in a temporary folder.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from benchmark_evaluation import SMALL
+from benchmark_model import SIZES
+from huggingface_hub import constants
+from PIL import Image
+
+from finetune.absent_tower import let_tower_go
+from finetune.adapters import put_lora
+from finetune.batch_images import image_arguments
+from finetune.collate import Collator
+from finetune.data.samples import Samples
+from finetune.image_store import ImageRequest
+from finetune.quantities import format_bytes
+from finetune.recipe_sections import Adapter, Data, Freeze, Source
+from finetune.run_images import RunImages
+from finetune.vision_cache import VisionCache
+from finetune.vision_encoding import encode_images
+from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, load_processor
+from qwenvl.chat import IGNORED
+
+PAGE = (1240, 1754)  # pixels: A4 at 150 dots an inch
+BATCH = 4
+CONFIGS = {**SIZES, "small": SMALL}
+
+
+def write_pages(folder: Path, count: int) -> Path:
+    """JPEGs with some detail everywhere, and a row for each."""
+    draw, file = np.random.default_rng(0), folder / "rows.jsonl"
+    with file.open("w") as lines:
+        for number in range(count):
+            coarse = draw.integers(0, 256, (155, 219, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize(PAGE).save(folder / f"{number}.jpg", quality=85)
+            answer = "The total of this invoice is due within thirty days of the date above. " * 3
+            turns = [{"role": "user", "content": "What does it say?"}, {"role": "assistant", "content": answer}]
+            lines.write(json.dumps({"messages": turns, "images": [f"{number}.jpg"]}) + "\n")
+    return file
+
+
+def step(model: torch.nn.Module, collator: Collator, rows: list[int]):
+    """Collate, forward, backward."""
+    batch = {name: tensor.to(model.device) for name, tensor in collator([{"sample": row} for row in rows]).items()}
+    images = image_arguments(model.get_base_model(), batch)
+    predicting = (batch["labels"][0, 1:] != IGNORED).nonzero()[:, 0]
+    output = model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        logits_to_keep=predicting,
+        use_cache=False,
+        **images,
+    )
+    torch.nn.functional.cross_entropy(output.logits[0].float(), batch["labels"][0, predicting + 1]).backward()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[list[int]], None], steps: int) -> float:
+    """Of one step on average, after one to warm up."""
+    run(list(range(BATCH)))
+    started = time.perf_counter()
+    for number in range(steps):
+        run(list(range(number * BATCH, (number + 1) * BATCH)))
+    return (time.perf_counter() - started) / steps
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=CONFIGS, default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--steps", type=int, default=3)
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    tiny = load_processor(Path(__file__).parent / "tiny")
+    config = QwenVLConfig(**CONFIGS[arguments.size])
+    config.visual["image_start_id"] = tiny.tokenizer.image_start_id
+    with torch.device(arguments.device):
+        base = QwenVLForConditionalGeneration._from_config(config, dtype=getattr(torch, arguments.dtype))
+    model = put_lora(base, Adapter(r=16), Freeze(), embeddings=False).train()
+    millions = {
+        name: sum(p.numel() for p in part.parameters()) / 1e6
+        for name, part in (("vision", base.transformer.visual), ("language", base.transformer.h))
+    }
+    image_processor = QwenVLImageProcessor(config.visual["image_size"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        constants.HF_HOME = folder
+        images = arguments.steps * BATCH
+        samples = Samples([Source(path=str(write_pages(Path(folder), images)), format="messages")])
+
+        def collator(cache: VisionCache | None) -> Collator:
+            settings = ("assistant", False, tiny.n_queries)
+            return Collator(samples, tiny.tokenizer, image_processor, *settings, vision_cache=cache)
+
+        where = (
+            torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        )
+        print(
+            f"{arguments.size} size, {millions['vision']:.0f} M parameters of vision, {millions['language']:.0f} M of "
+            f"language blocks, {arguments.dtype}, on {where}"
+        )
+        print(f"{BATCH} samples a step, pages of {PAGE[0]} x {PAGE[1]}")
+        without = seconds(lambda rows: step(model, collator(None), rows), arguments.steps)
+        requests = [
+            [ImageRequest(part["image"], sample.access, str(sample.origin))]
+            for sample in samples
+            for part in sample.messages[0]["content"]
+            if part["type"] == "image"
+        ]
+        data = Data(train={"path": "-", "format": "messages"}, vision_cache="disk", workers=0)
+        started = time.perf_counter()
+        cache = encode_images(base, RunImages([requests]), image_processor, data, lambda line: None)
+        encoding = time.perf_counter() - started
+        freed = sum(tensor.nbytes for tensor in base.transformer.visual.state_dict().values())
+        let_tower_go(base)
+        cached = seconds(lambda rows: step(model, collator(cache), rows), arguments.steps)
+    size = format_bytes(cache.store.record.nbytes)
+    print(f"  with pixels     {without:8.3f} s a step")
+    print(
+        f"  with the cache  {cached:8.3f} s a step, {without / cached:.1f} times as fast; {format_bytes(freed)} freed"
+    )
+    print(f"  encoding        {encoding:8.3f} s for {images} images of {size}, {images / encoding:.1f} images/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What the bench trains on: conversations of known lengths made of random tokens, and the batches of both settings.
+
+Two kinds of samples, one image each:
+
+| name | tokens | supervised |
+|---|---|---|
+| a length, such as 512 | exactly so many | half of the text: long replies |
+| mix | as in question answering on documents, 310 on average | the answer and the token that ends it |
+
+Of the mix: an image is 258 tokens, system turn, turn markers and prompt are `TURNS`, the question is drawn around
+`QUESTION` and the answer around `ANSWER` tokens, both log-normal, as lengths of texts are: none below 1, most below
+the mean, a few long. No data set was counted for it: it is the published description, an image and two short lines.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from finetune.batch_images import image_columns
+from finetune.errors import UserError
+from qwenvl import QwenVLConfig
+from qwenvl.chat import IGNORED
+from qwenvl.configuration import IMAGE_START_AFTER_END_OF_TEXT
+
+MIX = "mix"
+TURNS = 28
+"""Tokens that every such conversation has: system turn, turn markers, `Picture 1:`, `Answer:`."""
+QUESTION, QUESTION_SPREAD = 15, 0.4
+"""Mean tokens of a question, and the standard deviation of their logarithm."""
+ANSWER, ANSWER_SPREAD = 8, 0.7
+"""The same of an answer, without the token that ends it."""
+LEAST_TEXT = 8
+"""Fewest tokens beside the image."""
+
+
+class Lengths(NamedTuple):
+    """Of one sample: tokens in all, of these supervised, images."""
+
+    tokens: int
+    supervised: int
+    images: int
+
+
+class BenchSample(NamedTuple):
+    """A sample as the trainer's messages name it."""
+
+    origin: str
+
+
+def draw_lengths(name: str, count: int, config: QwenVLConfig, *, most: int, seed: int = 0) -> list[Lengths]:
+    """Samples of one row of the bench.
+
+    Args:
+        name: "mix", or a number of tokens.
+        count: samples.
+        most: longest conversation that the recipe takes; those of the mix are cut to it.
+
+    Raises:
+        UserError: fewer tokens than an image and a few words.
+    """
+    images = 0 if config.visual is None else 1
+    span = images * (config.n_queries + 2)
+    if name != MIX:
+        tokens = int(name)
+        if tokens < span + LEAST_TEXT:
+            raise UserError(f"--lengths {name}: an image and some text are at least {span + LEAST_TEXT} tokens")
+        return [Lengths(tokens, (tokens - span) // 2, images)] * count
+    if most < span + TURNS + LEAST_TEXT:
+        raise UserError(f"--lengths mix: data.max_length {most} has no room for an image, a question and an answer")
+    draws = np.random.default_rng(seed)
+    lengths = []
+    for _ in range(count):
+        question, answer = _draw(draws, QUESTION, QUESTION_SPREAD), _draw(draws, ANSWER, ANSWER_SPREAD)
+        question = min(question, most - span - TURNS - 2)
+        answer = min(answer, most - span - TURNS - question - 1)
+        lengths.append(Lengths(span + TURNS + question + answer + 1, answer + 1, images))
+    return lengths
+
+
+def _draw(draws: np.random.Generator, mean: float, spread: float) -> int:
+    """A log-normal length with that mean: its logarithm is around log(mean) - spread^2 / 2."""
+    return max(1, round(draws.lognormal(math.log(mean) - spread**2 / 2, spread)))
+
+
+class BenchCollator:
+    """Stands where `collate.Collator` does, and gives batches of the same form; nothing is rendered or decoded.
+
+    Ids and images are random, drawn by the sample's number: a sample is the same in every batch, and under both
+    settings.
+
+    Args:
+        lengths: of each sample.
+        tokenizer: what the trainer wants to see one of.
+        features: type of the image features to give, as a vision cache does; None gives pixels to encode.
+    """
+
+    def __init__(
+        self, lengths: Sequence[Lengths], config: QwenVLConfig, tokenizer: Any, features: torch.dtype | None = None
+    ):
+        self.lengths = lengths
+        self.config = config
+        self.tokenizer = tokenizer
+        self.samples = [BenchSample(f"sample {number}") for number in range(1, len(lengths) + 1)]
+        self._image = None if config.visual is None else self._make_image(features)
+
+    def _make_image(self, features: torch.dtype | None) -> torch.Tensor:
+        """The image that all samples show, (3, S, S) uint8, or its features; what is in it changes no time."""
+        draws = torch.Generator().manual_seed(0)
+        if features is not None:
+            return torch.randn(self.config.n_queries, self.config.hidden_size, generator=draws).to(features)
+        side = self.config.visual["image_size"]
+        return torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=draws)
+
+    def tokens_of(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and labels of a sample, (tokens,) each: image, question, reply."""
+        tokens, supervised, images = self.lengths[number]
+        config = self.config
+        words = config.vocab_size
+        if images:
+            # Below the control tokens, which begin with <|endoftext|>.
+            words = config.image_start_id - IMAGE_START_AFTER_END_OF_TEXT
+        ids = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(number))
+        if images:
+            end = 2 + config.n_queries
+            ids[1], ids[2:end], ids[end] = config.image_start_id, config.image_token_id, config.image_end_id
+        labels = torch.full_like(ids, IGNORED)
+        labels[tokens - supervised :] = ids[tokens - supervised :]
+        return ids, labels
+
+    def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
+        """As `collate.Collator`: (1, tokens of all rows), end to end."""
+        numbers = [row["sample"] for row in rows]
+        drawn = [self.tokens_of(number) for number in numbers]
+        lengths = [len(ids) for ids, _ in drawn]
+        batch = {
+            "input_ids": torch.cat([ids for ids, _ in drawn])[None],
+            "labels": torch.cat([labels for _, labels in drawn])[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "sequence_lengths": torch.tensor(lengths),
+            "sequence_images": torch.tensor([self.lengths[number].images for number in numbers]),
+            "samples": torch.tensor(numbers),
+        }
+        return {**image_columns([self._image] * int(batch["sequence_images"].sum())), **batch}
+
+
+class PaddedCollator(BenchCollator):
+    """One sample a batch, padded at its end to a fixed length, with an attention mask: as published.
+
+    Args:
+        padded_to: tokens.
+    """
+
+    def __init__(self, lengths: Sequence[Lengths], config: QwenVLConfig, tokenizer: Any, *, padded_to: int):
+        super().__init__(lengths, config, tokenizer)
+        assert max(sample.tokens for sample in lengths) <= padded_to
+        self.padded_to = padded_to
+
+    def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
+        """(1, padded_to), with `attention_mask` beside what `BenchCollator` gives."""
+        assert len(rows) == 1
+        batch = super().__call__(rows)
+        tokens = batch["input_ids"].shape[1]
+        missing = (0, self.padded_to - tokens)
+        batch["attention_mask"] = torch.nn.functional.pad(torch.ones(1, tokens, dtype=torch.long), missing)
+        batch["input_ids"] = torch.nn.functional.pad(batch["input_ids"], missing)
+        batch["labels"] = torch.nn.functional.pad(batch["labels"], missing, value=IGNORED)
+        batch["position_ids"] = torch.arange(self.padded_to)[None]
+        batch["sequence_lengths"] = torch.tensor([self.padded_to])
+        return batch

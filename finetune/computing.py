@@ -1,0 +1,64 @@
+"""What a run computes attention and layers with: `auto` settled, what cannot run refused, before weights are read."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import is_flash_attn_2_available
+
+from finetune.errors import UserError
+from finetune.recipe import Model
+from qwenvl.kernels import liger_runs, require_liger
+from qwenvl.varlen_attention import VARLEN
+
+
+@dataclass(frozen=True)
+class Computing:
+    """Attributes:
+    attention: a name that Transformers knows, varlen included; see `qwenvl.varlen_attention`.
+    kernels: see `qwenvl.kernels.use_kernels`.
+    """
+
+    attention: str
+    kernels: str
+
+    def __str__(self) -> str:
+        names = {"varlen": "varlen attention (each sequence of a pack by itself)"}
+        return f"{names.get(self.attention, f'{self.attention} attention')}, {self.kernels} kernels"
+
+
+def choose_attention(model: Model) -> str:
+    """auto is varlen everywhere: on a GPU in one kernel, on the CPU one sequence after the other, where it takes 20 to
+    60 % off a step of a small model. What is not a pack goes through sdpa with it.
+
+    Raises:
+        UserError: flash_attention_2 where it cannot be.
+    """
+    if model.attention == "flash_attention_2" and not (torch.cuda.is_available() and is_flash_attn_2_available()):
+        raise UserError(
+            "model.attention: flash_attention_2 needs an NVIDIA GPU and the package flash-attn, and one of them is "
+            "not here. Set model.attention: auto, which packs without it"
+        )
+    return VARLEN if model.attention == "auto" else model.attention
+
+
+def choose_kernels(model: Model) -> str:
+    """auto is liger where it is installed and runs, else torch.
+
+    Raises:
+        UserError: liger where it cannot run.
+    """
+    if model.kernels == "liger":
+        try:
+            require_liger()
+        except ValueError as error:
+            raise UserError(f"model.kernels: liger. {error}") from error
+    if model.kernels == "auto":
+        return "liger" if liger_runs() else "torch"
+    return model.kernels
+
+
+def choose_computing(model: Model) -> Computing:
+    """Raises:
+    UserError: the recipe names what cannot run here.
+    """
+    return Computing(choose_attention(model), choose_kernels(model))

@@ -1,0 +1,103 @@
+"""Kernels of a device, as shapes: which one computes an attention there, what it keeps, and what it takes for itself.
+
+On the meta device PyTorch would compute attention by single operations, with all weights of each head, and of the
+weight that bitsandbytes makes from 4 bits for a product nothing is seen on any device.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+aten = torch.ops.aten
+
+# Kernels that take packs of sequences without a mask.
+WITHOUT_MASK = ("varlen", "flash_attention_2")
+MASK_ALIGNMENT = 8  # values: CUDA's kernel reads rows of a mask that begin at multiples of it
+
+
+@contextlib.contextmanager
+def kernels_of(device_type: str) -> Iterator[None]:
+    """Inside, attention on the meta device takes the kernels that it would take on the device."""
+    plain = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = _sdpa_of(device_type, plain)
+    overridden = WITHOUT_MASK if device_type == "cuda" else ()
+    for name in overridden:
+        ALL_ATTENTION_FUNCTIONS[name] = _attention_without_mask
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = plain
+        for name in overridden:
+            del ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _sdpa_of(device_type: str, plain: Callable) -> Callable:
+    def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
+        if not query.is_meta:
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
+        mask = None if attn_mask is None else _additive(attn_mask, query.dtype)
+        if device_type == "cpu":
+            kernel = aten._scaled_dot_product_flash_attention_for_cpu
+            return kernel(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
+        if mask is None and query.dtype != torch.float32:
+            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        if mask is not None:
+            mask = _aligned(mask).expand(*query.shape[:-1], key.shape[-2])
+        keeps = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+        kernel = aten._scaled_dot_product_efficient_attention
+        return kernel(query, key, value, mask, keeps, dropout_p, is_causal, scale=scale)[0]
+
+    return sdpa
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As PyTorch makes a mask of yes and no into one that is added, anew in each layer."""
+    return torch.zeros(mask.shape, dtype=dtype, device="meta") if mask.dtype == torch.bool else mask
+
+
+def _aligned(mask: torch.Tensor) -> torch.Tensor:
+    short = -mask.shape[-1] % MASK_ALIGNMENT
+    return nn.functional.pad(mask, (0, short))[..., : mask.shape[-1]] if short else mask
+
+
+def _attention_without_mask(
+    module, query, key, value, attention_mask, *, scaling, dropout=0.0, sequences=None, **kwargs
+):
+    """(batch, heads, length, head_dim) -> (batch, length, heads, head_dim), as the kernels of `WITHOUT_MASK`."""
+    causal = module.is_causal and query.shape[2] > 1
+    output = aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, scale=scaling)[0]
+    return output.transpose(1, 2), None
+
+
+def own_bytes(device_type: str) -> Callable[[Any, tuple], int]:
+    """For `live_bytes.LiveBytes`: what operations take for themselves on the device while they run."""
+
+    def own(operation: Any, arguments: tuple) -> int:
+        name = operation._schema.name
+        if name == "bitsandbytes::gemm_4bit":
+            return _of_gemm_4bit(*arguments)
+        if device_type == "cuda" and name in _ATTENTION_BACKWARDS:
+            # The queries' gradient is summed up in float32, and a number for each query.
+            query = arguments[1]
+            return 4 * (query.numel() + prod(query.shape[:-1]))
+        return 0
+
+    return own
+
+
+_ATTENTION_BACKWARDS = (
+    "aten::_scaled_dot_product_flash_attention_backward",
+    "aten::_scaled_dot_product_efficient_attention_backward",
+    "torch_attn::_varlen_attn_backward",
+)
+
+
+def _of_gemm_4bit(values, codes, shape, absmax, blocksize, *others) -> int:
+    """The weight in 16 bits and its blocks' magnitudes in 32: where no kernel multiplies by the codes themselves."""
+    size = prod(shape)
+    return size * values.dtype.itemsize + 4 * (size // blocksize)

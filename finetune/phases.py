@@ -1,0 +1,103 @@
+"""Where the seconds of a run go: one phase after the other from its first line to its last, none left out."""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class Phases(TrainerCallback):
+    """A phase lasts until the next one begins. The trainer's events mark those inside training.
+
+    | phase | what |
+    |---|---|
+    | read | finding the checkpoint, reading and checking the data |
+    | load | reading the weights, quantising them, putting the adapter on, making the trainer, a resumed run's state |
+    | encode | the features of all images, where there is a vision cache |
+    | evaluate | losses and replies: before, in and after training |
+    | batches | between the steps: waiting for batches, logging |
+    | forward_backward | forwards and backwards of the optimizer steps, and clipping |
+    | optimizer | the optimizer's own work |
+    | checkpoint | writing the state to resume from |
+    | save | writing the result |
+
+    Seconds are those of this process. A GPU works behind it, and what one phase asks for can end in the next: over
+    many steps the sums are right where a phase waits for the device, as the check of each forward's loss does.
+
+    It goes behind the callbacks that decide about evaluating and saving.
+
+    Args:
+        first: the phase that begins at once.
+        clock: seconds from any beginning.
+    """
+
+    def __init__(self, first: str, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._epoch = time.time() - clock()  # seconds since 1970 where the clock is 0
+        self._phases: dict[str, dict[str, Any]] = {}
+        self._current: str | None = None
+        self._since = 0.0
+        self.begin(first)
+
+    def begin(self, name: str):
+        """End the phase there is and begin this one; what has begun already goes on."""
+        if name == self._current:
+            return
+        self._count()
+        self._current = name
+        self._phases.setdefault(name, {"seconds": 0.0, "times": 0, "began": self._since})["times"] += 1
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """For `run.json`, up to now: of each phase `seconds` in all, the `times` that it took place, when it `began`
+        first and `ended` last (ISO 8601, to the millisecond).
+        """
+        self._count()
+        return {
+            name: {
+                "seconds": round(phase["seconds"], 3),
+                "times": phase["times"],
+                "began": self._moment(phase["began"]),
+                "ended": self._moment(phase["ended"]),
+            }
+            for name, phase in self._phases.items()
+        }
+
+    def _count(self):
+        """Add the time that has gone by to the phase there is."""
+        now = self._clock()
+        if self._current is not None:
+            phase = self._phases[self._current]
+            phase["seconds"] += now - self._since
+            phase["ended"] = now
+        self._since = now
+
+    def _moment(self, seconds: float) -> str:
+        return datetime.fromtimestamp(self._epoch + seconds, UTC).isoformat(timespec="milliseconds")
+
+    # --- what the trainer calls --------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin("batches")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin("forward_backward")
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.begin("optimizer")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.begin("evaluate" if control.should_evaluate else _without_evaluation(control))
+
+    on_epoch_end = on_step_end
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.begin(_without_evaluation(control))
+
+    def on_save(self, args, state, control, **kwargs):
+        self.begin("batches")
+
+
+def _without_evaluation(control) -> str:
+    return "checkpoint" if control.should_save else "batches"

@@ -1,0 +1,94 @@
+"""A model of any size with random weights, made in place on its device: what values are changes no time and no memory.
+
+Weights that will be in 4 bits are made and quantised one linear at a time, so the most that is held meanwhile is the
+finished model and one linear in 16 bits: the published model never is there in its 19.3 GB.
+"""
+
+import copy
+from collections.abc import Collection
+from math import isqrt
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from qwenvl.host_embedding import keep_embeddings_on_cpu
+from qwenvl.language import RMSNorm
+from qwenvl.quantization import compute_in, is_quantized, nf4_config, quantize, require_bitsandbytes
+from qwenvl.resampler import Resampler, sine_cosine_grid
+
+SPREAD = 0.02
+"""Standard deviation of all weights but norms: the published `initializer_range`."""
+
+
+def make_random_model(
+    config: QwenVLConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    parts: Collection[str] = (),
+    embeddings_on_cpu: bool = False,
+    seed: int = 0,
+) -> QwenVLForConditionalGeneration:
+    """The model as `load_model` gives it, in eval mode, with weights that were never trained.
+
+    Args:
+        config: its sizes; not changed.
+        device: where it is made and stays.
+        dtype: of what is not in 4 bits, and what is computed in.
+        parts: those in NF4 (see `quantization.PARTS`); none for a 16- or 32-bit model.
+        embeddings_on_cpu: keep the token embeddings in host memory.
+
+    Raises:
+        ValueError: `parts`, and no bitsandbytes.
+    """
+    if parts:
+        require_bitsandbytes()
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    device = torch.device(device)
+    with torch.device("meta"):
+        model = QwenVLForConditionalGeneration(config)
+    quantizer = None
+    if parts:
+        quantizer = AutoHfQuantizer.from_config(nf4_config(parts, dtype), pre_quantized=False)
+        quantizer.preprocess_model(model, dtype=dtype, device_map={"": device})
+    here = torch.Generator(device).manual_seed(seed)
+    in_host_memory = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        _fill(module, dtype, in_host_memory if embeddings_on_cpu and module is model.transformer.wte else here)
+    if quantizer is not None:
+        model.hf_quantizer = quantizer
+        quantizer.postprocess_model(model)
+        compute_in(model, dtype)
+    if embeddings_on_cpu:
+        keep_embeddings_on_cpu(model)
+    return model.eval()
+
+
+def _fill(module: nn.Module, dtype: torch.dtype, generator: torch.Generator):
+    """Give the module's own parameters and buffers values, on the generator's device; its children's are theirs."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        values = torch.empty(parameter.shape, dtype=dtype, device=generator.device)
+        if name == "weight" and isinstance(module, nn.LayerNorm | RMSNorm):
+            values.fill_(1)
+        elif name.endswith("bias"):
+            values.zero_()
+        else:
+            values.normal_(std=SPREAD, generator=generator)
+        if name == "weight" and is_quantized(module):
+            _put_in_4bit(module, values)
+        else:
+            setattr(module, name, nn.Parameter(values))
+    if isinstance(module, Resampler):
+        queries, output_dim = module.query.shape
+        module.pos_embed = sine_cosine_grid(isqrt(queries), output_dim).to(generator.device)
+
+
+def _put_in_4bit(linear: nn.Linear, values: torch.Tensor):
+    from bitsandbytes.nn import Params4bit
+
+    codes, state = quantize(values)
+    linear.weight = Params4bit(codes, quant_state=state, quant_type="nf4", module=linear, bnb_quantized=True)
+    linear.quant_state = state

@@ -1,0 +1,60 @@
+"""Which rows a report shows replies to: settled before there is any reply, so that none is picked by how it went."""
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+from finetune.data.checking import Checked, image_sources
+from finetune.data.samples import Samples
+
+
+def choose_shown(parts: Sequence[Sequence[int]], document: Callable[[int], Hashable | None], count: int) -> list[int]:
+    """The first rows that are each of another document, of the sources in turn; where these run out, the others.
+
+    Args:
+        parts: the rows of each source.
+        document: what a row is about; None is nothing that another row is about. Asked for as few rows as will do.
+        count: rows to choose.
+    """
+    chosen: list[int] = []
+    others: list[int] = []
+    seen: set[Hashable] = set()
+    left = [iter(part) for part in parts]
+
+    def next_new(rows: Iterable[int]) -> int | None:
+        for row in rows:
+            about = document(row)
+            if about is None or about not in seen:
+                seen.add(about)
+                return row
+            others.append(row)
+        return None
+
+    while left and len(chosen) < count:
+        for rows in left[: count - len(chosen)]:
+            if (row := next_new(rows)) is None:
+                left.remove(rows)
+            else:
+                chosen.append(row)
+    return chosen + sorted(others)[: count - len(chosen)]
+
+
+def document_of(images: Sequence[Any]) -> Hashable | None:
+    """What tells a row's images from those of another document; None where it has none. Nothing is opened."""
+    return tuple(map(_image_key, images)) or None
+
+
+def _image_key(source: Any) -> Hashable:
+    if isinstance(source, Mapping):
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    return hashlib.sha256(source).digest() if isinstance(source, bytes) else str(source)
+
+
+def shown_samples(samples: Samples, checked: Checked, count: int) -> list[int]:
+    """Indices of the samples of evaluation data, without those left out, whose replies are shown."""
+
+    def document(index: int) -> Hashable | None:
+        return document_of(list(image_sources(samples[index].messages)))
+
+    sources = [checked.kept[checked.source == number].tolist() for number in range(len(samples.ranges))]
+    return choose_shown(sources, document, count)

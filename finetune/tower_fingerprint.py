@@ -1,0 +1,47 @@
+"""What decides an image's features besides its pixels, as one short name."""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from finetune.tensor_files import tensor_bytes
+from qwenvl import QwenVLForConditionalGeneration
+from qwenvl.image_processor import IMAGE_MEAN, IMAGE_STD
+from qwenvl.quantization import is_quantized
+
+HASHERS = 4  # threads; hashing lets go of the interpreter
+
+
+def tower_fingerprint(model: QwenVLForConditionalGeneration, device: torch.device) -> str:
+    """SHA-256, cut to 32 hexadecimal digits, of the vision transformer and resampler as they are loaded.
+
+    Every byte of their weights counts, with its type, or its 4-bit codes and their scales and the type they are
+    computed in; also the shape of the tower, the attention implementation, the kind of device and how pixels are
+    normalised. Two machines with the same of all these can still differ in the last bits, as two runs on them would.
+
+    Args:
+        model: without an adapter around it; on any device.
+        device: where images are encoded.
+    """
+    config, visual = model.config, model.transformer.visual
+    settings = {
+        "visual": config.visual,
+        "hidden_size": config.hidden_size,
+        "attention": config._attn_implementation,
+        "device": device.type,
+        "mean": IMAGE_MEAN,
+        "std": IMAGE_STD,
+        "computed_in": sorted({str(module.compute_dtype) for module in visual.modules() if is_quantized(module)}),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    tensors = sorted(visual.state_dict().items())
+    with ThreadPoolExecutor(HASHERS) as hashers:
+        for (name, tensor), content in zip(tensors, hashers.map(_tensor_hash, tensors), strict=True):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {content}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _tensor_hash(named: tuple[str, torch.Tensor]) -> str:
+    return hashlib.sha256(tensor_bytes(named[1])).hexdigest()
