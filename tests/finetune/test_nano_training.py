@@ -15,6 +15,7 @@ from examples.nano_documents.write import Plan, conversations_of
 from examples.nano_training import warm_language, warm_vision
 from examples.nano_training.__main__ import DATA, RECIPES, STAGES, WORK
 from examples.nano_training.checkpoint import at_resolution, publish, put_together
+from examples.nano_training.optimizer import autocast
 from examples.nano_training.page_symbols import (
     LETTERS,
     PARTS,
@@ -130,6 +131,16 @@ def test_a_start_is_a_checkpoint_of_the_published_layout(start):
     processor = load_processor(str(start))
     assert processor.tokenizer.image_token_id == model.config.image_token_id == 400 + 216
     assert model.generation_config.chat_format == "chatml"
+
+
+def test_weights_that_were_updated_are_used_within_one_context():
+    linear, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
+    with autocast():
+        before = linear(x)
+        assert before.dtype == torch.bfloat16
+        with torch.no_grad():
+            linear.weight += 1
+        assert (linear(x) - before).min() > 3
 
 
 def stopped_after(monkeypatch, module, steps):
