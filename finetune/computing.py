@@ -26,9 +26,15 @@ class Computing:
         return f"{names.get(self.attention, f'{self.attention} attention')}, {self.kernels} kernels"
 
 
-def choose_attention(model: Model) -> str:
+def settled_attention(model: Model) -> str:
     """auto is varlen everywhere: on a GPU in one kernel, on the CPU one sequence after the other, where it takes 20 to
     60 % off a step of a small model. What is not a pack goes through sdpa with it.
+    """
+    return VARLEN if model.attention == "auto" else model.attention
+
+
+def choose_attention(model: Model) -> str:
+    """As `settled_attention`, for this machine.
 
     Raises:
         UserError: flash_attention_2 where it cannot be.
@@ -38,7 +44,7 @@ def choose_attention(model: Model) -> str:
             "model.attention: flash_attention_2 needs an NVIDIA GPU and the package flash-attn, and one of them is "
             "not here. Set model.attention: auto, which packs without it"
         )
-    return VARLEN if model.attention == "auto" else model.attention
+    return settled_attention(model)
 
 
 def choose_kernels(model: Model) -> str:

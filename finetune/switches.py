@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from finetune.checkpointing import LEAST_FIRST, Checkpointing, checkpoint_blocks
+from finetune.computing import settled_attention
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe, Train
 from qwenvl import QwenVLConfig
 from qwenvl.kernels import liger_runs
-from qwenvl.varlen_attention import VARLEN
 
 if TYPE_CHECKING:
     from finetune.memory import Workload
@@ -75,8 +75,8 @@ def choose_switches(
         ValueError: what is to be trained cannot be.
     """
     switches = Switches(
-        # As a run says them itself, and refuses what cannot run here (`computing`): another place is planned for too.
-        attention=VARLEN if recipe.model.attention == "auto" else recipe.model.attention,
+        # What cannot run here is for the run to refuse (`computing`): another place is planned for too.
+        attention=settled_attention(recipe.model),
         kernels=_kernels(recipe.model.kernels, device_type),
         checkpointing=given_checkpointing(recipe.train) or "none",
         optim=recipe.train.optim,
