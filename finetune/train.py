@@ -31,6 +31,7 @@ from finetune.packing_budget import choose_budget
 from finetune.phases import Phases
 from finetune.predictions import write_predictions
 from finetune.prefetch import loader_settings
+from finetune.process_group import parting_at_the_end
 from finetune.progress import Progress, summary
 from finetune.recipe import Recipe
 from finetune.report import write_report
@@ -80,6 +81,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
     with contextlib.ExitStack() as stack:
         if is_main:
             stack.enter_context(run.lock())
+        stack.enter_context(parting_at_the_end())
         stop = stack.enter_context(StopOnSignal())
         road = _Road(recipe, run, is_main, say, stop)
         try:

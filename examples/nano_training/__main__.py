@@ -9,29 +9,24 @@ matrix products are in bfloat16, which CPUs without it do at a quarter of the sp
 
 import argparse
 import json
-import multiprocessing
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from examples.nano_documents.write import Plan, write
-from examples.nano_training.checkpoint import at_resolution, publish, put_together
+from examples.nano_training.checkpoint import at_resolution, publish
 from examples.nano_training.optimizer import autocast
 from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, write_start
 from examples.nano_training.texts import KNOWN_FAMILIES, ONE_PAGE, TWO_PAGES, conversation_texts
 from examples.nano_training.vocabulary import train_vocabulary
-from examples.nano_training.warm_language import warm_language
-from examples.nano_training.warm_vision import warm_vision
+from examples.nano_training.warm_starts import warm_starts
 
 WORK = Path("runs/nano")
 RECIPES = Path("recipes/nano")
 STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_sft")
 VOCABULARY_DOCUMENTS = 4000
-VISION_STEPS, LANGUAGE_STEPS = 10_000, 6000
 
 TEXTS = ("words", "words", "form", "receipt", "table", "label", "chart")
 DATA = {
@@ -60,7 +55,8 @@ def main() -> int:
     seconds = Phases(WORK / "seconds.json")
     start, vision, language = WORK / "start", WORK / "vision.pt", WORK / "language.pt"
     seconds.time("start", start, lambda: make_start(start, given.seed))
-    seconds.time("warm starts", WORK / "warm", lambda: warm_starts(start, vision, language, given.seed))
+    warm = WORK / "warm"
+    seconds.time("warm starts", warm, lambda: warm_starts(start, vision, language, warm, given.seed))
     for name, plan in DATA.items():
         folder = WORK / "data" / name
         seconds.time(f"data of {name}", folder / "train", lambda: write(plan, folder, "parquet", workers=2))  # noqa: B023
@@ -100,28 +96,6 @@ def make_start(folder: Path, seed: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     write_start(partial, vocabulary, seed)
     partial.rename(folder)
-
-
-def warm_starts(start: Path, vision: Path, language: Path, seed: int) -> None:
-    """Both at once, a core for each: at this size two threads gain less than two processes."""
-    spawning = multiprocessing.get_context("spawn")
-    works = [
-        spawning.Process(target=one_core, args=(warm_vision, start, vision, VISION_STEPS, seed)),
-        spawning.Process(target=one_core, args=(warm_language, start, language, LANGUAGE_STEPS, seed)),
-    ]
-    for work in works:
-        work.start()
-    for work in works:
-        work.join()
-        if work.exitcode:
-            raise SystemExit(work.exitcode)
-    put_together(start, [vision, language], LOW_IMAGE_SIZE, vision.with_name("warm"))
-
-
-def one_core(work: Callable[..., None], start: Path, to: Path, steps: int, seed: int) -> None:
-    torch.set_num_threads(1)
-    if not to.exists():
-        work(start, to, steps, seed)
 
 
 def run_stage(recipe: Path, done: Path) -> None:

@@ -22,7 +22,7 @@ FAMILIES = ("words", "words", "form", "receipt", "table", "label", "chart", "sha
 BATCH = 16
 LOW_EVERY = 4  # one batch in so many is of the lower resolution
 RATE, EQUAL_RATE = 2e-3, 1.5e-3
-TELLING = 0.8  # of the steps, before features are to be equal
+TELLING = 0.65  # of the steps, before features are to be equal
 EQUAL_WEIGHT = 20.0  # of the features' error beside the symbols' cross-entropy
 SAVE_EVERY = 500
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -42,3 +44,32 @@ def test_two_processes_equal_twice_the_accumulation(tmp_path):
     for name, tensor in first.items():
         assert torch.allclose(tensor, second[name], atol=1e-4), name
     assert done.stdout.count("report      ") == 1
+
+
+ONE_OF_ONE = """
+import sys
+import torch.distributed as dist
+from finetune.recipe import load_recipe
+from finetune.train import train
+
+open_group, opened = dist.init_process_group, []
+dist.init_process_group = lambda *args, **kwargs: (opened.append(True), open_group(*args, **kwargs))
+train(load_recipe(sys.argv[1]))
+assert opened and not dist.is_initialized()
+"""
+
+
+def test_a_run_closes_the_process_group_that_it_opened(tmp_path):
+    """Left open, gloo now and then ends a process by SIGABRT that has done all it should."""
+    recipe = write_recipe(tmp_path, train__max_steps=1, train__save_strategy="no")
+    port = str(20000 + os.getpid() % 20000)
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_OF_ONE, recipe],
+        env={**os.environ, **one, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
