@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig
@@ -49,6 +50,8 @@ from qwenvl.kernels import use_kernels
 KEPT_CHECKPOINTS = 2
 LEFT_OUT = "left_out.jsonl"
 
+OwnOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
+
 # What may change between the parts of one run without changing what it computes.
 FREE_TO_CHANGE = (
     # The base is told by its fingerprint, wherever it lies.
@@ -60,12 +63,14 @@ FREE_TO_CHANGE = (
 )
 
 
-def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
+def train(recipe: Recipe, say: Callable[[str], None] = print, optimizer: OwnOptimizer | None = None) -> Path:
     """Train as the recipe says, or go on with a run that was interrupted.
 
     Args:
         recipe: the resolved recipe.
         say: prints a line; only the main process of a distributed run speaks.
+        optimizer: makes an optimizer of the model, in place of the one that `train.optim` names and with the same
+            schedule; for what has no name there.
 
     Returns:
         The run folder.
@@ -83,7 +88,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
             stack.enter_context(run.lock())
         stack.enter_context(parting_at_the_end())
         stop = stack.enter_context(StopOnSignal())
-        road = _Road(recipe, run, is_main, say, stop)
+        road = _Road(recipe, run, is_main, say, stop, optimizer)
         try:
             road.walk()
         except BaseException as error:
@@ -95,8 +100,17 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> Path:
 class _Road:
     """The steps of one run; each leaves what the next ones need."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, is_main: bool, say: Callable[[str], None], stop: StopOnSignal):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        is_main: bool,
+        say: Callable[[str], None],
+        stop: StopOnSignal,
+        optimizer: OwnOptimizer | None,
+    ):
         self.recipe = recipe
+        self.own_optimizer = optimizer
         self.run = run
         self.is_main = is_main
         self.say = say
@@ -317,6 +331,7 @@ class _Road:
             shuffle=data.shuffle,
             task_evaluation=self.task,
             callbacks=callbacks,
+            optimizer=self.own_optimizer and self.own_optimizer(model),
         )
         drop_own_printers(trainer)
         return trainer

@@ -59,6 +59,7 @@ class QwenVLTrainer(SFTTrainer):
         shuffle: draw the order of the training samples anew each epoch.
         task_evaluation: scores replies at each evaluation, besides the loss; None does not.
         callbacks: Transformers' callbacks, besides its own.
+        optimizer: in place of the one that `args.optim` names.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class QwenVLTrainer(SFTTrainer):
         shuffle: bool = True,
         task_evaluation: TaskEvaluation | None = None,
         callbacks: Sequence[Any] = (),
+        optimizer: torch.optim.Optimizer | None = None,
     ):
         self.collators = collators
         self.run = run
@@ -97,6 +99,7 @@ class QwenVLTrainer(SFTTrainer):
             eval_dataset=datasets.get("eval"),
             processing_class=collators["train"].tokenizer,
             callbacks=list(callbacks),
+            optimizers=(optimizer, None),
         )
 
     def _send_telemetry(self):

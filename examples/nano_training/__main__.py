@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from examples.nano_documents.write import Plan, write
 from examples.nano_training.checkpoint import at_resolution, publish
-from examples.nano_training.optimizer import autocast
+from examples.nano_training.optimizer import MuonAndAdamW, autocast
 from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, write_start
 from examples.nano_training.texts import KNOWN_FAMILIES, ONE_PAGE, TWO_PAGES, conversation_texts
 from examples.nano_training.vocabulary import train_vocabulary
@@ -99,12 +101,18 @@ def make_start(folder: Path, seed: int) -> None:
 
 
 def run_stage(recipe: Path, done: Path) -> None:
-    """A stage by its recipe, as `finetune` runs it, but with matrix products in bfloat16."""
+    """A stage by its recipe, as `finetune` runs it, but by Muon and with matrix products in bfloat16."""
     from finetune.recipe import load_recipe
     from finetune.train import train
 
+    given = load_recipe(recipe)
+
+    def optimizer(model: torch.nn.Module) -> MuonAndAdamW:
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return MuonAndAdamW(trained, given.train_arguments()["learning_rate"])
+
     with autocast():
-        run = train(load_recipe(recipe))
+        run = train(given, optimizer=optimizer)
     at_resolution(run / "model", IMAGE_SIZE, done)
 
 

@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices and AdamW for the rest, with one schedule; and checkpoints of both."""
+"""Muon for the hidden matrices and AdamW for the rest, and the steps of a warm start with them."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,43 +14,58 @@ OUTSIDE_MUON = ("wte", "lm_head", "conv1", "positional_embedding", "query", "hea
 """Matrices that are tables of rows or face the data, by a part of their names: Muon is for those between."""
 
 
-class MuonAndAdamW:
-    """Both optimizers as one, on a cosine over `steps`.
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Both optimizers as one, for a trainer that takes one.
 
     Args:
         named: parameters to train.
-        rate: highest learning rate, of both: Muon's updates are scaled to the size of AdamW's.
+        rate: learning rate of both: Muon's updates are scaled to the size of AdamW's.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], rate: float, steps: int):
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], rate: float):
         hidden, rest = [], []
         for name, parameter in named:
             inside = parameter.ndim == 2 and not any(part in name for part in OUTSIDE_MUON)
             (hidden if inside else rest).append(parameter)
-        self.rate, self.steps, self.parameters = rate, steps, hidden + rest
-        self.optimizers = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+        self.parts = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
         if hidden:
-            self.optimizers.append(
-                torch.optim.Muon(hidden, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
-            )
+            self.parts.append(torch.optim.Muon(hidden, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"))
+        super().__init__(self._groups(), {})
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parts' own: a rate that is set here is theirs."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = self._groups()  # loading makes new ones
+
+
+class WarmStart:
+    """One step after the other of a warm start: clipped gradients, a cosine over `steps`."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], rate: float, steps: int):
+        self.optimizer = MuonAndAdamW(named, rate)
+        self.rate, self.steps = rate, steps
 
     def step(self, number: int) -> None:
         """Update the parameters with their gradients, clipped to a norm of 1, as step `number` (from 0)."""
         share = min(1.0, number / self.steps)
         factor = min(1.0, (number + 1) / WARM_UP) * (LAST + (1 - LAST) * (1 + math.cos(math.pi * share)) / 2)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def state(self) -> list[dict[str, Any]]:
-        return [optimizer.state_dict() for optimizer in self.optimizers]
-
-    def load(self, states: list[dict[str, Any]]) -> None:
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+        groups = self.optimizer.param_groups
+        torch.nn.utils.clip_grad_norm_([parameter for group in groups for parameter in group["params"]], 1.0)
+        for group in groups:
+            group["lr"] = self.rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def autocast() -> torch.autocast:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from examples.nano_documents.write import Plan, conversations_of
-from examples.nano_training.optimizer import MuonAndAdamW, autocast, save_state
+from examples.nano_training.optimizer import WarmStart, autocast, save_state
 from examples.nano_training.page_symbols import page_features, page_symbols, symbol_features
 from examples.nano_training.progress import Lines
 from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, PATCH, WIDTH, place_weights
@@ -41,12 +41,12 @@ def warm_language(start: Path, to: Path, steps: int, seed: int) -> None:
     tables = symbol_features(WIDTH)
     reading = {size: place_weights(visual.attn_pool, (size // PATCH) ** 2) for size in (IMAGE_SIZE, LOW_IMAGE_SIZE)}
     named = [(name, parameter) for name, parameter in model.named_parameters() if ".visual." not in name]
-    optimizer = MuonAndAdamW(named, RATE, steps)
+    training = WarmStart(named, RATE, steps)
     state_at, step = to.with_suffix(".state"), 0
     if state_at.exists():
         state = torch.load(state_at)
         model.load_state_dict(state["language"], strict=False)
-        optimizer.load(state["optimizer"])
+        training.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         step = state["step"]
     model.train()
@@ -73,13 +73,13 @@ def warm_language(start: Path, to: Path, steps: int, seed: int) -> None:
             loss.backward()
             total += loss.item()
             right += int((logits.argmax(-1) == wanted[rows]).sum())
-        optimizer.step(step)
+        training.step(step)
         step += 1
         if size == IMAGE_SIZE:
             lines.add(step, loss=total, tokens=right / supervised)
         if step % SAVE_EVERY == 0:
             state = {"language": _language(model), "step": step, "random": torch.get_rng_state()}
-            save_state(state_at, state | {"optimizer": optimizer.state()})
+            save_state(state_at, state | {"optimizer": training.optimizer.state_dict()})
     save_state(to, _language(model))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from examples.nano_documents.document import make_document
-from examples.nano_training.optimizer import MuonAndAdamW, autocast, save_state
+from examples.nano_training.optimizer import WarmStart, autocast, save_state
 from examples.nano_training.page_symbols import PARTS, WIDTHS, page_features, page_symbols, symbol_features
 from examples.nano_training.progress import Lines
 from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, PATCH, WIDTH, place_weights
@@ -101,9 +101,9 @@ def warm_vision(start: Path, to: Path, steps: int, seed: int) -> None:
     for first, last, rate in ((0, telling, RATE), (telling, steps, EQUAL_RATE)):
         if step >= last:
             continue
-        optimizer = MuonAndAdamW([*visual.named_parameters(), *heads.named_parameters()], rate, last - first)
+        training = WarmStart([*visual.named_parameters(), *heads.named_parameters()], rate, last - first)
         if state is not None and step > first:
-            optimizer.load(state["optimizer"])
+            training.optimizer.load_state_dict(state["optimizer"])
         while step < last:
             size = LOW_IMAGE_SIZE if step % LOW_EVERY == 0 else IMAGE_SIZE
             pixels, symbols = batch(seed, step, size)
@@ -118,13 +118,13 @@ def warm_vision(start: Path, to: Path, steps: int, seed: int) -> None:
                 symbol_loss, right = heads.loss(features, symbols)
                 loss = loss + symbol_loss
             loss.backward()
-            optimizer.step(step - first)
+            training.step(step - first)
             step += 1
             if size == IMAGE_SIZE:
                 lines.add(step, loss=loss.item(), letters=right, features=error.item())
             if step % SAVE_EVERY == 0:
                 saved = {"visual": visual.state_dict(), "heads": heads.state_dict(), "step": step}
-                save_state(state_at, saved | {"optimizer": optimizer.state()})
+                save_state(state_at, saved | {"optimizer": training.optimizer.state_dict()})
     save_state(to, {f"transformer.visual.{name}": value for name, value in visual.state_dict().items()})
 
 

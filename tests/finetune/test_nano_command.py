@@ -1,0 +1,63 @@
+"""The command that makes the nano from nothing, at a thousandth of its size: every phase, in real processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+from recipes_for_tests import ROOT
+
+from qwenvl import load_model, load_processor
+
+# As the command itself, which has no settings, with fewer steps and pages.
+SMALL = """
+import sys
+from dataclasses import replace
+from examples.nano_training import __main__ as command, warm_starts
+
+if __name__ == "__main__":
+    warm_starts.VISION_STEPS = warm_starts.LANGUAGE_STEPS = 3
+    command.VOCABULARY_DOCUMENTS = 300
+    command.DATA = {name: replace(plan, count=8) for name, plan in command.DATA.items()}
+    sys.exit(command.main())
+"""
+STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_sft")
+
+
+def make(folder, to):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "small.py"), "--to", str(to)]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+def test_it_makes_a_checkpoint_and_does_nothing_twice(tmp_path):
+    (tmp_path / "small.py").write_text(SMALL)
+    (tmp_path / "recipes" / "nano").mkdir(parents=True)
+    for stage in STAGES:
+        text = (ROOT / "recipes" / "nano" / f"{stage}.yaml").read_text()
+        shorter, replaced = re.subn(r"max_steps: \d+", "max_steps: 2", text)
+        assert replaced == 1
+        (tmp_path / "recipes" / "nano" / f"{stage}.yaml").write_text(shorter)
+    made = make(tmp_path, "made")
+    assert made.returncode == 0, made.stdout + made.stderr
+    checkpoint = tmp_path / "made"
+    names = ("config.json", "generation_config.json", "qwen.tiktoken", "README.md")
+    assert all((checkpoint / name).is_file() for name in names)
+    load_model(str(checkpoint)), load_processor(str(checkpoint))
+    seconds = json.loads((checkpoint / "seconds.json").read_text())
+    assert {"start", "warm starts", "stage1", "stage2", "stage3"} <= set(seconds)
+    # What each stage trained, by its run: all of the parameters in the second, without the tower in the third.
+    work = tmp_path / "runs" / "nano"
+    for stage, frozen in (("stage1", "language"), ("stage2", None), ("stage3", "vision")):
+        parameters = json.loads((work / stage / "run.json").read_text())["parameters"]
+        assert {name for name, count in parameters.items() if not count["trained"]} >= ({frozen} if frozen else set())
+        assert frozen is not None or all(count["trained"] == count["total"] for count in parameters.values())
+    again = make(tmp_path, "again")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count(" is there") == made.stdout.count(": begins") and ": begins" not in again.stdout
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    refused = make(tmp_path, "made")
+    assert refused.returncode == 2 and "exists" in refused.stderr
