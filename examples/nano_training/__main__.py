@@ -33,7 +33,7 @@ VOCABULARY_DOCUMENTS = 4000
 TEXTS = ("words", "words", "form", "receipt", "table", "label", "chart")
 DATA = {
     # Image-text pairs: a page and its text.
-    "stage1": Plan("train", TEXTS, ("transcribe",), 5000, 1, LOW_IMAGE_SIZE, seed=3000),
+    "stage1": Plan("train", TEXTS, ("transcribe",), 6400, 1, LOW_IMAGE_SIZE, seed=3000),
     "stage2": Plan("train", KNOWN_FAMILIES, ONE_PAGE, 30_000, 5, IMAGE_SIZE, seed=4000, joined=0.75),
     "stage2-pairs": Plan("train", KNOWN_FAMILIES, TWO_PAGES, 5000, 1, IMAGE_SIZE, seed=4500),
     "stage3": Plan("train", KNOWN_FAMILIES, ONE_PAGE, 6000, 2, IMAGE_SIZE, seed=5000),
