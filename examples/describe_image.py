@@ -1,10 +1,10 @@
 """Ask a Qwen-VL checkpoint about an image.
 
     python examples/describe_image.py --model Qwen/Qwen-VL-Chat --image receipt.jpg "What is the total?"
-    python examples/describe_image.py --model runs/quickstart "What is the date?"
+    python examples/describe_image.py --model runs/quickstart "Where am I flying to?"
 
-Without arguments it takes a tiny checkpoint with random weights and a bundled receipt, to show that everything is in
-place: the answer is then noise. The model may be a checkpoint folder, a hub id, a run folder, or an adapter.
+Without arguments the bundled nano checkpoint transcribes a bundled page. The model may be a checkpoint folder, a hub
+id, a run folder, or an adapter.
 """
 
 import argparse
@@ -21,8 +21,8 @@ EXAMPLES = Path(__file__).parent
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", nargs="?", default="Describe the image.")
-    parser.add_argument("--model", default=str(EXAMPLES / "tiny"), help="checkpoint, run or adapter folder, or hub id")
+    parser.add_argument("question", nargs="?", default="Write down all the text.")
+    parser.add_argument("--model", default=str(EXAMPLES / "nano"), help="checkpoint, run or adapter folder, or hub id")
     parser.add_argument("--image", default=str(EXAMPLES / "quickstart" / "images" / "receipt_001.png"))
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
@@ -48,9 +48,6 @@ def main():
     print("answer    ", end="", flush=True)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, streamer=streamer)
-    if arguments.model == parser.get_default("model"):
-        print("\nThis checkpoint is tiny and its weights are random: the answer above is noise, and only shows that")
-        print("loading, image, prompt and generation work. Pass --model with a real checkpoint.")
 
 
 if __name__ == "__main__":

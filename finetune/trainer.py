@@ -91,6 +91,7 @@ class QwenVLTrainer(SFTTrainer):
         self.task_evaluation = task_evaluation
         self.throughput = Throughput()
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
+        use_cache = model.config.use_cache
         super().__init__(
             model=model,
             args=args,
@@ -101,6 +102,8 @@ class QwenVLTrainer(SFTTrainer):
             callbacks=list(callbacks),
             optimizers=(optimizer, None),
         )
+        # Transformers turns it off here, and a model that is saved would reply without a cache ever after.
+        model.config.use_cache = use_cache
 
     def _send_telemetry(self):
         """Nothing is sent: a run makes no connection that its recipe does not ask for."""

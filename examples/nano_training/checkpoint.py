@@ -31,8 +31,10 @@ def at_resolution(folder: Path, image_size: int, to: Path) -> None:
 def publish(folder: Path, to: Path, seconds: Mapping[str, float]) -> None:
     """The checkpoint in the published layout, in bfloat16, with its card."""
     model = load_model(str(folder), dtype=torch.bfloat16)
-    model.config.architectures = ["QWenLMHeadModel"]
     _save(model, folder, to)
+    config = json.loads((to / "config.json").read_text())
+    config["architectures"] = ["QWenLMHeadModel"]  # the published name of the class, which is called otherwise here
+    (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copy(CARD, to / "README.md")
     (to / "seconds.json").write_text(json.dumps(dict(seconds), indent=2) + "\n")
 

@@ -1,84 +1,75 @@
-"""The quickstart's data: what the script makes is what is in the repository, and all of it can be trained on."""
+"""The quickstart's data: what its README's commands make is what is in the repository, and all of it can be used."""
 
 import json
-import runpy
-from pathlib import Path
+import re
+import shlex
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from recipes_for_tests import ROOT
 
+sys.path.insert(0, str(ROOT))  # the examples are not installed
+
+from examples.nano_documents.__main__ import main
 from finetune.data.checking import check_samples
 from finetune.data.samples import Samples
-from qwenvl.grounding import parse_grounding
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-QUICKSTART = EXAMPLES / "quickstart"
+QUICKSTART = ROOT / "examples" / "quickstart"
+ROWS = {"boarding/train": 400, "boarding/test": 100, "known/train": 80, "known/test": 100}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quickstart")
-    runpy.run_path(str(EXAMPLES / "make_quickstart_data.py"))["write"](folder)
-    return folder
+def rows(name):
+    return [json.loads(line) for line in (QUICKSTART / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_script_makes_it_again(made):
-    assert files(made) == files(QUICKSTART)
-    for name in files(made):
+def test_the_commands_make_it_again(tmp_path, capsys):
+    commands = re.findall(r"^python -m examples.nano_documents (.*)$", (QUICKSTART / "README.md").read_text(), re.M)
+    assert len(commands) == len(ROWS)
+    for command in commands:
+        assert main(shlex.split(command.replace("examples/quickstart", str(tmp_path)))) == 0
+    made = files(tmp_path)
+    assert made == [name for name in files(QUICKSTART) if name != "README.md"]
+    for name in made:
         if name.endswith(".png"):
-            ours, theirs = (np.asarray(Image.open(folder / name).convert("RGB")) for folder in (QUICKSTART, made))
+            ours, theirs = (np.asarray(Image.open(folder / name).convert("RGB")) for folder in (QUICKSTART, tmp_path))
             np.testing.assert_array_equal(ours, theirs)
         else:
-            assert (QUICKSTART / name).read_bytes() == (made / name).read_bytes()
+            assert (QUICKSTART / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_it_is_small():
-    assert sum(path.stat().st_size for path in QUICKSTART.rglob("*")) < 1_200_000
+    assert sum(path.stat().st_size for path in QUICKSTART.rglob("*")) < 4_000_000
 
 
-def checked(name, row_format, tokenizer):
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_can_be_trained_on(published_tokenizer, name):
     settings = {"columns": {}, "prompt": None, "box_form": None, "config": None, "split": None, "streaming": False}
-    source = SimpleNamespace(path=str(QUICKSTART / name), format=row_format, weight=1.0, limit=None, **settings)
-    return check_samples(Samples([source]), tokenizer, max_length=1024)
-
-
-@pytest.mark.parametrize(("name", "rows", "two_images"), [("train.jsonl", 48, 4), ("eval.jsonl", 12, 0)])
-def test_every_row_can_be_trained_on(published_tokenizer, name, rows, two_images):
-    found = checked(name, "messages", published_tokenizer)
-    assert len(found.kept) == found.total == rows
-    assert (found.images == 2).sum() == two_images
-    assert (found.images == 1).sum() == rows - two_images
+    source = SimpleNamespace(
+        path=str(QUICKSTART / f"{name}.jsonl"), format="messages", weight=1.0, limit=None, **settings
+    )
+    found = check_samples(Samples([source]), published_tokenizer, max_length=1024)
+    assert len(found.kept) == found.total == ROWS[name]
     assert found.supervised.min() >= 2
 
 
-def test_the_chat_form_can_be_trained_on(published_tokenizer):
-    assert len(checked("chat.json", "qwen_json", published_tokenizer).kept) == 6
+def test_the_new_documents_are_of_a_kind_of_their_own():
+    assert {row["family"] for row in rows("boarding/train") + rows("boarding/test")} == {"boarding"}
+    assert "boarding" not in {row["family"] for row in rows("known/train") + rows("known/test")}
 
 
-def test_evaluation_asks_about_pages_that_are_not_trained_on():
+@pytest.mark.parametrize("source", ["boarding", "known"])
+def test_questions_are_about_pages_that_are_not_trained_on(source):
     pages = {
-        name: {image for line in (QUICKSTART / name).read_text().splitlines() for image in json.loads(line)["images"]}
-        for name in ("train.jsonl", "eval.jsonl")
+        split: {
+            (QUICKSTART / source / image).read_bytes() for row in rows(f"{source}/{split}") for image in row["images"]
+        }
+        for split in ("train", "test")
     }
-    assert not pages["train.jsonl"] & pages["eval.jsonl"]
-    contents = {(QUICKSTART / page).read_bytes() for name in pages for page in pages[name]}
-    assert len(contents) == len(pages["train.jsonl"]) + len(pages["eval.jsonl"])
-
-
-def test_boxes_are_around_ink():
-    """In each box there is writing, and around it, a few pixels out, is paper (or a ruled line)."""
-    for row in json.loads((QUICKSTART / "chat.json").read_text()):
-        with Image.open(QUICKSTART / f"images/{row['id']}.png") as image:
-            grey = np.asarray(image.convert("L")).astype(int)
-        (region,) = parse_grounding(row["conversations"][-1]["value"]).regions
-        box = region.to_pixels(grey.shape[1], grey.shape[0])
-        x1, y1, x2, y2 = int(box.x1), int(box.y1), int(box.x2) + 1, int(box.y2) + 1
-        assert (grey[y1:y2, x1:x2] < 100).mean() > 0.05
-        sides = np.concatenate([grey[y1:y2, x1 - 3], grey[y1:y2, x2 + 3]])
-        assert sides.min() > 200
+    assert not pages["train"] & pages["test"]

@@ -98,6 +98,29 @@ def test_the_loss_falls(tmp_path):
     assert "14 of 14 rows" in text and "vision" in text and "frozen" in text and "random" in text
 
 
+def test_a_model_trained_in_full_replies_as_its_base_does(tmp_path):
+    """With a cache, and with the base's own settings of replies."""
+    settings = {"adapter": None, "freeze": {"language": False}}
+    finished, _ = run(tmp_path, train__max_steps=1, train__save_strategy="no", **settings)
+    for file, key in (("config.json", "use_cache"), ("generation_config.json", "chat_format")):
+        ours, base = (json.loads((folder / file).read_text()) for folder in (finished / "model", TINY))
+        assert ours[key] == base[key] and base[key]
+
+
+def test_an_optimizer_of_ones_own_takes_the_place_of_the_recipes(tmp_path):
+    made = []
+
+    def optimizer(model):
+        made.append(torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.0))
+        return made[0]
+
+    recipe = load_recipe(write_recipe(tmp_path, train__max_steps=2))
+    finished = train(recipe, lambda line: None, optimizer=optimizer)
+    assert made[0].param_groups[0]["params"][0].grad is None  # the trainer stepped it and emptied its gradients
+    lora_b = [tensor for name, tensor in adapter_of(finished / "adapter").items() if "lora_B" in name]
+    assert lora_b and not any(tensor.any() for tensor in lora_b)
+
+
 def test_dropped_and_bad_rows_are_counted_and_listed(tmp_path):
     recipe = write_recipe(tmp_path, data__on_bad_row="skip", data__on_long="drop", data__max_length=400)
     rows = write_rows(tmp_path / "train.jsonl", 8).read_text().splitlines()
