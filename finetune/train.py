@@ -107,7 +107,7 @@ class _Road:
         is_main: bool,
         say: Callable[[str], None],
         stop: StopOnSignal,
-        optimizer: OwnOptimizer | None,
+        optimizer: OwnOptimizer | None = None,
     ):
         self.recipe = recipe
         self.own_optimizer = optimizer
