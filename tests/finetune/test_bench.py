@@ -40,7 +40,7 @@ def one_row(folder: Path, *overrides: str, settings: str = "ours", samples: str 
 def test_the_command_fills_every_column(tmp_path):
     done = finetune(
         *("bench", "recipes/quickstart.yaml", "--steps", "1", "--lengths", "mix", "--to", tmp_path / "out"),
-        *("data.max_length=320", "model.path=examples/tiny"),
+        *("data.max_length=320", "data.vision_cache=off", "model.path=examples/tiny"),
         cwd=ROOT,
     )
     assert "row 2/2     lora, published, mix: " in done.stdout and "Warning" not in done.stdout
