@@ -29,12 +29,12 @@ from finetune.memory import USABLE, Workload, plan_memory
 from finetune.out_of_memory import DoesNotFit, OutOfMemory, attempt
 from finetune.packing_budget import choose_budget
 from finetune.prefetch import loader_settings
+from finetune.progress import drop_own_printers
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from finetune.run import RunFolder
 from finetune.sft_config import sft_config
 from finetune.switches import Switches, choose_switches
-from finetune.train import drop_own_printers
 from finetune.trainer import QwenVLTrainer
 from qwenvl import QwenVLConfig, QwenVLTokenizer
 from qwenvl.kernels import use_kernels

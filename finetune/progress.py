@@ -23,7 +23,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.checkpoints import checkpoint_path
 from finetune.logged_scores import is_score, parts_of_scores
@@ -373,3 +374,9 @@ def _first_to_best(values: list[tuple[int, float]]) -> str:
     best_step, best = min(finite, key=lambda pair: pair[1])
     text = f"{format_loss(values[0][1])} -> {format_loss(best)} at step {best_step} (best)"
     return text if values[-1][0] == best_step else f"{text}, {format_loss(values[-1][1])} at the end"
+
+
+def drop_own_printers(trainer: Trainer):
+    """Transformers' printers would speak beside `Progress`."""
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)

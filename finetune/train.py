@@ -26,6 +26,7 @@ from finetune.data.samples import Samples
 from finetune.data.summary import count_rows, describe_data, lines_left_out
 from finetune.errors import Interrupted, UserError
 from finetune.interrupts import StopOnSignal
+from finetune.metrics_log import WriteMetrics
 from finetune.model_choices import choose_dtype, is_random, own_device, quantization_arguments
 from finetune.out_of_memory import NoteBudgets
 from finetune.packing_budget import choose_budget
@@ -33,7 +34,7 @@ from finetune.phases import Phases
 from finetune.predictions import write_predictions
 from finetune.prefetch import loader_settings
 from finetune.process_group import parting_at_the_end
-from finetune.progress import Progress, summary
+from finetune.progress import Progress, drop_own_printers, summary
 from finetune.recipe import Recipe
 from finetune.report import write_report
 from finetune.run import RunFolder, check_disk_space, compare_runs, describe_environment
@@ -432,23 +433,3 @@ class _Road:
         if self.result == self.run.adapter:
             self.say(f"  merge    finetune merge {self.run.path} --to MODEL")
         self.say("  go on    copy the recipe, put your own data and checkpoint in, and run it the same way")
-
-
-class WriteMetrics(TrainerCallback):
-    """Every log of the trainer becomes a line of metrics.jsonl."""
-
-    def __init__(self, run: RunFolder):
-        self.run = run
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs:
-            epoch = round(state.epoch, 4) if state.epoch is not None else None
-            self.run.append_metrics({"step": state.global_step, **logs, "epoch": epoch})
-
-
-def drop_own_printers(trainer: QwenVLTrainer):
-    """Transformers' printers would speak beside `Progress`."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)

@@ -4,12 +4,25 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "examples" / "tiny"
 IMAGES = sorted((ROOT / "tests" / "data" / "tiny" / "images").glob("*.png"))
+
+LORA = SimpleNamespace(
+    r=4,
+    alpha=8,
+    dropout=0.0,
+    targets=["c_attn", "attn.c_proj", "w1", "w2"],
+    vision_targets=["in_proj"],
+    rslora=False,
+    dora=False,
+    init="default",
+)
+"""Settings of an adapter, as a recipe has them."""
 
 
 def write_rows(file: Path, count: int, first: int = 0) -> Path:

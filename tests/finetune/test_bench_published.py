@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recipes_for_tests import LORA
 from transformers import TrainerCallback
 
 from finetune.adapters import put_lora
@@ -17,16 +18,6 @@ from finetune.sft_config import sft_config
 from finetune.trainer import QwenVLTrainer
 from qwenvl import QwenVLForConditionalGeneration
 
-LORA = SimpleNamespace(
-    r=4,
-    alpha=8,
-    dropout=0.0,
-    targets=["c_attn", "attn.c_proj", "w1", "w2"],
-    vision_targets=["in_proj"],
-    rslora=False,
-    dora=False,
-    init="default",
-)
 FROZEN = SimpleNamespace(vision=True, resampler=True, language=True)
 LENGTHS = [Lengths(tokens, supervised, 1) for tokens, supervised in ((300, 12), (340, 60), (290, 3), (310, 9))] * 2
 

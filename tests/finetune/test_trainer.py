@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recipes_for_tests import LORA
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -14,16 +15,6 @@ from finetune.trainer import NonFiniteLoss, QwenVLTrainer
 from qwenvl import ImageAccess, QwenVLForConditionalGeneration
 from qwenvl.chat import render_chat
 
-LORA = SimpleNamespace(
-    r=4,
-    alpha=8,
-    dropout=0.0,
-    targets=["c_attn", "attn.c_proj", "w1", "w2"],
-    vision_targets=["in_proj"],
-    rslora=False,
-    dora=False,
-    init="default",
-)
 FROZEN = SimpleNamespace(vision=True, resampler=False, language=True)
 
 
