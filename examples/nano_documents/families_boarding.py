@@ -8,7 +8,7 @@ import random
 from typing import NamedTuple
 
 from examples.nano_documents.document import Sheet
-from examples.nano_documents.lettering import Look, sample_look
+from examples.nano_documents.lettering import SIZES, Look, sample_look
 from examples.nano_documents.page import MARGIN, mixed
 
 
@@ -75,8 +75,8 @@ AIRLINES = ("AIR", "WINGS", "JET", "SKY")
 def boarding(sheet: Sheet) -> None:
     """A band with the airline, then rows of two cells; the passenger may have a row to himself."""
     page, draw = sheet.page, sheet.draw
-    look = sample_look(draw, largest=13 if page.size >= 140 else 11)
-    small = Look(11)
+    look = sample_look(draw)
+    small = Look(min(SIZES))
     band = look.line_height + 4
     row_height = small.line_height + look.line_height - 2
     most = (page.size - band - MARGIN) // row_height

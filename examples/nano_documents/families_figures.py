@@ -14,7 +14,7 @@ CHART_TITLES = ("Sales", "Visits", "Stock", "Output", "Trips", "Votes", "Rain")
 def chart(sheet: Sheet) -> None:
     """A bar chart: upright bars with names below and values above, or lying ones with names and values beside."""
     page, draw = sheet.page, sheet.draw
-    look = sample_look(draw, largest=13 if page.size >= 140 else 11)
+    look = sample_look(draw)
     choices = sheet.choose(lambda draw: _chart_layout(draw, page.size, look.line_height))
     names, values = _bars(sheet, choices)
     top, bottom = MARGIN - 1, page.size - MARGIN

@@ -7,7 +7,7 @@ import random
 from typing import NamedTuple
 
 from examples.nano_documents.document import Sheet
-from examples.nano_documents.lettering import Look, sample_look, width
+from examples.nano_documents.lettering import SIZES, Look, sample_look, width
 from examples.nano_documents.page import MARGIN
 from examples.nano_documents.values import Value
 
@@ -42,8 +42,8 @@ SEPARATORS = {"colon": ":", "plain": "", "dash": " -", "dots": "", "boxed": "", 
 def form(sheet: Sheet) -> None:
     """Three and more labelled fields below one another, with or without a title."""
     page, draw = sheet.page, sheet.draw
-    look = sample_look(draw, largest=15 if page.size >= 140 else 13)
-    label_look = look if draw.random() < 0.6 else Look(max(11, look.size - 1))
+    look = sample_look(draw)
+    label_look = look if draw.random() < 0.6 else Look(min(SIZES))
     value_look = look.bolder() if draw.random() < 0.25 else look
     line = look.line_height
     most = (page.size - 2 * MARGIN + 2) // (line + 1)
@@ -132,7 +132,7 @@ LABEL_WORDS = {
 def label(sheet: Sheet) -> None:
     """A shipping label: sender, receiver, city, weight, date, a code and bars."""
     page, draw = sheet.page, sheet.draw
-    look = sample_look(draw, largest=14 if page.size >= 140 else 12)
+    look = sample_look(draw)
     line = look.line_height
     choices = sheet.choose(lambda draw: _label_layout(draw, (page.size - 2 * MARGIN) // (line + 2)))
     if choices["frame"] != "none":

@@ -15,7 +15,7 @@ PAYMENTS = ("Cash", "Card", "Voucher")
 def receipt(sheet: Sheet) -> None:
     """A shop's receipt: its name, a date, at times the hour, goods with prices, the total."""
     page, draw = sheet.page, sheet.draw
-    look = sample_look(draw, largest=14 if page.size >= 140 else 12)
+    look = sample_look(draw)
     line = look.line_height
     most = (page.size - 2 * MARGIN + 2) // line
     choices = sheet.choose(lambda draw: _receipt_layout(draw, most))
@@ -141,7 +141,7 @@ TABLE_TITLES = ("Stock", "List", "Plan", "Offer", "Week", "Results")
 def table(sheet: Sheet) -> None:
     """Two to four columns below a header, two to six rows; the first column names the rows."""
     page, draw = sheet.page, sheet.draw
-    look = sample_look(draw, largest=14 if page.size >= 140 else 12)
+    look = sample_look(draw)
     line = look.line_height
     most = (page.size - 2 * MARGIN + 2) // (line + 1)
     choices = sheet.choose(lambda draw: _table_layout(draw, most, page.inner))

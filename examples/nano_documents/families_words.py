@@ -28,7 +28,7 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 def words(sheet: Sheet) -> None:
     """Lines are numbered from the top; a line's words are from left to right with clear gaps between them."""
     page, draw = sheet.page, sheet.draw
-    looks = [sample_look(draw, largest=16 if page.size >= 140 else 14) for _ in range(3)]
+    looks = [sample_look(draw) for _ in range(3)]
     height = max(look.line_height for look in looks)
     most = min(10, (page.size - 2 * MARGIN) // (height + 1))
     choices = sheet.choose(lambda draw: _layout(draw, most))

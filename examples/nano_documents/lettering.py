@@ -1,4 +1,4 @@
-"""How writing looks: size, weight, width, slant and spacing of PIL's built-in font, and the mask of a line of text."""
+"""How writing looks: size, weight and width of PIL's built-in font, and the mask of a line of text."""
 
 import math
 import random
@@ -11,7 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from examples.nano_documents.values import DoesNotFit
 
-NARROWEST = 0.82
+SIZES = (12, 13)
+"""Of the font, pixels: with fewer, letters run into one another; with more, pages are nearly empty."""
+BOLD = 0.25
+"""The share of lines that are bold."""
+NARROWEST = 0.9
 """Times the natural width: what a line may be squeezed to before it counts as too long."""
 HEAVIEST = 0.03
 """Pixels of weight for each pixel of size: with more, the dot of an i grows into it."""
@@ -27,15 +31,11 @@ class Look:
         size: of the font, pixels; a line is about 1.25 times as high.
         weight: pixels that each stroke is widened by on either side.
         stretch: times the natural width.
-        slant: pixels to the right for each pixel up.
-        spacing: pixels between two letters, in addition.
     """
 
     size: int
     weight: float = 0.0
     stretch: float = 1.0
-    slant: float = 0.0
-    spacing: float = 0.0
 
     @property
     def line_height(self) -> int:
@@ -45,29 +45,17 @@ class Look:
     def bolder(self) -> "Look":
         return replace(self, weight=min(self.weight + 0.3, HEAVIEST * self.size))
 
-    def of_size(self, size: int) -> "Look":
-        return replace(self, size=size)
 
-
-def sample_look(draw: random.Random, smallest: int = 11, largest: int = 16) -> Look:
-    """A look with a size from `smallest` to `largest`; small ones come more often, as they leave room for more."""
-    size = min(draw.randint(smallest, largest), draw.randint(smallest, largest))
-    if draw.random() < 0.3:
-        return Look(size)
-    return Look(
-        size,
-        weight=HEAVIEST * size * draw.choice((0.0, 0.0, 0.0, 0.4, 0.7, 1.0)),
-        stretch=draw.choice((1.0, 1.0, draw.uniform(0.88, 1.15))),
-        slant=draw.choice((0.0, 0.0, 0.0, draw.uniform(-0.06, 0.24))),
-        spacing=draw.choice((0.0, 0.0, 0.0, draw.uniform(0.2, 1.2))),
-    )
+def sample_look(draw: random.Random) -> Look:
+    """One of `SIZES`, bold at times."""
+    look = Look(draw.choice(SIZES))
+    return look.bolder() if draw.random() < BOLD else look
 
 
 def width(text: str, look: Look) -> int:
     """Pixels that a line needs, room for its strokes and slant included."""
     natural = sum(_letter(letter, look.size, look.weight)[1] for letter in text) + 2 * look.weight
-    leaning = abs(look.slant) * look.line_height
-    return math.ceil(natural * look.stretch + look.spacing * (len(text) - 1) + leaning)
+    return math.ceil(natural * look.stretch)
 
 
 def fitted(text: str, look: Look, room: float) -> Look:
@@ -79,7 +67,7 @@ def fitted(text: str, look: Look, room: float) -> Look:
     needed = width(text, look)
     if needed <= room:
         return look
-    squeezed = replace(look, stretch=look.stretch * room / needed * 0.99, spacing=min(look.spacing, 0.0))
+    squeezed = replace(look, stretch=look.stretch * room / needed * 0.99)
     if squeezed.stretch < NARROWEST or width(text, squeezed) > room:
         raise DoesNotFit
     return squeezed
@@ -90,44 +78,31 @@ def mask(text: str, look: Look) -> tuple[Image.Image, int]:
 
     Letters stand at their own widths, without kerning.
 
-    A look that is stretched, slanted or spaced is drawn at twice its size and brought down, which keeps it sharp.
+    A look that is stretched is drawn at twice its size and brought down, which keeps it sharp.
     """
-    if look.stretch == 1 and not look.slant and not look.spacing:
-        return _drawn(text, look.size, look.weight, 0.0, _PAD), _PAD
-    big = _drawn(text, 2 * look.size, 2 * look.weight, 2 * look.spacing / look.stretch, 2 * _PAD)
-    if look.slant:
-        lean = look.slant * big.height
-        wide = big.width + math.ceil(abs(lean))
-        # Output (x, y) is taken from (x + slant * y - offset, y): the top moves right, the bottom stays.
-        matrix = (1, look.slant, -max(lean, 0.0), 0, 1, 0)
-        big = big.transform((wide, big.height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    if look.stretch == 1:
+        return _drawn(text, look.size, look.weight, _PAD), _PAD
+    big = _drawn(text, 2 * look.size, 2 * look.weight, 2 * _PAD)
     small = (max(1, round(big.width * look.stretch / 2)), big.height // 2)
     return big.resize(small, Image.Resampling.HAMMING), _PAD
 
 
 def letter_centres(text: str, look: Look) -> list[float]:
     """The middle of each letter at half the line's height, in pixels from the left edge of `mask`'s image."""
-    if look.stretch == 1 and not look.slant and not look.spacing:
-        scale, size, weight, spacing, pad = 1.0, look.size, look.weight, 0.0, _PAD
-    else:
-        scale, size, weight = look.stretch / 2, 2 * look.size, 2 * look.weight
-        spacing, pad = 2 * look.spacing / look.stretch, 2 * _PAD
-    advances = [_letter(letter, size, weight)[1] for letter in text]
-    ends = accumulate(advance + spacing for advance in advances)
-    lean = abs(look.slant) * look.line_height  # of which half at half the height
+    drawn, scale = (1, 1.0) if look.stretch == 1 else (2, look.stretch / 2)
+    advances = [_letter(letter, drawn * look.size, drawn * look.weight)[1] for letter in text]
     return [
-        (pad + end - spacing - advance / 2) * scale + lean / 2 for end, advance in zip(ends, advances, strict=True)
+        (drawn * _PAD + end - advance / 2) * scale for end, advance in zip(accumulate(advances), advances, strict=True)
     ]
 
 
-def _drawn(text: str, size: int, weight: float, spacing: float, pad: int) -> Image.Image:
+def _drawn(text: str, size: int, weight: float, pad: int) -> Image.Image:
     """The line put together from letters that were drawn before: many times faster than drawing strokes anew."""
     letters = [_letter(letter, size, weight) for letter in text]
-    ends = [spacing * (place + 1) for place in range(len(letters))]
-    ends = [end + advance for end, advance in zip(ends, accumulate(advance for _, advance in letters), strict=True)]
-    ink = np.zeros((letters[0][0].shape[0] + 2 * pad, math.ceil(ends[-1] - spacing) + 2 * pad), np.uint8)
+    ends = list(accumulate(advance for _, advance in letters))
+    ink = np.zeros((letters[0][0].shape[0] + 2 * pad, math.ceil(ends[-1]) + 2 * pad), np.uint8)
     for (glyph, advance), end in zip(letters, ends, strict=True):
-        left = round(end - spacing - advance) + pad - _OVERHANG
+        left = round(end - advance) + pad - _OVERHANG
         # Strokes of neighbours may overlap; what hangs out of the line further than its padding is blank.
         start, stop = max(left, 0), min(left + glyph.shape[1], ink.shape[1])
         place = ink[pad:-pad, start:stop]

@@ -16,7 +16,7 @@ from examples.nano_documents.conversations import KINDS, Conversation
 from examples.nano_documents.families import FAMILIES
 from examples.nano_documents.write import Plan, conversations_of
 from examples.nano_training.start import MAX_NEW_TOKENS
-from examples.nano_training.texts import KNOWN_FAMILIES
+from examples.nano_training.texts import KNOWN_FAMILIES, ONE_PAGE, TWO_PAGES
 from finetune.metrics.answers import anls, edit_distance, exact_match
 from finetune.metrics.boxes import grounding_accuracy
 from finetune.predictions import split_last_reply
@@ -120,7 +120,7 @@ def main():
     parser.add_argument("model", type=Path, help="checkpoint folder, or run folder")
     parser.add_argument("--documents", type=int, default=700)
     parser.add_argument("--families", type=_names, default=KNOWN_FAMILIES, help=", ".join(FAMILIES))
-    parser.add_argument("--kinds", type=_names, default=tuple(KINDS), help=", ".join(KINDS))
+    parser.add_argument("--kinds", type=_names, default=(*ONE_PAGE, *TWO_PAGES), help=", ".join(KINDS))
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))

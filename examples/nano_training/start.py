@@ -1,6 +1,10 @@
-"""The nano's sizes and first weights: as the real model's are drawn, but for an adapter that looks straight ahead."""
+"""The nano's sizes and first weights.
+
+They are drawn as the real model's, but for patches that know their places and an adapter that looks straight ahead.
+"""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -8,11 +12,17 @@ from transformers import GenerationConfig
 
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
 from qwenvl.resampler import Resampler, resize_grid
+from qwenvl.vision import VisionTransformer
 
 IMAGE_SIZE, LOW_IMAGE_SIZE, PATCH = 140, 112, 14
 WIDTH = 192
 CONTROL_TOKENS = 217
 MAX_NEW_TOKENS = 200  # the longest transcription has fewer
+
+# The vision transformer's start.
+PLACE_CHANNELS = 48
+SLOWEST, FASTEST = 0.25, 1.6  # radians from one patch to the next
+FILTER_STD = 0.1  # what a patch shows is then about as loud as its place
 
 # The adapter's start. Published initial values take a large model and millions of images to find out which query
 # looks where.
@@ -59,12 +69,33 @@ def write_start(folder: Path, vocabulary: bytes, seed: int) -> None:
     model = QwenVLForConditionalGeneration(nano_config(ranks))
     with torch.no_grad():
         model.transformer.wte.weight.normal_(0, EMBEDDING_STD)
+        mark_places(model.transformer.visual)
         look_ahead(model.transformer.visual.attn_pool)
     model.generation_config = GenerationConfig(
         chat_format="chatml", eos_token_id=ranks, pad_token_id=ranks, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
     )
     model.save_pretrained(folder)
     QwenVLProcessor.from_pretrained(folder)  # reads what was written, or says what is wrong with it
+
+
+@torch.no_grad()
+def mark_places(visual: VisionTransformer) -> None:
+    """Give every patch the sines of its row and column, in channels of their own, as loud as what it shows.
+
+    Places drawn at random say nothing of which patches are neighbours, and a letter often lies on two. Filters see
+    differences only: of paper and ink, not of the paper's shade.
+    """
+    count = PLACE_CHANNELS // 4
+    frequencies = torch.logspace(math.log10(SLOWEST), math.log10(FASTEST), count)
+    side = math.isqrt(visual.positional_embedding.shape[0])
+    at = (torch.arange(side) + 0.5) / side * (IMAGE_SIZE // PATCH)
+    waves = torch.cat([(at[:, None] * frequencies).sin(), (at[:, None] * frequencies).cos()], -1)
+    table = visual.positional_embedding.zero_().unflatten(0, (side, side))
+    table[..., : 2 * count] = waves[:, None]
+    table[..., 2 * count : 4 * count] = waves
+    filters = visual.conv1.weight.normal_(0, FILTER_STD)
+    filters -= filters.mean((2, 3), keepdim=True)
+    filters[:PLACE_CHANNELS] = 0
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from examples.nano_training.start import LOW_IMAGE_SIZE
 from examples.nano_training.warm_language import warm_language
 from examples.nano_training.warm_vision import warm_vision
 
-VISION_STEPS, LANGUAGE_STEPS = 16_000, 6000
+VISION_STEPS, LANGUAGE_STEPS = 14_000, 5500
 
 
 def warm_starts(start: Path, vision: Path, language: Path, to: Path, seed: int) -> None:

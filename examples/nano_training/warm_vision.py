@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from examples.nano_documents.document import make_document
+from examples.nano_training.dense_page import dense_page
 from examples.nano_training.optimizer import WarmStart, autocast, save_state
 from examples.nano_training.page_symbols import PARTS, WIDTHS, page_features, page_symbols, symbol_features
 from examples.nano_training.progress import Lines
@@ -20,9 +21,10 @@ from qwenvl.image_processor import normalize_pixels
 
 FAMILIES = ("words", "words", "form", "receipt", "table", "label", "chart", "shapes")
 BATCH = 16
-LOW_EVERY = 4  # one batch in so many is of the lower resolution
-RATE, EQUAL_RATE = 2e-3, 1.5e-3
-TELLING = 0.65  # of the steps, before features are to be equal
+DENSE = 0.6  # of the pages
+LOW_EVERY = 8  # one batch in so many is of the lower resolution
+RATE, EQUAL_RATE = 3e-3, 1.5e-3
+TELLING = 0.5  # of the steps, before features are to be equal
 EQUAL_WEIGHT = 20.0  # of the features' error beside the symbols' cross-entropy
 SAVE_EVERY = 500
 
@@ -133,11 +135,15 @@ def batch(seed: int, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     pixels, symbols = [], []
     for place in range(BATCH):
         index = step * BATCH + place
-        family = FAMILIES[index % len(FAMILIES)]
-        hard = random.Random(f"{seed}/{index}").random()
-        page = make_document(
-            family, seed=1000 + seed, split="train", index=index, image_size=size, difficulty=hard * 0.8
-        )
+        draw = random.Random(f"{seed}/{index}")
+        hard = 0.8 * draw.random()
+        if draw.random() < DENSE:
+            page = dense_page(f"{1000 + seed}/{index}", size, hard)
+        else:
+            family = FAMILIES[index % len(FAMILIES)]
+            page = make_document(
+                family, seed=1000 + seed, split="train", index=index, image_size=size, difficulty=hard
+            )
         pixels.append(torch.from_numpy(np.asarray(page.image).copy()).permute(2, 0, 1))
         symbols.append(torch.from_numpy(page_symbols(page, PATCH)))
     return torch.stack(pixels), torch.stack(symbols)

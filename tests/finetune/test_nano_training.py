@@ -9,12 +9,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the examples are not installed
 
+from examples.nano_documents.conversations import Conversation
 from examples.nano_documents.document import make_document
 from examples.nano_documents.word_lists import COLOURS, SHAPES
 from examples.nano_documents.write import Plan, conversations_of
-from examples.nano_training import warm_language, warm_vision
+from examples.nano_training import ablation, warm_language, warm_vision
 from examples.nano_training.__main__ import DATA, RECIPES, STAGES, WORK
 from examples.nano_training.checkpoint import at_resolution, publish, put_together
+from examples.nano_training.dense_page import dense_page
 from examples.nano_training.optimizer import autocast
 from examples.nano_training.page_symbols import (
     LETTERS,
@@ -26,11 +28,19 @@ from examples.nano_training.page_symbols import (
     symbol_features,
 )
 from examples.nano_training.scores import Scored, score, table
-from examples.nano_training.start import WIDTH, look_ahead, nano_config, place_weights, write_start
+from examples.nano_training.start import (
+    PLACE_CHANNELS,
+    WIDTH,
+    look_ahead,
+    nano_config,
+    place_weights,
+    write_start,
+)
 from examples.nano_training.texts import conversation_texts
 from examples.nano_training.vocabulary import train_vocabulary
 from finetune.recipe import load_recipe
 from qwenvl import QwenVLForConditionalGeneration, load_model, load_processor
+from qwenvl.resampler import resize_grid
 from qwenvl.vocabulary import Vocabulary
 
 
@@ -133,6 +143,31 @@ def test_a_start_is_a_checkpoint_of_the_published_layout(start):
     assert model.generation_config.chat_format == "chatml"
 
 
+def test_patches_know_their_places_and_see_ink_not_paper(start):
+    visual = load_model(str(start), dtype=torch.float32).transformer.visual
+    codes = torch.nn.functional.normalize(resize_grid(visual.positional_embedding, patches=100), dim=-1)
+    likeness = (codes @ codes.T).unflatten(0, (10, 10)).unflatten(-1, (10, 10))
+    patch = likeness[4, 4]
+    assert patch[4, 4] > patch[4, 5] > patch[4, 6] and patch[4, 4] > patch[5, 4] > patch[6, 4]
+    # The same step is the same turn of the code, wherever it begins.
+    assert (likeness[4, 4, 4, 5] - likeness[7, 2, 7, 3]).abs() < 0.02
+    with torch.no_grad():
+        paper = visual.conv1(torch.full((1, 3, 140, 140), 1.9))
+        ink = visual.conv1(torch.randn(1, 3, 140, 140, generator=torch.Generator().manual_seed(0)))
+    assert paper.abs().max() < 1e-4 and 0.5 < ink[:, PLACE_CHANNELS:].std() < 10
+
+
+def test_a_dense_page_shows_more_letters_than_documents_do():
+    pages = [dense_page(f"page {number}", 140, 0.0) for number in range(8)]
+    documents = [make_document("form", seed=5, split="train", index=index) for index in range(8)]
+    assert sum(len(page.letters) for page in pages) > 1.5 * sum(len(page.letters) for page in documents)
+    again = dense_page("page 0", 140, 0.0)
+    assert again.letters == pages[0].letters and again.image.tobytes() == pages[0].image.tobytes()
+    assert {letter for page in pages for letter, _, _ in page.letters} <= set(LETTERS)
+    for page in pages:
+        assert all(0 <= x < 140 and 0 <= y < 140 for _, x, y in page.letters)
+
+
 def test_weights_that_were_updated_are_used_within_one_context():
     linear, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
     with autocast():
@@ -207,6 +242,22 @@ def test_replies_are_scored_by_kind():
     assert score(made["transcribe"], text[:-2]) == {"errors": 2, "characters": len(text)}
     shown = table([Scored(one, reply, score(one, reply)) for one, reply in ((made["transcribe"], text[:-2]),)])
     assert f"| transcribe | 1 |  |  | {2 / len(text):.1%} |  |" in shown
+
+
+def test_a_row_of_the_ablation_has_means_by_kind():
+    def scored(kind, reply, answer):
+        conversation = Conversation(kind, [], (), [answer])
+        return Scored(conversation, reply, score(conversation, reply))
+
+    said = [
+        scored("question", "12.40", "12.40"),
+        scored("question", "xx", "12.40"),
+        scored("two_turn", "Ada", "Ada"),
+        scored("two_images", "Picture 1", "Picture 1"),
+        scored("two_images", "19:00", "19:00"),
+        scored("transcribe", "abcx", "abcd"),
+    ]
+    assert ablation.row("after", said) == "| after | 0.500 | 1.000 | 1.000 | 1.000 | 25.0% |"
 
 
 def test_stages_train_on_what_is_made_for_them_and_follow_each_other():
