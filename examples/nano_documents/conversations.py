@@ -65,22 +65,22 @@ def conversations(
 
 
 def joined(made: Sequence[Conversation], draw: random.Random) -> list[Conversation]:
-    """The conversations about one page as a single one of several turns; those about two pages stay apart.
+    """The conversations about the same page, or the same two, as a single one of several turns."""
+    together: dict[tuple[int, ...], list[Conversation]] = {}
+    for conversation in made:
+        together.setdefault(tuple(map(id, conversation.documents)), []).append(conversation)
+    return [_as_one(group, draw) if len(group) > 1 else group[0] for group in together.values()]
 
-    A transcription comes last, or the turns after it could be answered without a look at the page.
-    """
-    apart = [conversation for conversation in made if len(conversation.documents) > 1]
-    together = [conversation for conversation in made if len(conversation.documents) == 1]
-    if len(together) < 2:
-        return list(made)
-    together.sort(key=lambda conversation: (conversation.kind == "transcribe", draw.random()))
-    messages = list(together[0].messages)
-    for conversation in together[1:]:
+
+def _as_one(made: list[Conversation], draw: random.Random) -> Conversation:
+    """A transcription comes last, or the turns after it could be answered without a look at the page."""
+    made = sorted(made, key=lambda conversation: (conversation.kind == "transcribe", draw.random()))
+    messages = list(made[0].messages)
+    for conversation in made[1:]:
         first, *rest = conversation.messages
         text = [part for part in first["content"] if part["type"] != "image"]
         messages += [{**first, "content": text}, *rest]
-    last = together[-1]
-    return [Conversation("joined", messages, last.documents, last.answers), *apart]
+    return Conversation("joined", messages, made[-1].documents, made[-1].answers)
 
 
 def kinds_of(family: str) -> tuple[str, ...]:
@@ -98,6 +98,13 @@ class Asker:
         self.document, self.draw, self.split, self.partner = document, draw, split, partner
         self.picture = phrasings.PICTURES[document.family]
         self.named = [field for field in document.fields if field.names]
+        self.asked: set[Field] = set()
+
+    def next(self, fields: Sequence[Field]) -> Field:
+        """One of the fields, if it can be one not asked about yet: joined, a reply could be copied from another."""
+        field = self.draw.choice([field for field in fields if field not in self.asked] or fields)
+        self.asked.add(field)
+        return field
 
     def conversation(
         self, kind: str, turns: Sequence[tuple[str, str]], documents: Sequence[Document] = (), grounding: str = ""
@@ -144,7 +151,7 @@ def question(asker: Asker) -> Conversation:
     if facts and asker.draw.random() < 0.2:
         fact = asker.draw.choice(facts)
         return asker.conversation("question", [(asker.draw.choice(fact.asks), fact.answer)])
-    field = asker.draw.choice(asker.named)
+    field = asker.next(asker.named)
     return asker.conversation("question", [(asker.ask(field), field.value)])
 
 
@@ -155,7 +162,8 @@ def two_turn(asker: Asker) -> Conversation | None:
         return asker.conversation("two_turn", turns) if turns else None
     if len(asker.named) < 2:
         return None
-    first, second = asker.draw.sample(asker.named, 2)
+    first = asker.next(asker.named)
+    second = asker.next([field for field in asker.named if field != first])
     follow_up = asker.draw.choice(phrasings.FOLLOW_UP).format(name=asker.draw.choice(second.names))
     return asker.conversation("two_turn", [(asker.ask(first), first.value), (follow_up, second.value)])
 
@@ -173,7 +181,7 @@ def two_images(asker: Asker) -> Conversation | None:
         for name in field.names
         if name in others and None not in (field.amount, others[name].amount) and field.amount != others[name].amount
     ]
-    if comparable and draw.random() < 0.7:
+    if comparable and draw.random() < 0.6:
         name, field, other = draw.choice(comparable)
         wants_more = draw.random() < 0.5
         place = 0 if wants_more else 1
@@ -181,10 +189,11 @@ def two_images(asker: Asker) -> Conversation | None:
         own = phrasings.COMPARE_OWN.get((one.family, field.key))
         if own and draw.random() < 0.5:
             asks = own[place]
-        answer = "Picture 1" if (field.amount > other.amount) == wants_more else "Picture 2"
+        first = (field.amount > other.amount) == wants_more
+        answer = phrasings.compared(field.value, other.value, first)
         return asker.conversation("two_images", [(draw.choice(asks), answer)], (one, two))
     number = draw.choice((1, 2))
-    field = draw.choice([field for field in (one, two)[number - 1].fields if field.names])
+    field = asker.next([field for field in (one, two)[number - 1].fields if field.names])
     text = draw.choice(phrasings.IN_PICTURE).format(name=draw.choice(field.names), number=number)
     return asker.conversation("two_images", [(text, field.value)], (one, two))
 
@@ -205,7 +214,7 @@ def ground(asker: Asker) -> Conversation | None:
 
 def read_box(asker: Asker) -> Conversation:
     """A box, answered by what is written in it, or by the shape."""
-    field = asker.draw.choice(asker.document.fields)
+    field = asker.next(asker.document.fields)
     wordings = phrasings.WHAT_IN_BOX if field.kind == "shape" else phrasings.READ_BOX
     text = asker.draw.choice(wordings).format(box=asker.box(field))
     return asker.conversation("read_box", [(text, field.value)], grounding="user")

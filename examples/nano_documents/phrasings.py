@@ -55,7 +55,7 @@ COMPARE = (
     "Is the {name} {more} in Picture 1 or Picture 2?",
     "Where is the {name} {more}?",
 )
-"""For two pictures; the answer is "Picture 1" or "Picture 2"."""
+"""For two pictures; the reply is `compared`."""
 
 MORE = {
     "price": ("higher", "lower"),
@@ -77,6 +77,12 @@ COMPARE_OWN = {
 
 IS_IT = ("Is the {name} {value}?", "Is {value} the {name}?", "Does the {picture} say {value} for the {name}?")
 IS_WRITTEN = ("Is {value} written here?", "Does the {picture} say {value}?", "Can you see {value} on the {picture}?")
+
+
+def compared(one: object, two: object, first: bool) -> str:
+    """The reply to which of two pictures it is: what each has, then the choice. Two values are read, then compared."""
+    return f"{one} and {two}: Picture {1 if first else 2}"
+
 
 READ_BOX = ("What is written in {box}?", "Read {box}.", "What does {box} say?", "Which text is in {box}?")
 WHAT_IN_BOX = ("What is in {box}?", "Which shape is in {box}?", "Name the shape in {box}.")

@@ -36,7 +36,8 @@ def more_on_which(one: Document, two: Document, draw: random.Random) -> list[Tur
     if not differing:
         return None
     what = draw.choice(differing)
-    answer = "Picture 1" if number_of(one, what) > number_of(two, what) else "Picture 2"
+    numbers = number_of(one, what), number_of(two, what)
+    answer = phrasings.compared(*numbers, first=numbers[0] > numbers[1])
     return [(draw.choice(phrasings.MORE_SHAPES).format(what=what), answer)]
 
 

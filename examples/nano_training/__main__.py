@@ -32,10 +32,10 @@ TEXTS = ("words", "words", "form", "receipt", "table", "label", "chart")
 DATA = {
     # Image-text pairs: a page and its text.
     "stage1": Plan("train", TEXTS, ("transcribe",), 6400, 1, LOW_IMAGE_SIZE, seed=3000),
-    "stage2": Plan("train", KNOWN_FAMILIES, ONE_PAGE, 60_000, 5, IMAGE_SIZE, seed=4000, joined=0.9),
-    "stage2-pairs": Plan("train", KNOWN_FAMILIES, TWO_PAGES, 5000, 1, IMAGE_SIZE, seed=4500),
-    "stage3": Plan("train", KNOWN_FAMILIES, ONE_PAGE, 6000, 2, IMAGE_SIZE, seed=5000),
-    "stage3-pairs": Plan("train", KNOWN_FAMILIES, TWO_PAGES, 3000, 1, IMAGE_SIZE, seed=5500),
+    "stage2": Plan("train", KNOWN_FAMILIES, ONE_PAGE, 50_000, 6, IMAGE_SIZE, seed=4000, joined=0.95),
+    "stage2-pairs": Plan("train", KNOWN_FAMILIES, TWO_PAGES, 8000, 4, IMAGE_SIZE, seed=4500, joined=0.95),
+    "stage3": Plan("train", KNOWN_FAMILIES, ONE_PAGE, 6000, 4, IMAGE_SIZE, seed=5000),
+    "stage3-pairs": Plan("train", KNOWN_FAMILIES, TWO_PAGES, 2500, 4, IMAGE_SIZE, seed=5500, joined=0.5),
 }
 """What each stage is trained on; more documents than it sees, so that it sees none twice."""
 

@@ -21,7 +21,12 @@ FOLDER = WORK / "ablation"
 SHORT = 300  # steps of stage 2, by a schedule of that length
 DOCUMENTS = 140
 KINDS = ("question", "two_turn", "transcribe", "two_images")
-COLUMNS = ("question", "two turn", "two images, one of them asked about", "two images, compared")
+COLUMNS = {
+    "question": "anls",
+    "two turn": "anls",
+    "two images, one of them asked about": "anls",
+    "two images, compared": "choice",
+}
 
 
 def main() -> None:
@@ -37,7 +42,8 @@ def main() -> None:
     ):
         rows.append(row(name, scores_of(folder)))
         print(rows[-1], flush=True)
-    heads = ["", *(f"{column}: ANLS" for column in COLUMNS), "transcribe: character errors"]
+    names = {"anls": "ANLS", "choice": "right picture"}
+    heads = ["", *(f"{group}: {names[column]}" for group, column in COLUMNS.items()), "transcribe: character errors"]
     print("\n".join(["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *rows]))
 
 
@@ -66,8 +72,8 @@ def scores_of(folder: Path) -> list[Scored]:
 
 def row(name: str, scored: list[Scored]) -> str:
     cells = [name]
-    for column in COLUMNS:
-        values = [one.scores["anls"] for one in scored if group_of(one.conversation) == column]
+    for group, column in COLUMNS.items():
+        values = [one.scores[column] for one in scored if group_of(one.conversation) == group]
         cells.append(f"{sum(values) / len(values):.3f}")
     errors, characters = (sum(one.scores.get(name, 0) for one in scored) for name in ("errors", "characters"))
     return f"| {' | '.join([*cells, f'{errors / characters:.1%}'])} |"

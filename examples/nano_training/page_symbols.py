@@ -1,12 +1,15 @@
 """What stands in each patch of a page, as symbols, and the features that stand for them.
 
 Vision and language are warmed up apart, and meet here: the vision side learns to say which letters and shapes a patch
-holds and to give the features of these symbols, and the language model learns to read pages of such features.
+holds and to give the features of these symbols, and the language model learns to read pages of such features. Features
+also say of which place of the page they are, so that a line can be followed by its row.
 
 A patch holds up to `SLOTS` letters, by the quarter of its width in which their middles lie; the height of its line;
 and, of a coloured shape that covers its middle, the kind and colour, and in the shape's own middle patch where and how
 large it is.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -26,9 +29,10 @@ PARTS = {
     "radius": 1 + 8,
 }
 """Part -> how many symbols it has; 0 is nothing."""
-WIDTHS = {**{f"letter {slot}": 40 for slot in range(SLOTS)}, "height": 6, "shape": 8, "colour": 8}
-WIDTHS |= {"across": 3, "down": 3, "radius": 4}
-"""Part -> channels of the features that are its own."""
+WIDTHS = {**{f"letter {slot}": 36 for slot in range(SLOTS)}, "height": 6, "shape": 8, "colour": 8}
+WIDTHS |= {"across": 3, "down": 3, "radius": 4, "place": 16}
+"""Part -> channels of the features that are its own; of places there are no symbols, but as many as queries."""
+SLOWEST, FASTEST = 0.25, 1.6  # radians from one place to the next
 LEAST_RADIUS, RADIUS_STEP = 8.0, 2.0  # pixels
 
 _NUMBER = {letter: number for number, letter in enumerate(LETTERS, start=1)}
@@ -101,6 +105,30 @@ def symbol_features(width: int, seed: int = 0) -> list[torch.Tensor]:
     return tables
 
 
-def page_features(symbols: torch.Tensor, tables: list[torch.Tensor]) -> torch.Tensor:
-    """(..., patches, parts) symbols -> (..., patches, width) features."""
-    return sum(table[symbols[..., number]] for number, table in enumerate(tables))
+def page_features(symbols: torch.Tensor, tables: list[torch.Tensor], reading: torch.Tensor) -> torch.Tensor:
+    """The features of pages.
+
+    Args:
+        symbols: (..., patches, parts).
+        tables: of `symbol_features`.
+        reading: (queries, patches), how much each query reads of each patch (see `start.place_weights`).
+
+    Returns:
+        (..., queries, width)
+    """
+    features = reading @ sum(table[symbols[..., number]] for number, table in enumerate(tables))
+    features[..., -WIDTHS["place"] :] = place_waves(math.isqrt(len(reading)), WIDTHS["place"])
+    return features
+
+
+def place_waves(side: int, channels: int, patches: int | None = None) -> torch.Tensor:
+    """Sines and cosines of the rows, then of the columns, of a square grid: (side x side, channels).
+
+    Args:
+        patches: how many patches a row of the page has, where that is not `side`.
+    """
+    frequencies = torch.logspace(math.log10(SLOWEST), math.log10(FASTEST), channels // 4)
+    at = (torch.arange(side) + 0.5) / side * (patches or side)
+    waves = torch.cat([(at[:, None] * frequencies).sin(), (at[:, None] * frequencies).cos()], -1)
+    rows, columns = waves[:, None].expand(side, side, -1), waves.expand(side, side, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)

@@ -24,6 +24,9 @@ from finetune.replies import Decoding, Prompt, generate_replies, plan_replies, s
 from qwenvl import ImageAccess, load_model, load_processor
 from qwenvl.chat import render_chat
 
+CHOICES = (": Picture 1", ": Picture 2")
+"""How replies end that compare two pictures; half of the choices are right by chance."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -61,7 +64,9 @@ def reply_to(model, processor, made: Sequence[Conversation]) -> list[str]:
 
 
 def score(conversation: Conversation, reply: str) -> dict[str, float]:
-    """Scores of a reply: ANLS and exact match of an answer, character errors of a transcription, IoU 0.5 of a box."""
+    """Scores of a reply: ANLS and exact match of an answer, whether the right one of two pictures was chosen,
+    character errors of a transcription, IoU 0.5 of a box.
+    """
     answers = conversation.answers
     if conversation.kind == "transcribe":
         return {"errors": edit_distance(reply, answers[0]), "characters": len(answers[0])}
@@ -70,7 +75,10 @@ def score(conversation: Conversation, reply: str) -> dict[str, float]:
 
         size = conversation.documents[0].image.size
         return {"iou 0.5": grounding_accuracy(reply, first_box(answers[0], size), size)}
-    return {"anls": anls(reply, answers), "exact": exact_match(reply, answers)}
+    scores = {"anls": anls(reply, answers), "exact": exact_match(reply, answers)}
+    if answers[0].endswith(CHOICES):
+        scores["choice"] = float(reply.rpartition(": ")[2] == answers[0].rpartition(": ")[2])
+    return scores
 
 
 def evaluate(
@@ -84,7 +92,7 @@ def evaluate(
 
 def group_of(conversation: Conversation) -> str:
     if conversation.kind == "two_images":
-        compares = conversation.answers[0] in ("Picture 1", "Picture 2")
+        compares = conversation.answers[0].endswith(CHOICES)
         return "two images, compared" if compares else "two images, one of them asked about"
     return conversation.kind.replace("_", " ")
 
@@ -96,10 +104,10 @@ def table(scored: Sequence[Scored]) -> str:
         groups[group_of(one.conversation)].append(one)
         if one.conversation.kind == "question":
             groups[f"question, {one.conversation.documents[0].family}"].append(one)
-    rows = ["| | replies | ANLS | exact | character errors | IoU 0.5 |", "|---|---|---|---|---|---|"]
+    rows = ["| | replies | ANLS | exact | choice | character errors | IoU 0.5 |", "|---|---|---|---|---|---|---|"]
     for name, members in sorted(groups.items()):
         cells = [name, str(len(members))]
-        for column in ("anls", "exact"):
+        for column in ("anls", "exact", "choice"):
             values = [one.scores[column] for one in members if column in one.scores]
             cells.append(f"{sum(values) / len(values):.3f}" if values else "")
         errors = sum(one.scores.get("errors", 0) for one in members)

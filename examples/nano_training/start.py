@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
+from examples.nano_training.page_symbols import place_waves
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
 from qwenvl.resampler import Resampler, resize_grid
 from qwenvl.vision import VisionTransformer
@@ -21,7 +22,6 @@ MAX_NEW_TOKENS = 200  # the longest transcription has fewer
 
 # The vision transformer's start.
 PLACE_CHANNELS = 48
-SLOWEST, FASTEST = 0.25, 1.6  # radians from one patch to the next
 FILTER_STD = 0.1  # what a patch shows is then about as loud as its place
 
 # The adapter's start. Published initial values take a large model and millions of images to find out which query
@@ -85,14 +85,8 @@ def mark_places(visual: VisionTransformer) -> None:
     Places drawn at random say nothing of which patches are neighbours, and a letter often lies on two. Filters see
     differences only: of paper and ink, not of the paper's shade.
     """
-    count = PLACE_CHANNELS // 4
-    frequencies = torch.logspace(math.log10(SLOWEST), math.log10(FASTEST), count)
-    side = math.isqrt(visual.positional_embedding.shape[0])
-    at = (torch.arange(side) + 0.5) / side * (IMAGE_SIZE // PATCH)
-    waves = torch.cat([(at[:, None] * frequencies).sin(), (at[:, None] * frequencies).cos()], -1)
-    table = visual.positional_embedding.zero_().unflatten(0, (side, side))
-    table[..., : 2 * count] = waves[:, None]
-    table[..., 2 * count : 4 * count] = waves
+    table = visual.positional_embedding.zero_()
+    table[:, :PLACE_CHANNELS] = place_waves(math.isqrt(len(table)), PLACE_CHANNELS, IMAGE_SIZE // PATCH)
     filters = visual.conv1.weight.normal_(0, FILTER_STD)
     filters -= filters.mean((2, 3), keepdim=True)
     filters[:PLACE_CHANNELS] = 0

@@ -20,10 +20,11 @@ from examples.nano_training.texts import KNOWN_FAMILIES, ONE_PAGE, TWO_PAGES
 from qwenvl import QwenVLTokenizer, load_model
 from qwenvl.chat import IGNORED, Rendered, render_chat
 
-DOCUMENTS = 12  # of a batch
+DOCUMENTS = 8  # of a batch
 PAIRS_EVERY = 6  # one document in so many is compared with another
-PER_DOCUMENT = 5  # conversations, most of them joined
-JOINED = 0.75
+PER_DOCUMENT = 6  # conversations, most of them joined
+PER_PAIR = 4
+JOINED = 0.85
 LOW_EVERY = 8  # one batch in so many is of the lower resolution
 GROUPS = 2  # that a batch is cut into, by length: less padding
 RATE = 2e-3
@@ -62,7 +63,7 @@ def warm_language(start: Path, to: Path, steps: int, seed: int) -> None:
                 continue
             ids, labels = padded([rendered for rendered, _ in part], tokenizer.pad_token_id or 0)
             pages = torch.from_numpy(np.stack([page for _, pages in part for page in pages]))
-            features = reading[size] @ page_features(pages, tables)
+            features = page_features(pages, tables, reading[size])
             features = features + NOISE * torch.randn_like(features)
             wanted = labels[:, 1:].flatten()
             rows = (wanted != IGNORED).nonzero()[:, 0]
@@ -105,7 +106,7 @@ def batch(tokenizer: QwenVLTokenizer, n_queries: int, seed: int, step: int, size
         seed=2000 + seed,
         joined=JOINED,
     )
-    pair = replace(page, kinds=TWO_PAGES, per_image=1)
+    pair = replace(page, kinds=TWO_PAGES, per_image=PER_PAIR)
     samples: list[tuple[Rendered, list[np.ndarray]]] = []
     for index in range(step * DOCUMENTS, (step + 1) * DOCUMENTS):
         plan = pair if index % PAIRS_EVERY == 0 else page

@@ -74,7 +74,8 @@ def feature_error(features: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         there = size > 0.1 * own.shape[-1]
         if there.any():
             total = total + errors[there].sum() / size[there].sum()
-        total = total + errors[~there].mean() / own.shape[-1]
+        if not there.all():
+            total = total + errors[~there].mean() / own.shape[-1]
     return total / len(WIDTHS)
 
 
@@ -112,7 +113,7 @@ def warm_vision(start: Path, to: Path, steps: int, seed: int) -> None:
             with autocast():
                 features = visual(normalize_pixels(pixels))
             features, patches = features.float(), trunk.pop().float()
-            error = feature_error(features, reading[size] @ page_features(symbols, tables))
+            error = feature_error(features, page_features(symbols, tables, reading[size]))
             loss, right = heads.loss(heads.head(patches), symbols)
             if first == telling:
                 loss = loss + EQUAL_WEIGHT * error

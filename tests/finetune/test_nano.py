@@ -61,12 +61,12 @@ def test_it_is_a_small_checkpoint_in_the_published_layout():
 
 
 def test_it_still_reads_ten_bundled_documents():
-    """Replies as recorded with float32 arithmetic (`tests/data/nano.json` says how), more than half of them right."""
+    """Replies as recorded with float32 arithmetic (`tests/data/nano.json` says how), and most of them right."""
     model, processor = load_model(NANO, dtype=torch.float32), load_processor(NANO)
     asked = rows("known/test")[:10]
     replies = [reply(model, processor, row, QUICKSTART / "known") for row in asked]
     assert replies == json.loads(GOLDEN.read_text(encoding="utf-8"))["replies"]
-    assert sum(anls(said, row["answers"]) for said, row in zip(replies, asked, strict=True)) >= 6
+    assert sum(anls(said, row["answers"]) for said, row in zip(replies, asked, strict=True)) >= 8
 
 
 def test_one_page_does_not_answer_for_another():
@@ -100,7 +100,7 @@ def test_the_quickstart_learns_the_new_documents(tmp_path):
     finetune("recipes/quickstart.yaml", f"output={run}", cwd=ROOT, timeout=1200)
     scores = json.loads((run / "run.json").read_text())["score"]["sources"]
     assert scores["boarding"]["before"] <= 0.4
-    assert scores["boarding"]["after"] >= scores["boarding"]["before"] + 0.2
+    assert scores["boarding"]["after"] >= 0.7
     assert scores["known"]["after"] >= scores["known"]["before"] - 0.1
     assert (run / "report.html").read_text(encoding="utf-8").count("data:image/") >= 3
     finetune("merge", run, "--to", tmp_path / "merged", cwd=ROOT)

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 
+import psutil
 from recipes_for_tests import ROOT
 
 from qwenvl import load_model, load_processor
@@ -61,3 +63,36 @@ def test_it_makes_a_checkpoint_and_does_nothing_twice(tmp_path):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     refused = make(tmp_path, "made")
     assert refused.returncode == 2 and "exists" in refused.stderr
+
+
+ENDLESS = """
+from pathlib import Path
+from examples.nano_training import __main__ as command, progress, warm_starts
+
+progress.SECONDS = 0  # in the children too
+if __name__ == "__main__":
+    command.VOCABULARY_DOCUMENTS = 300
+    warm_starts.VISION_STEPS = warm_starts.LANGUAGE_STEPS = 1_000_000
+    command.make_start(Path("start"), seed=0)
+    warm_starts.warm_starts(*map(Path, ("start", "vision.pt", "language.pt", "warm")), seed=0)
+"""
+
+
+def test_killing_the_command_ends_its_warm_starts(tmp_path):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as file:  # a pipe would break with its reader, and end them in any case
+        command = [sys.executable, str(tmp_path / "endless.py")]
+        running = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file)
+    while not {"vision", "language"} <= set(log.read_text().split()):  # both have made steps
+        assert running.poll() is None
+        time.sleep(0.2)
+    processes = psutil.Process(running.pid).children(recursive=True)
+    assert len(processes) >= 2
+    running.kill()
+    running.wait()
+    _, left = psutil.wait_procs(processes, timeout=60)
+    for process in left:
+        process.kill()
+    assert not left

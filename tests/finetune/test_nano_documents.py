@@ -260,6 +260,15 @@ def test_of_each_kind_one_comes_before_a_second():
         assert sorted(found) == sorted(kinds_of("receipt"))
 
 
+def test_each_field_is_asked_for_once_before_any_is_again():
+    for family in ("form", "label"):  # they have fields only
+        for index in range(6):
+            plan = Plan("train", (family,), ("question",), 1, per_image=99)
+            fields = [field for field in document_of(plan, index).fields if field.names]
+            made = conversations_of(replace(plan, per_image=len(fields)), index)
+            assert sorted(said(one)[-1] for one in made) == sorted(field.value for field in fields)
+
+
 def test_grounding_and_reading_of_boxes_name_a_field():
     for family in FAMILIES:
         for conversation in asked(family, ["ground", "read_box"], 15):
@@ -344,9 +353,12 @@ def test_two_pictures_are_compared_rightly():
         if question == "Which receipt is newer?" or re.search("later date|date later", question):
             amounts = dates
         if amounts:
-            assert reply == f"Picture {1 + amounts.index(max(amounts))}"
+            values, _, choice = reply.rpartition(": ")
+            assert choice == f"Picture {1 + amounts.index(max(amounts))}"
+            for value, document in zip(values.split(" and "), conversation.documents, strict=True):
+                assert value in {field.value for field in document.fields if field.key in ("total", "date")}
             compared += 1
-        elif not reply.startswith("Picture"):
+        elif ": Picture" not in reply:
             number = re.search("Picture ([12])", question)
             assert any(reply in line for line in conversation.documents[int(number[1]) - 1].lines)
     assert compared >= 8

@@ -111,9 +111,18 @@ def test_features_tell_every_symbol_of_every_part_apart():
     # Parts have channels of their own, so that features of several are read one by one.
     used = torch.stack([symbols.abs().sum(0) > 0 for symbols in tables])
     assert used.sum(0).max() == 1
-    assert used.sum() == sum(WIDTHS.values()) == WIDTH
+    assert used.sum() == sum(WIDTHS.values()) - WIDTHS["place"] == WIDTH - WIDTHS["place"]
     symbols = torch.tensor([[1] * len(PARTS), [0] * len(PARTS)])
-    assert torch.equal(page_features(symbols, tables)[0], sum(one[1] for one in tables))
+    features = page_features(symbols, tables, torch.eye(2)[:1])
+    assert torch.equal(features[0, : -WIDTHS["place"]], sum(one[1] for one in tables)[: -WIDTHS["place"]])
+
+
+def test_features_of_a_row_are_alike_in_their_place():
+    symbols = torch.zeros(100, len(PARTS), dtype=torch.int64)
+    places = page_features(symbols, symbol_features(WIDTH), torch.eye(100))[:, -WIDTHS["place"] :]
+    row, column = places.reshape(10, 10, 2, -1).unbind(2)
+    assert torch.equal(row[3, 0], row[3, 9]) and torch.equal(column[0, 3], column[9, 3])
+    assert torch.cdist(places, places).add(torch.eye(100)).min() > 0.3
 
 
 def test_the_adapter_first_looks_straight_ahead():
@@ -240,8 +249,16 @@ def test_replies_are_scored_by_kind():
     assert score(made["ground"], "<box>(0,0),(1,1)</box>") == {"iou 0.5": 0.0}
     text = made["transcribe"].answers[0]
     assert score(made["transcribe"], text[:-2]) == {"errors": 2, "characters": len(text)}
+    pair = Conversation("two_images", [], (), ["3 and 5: Picture 2"])
+    assert score(pair, "3 and 5: Picture 2") == {"anls": 1.0, "exact": 1.0, "choice": 1.0}
+    assert score(pair, "4 and 5: Picture 2")["exact"] == 0.0
+    assert [score(pair, said)["choice"] for said in ("4 and 5: Picture 2", "3 and 5: Picture 1", "5")] == [
+        1.0,
+        0.0,
+        0.0,
+    ]
     shown = table([Scored(one, reply, score(one, reply)) for one, reply in ((made["transcribe"], text[:-2]),)])
-    assert f"| transcribe | 1 |  |  | {2 / len(text):.1%} |  |" in shown
+    assert f"| transcribe | 1 |  |  |  | {2 / len(text):.1%} |  |" in shown
 
 
 def test_a_row_of_the_ablation_has_means_by_kind():
@@ -253,11 +270,12 @@ def test_a_row_of_the_ablation_has_means_by_kind():
         scored("question", "12.40", "12.40"),
         scored("question", "xx", "12.40"),
         scored("two_turn", "Ada", "Ada"),
-        scored("two_images", "Picture 1", "Picture 1"),
+        scored("two_images", "8 and 9: Picture 1", "7 and 5: Picture 1"),
+        scored("two_images", "7 and 5: Picture 2", "7 and 5: Picture 1"),
         scored("two_images", "19:00", "19:00"),
         scored("transcribe", "abcx", "abcd"),
     ]
-    assert ablation.row("after", said) == "| after | 0.500 | 1.000 | 1.000 | 1.000 | 25.0% |"
+    assert ablation.row("after", said) == "| after | 0.500 | 1.000 | 1.000 | 0.500 | 25.0% |"
 
 
 def test_stages_train_on_what_is_made_for_them_and_follow_each_other():
@@ -277,8 +295,17 @@ def test_a_page_is_asked_about_in_one_conversation():
     for index in range(plan.count):
         joined, *apart = conversations_of(plan, index)
         assert joined.kind == "joined"
-        assert [one.kind for one in apart] == ["two_images"] * len(apart)
+        assert all(len(one.documents) == 2 for one in apart)
         images = [part["type"] for message in joined.messages for part in message["content"]].count("image")
         assert images == 1
         assert [message["role"] for message in joined.messages] == ["user", "assistant"] * (len(joined.messages) // 2)
         assert joined.answers[0].count("\n") > 1  # the transcription comes last
+
+
+def test_two_pages_are_asked_about_in_one_conversation():
+    plan = Plan("train", ("receipt",), ("two_images",), 6, per_image=4, joined=1.0)
+    for index in range(plan.count):
+        (joined,) = conversations_of(plan, index)
+        assert joined.kind == "joined" and len(joined.documents) == 2
+        assert [part["type"] for message in joined.messages for part in message["content"]].count("image") == 2
+        assert [message["role"] for message in joined.messages] == ["user", "assistant"] * 4
