@@ -53,7 +53,7 @@ def sample_look(draw: random.Random) -> Look:
 
 
 def width(text: str, look: Look) -> int:
-    """Pixels that a line needs, room for its strokes and slant included."""
+    """Pixels that a line needs, room for its strokes included."""
     natural = sum(_letter(letter, look.size, look.weight)[1] for letter in text) + 2 * look.weight
     return math.ceil(natural * look.stretch)
 

@@ -2,7 +2,6 @@
 
 import io
 import random
-import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -15,9 +14,9 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the examples are not installed
 
-from examples.nano_documents import phrasings, write
+from examples.nano_documents import write
 from examples.nano_documents.__main__ import main
-from examples.nano_documents.conversations import KINDS, kinds_of
+from examples.nano_documents.conversations import KINDS
 from examples.nano_documents.document import make_document
 from examples.nano_documents.families import FAMILIES, HELD_OUT
 from examples.nano_documents.lettering import Look
@@ -25,9 +24,7 @@ from examples.nano_documents.page import MARGIN, Page, turned
 from examples.nano_documents.values import CLOSED_KINDS, MONEY, SPLITS, DoesNotFit, Values, print_money, split_of
 from examples.nano_documents.write import Plan, conversations_of, document_of
 from finetune.data.checking import check_samples
-from finetune.data.messages import COLUMNS, messages
 from finetune.data.samples import Samples
-from qwenvl.grounding import parse_grounding
 
 TRAINED = tuple(family for family in FAMILIES if family not in HELD_OUT)
 WITH_TEXT = tuple(family for family in FAMILIES if family != "shapes")
@@ -35,17 +32,6 @@ WITH_TEXT = tuple(family for family in FAMILIES if family != "shapes")
 
 def documents(family, count, split="train", **settings):
     return [make_document(family, seed=3, split=split, index=index, **settings) for index in range(count)]
-
-
-def asked(family, kinds, count, per_image=3, split="train"):
-    """Conversations about `count` documents of a family, those documents' own."""
-    plan = Plan(split, (family,), tuple(kinds), count, per_image)
-    return [found for index in range(count) for found in conversations_of(plan, index)]
-
-
-def said(conversation):
-    """The texts of a conversation's turns."""
-    return ["".join(part.get("text", "") for part in message["content"]) for message in conversation.messages]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -233,135 +219,6 @@ def test_boxes_turn_with_the_page(angle):
     expected = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
     np.testing.assert_allclose(turned((20, 90, 100, 110), 140, angle), expected, atol=1.0)
     assert turned((20, 90, 100, 110), 140, 0.0) == (20, 90, 100, 110)
-
-
-@pytest.mark.parametrize(("family", "kind"), [(family, kind) for family in FAMILIES for kind in kinds_of(family)])
-def test_conversations_are_in_the_format(family, kind):
-    made = asked(family, [kind], 6)
-    assert made
-    for conversation in made:
-        assert conversation.kind == kind
-        row = {"messages": conversation.messages, "images": ["a.png"] * len(conversation.documents)}
-        (read,) = messages(row, {name: name for name in COLUMNS})
-        assert [message["role"] for message in read] == ["user", "assistant"] * (2 if kind == "two_turn" else 1)
-        assert len(conversation.documents) == (2 if kind == "two_images" else 1)
-        assert conversation.answers == [said(conversation)[-1]]
-        for message, text in zip(conversation.messages, said(conversation), strict=True):
-            assert text.isascii()
-            assert "{" not in text
-            assert not parse_grounding(text).problems
-            assert bool(message.get("grounding")) == ("<ref>" in text or "<box>" in text)
-
-
-def test_of_each_kind_one_comes_before_a_second():
-    plan = Plan("train", ("receipt",), tuple(KINDS), 1, per_image=7)
-    for index in range(5):
-        found = [conversation.kind for conversation in conversations_of(plan, index)]
-        assert sorted(found) == sorted(kinds_of("receipt"))
-
-
-def test_each_field_is_asked_for_once_before_any_is_again():
-    for family in ("form", "label"):  # they have fields only
-        for index in range(6):
-            plan = Plan("train", (family,), ("question",), 1, per_image=99)
-            fields = [field for field in document_of(plan, index).fields if field.names]
-            made = conversations_of(replace(plan, per_image=len(fields)), index)
-            assert sorted(said(one)[-1] for one in made) == sorted(field.value for field in fields)
-
-
-def test_grounding_and_reading_of_boxes_name_a_field():
-    for family in FAMILIES:
-        for conversation in asked(family, ["ground", "read_box"], 15):
-            (document,) = conversation.documents
-            question, reply = said(conversation)
-            text = question if conversation.kind == "read_box" else reply
-            (region,) = parse_grounding(text).regions
-            box = region.to_pixels(*document.image.size)
-            near = [
-                field
-                for field in document.fields
-                if np.abs(np.subtract(field.box, (box.x1, box.y1, box.x2, box.y2))).max() < 0.2
-            ]
-            assert near
-            if conversation.kind == "read_box":
-                assert reply in {field.value for field in near}
-            else:
-                phrase = re.fullmatch("<ref>(?:the )?(.+)</ref>", question)[1]
-                assert any(phrase in (*field.names, field.value) for field in near)
-
-
-def test_questions_are_answered_with_what_is_printed():
-    for family in WITH_TEXT:
-        for conversation in asked(family, ["question", "two_turn"], 15):
-            text = "\n".join(conversation.documents[0].lines)
-            for reply in said(conversation)[1::2]:
-                assert reply in text or re.fullmatch("[2-6]", reply), (said(conversation), text)
-
-
-def test_yes_and_no_come_about_as_often_and_are_true():
-    answers = []
-    for family in ("form", "label", "boarding"):  # what their fields are called holds no values
-        for conversation in asked(family, ["yes_no"], 25):
-            question, reply = said(conversation)
-            values = [re.escape(field.value) for field in conversation.documents[0].fields]
-            is_printed = re.search(rf"(^|\s)({'|'.join(values)})(\s|\?|$)", question) is not None
-            assert is_printed == (reply == "Yes"), question
-            answers.append(reply)
-    assert 0.4 < answers.count("Yes") / len(answers) < 0.6
-
-
-def test_shapes_are_counted_and_named():
-    for conversation in asked("shapes", ["count", "colour", "yes_no"], 60):
-        (document,) = conversation.documents
-        question, reply = said(conversation)
-        shapes = [field.value.split() for field in document.fields]
-        words = set(re.findall("[a-z]+", question.lower()))
-        words |= {word.removesuffix("es") if word == "crosses" else word.removesuffix("s") for word in words}
-        fitting = [
-            (colour, kind)
-            for colour, kind in shapes
-            if (colour in words or not words & COLOUR_WORDS) and (kind in words or not words & SHAPE_WORDS)
-        ]
-        match conversation.kind:
-            case "count":
-                assert reply == str(len(fitting)), question
-            case "colour":
-                assert [colour for colour, _ in fitting] == [reply]
-            case "yes_no":
-                assert (reply == "Yes") == bool(fitting), question
-
-
-COLOUR_WORDS = {"red", "green", "blue", "yellow", "orange", "purple", "black", "pink"}
-SHAPE_WORDS = {"circle", "square", "triangle", "diamond", "cross", "ring"}
-
-
-def test_two_pictures_are_compared_rightly():
-    compared = 0
-    for conversation in asked("receipt", ["two_images"], 60, per_image=1):
-        question, reply = said(conversation)
-        totals, dates = (
-            [
-                next(field.amount for field in document.fields if field.key == key)
-                for document in conversation.documents
-            ]
-            for key in ("total", "date")
-        )
-        dearer = phrasings.COMPARE_OWN["receipt", "total"][0]
-        amounts = (
-            totals if question in dearer or re.search("higher (total|sum)|(total|sum) higher", question) else None
-        )
-        if question == "Which receipt is newer?" or re.search("later date|date later", question):
-            amounts = dates
-        if amounts:
-            values, _, choice = reply.rpartition(": ")
-            assert choice == f"Picture {1 + amounts.index(max(amounts))}"
-            for value, document in zip(values.split(" and "), conversation.documents, strict=True):
-                assert value in {field.value for field in document.fields if field.key in ("total", "date")}
-            compared += 1
-        elif ": Picture" not in reply:
-            number = re.search("Picture ([12])", question)
-            assert any(reply in line for line in conversation.documents[int(number[1]) - 1].lines)
-    assert compared >= 8
 
 
 def contents(folder):

@@ -252,11 +252,8 @@ def test_replies_are_scored_by_kind():
     pair = Conversation("two_images", [], (), ["3 and 5: Picture 2"])
     assert score(pair, "3 and 5: Picture 2") == {"anls": 1.0, "exact": 1.0, "choice": 1.0}
     assert score(pair, "4 and 5: Picture 2")["exact"] == 0.0
-    assert [score(pair, said)["choice"] for said in ("4 and 5: Picture 2", "3 and 5: Picture 1", "5")] == [
-        1.0,
-        0.0,
-        0.0,
-    ]
+    choices = [score(pair, said)["choice"] for said in ("4 and 5: Picture 2", "3 and 5: Picture 1", "5")]
+    assert choices == [1.0, 0.0, 0.0]
     shown = table([Scored(one, reply, score(one, reply)) for one, reply in ((made["transcribe"], text[:-2]),)])
     assert f"| transcribe | 1 |  |  |  | {2 / len(text):.1%} |  |" in shown
 
