@@ -5,6 +5,7 @@ weight that bitsandbytes makes from 4 bits for a product nothing is seen on any 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qwenvl import varlen_attention
 
 aten = torch.ops.aten
 
@@ -25,6 +28,8 @@ def kernels_of(device_type: str) -> Iterator[None]:
     """Inside, attention on the meta device takes the kernels that it would take on the device."""
     plain = nn.functional.scaled_dot_product_attention
     nn.functional.scaled_dot_product_attention = _sdpa_of(device_type, plain)
+    spelled_out = varlen_attention.spelled_out_is_faster
+    varlen_attention.spelled_out_is_faster = functools.partial(spelled_out, device_type=device_type)
     overridden = WITHOUT_MASK if device_type == "cuda" else ()
     for name in overridden:
         ALL_ATTENTION_FUNCTIONS[name] = _attention_without_mask
@@ -32,6 +37,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = plain
+        varlen_attention.spelled_out_is_faster = spelled_out
         for name in overridden:
             del ALL_ATTENTION_FUNCTIONS[name]
 

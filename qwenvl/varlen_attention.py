@@ -18,6 +18,9 @@ VARLEN = "varlen"
 CAUSAL = (-1, 0)
 """As a window: everything before a token, nothing behind it. `varlen_attn` knows it by this very tuple."""
 
+LONGEST_SPELLED_OUT = 1024
+"""Tokens of a sequence whose attention is spelled out at most."""
+
 LARGEST_HEAD = 256
 """Channels of a head that the kernel takes at most; they must be a multiple of 8 too."""
 
@@ -89,13 +92,38 @@ def _attend_one_by_one(
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
-    """Each sequence through SDPA: also in float32, and on the CPU, where there is no kernel for all at once."""
+    """Each sequence by itself: also in float32, and on the CPU, where there is no kernel for all at once."""
     pieces = (part.transpose(0, 1)[None].split(sequences.lengths, dim=2) for part in (query, key, value))
     attended = [
-        nn.functional.scaled_dot_product_attention(*one, is_causal=True, dropout_p=dropout, scale=scaling)
+        _attend_in_halves(*one, scaling=scaling)
+        if spelled_out_is_faster(one[0], dropout)
+        else nn.functional.scaled_dot_product_attention(*one, is_causal=True, dropout_p=dropout, scale=scaling)
         for one in zip(*pieces, strict=True)
     ]
     return torch.cat(attended, dim=2)[0].transpose(0, 1)
+
+
+def spelled_out_is_faster(query: torch.Tensor, dropout: float = 0.0, device_type: str | None = None) -> bool:
+    """Whether to train without SDPA, whose backward is slow in bfloat16 on the CPU; long weights take much memory."""
+    return (
+        (device_type or query.device.type) == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.requires_grad
+        and dropout == 0
+        and query.shape[2] <= LONGEST_SPELLED_OUT
+    )
+
+
+def _attend_in_halves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float) -> torch.Tensor:
+    """Causal attention spelled out, (1, heads, length, head_dim); the first half's tokens never see the second's."""
+    length = query.shape[2]
+    attended = []
+    for begin, end in ((0, length // 2), (length // 2, length)):
+        scores = query[:, :, begin:end] @ key[:, :, :end].transpose(-1, -2) * scaling
+        hidden = torch.full((end - begin, end), float("-inf"), dtype=scores.dtype).triu(begin + 1)
+        weights = nn.functional.softmax(scores + hidden, dim=-1)
+        attended.append(weights @ value[:, :, :end])
+    return torch.cat(attended, dim=2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention)
