@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from examples.nano_documents.conversations import KINDS, kinds_of
+from examples.nano_documents.conversations import KINDS, families_with, kinds_of
 from examples.nano_documents.document import LARGEST_PAGE, SMALLEST_PAGE
 from examples.nano_documents.families import FAMILIES, HELD_OUT
 from examples.nano_documents.values import SPLITS
@@ -85,8 +85,7 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')}: must be {low} to {high}, not {value}")
     if given.families is None:
-        drawn = (family for family in FAMILIES if family not in HELD_OUT)
-        given.families = tuple(family for family in drawn if set(given.kinds) & set(kinds_of(family)))
+        given.families = families_with(given.kinds, (family for family in FAMILIES if family not in HELD_OUT))
     for family in given.families:
         possible = kinds_of(family)
         if not set(given.kinds) & set(possible):

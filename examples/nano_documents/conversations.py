@@ -5,7 +5,7 @@ has nothing for it. All replies are printed values, boxes, counts, or one of a f
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,15 @@ def kinds_of(family: str) -> tuple[str, ...]:
     """The kinds of conversation that a family's documents can have."""
     if family == "shapes":
         return ("count", "colour", "ground", "read_box", "two_turn", "two_images", "yes_no")
-    return ("transcribe", "question", "two_turn", "two_images", "ground", "read_box", "yes_no")
+    if family == "words":
+        return ("transcribe", "ground", "read_box", "yes_no")
+    about_all = ("fact",) if family in ("receipt", "table", "chart") else ()
+    return ("transcribe", "question", *about_all, "two_turn", "two_images", "ground", "read_box", "yes_no")
+
+
+def families_with(kinds: Sequence[str], families: Iterable[str]) -> tuple[str, ...]:
+    """Those of the families whose documents can have any of the kinds of conversation."""
+    return tuple(family for family in families if set(kinds) & set(kinds_of(family)))
 
 
 class Asker:
@@ -114,7 +122,6 @@ class Asker:
         messages = []
         for number, (text, reply) in enumerate(turns):
             places = [{"type": "image"} for _ in documents] if number == 0 else []
-            text = text.replace("the line ", "line ").replace("The line ", "Line ")
             messages.append({"role": "user", "content": [*places, {"type": "text", "text": text}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
         for message in messages:
@@ -146,13 +153,15 @@ def transcribe(asker: Asker) -> Conversation:
 
 
 def question(asker: Asker) -> Conversation:
-    """One field, or something about the page as a whole."""
-    facts = asker.document.facts
-    if facts and asker.draw.random() < 0.2:
-        fact = asker.draw.choice(facts)
-        return asker.conversation("question", [(asker.draw.choice(fact.asks), fact.answer)])
+    """One field."""
     field = asker.next(asker.named)
     return asker.conversation("question", [(asker.ask(field), field.value)])
+
+
+def fact(asker: Asker) -> Conversation:
+    """Something about the page as a whole: how many rows, which is the highest."""
+    fact = asker.draw.choice(asker.document.facts)
+    return asker.conversation("fact", [(asker.draw.choice(fact.asks), fact.answer)])
 
 
 def two_turn(asker: Asker) -> Conversation | None:
@@ -179,18 +188,15 @@ def two_images(asker: Asker) -> Conversation | None:
         (name, field, others[name])
         for field in one.fields
         for name in field.names
-        if name in others and None not in (field.amount, others[name].amount) and field.amount != others[name].amount
+        if name in others and field.kind in phrasings.MORE and field.amount != others[name].amount
     ]
     if comparable and draw.random() < 0.6:
         name, field, other = draw.choice(comparable)
-        wants_more = draw.random() < 0.5
-        place = 0 if wants_more else 1
-        asks = [text.format(more=phrasings.MORE[field.kind][place], name=name) for text in phrasings.COMPARE]
+        asks = [text.format(more=phrasings.MORE[field.kind], name=name) for text in phrasings.COMPARE]
         own = phrasings.COMPARE_OWN.get((one.family, field.key))
         if own and draw.random() < 0.5:
-            asks = own[place]
-        first = (field.amount > other.amount) == wants_more
-        answer = phrasings.compared(field.value, other.value, first)
+            asks = own
+        answer = phrasings.compared(field.value, other.value, first=field.amount > other.amount)
         return asker.conversation("two_images", [(draw.choice(asks), answer)], (one, two))
     number = draw.choice((1, 2))
     field = asker.next([field for field in (one, two)[number - 1].fields if field.names])
@@ -262,6 +268,7 @@ def _another_value(asker: Asker, field: Field) -> str:
 KINDS: dict[str, Callable[[Asker], Conversation | None]] = {
     "transcribe": transcribe,
     "question": question,
+    "fact": fact,
     "two_turn": two_turn,
     "two_images": two_images,
     "ground": ground,

@@ -22,11 +22,10 @@ KINDS = (
     "weight",
     "percent",
 )
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
 def words(sheet: Sheet) -> None:
-    """Lines are numbered from the top; a line's words are from left to right with clear gaps between them."""
+    """Lines from top to bottom; a line's words are from left to right with clear gaps between them."""
     page, draw = sheet.page, sheet.draw
     looks = [sample_look(draw) for _ in range(3)]
     height = max(look.line_height for look in looks)
@@ -34,10 +33,9 @@ def words(sheet: Sheet) -> None:
     choices = sheet.choose(lambda draw: _layout(draw, most))
     slots = sorted(draw.sample(range(most), len(choices["line"])))
     step = (page.size - 2 * MARGIN) / most
-    for number, (slot, count) in enumerate(zip(slots, choices["line"], strict=True)):
+    for slot, count in zip(slots, choices["line"], strict=True):
         top = MARGIN - 1 + slot * step + draw.uniform(0, step - height)
-        _line(sheet, number, count, top, choices["at"], looks)
-    _name_lines(sheet)
+        _line(sheet, count, top, choices["at"], looks)
 
 
 def _layout(draw: random.Random, most: int) -> dict:
@@ -48,7 +46,7 @@ def _layout(draw: random.Random, most: int) -> dict:
     }
 
 
-def _line(sheet: Sheet, number: int, count: int, top: float, at: str, looks: list) -> None:
+def _line(sheet: Sheet, count: int, top: float, at: str, looks: list) -> None:
     page, draw = sheet.page, sheet.draw
     look = draw.choice(looks)
     gap = max(5, look.size // 2)
@@ -72,20 +70,7 @@ def _line(sheet: Sheet, number: int, count: int, top: float, at: str, looks: lis
     line = Value(" ".join(value.text for value in values), values[0].kind if count == 1 else "line")
     box = (min(left, boxes[0][0]), min(b[1] for b in boxes), boxes[-1][2], max(b[3] for b in boxes))
     sheet.lines.append(line.text)
-    sheet.add("line", "", line, box, names=[f"line {number + 1}"])
+    sheet.add("line", "", line, box)
     if count > 1:
         for value, place in zip(values, boxes, strict=True):
             sheet.add("word", "", value, place)
-
-
-def _name_lines(sheet: Sheet) -> None:
-    """Give the lines their other names, now that it is known which is the last."""
-    lines = [place for place, field in enumerate(sheet.fields) if field.key == "line"]
-    fields, sheet.fields = sheet.fields, []
-    for place, field in enumerate(fields):
-        names = list(field.names)
-        if place in lines:
-            number = lines.index(place)
-            names += [f"{ORDINALS[number]} line"] if number < len(ORDINALS) else []
-            names += ["last line"] if number == len(lines) - 1 and number else []
-        sheet.add(field.key, "", Value(field.value, field.kind), field.box, names)

@@ -57,23 +57,14 @@ COMPARE = (
 )
 """For two pictures; the reply is `compared`."""
 
-MORE = {
-    "price": ("higher", "lower"),
-    "date": ("later", "earlier"),
-    "time": ("later", "earlier"),
-    "weight": ("larger", "smaller"),
-    "percent": ("higher", "lower"),
-    "number": ("higher", "lower"),
-}
-"""Kinds of values that can be compared -> words for more and for less."""
+MORE = {"price": "higher", "weight": "larger", "percent": "higher", "number": "higher"}
+"""Kinds of values that are compared -> the word for more. Less is not asked for, nor dates, printed in many ways."""
 
 COMPARE_OWN = {
-    ("receipt", "total"): (("Which receipt is dearer?", "Where was more paid?"), ("Which receipt is cheaper?",)),
-    ("receipt", "date"): (("Which receipt is newer?",), ("Which receipt is older?",)),
-    ("label", "weight"): (("Which parcel is heavier?",), ("Which parcel is lighter?",)),
-    ("label", "date"): (("Which parcel was sent later?",), ("Which parcel was sent first?",)),
+    ("receipt", "total"): ("Which receipt is dearer?", "Where was more paid?"),
+    ("label", "weight"): ("Which parcel is heavier?",),
 }
-"""(family, key) -> further questions for more, and for less."""
+"""(family, key) -> further questions for more."""
 
 IS_IT = ("Is the {name} {value}?", "Is {value} the {name}?", "Does the {picture} say {value} for the {name}?")
 IS_WRITTEN = ("Is {value} written here?", "Does the {picture} say {value}?", "Can you see {value} on the {picture}?")

@@ -1,12 +1,10 @@
 """What stands in each patch of a page, as symbols, and the features that stand for them.
 
-Vision and language are warmed up apart, and meet here: the vision side learns to say which letters and shapes a patch
-holds and to give the features of these symbols, and the language model learns to read pages of such features. Features
-also say of which place of the page they are, so that a line can be followed by its row.
+Vision and language are warmed up apart, and meet here: the vision side learns to say which letters a patch holds and
+to give the features of these symbols, and the language model learns to read pages of such features. Features also say
+of which place of the page they are, so that a line can be followed by its row.
 
-A patch holds up to `SLOTS` letters, by the quarter of its width in which their middles lie; the height of its line;
-and, of a coloured shape that covers its middle, the kind and colour, and in the shape's own middle patch where and how
-large it is.
+A patch holds up to `SLOTS` letters, by the quarter of its width in which their middles lie, and its line's height.
 """
 
 import math
@@ -15,36 +13,23 @@ import numpy as np
 import torch
 
 from examples.nano_documents.document import Document
-from examples.nano_documents.word_lists import COLOURS, SHAPES
 
 LETTERS = [chr(code) for code in range(33, 127)]
 SLOTS = 4
-PARTS = {
-    **{f"letter {slot}": 1 + len(LETTERS) for slot in range(SLOTS)},
-    "height": 1 + 4,
-    "shape": 1 + len(SHAPES),
-    "colour": 1 + len(COLOURS),
-    "across": 1 + 4,
-    "down": 1 + 4,
-    "radius": 1 + 8,
-}
+PARTS = {**{f"letter {slot}": 1 + len(LETTERS) for slot in range(SLOTS)}, "height": 1 + 4}
 """Part -> how many symbols it has; 0 is nothing."""
-WIDTHS = {**{f"letter {slot}": 36 for slot in range(SLOTS)}, "height": 6, "shape": 8, "colour": 8}
-WIDTHS |= {"across": 3, "down": 3, "radius": 4, "place": 16}
+WIDTHS = {**{f"letter {slot}": 40 for slot in range(SLOTS)}, "height": 8, "place": 24}
 """Part -> channels of the features that are its own; of places there are no symbols, but as many as queries."""
 SLOWEST, FASTEST = 0.25, 1.6  # radians from one place to the next
-LEAST_RADIUS, RADIUS_STEP = 8.0, 2.0  # pixels
 
 _NUMBER = {letter: number for number, letter in enumerate(LETTERS, start=1)}
-_SHAPE = {shape: number for number, shape in enumerate(SHAPES, start=1)}
-_COLOUR = {colour: number for number, colour in enumerate(COLOURS, start=1)}
 
 
 def page_symbols(document: Document, patch: int = 14) -> np.ndarray:
     """Symbols of a page's patches in reading order: (patches, parts), int64."""
     side = document.image.width // patch
     symbols = np.zeros((side, side, len(PARTS)), np.int64)
-    part = {name: number for number, name in enumerate(PARTS)}
+    height = list(PARTS).index("height")
     for letter, x, y in document.letters:
         row, column = min(max(int(y // patch), 0), side - 1), min(max(int(x // patch), 0), side - 1)
         slot = min(int((x / patch - column) * SLOTS), SLOTS - 1)
@@ -55,28 +40,8 @@ def page_symbols(document: Document, patch: int = 14) -> np.ndarray:
         elif taken[slot] and slot and not taken[slot - 1]:
             taken[slot - 1] = taken[slot]
         taken[slot] = _NUMBER[letter]
-        symbols[row, column, part["height"]] = 1 + _quarter(y / patch - row)
-    for field in document.fields:
-        if field.kind == "shape":
-            _add_shape(symbols, part, field, patch)
+        symbols[row, column, height] = 1 + _quarter(y / patch - row)
     return symbols.reshape(side * side, -1)
-
-
-def _add_shape(symbols: np.ndarray, part: dict[str, int], field, patch: int) -> None:
-    side = symbols.shape[0]
-    x1, y1, x2, y2 = field.box
-    x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    own = min(int(y // patch), side - 1), min(int(x // patch), side - 1)
-    for row in range(side):
-        for column in range(side):
-            across, down = (column + 0.5) * patch, (row + 0.5) * patch
-            if (row, column) == own or (x1 <= across <= x2 and y1 <= down <= y2):
-                symbols[row, column, part["shape"]] = _SHAPE[field.key]
-                symbols[row, column, part["colour"]] = _COLOUR[field.label]
-    symbols[*own, part["across"]] = 1 + _quarter(x / patch - own[1])
-    symbols[*own, part["down"]] = 1 + _quarter(y / patch - own[0])
-    level = int(((x2 - x1) / 2 - LEAST_RADIUS) // RADIUS_STEP)
-    symbols[*own, part["radius"]] = 1 + min(max(level, 0), 7)
 
 
 def _quarter(share: float) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from examples.nano_documents.conversations import KINDS, Conversation
+from examples.nano_documents.conversations import KINDS, Conversation, families_with
 from examples.nano_documents.families import FAMILIES
 from examples.nano_documents.write import Plan, conversations_of
 from examples.nano_training.start import MAX_NEW_TOKENS
@@ -127,7 +127,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="checkpoint folder, or run folder")
     parser.add_argument("--documents", type=int, default=700)
-    parser.add_argument("--families", type=_names, default=KNOWN_FAMILIES, help=", ".join(FAMILIES))
+    parser.add_argument("--families", type=_names, help=f"{', '.join(FAMILIES)}; by default those trained on")
     parser.add_argument("--kinds", type=_names, default=(*ONE_PAGE, *TWO_PAGES), help=", ".join(KINDS))
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, default=0)
@@ -138,7 +138,7 @@ def main():
     scored = evaluate(
         model,
         load_processor(str(given.model)),
-        families=given.families,
+        families=given.families or families_with(given.kinds, KNOWN_FAMILIES),
         kinds=given.kinds,
         documents=given.documents,
         split=given.split,

@@ -1,4 +1,4 @@
-"""Warm start of the vision side: to say which letters and shapes each patch holds, in the features of their symbols.
+"""Warm start of the vision side: to say which letters each patch holds, in the features of their symbols.
 
 It stands for the image-text pre-training of the real vision transformer. Pages come in both resolutions.
 """
@@ -19,7 +19,7 @@ from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, PATCH, WIDT
 from qwenvl import load_model
 from qwenvl.image_processor import normalize_pixels
 
-FAMILIES = ("words", "words", "form", "receipt", "table", "label", "chart", "shapes")
+FAMILIES = ("words", "words", "form", "receipt", "table", "label", "chart")
 BATCH = 16
 DENSE = 0.6  # of the pages
 LOW_EVERY = 8  # one batch in so many is of the lower resolution

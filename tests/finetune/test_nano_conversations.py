@@ -17,8 +17,6 @@ from examples.nano_documents.write import Plan, conversations_of, document_of
 from finetune.data.messages import COLUMNS, messages
 from qwenvl.grounding import parse_grounding
 
-WITH_TEXT = tuple(family for family in FAMILIES if family != "shapes")
-
 
 def asked(family, kinds, count, per_image=3, split="train"):
     """Conversations about `count` documents of a family, those documents' own."""
@@ -50,7 +48,7 @@ def test_conversations_are_in_the_format(family, kind):
 
 
 def test_of_each_kind_one_comes_before_a_second():
-    plan = Plan("train", ("receipt",), tuple(KINDS), 1, per_image=7)
+    plan = Plan("train", ("receipt",), tuple(KINDS), 1, per_image=8)
     for index in range(5):
         found = [conversation.kind for conversation in conversations_of(plan, index)]
         assert sorted(found) == sorted(kinds_of("receipt"))
@@ -87,11 +85,11 @@ def test_grounding_and_reading_of_boxes_name_a_field():
 
 
 def test_questions_are_answered_with_what_is_printed():
-    for family in WITH_TEXT:
+    for family in (family for family in FAMILIES if "question" in kinds_of(family)):
         for conversation in asked(family, ["question", "two_turn"], 15):
             text = "\n".join(conversation.documents[0].lines)
             for reply in said(conversation)[1::2]:
-                assert reply in text or re.fullmatch("[2-6]", reply), (said(conversation), text)
+                assert reply in text, (said(conversation), text)
 
 
 def test_yes_and_no_come_about_as_often_and_are_true():
@@ -135,26 +133,27 @@ def test_two_pictures_are_compared_rightly():
     compared = 0
     for conversation in asked("receipt", ["two_images"], 60, per_image=1):
         question, reply = said(conversation)
-        totals, dates = (
-            [
-                next(field.amount for field in document.fields if field.key == key)
-                for document in conversation.documents
+        dearer = phrasings.COMPARE_OWN["receipt", "total"]
+        if question in dearer or re.search("higher (total|sum)|(total|sum) higher", question):
+            totals = [
+                next(field for field in document.fields if field.key == "total") for document in conversation.documents
             ]
-            for key in ("total", "date")
-        )
-        dearer = phrasings.COMPARE_OWN["receipt", "total"][0]
-        amounts = (
-            totals if question in dearer or re.search("higher (total|sum)|(total|sum) higher", question) else None
-        )
-        if question == "Which receipt is newer?" or re.search("later date|date later", question):
-            amounts = dates
-        if amounts:
-            values, _, choice = reply.rpartition(": ")
-            assert choice == f"Picture {1 + amounts.index(max(amounts))}"
-            for value, document in zip(values.split(" and "), conversation.documents, strict=True):
-                assert value in {field.value for field in document.fields if field.key in ("total", "date")}
+            first = totals[0].amount > totals[1].amount
+            assert reply == f"{totals[0].value} and {totals[1].value}: Picture {1 if first else 2}"
             compared += 1
         elif ": Picture" not in reply:
             number = re.search("Picture ([12])", question)
             assert any(reply in line for line in conversation.documents[int(number[1]) - 1].lines)
     assert compared >= 8
+
+
+def test_facts_are_true_of_the_whole_page():
+    for conversation in asked("receipt", ["fact"], 30):
+        question, reply = said(conversation)
+        fields = conversation.documents[0].fields
+        prices = {field.label: field.amount for field in fields if field.key == "price"}
+        if question.startswith("How many"):
+            assert reply == str(len(prices))
+        else:
+            best = max if "dearest" in question or "most" in question else min
+            assert prices[reply] == best(prices.values()), question

@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the examples are not insta
 
 from examples.nano_documents.conversations import Conversation
 from examples.nano_documents.document import make_document
-from examples.nano_documents.word_lists import COLOURS, SHAPES
 from examples.nano_documents.write import Plan, conversations_of
 from examples.nano_training import ablation, warm_language, warm_vision
 from examples.nano_training.__main__ import DATA, RECIPES, STAGES, WORK
@@ -87,19 +86,6 @@ def test_letters_stand_where_their_ink_is():
         if letter not in ".,-:'":
             around = grey[int(y) - 6 : int(y) + 7, max(int(x) - 3, 0) : int(x) + 4]
             assert np.abs(around - paper).max() > 60, letter
-
-
-def test_shapes_are_symbols_of_the_patches_they_cover():
-    page = make_document("shapes", seed=5, split="train", index=1, difficulty=0.0)
-    symbols = page_symbols(page).reshape(10, 10, -1)
-    names = list(PARTS)
-    for field in page.fields:
-        x, y = (field.box[0] + field.box[2]) / 2, (field.box[1] + field.box[3]) / 2
-        patch = dict(zip(names, symbols[int(y // 14), int(x // 14)], strict=True))
-        assert SHAPES[patch["shape"] - 1] == field.key
-        assert list(COLOURS)[patch["colour"] - 1] == field.label
-        assert patch["across"] == 1 + int(x / 14 % 1 * 4)
-    assert (symbols[..., names.index("radius")] > 0).sum() == len(page.fields)
 
 
 def test_features_tell_every_symbol_of_every_part_apart():
