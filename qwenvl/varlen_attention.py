@@ -120,7 +120,7 @@ def _attend_in_halves(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     attended = []
     for begin, end in ((0, length // 2), (length // 2, length)):
         scores = query[:, :, begin:end] @ key[:, :, :end].transpose(-1, -2) * scaling
-        hidden = torch.full((end - begin, end), float("-inf"), dtype=scores.dtype).triu(begin + 1)
+        hidden = scores.new_full((end - begin, end), float("-inf")).triu(begin + 1)
         weights = nn.functional.softmax(scores + hidden, dim=-1)
         attended.append(weights @ value[:, :, :end])
     return torch.cat(attended, dim=2)

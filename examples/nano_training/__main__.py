@@ -19,7 +19,7 @@ from examples.nano_documents.write import Plan, write
 from examples.nano_training.checkpoint import at_resolution, publish
 from examples.nano_training.stage import run_stage
 from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, write_start
-from examples.nano_training.texts import ONE_PAGE, TRAINED, TWO_PAGES, WITH_FIELDS, conversation_texts
+from examples.nano_training.texts import ONE_PAGE, READ, TRAINED, TWO_PAGES, WITH_FIELDS, conversation_texts
 from examples.nano_training.vocabulary import train_vocabulary
 from examples.nano_training.warm_starts import warm_starts
 
@@ -28,10 +28,9 @@ RECIPES = Path("recipes/nano")
 STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_sft")
 VOCABULARY_DOCUMENTS = 4000
 
-TEXTS = ("words", "words", "form", "receipt", "table", "label", "chart")
 DATA = {
     # Image-text pairs: a page and its text.
-    "stage1": Plan("train", TEXTS, ("transcribe",), 6400, 1, LOW_IMAGE_SIZE, seed=3000),
+    "stage1": Plan("train", READ, ("transcribe",), 6400, 1, LOW_IMAGE_SIZE, seed=3000),
     "stage2": Plan("train", TRAINED, ONE_PAGE, 80_000, 6, IMAGE_SIZE, seed=4000, joined=0.95),
     "stage2-pairs": Plan("train", WITH_FIELDS, TWO_PAGES, 14_000, 4, IMAGE_SIZE, seed=4500, joined=0.95),
     "stage3": Plan("train", TRAINED, ONE_PAGE, 6000, 4, IMAGE_SIZE, seed=5000),

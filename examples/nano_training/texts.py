@@ -8,6 +8,8 @@ from examples.nano_documents.write import Plan, conversations_of
 
 KNOWN_FAMILIES = tuple(family for family in FAMILIES if family not in (*HELD_OUT, "shapes"))
 WITH_FIELDS = tuple(family for family in KNOWN_FAMILIES if family != "words")
+READ = ("words", *KNOWN_FAMILIES)
+"""Families as often as they are drawn for reading alone."""
 TRAINED = (*KNOWN_FAMILIES, "table", "chart")
 """Families as often as they are drawn in training: a value is found by its row and its column in two of them."""
 

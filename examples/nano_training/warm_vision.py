@@ -16,10 +16,10 @@ from examples.nano_training.optimizer import WarmStart, autocast, save_state
 from examples.nano_training.page_symbols import PARTS, WIDTHS, page_features, page_symbols, symbol_features
 from examples.nano_training.progress import Lines
 from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, PATCH, WIDTH, place_weights
+from examples.nano_training.texts import READ
 from qwenvl import load_model
 from qwenvl.image_processor import normalize_pixels
 
-FAMILIES = ("words", "words", "form", "receipt", "table", "label", "chart")
 BATCH = 16
 DENSE = 0.6  # of the pages
 LOW_EVERY = 8  # one batch in so many is of the lower resolution
@@ -141,7 +141,7 @@ def batch(seed: int, step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         if draw.random() < DENSE:
             page = dense_page(f"{1000 + seed}/{index}", size, hard)
         else:
-            family = FAMILIES[index % len(FAMILIES)]
+            family = READ[index % len(READ)]
             page = make_document(
                 family, seed=1000 + seed, split="train", index=index, image_size=size, difficulty=hard
             )

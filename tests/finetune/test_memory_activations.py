@@ -16,7 +16,7 @@ from finetune.recipe import load_recipe
 from finetune.switches import Switches
 from finetune.train import train
 from finetune.trainer import QwenVLTrainer
-from qwenvl import QwenVLConfig
+from qwenvl import QwenVLConfig, varlen_attention
 
 CLOSE = 0.01
 """What plan and reality may differ by; the aim was 0.03."""
@@ -58,6 +58,25 @@ def test_with_a_mask_of_the_whole_pack(attention):
     for checkpointing in ("none", "selective"):
         planned = step_of_shapes(shapes, THREE, checkpointing, "cpu")
         assert_close(planned, count_step(real, real_batch(THREE), checkpointing, "cpu"))
+
+
+def test_attention_spelled_out_on_a_cpu_is_planned(monkeypatch):
+    recipe = recipe_of("model.dtype=bfloat16")
+    shapes, real = model_of_shapes(recipe, tiny_config(), "cpu"), real_model(recipe)
+    for model in (shapes, real):
+        model.config._attn_implementation = "varlen"
+    on = []
+    in_halves = varlen_attention._attend_in_halves
+
+    def noting(query, *others, **settings):
+        on.append(query.device.type)
+        return in_halves(query, *others, **settings)
+
+    monkeypatch.setattr(varlen_attention, "_attend_in_halves", noting)
+    for checkpointing in ("none", "selective"):
+        planned = step_of_shapes(shapes, THREE, checkpointing, "cpu")
+        assert_close(planned, count_step(real, real_batch(THREE), checkpointing, "cpu"))
+    assert set(on) == {"meta", "cpu"}
 
 
 def test_images_encoded_before_take_less():
