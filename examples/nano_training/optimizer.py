@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from examples.nano_training.muon import Muon
+
 WARM_UP = 100  # steps
 LAST = 0.02  # of the learning rate, at the end
 OUTSIDE_MUON = ("wte", "lm_head", "conv1", "positional_embedding", "query", "head")
@@ -29,7 +31,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             (hidden if inside else rest).append(parameter)
         self.parts = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
         if hidden:
-            self.parts.append(torch.optim.Muon(hidden, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(hidden, lr=rate, weight_decay=0.02))
         super().__init__(self._groups(), {})
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -66,15 +68,6 @@ class WarmStart:
             group["lr"] = self.rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def autocast() -> torch.autocast:
-    """Matrix products in bfloat16, which a CPU that has it does four times as fast; weights stay float32.
-
-    Without autocast's cache: it keeps the bfloat16 copies of weights until the context ends, and a whole training
-    within one would go on with those of its first step.
-    """
-    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from examples.nano_training.optimizer import MuonAndAdamW, autocast
+from examples.nano_training.arithmetic import autocast
+from examples.nano_training.optimizer import MuonAndAdamW
 from finetune.recipe import load_recipe
 from finetune.train import train
 

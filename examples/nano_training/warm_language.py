@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from examples.nano_documents.write import Plan, conversations_of
-from examples.nano_training.optimizer import WarmStart, autocast, save_state
+from examples.nano_training.arithmetic import autocast
+from examples.nano_training.optimizer import WarmStart, save_state
 from examples.nano_training.page_symbols import page_features, page_symbols, symbol_features
 from examples.nano_training.progress import Lines
 from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, PATCH, WIDTH, place_weights

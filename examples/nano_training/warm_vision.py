@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from examples.nano_documents.document import make_document
+from examples.nano_training.arithmetic import autocast
 from examples.nano_training.dense_page import dense_page
-from examples.nano_training.optimizer import WarmStart, autocast, save_state
+from examples.nano_training.optimizer import WarmStart, save_state
 from examples.nano_training.page_symbols import PARTS, WIDTHS, page_features, page_symbols, symbol_features
 from examples.nano_training.progress import Lines
 from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, PATCH, WIDTH, place_weights
