@@ -23,7 +23,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", default="Write down all the text.")
     parser.add_argument("--model", default=str(EXAMPLES / "nano"), help="checkpoint, run or adapter folder, or hub id")
-    parser.add_argument("--image", default=str(EXAMPLES / "quickstart" / "images" / "receipt_001.png"))
+    parser.add_argument(
+        "--image", default=str(EXAMPLES / "quickstart" / "boarding" / "images" / "test" / "000084.png")
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     arguments = parser.parse_args()
 
