@@ -188,7 +188,8 @@ def two_images(asker: Asker) -> Conversation | None:
         (name, field, others[name])
         for field in one.fields
         for name in field.names
-        if name in others and field.kind in phrasings.MORE and field.amount != others[name].amount
+        if name in others and field.kind in phrasings.MORE
+        if field.kind == others[name].kind and field.amount != others[name].amount
     ]
     if comparable and draw.random() < 0.6:
         name, field, other = draw.choice(comparable)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from examples.nano_documents.document import Sheet
 from examples.nano_documents.families_boarding import boarding
+from examples.nano_documents.families_cards import card
 from examples.nano_documents.families_figures import chart, shapes
 from examples.nano_documents.families_forms import form, label
 from examples.nano_documents.families_tables import receipt, table
@@ -17,6 +18,7 @@ FAMILIES: dict[str, Callable[[Sheet], None]] = {
     "label": label,
     "chart": chart,
     "shapes": shapes,
+    "card": card,
     "boarding": boarding,
 }
 

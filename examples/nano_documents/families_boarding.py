@@ -1,7 +1,7 @@
 """Family `boarding`, held out: boarding passes.
 
-Values are of the kinds that the other families print. Labels, questions and layout are not in any of them: a dark band
-with light writing at the top, and two columns of labels that stand above their values.
+Values are of the kinds that the other families print. Its labels, its questions and its dark band with light writing
+are in none of them; labels stand above their values, in two columns, on cards too.
 """
 
 import random

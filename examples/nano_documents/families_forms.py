@@ -1,6 +1,6 @@
 """Families `form` and `label`: labelled fields in rows, and shipping labels.
 
-A label always stands on the line of its value; above its value it stands only in the held-out family.
+A label always stands on the line of its value; above its value it stands on cards and boarding passes.
 """
 
 import random

@@ -8,6 +8,7 @@ PICTURES = {
     "label": "label",
     "chart": "chart",
     "shapes": "picture",
+    "card": "card",
     "boarding": "boarding pass",
 }
 

@@ -63,6 +63,18 @@ ITEMS = _words(
 )
 ITEM_KINDS = _words("Big Red Hot Oat Dry New Raw Soft Mini Eco Dark Iced")
 
+# Of cards: what may stand above a value of any kind.
+LABELS = _words(
+    """
+    Owner Member Guest Pupil Doctor Author Editor Driver Judge Agent Buyer Seller Rank Level Class Grade Group Team
+    Zone Floor Block Shelf Track Lane Stop Line Route Area Field Depth Width Length Height Speed Power Force Load
+    Volume Dose Batch Model Type Series Serial Brand Colour Size Tax Rent Cost Price Value Bonus Fine Debt Prize
+    Limit Index Ratio Angle Phase Cycle Round Turn Begin End Opens Closes Valid Until Since Born Made Seen Checked
+    Signed Paid Sold Moved Home Base Port Camp Bridge Street House Hall Box Page Note Mark Key Pin Tag Plate Topic
+    Source Result Status Reason Method Order Lot Edition Keeper Maker Holder Chief Winner Coach Nurse
+    """
+)
+
 # Words that mean nothing: consonants and vowels by turns.
 ONSETS = _words(
     """

@@ -1,10 +1,10 @@
-"""Make the bundled nano checkpoint from nothing: vocabulary, warm starts, three stages, card and scores.
+"""Make the bundled nano checkpoint from nothing: vocabulary, warm starts, five stages, card and scores.
 
     python -m examples.nano_training --to runs/nano/checkpoint
 
 Run from the repository's root, in the environment that `make test` sets up. Every phase leaves its result under
-runs/nano, is skipped where that is there, and goes on where it was stopped. Two CPU cores take about two hours; the
-matrix products are in bfloat16, which CPUs without it do at a quarter of the speed.
+runs/nano, is skipped where that is there, and goes on where it was stopped. Two CPU cores that have bfloat16 take less
+than three hours; without it, matrix products are in float32, at less than half the speed.
 """
 
 import argparse
@@ -16,17 +16,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 from examples.nano_documents.write import Plan, write
-from examples.nano_training.checkpoint import at_resolution, publish
+from examples.nano_training.checkpoint import at_resolution, mix, publish
+from examples.nano_training.comparisons import write_comparisons
 from examples.nano_training.stage import run_stage
 from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, write_start
-from examples.nano_training.texts import ONE_PAGE, READ, TRAINED, TWO_PAGES, WITH_FIELDS, conversation_texts
+from examples.nano_training.texts import (
+    LAST,
+    LATE,
+    ONE_PAGE,
+    READ,
+    TRAINED,
+    TWO_PAGES,
+    WITH_FIELDS,
+    conversation_texts,
+)
 from examples.nano_training.vocabulary import train_vocabulary
 from examples.nano_training.warm_starts import warm_starts
 
 WORK = Path("runs/nano")
 RECIPES = Path("recipes/nano")
-STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_sft")
+STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_sft", "stage4_cards", "stage5_sft")
 VOCABULARY_DOCUMENTS = 4000
+COMPARISONS = 5500  # conversations
+BACK = 0.2
+"""Of the way from stage 4's weights to stage 3's: stage 5 begins there."""
 
 DATA = {
     # Image-text pairs: a page and its text.
@@ -35,6 +48,10 @@ DATA = {
     "stage2-pairs": Plan("train", WITH_FIELDS, TWO_PAGES, 14_000, 4, IMAGE_SIZE, seed=4500, joined=0.95),
     "stage3": Plan("train", TRAINED, ONE_PAGE, 6000, 4, IMAGE_SIZE, seed=5000),
     "stage3-pairs": Plan("train", WITH_FIELDS, TWO_PAGES, 2500, 4, IMAGE_SIZE, seed=5500, joined=0.5),
+    "stage4": Plan("train", LATE, ONE_PAGE, 23_000, 6, IMAGE_SIZE, seed=6000, joined=0.95),
+    "stage4-pairs": Plan("train", (*WITH_FIELDS, "card"), TWO_PAGES, 7500, 6, IMAGE_SIZE, seed=6500, joined=0.95),
+    "stage5": Plan("train", LAST, ONE_PAGE, 12_500, 6, IMAGE_SIZE, seed=7000, joined=0.95),
+    "stage5-pairs": Plan("train", (*WITH_FIELDS, "card"), TWO_PAGES, 2800, 6, IMAGE_SIZE, seed=7500, joined=0.95),
 }
 """What each stage is trained on; more documents than it sees, so that it sees none twice."""
 
@@ -59,11 +76,17 @@ def main() -> int:
     for name, plan in DATA.items():
         folder = WORK / "data" / name
         seconds.time(f"data of {name}", folder / "train", lambda: write(plan, folder, "parquet", workers=2))  # noqa: B023
+    compared = WORK / "data" / "stage4-comparisons.jsonl"
+    seconds.time("data of stage4-comparisons", compared, lambda: write_comparisons(COMPARISONS, compared, seed=6800))
     for recipe in STAGES:
         name = recipe.partition("_")[0]
-        done = WORK / f"{name}-at-{IMAGE_SIZE}"
+        if name == "stage5":
+            seconds.time(
+                "mixed", WORK / "mixed", lambda: mix(finished("stage3"), finished("stage4"), BACK, WORK / "mixed")
+            )
+        done = finished(name)
         seconds.time(name, done, lambda: make_stage(recipe, WORK / name / "model", done))  # noqa: B023
-    publish(WORK / f"stage3-at-{IMAGE_SIZE}", given.to, seconds.taken)
+    publish(done, given.to, seconds.taken)
     print(f"{given.to}: the checkpoint. Next: python -m examples.nano_training.scores {given.to}")
     return 0
 
@@ -87,6 +110,10 @@ class Phases:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.taken, indent=2) + "\n")
         print(f"{name}: {self.taken[name]:.0f} s", flush=True)
+
+
+def finished(stage: str) -> Path:
+    return WORK / f"{stage}-at-{IMAGE_SIZE}"
 
 
 def make_start(folder: Path, seed: int) -> None:

@@ -21,6 +21,17 @@ def put_together(start: Path, parts: Sequence[Path], image_size: int, to: Path) 
     _save(model, start, to)
 
 
+def mix(before: Path, after: Path, share: float, to: Path) -> None:
+    """Weights between those of two checkpoints, `share` of the way back from `after` to `before`.
+
+    What a training forgot comes back, and little of what it learned goes (arXiv 2109.01903).
+    """
+    model, earlier = (load_model(str(folder), dtype=torch.float32) for folder in (after, before))
+    state, former = model.state_dict(), earlier.state_dict()
+    model.load_state_dict({name: value.lerp(former[name], share) for name, value in state.items()})
+    _save(model, after, to)
+
+
 def at_resolution(folder: Path, image_size: int, to: Path) -> None:
     """The same weights for images of `image_size` pixels: positions are resized when an image is seen."""
     model = load_model(str(folder), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the nano's vocabulary is counted on: the conversations that it is trained on, without markup."""
+"""What the nano is trained on: families, kinds of conversation, and the texts that its vocabulary is counted on."""
 
 import re
 from collections.abc import Iterator
@@ -7,11 +7,17 @@ from examples.nano_documents.families import FAMILIES, HELD_OUT
 from examples.nano_documents.write import Plan, conversations_of
 
 KNOWN_FAMILIES = tuple(family for family in FAMILIES if family not in (*HELD_OUT, "shapes"))
-WITH_FIELDS = tuple(family for family in KNOWN_FAMILIES if family != "words")
-READ = ("words", *KNOWN_FAMILIES)
+EARLY = tuple(family for family in KNOWN_FAMILIES if family != "card")
+"""Families of the first three stages; of the vocabulary too."""
+WITH_FIELDS = tuple(family for family in EARLY if family != "words")
+READ = ("words", *EARLY)
 """Families as often as they are drawn for reading alone."""
-TRAINED = (*KNOWN_FAMILIES, "table", "chart")
+TRAINED = (*EARLY, "table", "chart")
 """Families as often as they are drawn in training: a value is found by its row and its column in two of them."""
+LATE = (*TRAINED, "card", "card", "card", "card")
+"""The same of stage 4, which is there for the cards."""
+LAST = (*TRAINED, "table", "chart", "card", "card", "card")
+"""The same of stage 5: more often where a value is found by its row and its column."""
 
 ONE_PAGE = ("transcribe", "question", "two_turn", "read_box")
 TWO_PAGES = ("two_images",)
@@ -27,7 +33,7 @@ _NUMBERS = re.compile(r"\(\d+,\d+\)")
 
 def conversation_texts(documents: int, seed: int = 0) -> Iterator[str]:
     """Texts of all turns about so many training documents; markup has tokens of its own, boxes are digits."""
-    plan = Plan("train", KNOWN_FAMILIES, (*ONE_PAGE, *TWO_PAGES), documents, per_image=3, seed=seed)
+    plan = Plan("train", EARLY, (*ONE_PAGE, *TWO_PAGES), documents, per_image=3, seed=seed)
     for index in range(documents):
         for conversation in conversations_of(plan, index):
             for message in conversation.messages:

@@ -17,16 +17,19 @@ from examples.nano_training.warm_vision import warm_vision
 VISION_STEPS, LANGUAGE_STEPS = 12_000, 6000
 
 
-def warm_starts(start: Path, vision: Path, language: Path, to: Path, seed: int) -> None:
+def warm_starts(start: Path, vision: Path, language: Path, to: Path, seed: int, share: int = 1) -> None:
     """Train both sides of `start`, each into its own file, and write them as one checkpoint to `to`.
+
+    Args:
+        share: one in so many steps.
 
     Raises:
         SystemExit: one of the two failed; it has said why.
     """
     spawning = multiprocessing.get_context("spawn")
     works = [
-        spawning.Process(target=_one_core, args=(warm_vision, start, vision, VISION_STEPS, seed)),
-        spawning.Process(target=_one_core, args=(warm_language, start, language, LANGUAGE_STEPS, seed)),
+        spawning.Process(target=_one_core, args=(warm_vision, start, vision, VISION_STEPS // share, seed)),
+        spawning.Process(target=_one_core, args=(warm_language, start, language, LANGUAGE_STEPS // share, seed)),
     ]
     for work in works:
         work.start()

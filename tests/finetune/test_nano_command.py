@@ -21,10 +21,11 @@ from examples.nano_training import __main__ as command, warm_starts
 if __name__ == "__main__":
     warm_starts.VISION_STEPS = warm_starts.LANGUAGE_STEPS = 3
     command.VOCABULARY_DOCUMENTS = 300
+    command.COMPARISONS = 8
     command.DATA = {name: replace(plan, count=8) for name, plan in command.DATA.items()}
     sys.exit(command.main())
 """
-STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_sft")
+STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_sft", "stage4_cards", "stage5_sft")
 
 
 def make(folder, to):
@@ -50,10 +51,10 @@ def test_it_makes_a_checkpoint_and_does_nothing_twice(tmp_path):
     assert all((checkpoint / name).is_file() for name in names)
     load_model(str(checkpoint)), load_processor(str(checkpoint))
     seconds = json.loads((checkpoint / "seconds.json").read_text())
-    assert {"start", "warm starts", "stage1", "stage2", "stage3"} <= set(seconds)
-    # What each stage trained, by its run: all of the parameters in the second, without the tower in the third.
+    assert {"start", "warm starts", "stage1", "stage2", "stage3", "stage4", "stage5"} <= set(seconds)
+    # What each stage trained, by its run: all parameters in the second, all but the tower in the third and the last.
     work = tmp_path / "runs" / "nano"
-    for stage, frozen in (("stage1", "language"), ("stage2", None), ("stage3", "vision")):
+    for stage, frozen in (("stage1", "language"), ("stage2", None), ("stage3", "vision"), ("stage5", "vision")):
         parameters = json.loads((work / stage / "run.json").read_text())["parameters"]
         assert {name for name, count in parameters.items() if not count["trained"]} >= ({frozen} if frozen else set())
         assert frozen is not None or all(count["trained"] == count["total"] for count in parameters.values())

@@ -22,6 +22,7 @@ from examples.nano_documents.families import FAMILIES, HELD_OUT
 from examples.nano_documents.lettering import Look
 from examples.nano_documents.page import MARGIN, Page, turned
 from examples.nano_documents.values import CLOSED_KINDS, MONEY, SPLITS, DoesNotFit, Values, print_money, split_of
+from examples.nano_documents.values import KINDS as VALUE_KINDS
 from examples.nano_documents.write import Plan, conversations_of, document_of
 from finetune.data.checking import check_samples
 from finetune.data.samples import Samples
@@ -54,6 +55,7 @@ def test_a_document_is_made_again_from_its_name(family):
             "hour = 18h54 / day = Sep 1, 2022 / place = Evia / item = Dry Yogurt / shop = Willow Store / desk = S32",
         ),
         ("table", "Who Hour / Dora Riba 04:51 / I. Wolfen 12:30"),
+        ("card", "LICLI 09:31 / THEAST 760 7666 / Plun TREATRECLIN / Shawox ROYAL PIZZA"),
         (
             "boarding",
             "BRIGINO AIR / PASSENGER / R. GUPTLEY / FLIGHT BAGS / M1U9 23.2 LB"
@@ -109,6 +111,19 @@ def test_the_held_out_family_has_labels_and_questions_of_its_own(of_all_splits):
     assert not labels[True] & labels[False]
     assert not questions[True] & questions[False]
     assert kinds[True] <= kinds[False]
+
+
+def test_labels_of_cards_are_words_of_any_kind_and_stand_above_or_before_their_values():
+    made = documents("card", 60, difficulty=0)
+    kinds_of_label, above = {}, 0
+    for document in made:
+        assert {field.kind for field in document.fields} <= {*VALUE_KINDS}
+        for field in document.fields:
+            kinds_of_label.setdefault(field.label.casefold(), set()).add(field.kind)
+            line = next(line for line in document.lines if field.label in line)
+            above += field.value not in line
+    assert max(map(len, kinds_of_label.values())) > 1  # a label does not tell what kind its value is
+    assert 0.4 < above / sum(len(document.fields) for document in made) < 0.95
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,6 @@
 """The making of the nano checkpoint: its vocabulary, the symbols of pages, its first weights, the warm starts."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the examples are not insta
 
 from examples.nano_documents.conversations import Conversation
 from examples.nano_documents.document import make_document
+from examples.nano_documents.families import HELD_OUT
 from examples.nano_documents.write import Plan, conversations_of
 from examples.nano_training import ablation, warm_language, warm_vision
 from examples.nano_training.__main__ import DATA, RECIPES, STAGES, WORK
 from examples.nano_training.arithmetic import MATRIX_DTYPE, autocast
-from examples.nano_training.checkpoint import at_resolution, publish, put_together
+from examples.nano_training.checkpoint import at_resolution, mix, publish, put_together
 from examples.nano_training.dense_page import dense_page
 from examples.nano_training.page_symbols import (
     LETTERS,
@@ -35,7 +37,7 @@ from examples.nano_training.start import (
     place_weights,
     write_start,
 )
-from examples.nano_training.texts import conversation_texts
+from examples.nano_training.texts import KNOWN_FAMILIES, LATE, conversation_texts
 from examples.nano_training.vocabulary import train_vocabulary
 from finetune.recipe import load_recipe
 from qwenvl import QwenVLForConditionalGeneration, load_model, load_processor
@@ -226,6 +228,21 @@ def test_parts_are_put_together_resized_and_published(start, tmp_path):
         assert torch.equal(value.float(), state[name].to(torch.bfloat16).float()), name
 
 
+def test_weights_are_mixed_part_of_the_way_back(start, tmp_path):
+    model = load_model(str(start), dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    model.save_pretrained(tmp_path / "after")
+    for name in ("qwen.tiktoken", "tokenizer_config.json"):
+        shutil.copy(start / name, tmp_path / "after" / name)
+    mix(start, tmp_path / "after", 0.25, tmp_path / "mixed")
+    mixed = load_model(str(tmp_path / "mixed"), dtype=torch.float32)
+    for name, parameter in mixed.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] + 0.75)
+
+
 def test_replies_are_scored_by_kind():
     plan = Plan("test", ("form",), ("transcribe", "question", "ground"), 1, per_image=3)
     made = {one.kind: one for one in conversations_of(plan, 0)}
@@ -264,13 +281,22 @@ def test_a_row_of_the_ablation_has_means_by_kind():
 def test_stages_train_on_what_is_made_for_them_and_follow_each_other():
     recipes = [load_recipe(RECIPES / f"{name}.yaml") for name in STAGES]
     assert {source.path for recipe in recipes for source in recipe.data.train} == {
-        str(WORK / "data" / name / "train") for name in DATA
+        *(str(WORK / "data" / name / "train") for name in DATA),
+        str(WORK / "data" / "stage4-comparisons.jsonl"),
     }
-    before = [WORK / "warm", WORK / "stage1-at-140", WORK / "stage2-at-140"]
+    before = [WORK / "warm", *(WORK / f"stage{number}-at-140" for number in (1, 2, 3)), WORK / "mixed"]
     assert [Path(recipe.model.path) for recipe in recipes] == before
-    assert [Path(recipe.output) for recipe in recipes] == [WORK / name for name in ("stage1", "stage2", "stage3")]
+    assert [Path(recipe.output) for recipe in recipes] == [WORK / f"stage{number}" for number in range(1, 6)]
     trained = [[part for part in ("vision", "resampler", "language") if not getattr(r.freeze, part)] for r in recipes]
-    assert trained == [["vision", "resampler"], ["vision", "resampler", "language"], ["resampler", "language"]]
+    everything, sft = ["vision", "resampler", "language"], ["resampler", "language"]
+    assert trained == [["vision", "resampler"], everything, sft, everything, sft]
+
+
+def test_cards_come_last_and_leave_what_the_first_stages_are_made_of_as_it_was():
+    assert "card" in LATE and "card" in KNOWN_FAMILIES
+    early = [plan for name, plan in DATA.items() if not name.startswith(("stage4", "stage5"))]
+    assert not any("card" in plan.families for plan in early)
+    assert not {family for plan in DATA.values() for family in plan.families} & set(HELD_OUT)
 
 
 def test_a_page_is_asked_about_in_one_conversation():

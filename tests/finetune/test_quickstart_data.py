@@ -18,7 +18,7 @@ from finetune.data.checking import check_samples
 from finetune.data.samples import Samples
 
 QUICKSTART = ROOT / "examples" / "quickstart"
-ROWS = {"boarding/train": 400, "boarding/test": 100, "known/train": 120, "known/test": 100}
+ROWS = {"boarding/train": 400, "boarding/test": 100, "known/train": 200, "known/test": 100}
 
 
 def rows(name):
