@@ -21,17 +21,17 @@ from benchmark_model import SIZES
 from huggingface_hub import constants
 from PIL import Image
 
-from finetune.absent_tower import let_tower_go
 from finetune.adapters import put_lora
 from finetune.batch_images import image_arguments
 from finetune.collate import Collator
 from finetune.data.samples import Samples
-from finetune.image_store import ImageRequest
 from finetune.quantities import format_bytes
-from finetune.recipe_sections import Adapter, Data, Freeze, Source
-from finetune.run_images import RunImages
-from finetune.vision_cache import VisionCache
-from finetune.vision_encoding import encode_images
+from finetune.recipe.sections import Adapter, Data, Freeze, Source
+from finetune.vision_cache.absent_tower import let_tower_go
+from finetune.vision_cache.cache import VisionCache
+from finetune.vision_cache.encoding import encode_images
+from finetune.vision_cache.image_request import ImageRequest
+from finetune.vision_cache.run_images import RunImages
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, load_processor
 from qwenvl.chat import IGNORED
 

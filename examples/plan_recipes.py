@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 from transformers import GenerationConfig
 
-from finetune.auto_budget import auto_budget
 from finetune.data.checking import Checked
-from finetune.memory import MemoryPlan, plan_memory, worst_workload
-from finetune.memory_cards import CARDS, CONTEXT
-from finetune.memory_weights import settle_embeddings
-from finetune.packing_budget import packing_budget
+from finetune.memory.auto_budget import auto_budget
+from finetune.memory.cards import CARDS, CONTEXT
+from finetune.memory.packing_budget import packing_budget
+from finetune.memory.plan import MemoryPlan, plan_memory
+from finetune.memory.switches import Switches, choose_switches
+from finetune.memory.weights import settle_embeddings
+from finetune.memory.workload import worst_workload
 from finetune.recipe import Recipe, RecipeError, load_recipe
-from finetune.switches import Switches, choose_switches
 from qwenvl import QwenVLConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -9,8 +9,8 @@ import torch
 from finetune.batch_images import image_columns
 from finetune.data.checking import Rules
 from finetune.data.shortening import Fitted, OnLong
-from finetune.image_store import ImageRequest, read_pixels
-from finetune.vision_cache import VisionCache
+from finetune.vision_cache.cache import VisionCache
+from finetune.vision_cache.image_request import ImageRequest, read_pixels
 from qwenvl import QwenVLImageProcessor, QwenVLTokenizer
 from qwenvl.chat import IGNORED, LabelRule
 

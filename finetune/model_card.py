@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from finetune.atomic_writes import write_text
-from finetune.logged_scores import is_score
+from finetune.evaluation.logged_scores import is_score
 from finetune.quantities import format_loss
 from finetune.run import RunFolder
 

@@ -30,12 +30,12 @@ from finetune.data.sample import BadRow, DataError
 from finetune.data.samples import Samples
 from finetune.data.summary import count_rows, describe_data, lines_left_out
 from finetune.errors import UserError
+from finetune.evaluation.tasks import CONVERSATIONS
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
-from finetune.recipe_yaml import write_yaml
+from finetune.recipe.source_names import source_names
+from finetune.recipe.yaml_file import write_yaml
 from finetune.run import RunFolder, check_disk_space, compare_runs
-from finetune.source_names import source_names
-from finetune.tasks import CONVERSATIONS
 from qwenvl import QwenVLProcessor
 from qwenvl.loading import find_source
 

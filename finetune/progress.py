@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.checkpoints import checkpoint_path
-from finetune.logged_scores import is_score, parts_of_scores
+from finetune.evaluation.logged_scores import is_score, parts_of_scores
 from finetune.quantities import (
     format_bytes,
     format_count,

@@ -12,12 +12,14 @@ from transformers import GenerationConfig
 from finetune.data.checking import Checked
 from finetune.different_rows import different_rows
 from finetune.errors import UserError
-from finetune.free_memory import CGROUP, device_type, free_device_memory
-from finetune.memory import USABLE, MemoryPlan, Workload, plan_memory, worst_workload
-from finetune.memory_fitting import what_does_not_fit
-from finetune.memory_weights import settle_embeddings
+from finetune.memory.cards import USABLE
+from finetune.memory.fitting import what_does_not_fit
+from finetune.memory.free_memory import CGROUP, device_type, free_device_memory
+from finetune.memory.plan import MemoryPlan, plan_memory
+from finetune.memory.switches import Switches, choose_switches
+from finetune.memory.weights import settle_embeddings
+from finetune.memory.workload import Workload, worst_workload
 from finetune.recipe import Recipe
-from finetune.switches import Switches, choose_switches
 from qwenvl import QwenVLConfig
 
 SWITCHES = "switches"

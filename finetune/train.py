@@ -25,25 +25,25 @@ from finetune.data.reading import read_checked
 from finetune.data.samples import Samples
 from finetune.data.summary import count_rows, describe_data, lines_left_out
 from finetune.errors import Interrupted, UserError
+from finetune.evaluation.predictions import write_predictions
+from finetune.evaluation.task_evaluation import TaskEvaluation, score_line
 from finetune.interrupts import StopOnSignal
+from finetune.memory.out_of_memory import NoteBudgets
+from finetune.memory.packing_budget import choose_budget
 from finetune.metrics_log import WriteMetrics
 from finetune.model_choices import choose_dtype, is_random, own_device, quantization_arguments
-from finetune.out_of_memory import NoteBudgets
-from finetune.packing_budget import choose_budget
 from finetune.phases import Phases
-from finetune.predictions import write_predictions
 from finetune.prefetch import loader_settings
 from finetune.process_group import parting_at_the_end
 from finetune.progress import Progress, drop_own_printers, summary
 from finetune.recipe import Recipe
-from finetune.report import write_report
+from finetune.report.report import write_report
 from finetune.run import RunFolder, check_disk_space, compare_runs, describe_environment
 from finetune.run_plan import SWITCHES, plan_run, settled
 from finetune.sft_config import sft_config
 from finetune.shown_rows import shown_samples
-from finetune.task_evaluation import TaskEvaluation, score_line
 from finetune.trainer import QwenVLTrainer
-from finetune.vision_phase import cache_images
+from finetune.vision_cache.phase import cache_images
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, load_model
 from qwenvl.fingerprint import weights_fingerprint, write_base
 from qwenvl.kernels import use_kernels

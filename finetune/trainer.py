@@ -27,11 +27,11 @@ from finetune.batch_images import image_arguments
 from finetune.checkpoints import checkpoint_path, prune, writing
 from finetune.collate import Collator
 from finetune.errors import Failed
+from finetune.evaluation.task_evaluation import TaskEvaluation, TaskScore
 from finetune.gradient_exchange import average_gradients
-from finetune.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt
+from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt
 from finetune.packing import split_batch
 from finetune.run import RunFolder
-from finetune.task_evaluation import TaskEvaluation, TaskScore
 from finetune.throughput import Throughput
 from qwenvl.chat import IGNORED
 

@@ -17,10 +17,10 @@ from examples.nano_documents.families import FAMILIES
 from examples.nano_documents.write import Plan, conversations_of
 from examples.nano_training.start import MAX_NEW_TOKENS
 from examples.nano_training.texts import KNOWN_FAMILIES, ONE_PAGE, TWO_PAGES
+from finetune.evaluation.predictions import split_last_reply
+from finetune.evaluation.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
 from finetune.metrics.answers import anls, edit_distance, exact_match
 from finetune.metrics.boxes import grounding_accuracy
-from finetune.predictions import split_last_reply
-from finetune.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
 from qwenvl import ImageAccess, load_model, load_processor
 from qwenvl.chat import render_chat
 

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace):
     if to.exists() and not to.is_dir():
         raise UserError(f"--to: {to} is a file; give a folder")
     # Only now, with a recipe known to be right, is anything heavy imported.
-    from finetune.bench import Bench, bench
+    from finetune.bench.bench import Bench, bench
 
     bench(
         Bench(

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(arguments: argparse.Namespace):
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     # Only now, with a recipe known to be right, is anything heavy imported.
-    from finetune.check import check
+    from finetune.check.check import check
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Where the terminal cannot write a character of the data, it is spelled out.

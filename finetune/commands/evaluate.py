@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace):
     refuse_what_does_not_go_together(arguments)
     task, recipe = task_of(arguments)
     # Only now, with arguments known to be right, is anything heavy imported.
-    from finetune.evaluate import Evaluation, EvaluationSource, evaluate
+    from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 
     if recipe is None:
         own = {"limit": None, "columns": columns_of(arguments), "prompt": arguments.prompt}
@@ -131,9 +131,9 @@ def task_of(arguments: argparse.Namespace):
     """
     from dataclasses import replace
 
-    from finetune import recipe_task
+    from finetune.evaluation.tasks import custom_task, find_task
     from finetune.recipe import load_recipe
-    from finetune.tasks import custom_task, find_task
+    from finetune.recipe import task as recipe_task
 
     recipe = None
     if arguments.recipe is not None:

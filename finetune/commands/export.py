@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune.commands.merge import read_size
 from finetune.errors import UserError
-from finetune.export_folder import FORMATS, default_folder, refuse_existing
+from finetune.export.folder import FORMATS, default_folder, refuse_existing
 
 SUMMARY = "write a checkpoint in another form: safetensors, 4 bits, or for servers that know Qwen2"
 WHEN_STOPPED = "nothing was written under the folder's name"
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace):
     # Only now, with a place to write to, is anything heavy imported.
     from transformers.utils import logging
 
-    from finetune.export import export
+    from finetune.export.export import export
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from finetune.adapter_config import find_adapter
+from finetune.merge.adapter_config import find_adapter
 
 SUMMARY = "put the adapter of a run into its base: one checkpoint, checked, for any program"
 WHEN_STOPPED = "nothing was written under the folder's name"
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace):
     # Only now, with something there to merge, is anything heavy imported.
     from transformers.utils import logging
 
-    from finetune.merge import merge
+    from finetune.merge.merge import merge
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from finetune.questions import Questions
-from finetune.tasks import find_task
+from finetune.evaluation.questions import Questions
+from finetune.evaluation.tasks import find_task
 
 TEN = ["4"] * 6 + ["5", "five", "a 5", "6"]
 CONVERSATION = {

@@ -5,8 +5,8 @@ import torch
 from adapters_for_tests import KINDS, TINY, edit_config, make_adapter
 from safetensors.torch import load_file, save_file
 
-from finetune.adapter_weights import read_adapter
 from finetune.errors import UserError
+from finetune.merge.adapter_weights import read_adapter
 from qwenvl.checkpoint_files import locate_tensors
 
 BASE = locate_tensors(TINY)

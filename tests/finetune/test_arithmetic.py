@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.adapters import put_lora, train_in_full
-from finetune.arithmetic import Forward, Trained, causal_pairs, decoder_weights, image_flops, training_flops
+from finetune.bench.arithmetic import Forward, Trained, causal_pairs, decoder_weights, image_flops, training_flops
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 
 LORA = {

@@ -9,14 +9,14 @@ import torch
 from recipes_for_tests import ROOT, TINY, finetune, write_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.arithmetic import Trained, image_flops
-from finetune.bench import Bench, bench, make_ways
-from finetune.bench_flops import useful_flops
-from finetune.bench_run import run_row
-from finetune.bench_subject import Subject, find_subject
-from finetune.bench_table import NOT_MEASURED, Row
-from finetune.bench_workload import Lengths
-from finetune.card_speed import Peak
+from finetune.bench.arithmetic import Trained, image_flops
+from finetune.bench.bench import Bench, bench, make_ways
+from finetune.bench.card_speed import Peak
+from finetune.bench.flops import useful_flops
+from finetune.bench.run import run_row
+from finetune.bench.subject import Subject, find_subject
+from finetune.bench.table import NOT_MEASURED, Row
+from finetune.bench.workload import Lengths
 from finetune.cli import main
 from finetune.recipe import load_recipe
 from finetune.trainer import QwenVLTrainer
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_a_row_and_the_rest_is_measured(tmp_path, monkeypat
 
 
 def test_on_a_machine_without_the_memory_nothing_is_tried(tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.bench_run.free_device_memory", lambda: 10_000_000)
+    monkeypatch.setattr("finetune.bench.run.free_device_memory", lambda: 10_000_000)
     row = one_row(tmp_path)
     assert row.note.startswith("not tried: it needs") and row.plan > 10_000_000 and not row.seconds
 

@@ -8,10 +8,10 @@ from recipes_for_tests import LORA
 from transformers import TrainerCallback
 
 from finetune.adapters import put_lora
-from finetune.arithmetic import Trained
-from finetune.bench_flops import packs_of, published_flops, useful_flops
-from finetune.bench_published import PUBLISHED_ARGUMENTS, PublishedTrainer, published_recipe
-from finetune.bench_workload import BenchCollator, Lengths, PaddedCollator
+from finetune.bench.arithmetic import Trained
+from finetune.bench.flops import packs_of, published_flops, useful_flops
+from finetune.bench.published import PUBLISHED_ARGUMENTS, PublishedTrainer, published_recipe
+from finetune.bench.workload import BenchCollator, Lengths, PaddedCollator
 from finetune.recipe import parse_recipe
 from finetune.run import RunFolder
 from finetune.sft_config import sft_config

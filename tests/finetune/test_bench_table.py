@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from finetune.bench_table import COLUMNS, Row, as_json, cells, in_words, markdown, speed_up, terminal_table
+from finetune.bench.table import COLUMNS, Row, as_json, cells, in_words, markdown, speed_up, terminal_table
 
 OURS = Row(
     "qlora",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.bench_workload import BenchCollator, Lengths, PaddedCollator, draw_lengths
+from finetune.bench.workload import BenchCollator, Lengths, PaddedCollator, draw_lengths
 from finetune.errors import UserError
 from finetune.packing import split_batch
 from qwenvl import QwenVLConfig

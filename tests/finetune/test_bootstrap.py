@@ -5,7 +5,7 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from finetune.bootstrap import difference_interval, score_interval
+from finetune.evaluation.bootstrap import difference_interval, score_interval
 
 
 def mean(values: np.ndarray, groups: np.ndarray | None) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.card_speed import data_sheet, find_peak
+from finetune.bench.card_speed import data_sheet, find_peak
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from finetune.charts import HEIGHT, WIDTH, Series, line_chart, make_axis, smooth, spike_limit
+from finetune.report.charts import HEIGHT, WIDTH, Series, line_chart, make_axis, smooth, spike_limit
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from recipes_for_tests import IMAGES, finetune, write_recipe
 from rich.console import Console
 
 from finetune.base_model import build_without_weights, find_base, make_trainable
-from finetune.check import check
+from finetune.check.check import check
 from finetune.components import count_parameters
 from finetune.errors import UserError
 from finetune.recipe import load_recipe

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.checkpointing import LEAST_FIRST, checkpoint_blocks
-from finetune.memory_activations import batch_of_shapes
+from finetune.memory.activations import batch_of_shapes
 from finetune.recipe import RecipeError, load_recipe
 from finetune.train import train
 from qwenvl.language import Block

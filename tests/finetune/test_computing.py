@@ -7,7 +7,7 @@ from recipes_for_tests import TINY
 from finetune import computing
 from finetune.computing import Computing, choose_computing
 from finetune.errors import UserError
-from finetune.recipe_sections import Model
+from finetune.recipe.sections import Model
 
 
 def model(**keys) -> Model:

@@ -5,8 +5,8 @@ from formats_for_tests import ASSISTANT, USER, asked, conversations, one
 
 from finetune.data.formats import COLUMNS, PLACEHOLDERS, PROMPTS, RowFormat
 from finetune.data.sample import BadField, DataError
-from finetune.recipe_sections import PLACEHOLDERS as RECIPE_PLACEHOLDERS
-from finetune.recipe_sections import ROLES
+from finetune.recipe.sections import PLACEHOLDERS as RECIPE_PLACEHOLDERS
+from finetune.recipe.sections import ROLES
 from qwenvl.chat import render_chat
 
 # --- messages --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from PIL import Image
 from finetune.data.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
-from finetune.recipe_sections import Source
+from finetune.recipe.sections import Source
 from qwenvl.chat import render_chat
 
 PAGE = (Path(__file__).parents[2] / "finetune" / "data" / "README.md").read_text()

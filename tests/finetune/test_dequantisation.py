@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.adapters import put_lora
 from finetune.checkpointing import checkpoint_blocks
-from finetune.recipe_sections import Adapter, Freeze
+from finetune.recipe.sections import Adapter, Freeze
 from qwenvl import load_model
 from qwenvl.loss import IGNORED, supervised_loss
 from qwenvl.quantization import is_quantized

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from recipes_for_tests import write_recipe
 
+from finetune.check.epoch_estimate import estimate_epoch
+from finetune.check.histogram import bars, histogram_chart, make_histogram
 from finetune.data.checking import Checked
-from finetune.epoch_estimate import estimate_epoch
-from finetune.histogram import bars, histogram_chart, make_histogram
+from finetune.memory.packing_budget import packing_budget
 from finetune.packing import pack
-from finetune.packing_budget import packing_budget
 from finetune.recipe import load_recipe
 
 

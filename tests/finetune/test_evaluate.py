@@ -7,13 +7,13 @@ import pytest
 import torch
 from recipes_for_tests import IMAGES, ROOT, TINY, finetune
 
-from finetune import evaluate as road
 from finetune.data.sample import DataError
 from finetune.errors import UserError
-from finetune.evaluate import Evaluation, EvaluationSource, evaluate
+from finetune.evaluation import evaluate as road
+from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
+from finetune.evaluation.replies import generate_replies
+from finetune.evaluation.tasks import custom_task, find_task
 from finetune.metrics import anls
-from finetune.replies import generate_replies
-from finetune.tasks import custom_task, find_task
 from qwenvl import QwenVLForConditionalGeneration, load_image
 from qwenvl.images import ImageError
 

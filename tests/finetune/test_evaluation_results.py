@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import pytest
 
 from finetune.errors import UserError
-from finetune.evaluation_results import (
+from finetune.evaluation.results import (
     PredictionFile,
     compare_scored,
     score_records,
     submission,
     summary,
 )
-from finetune.tasks import custom_task, find_task
+from finetune.evaluation.tasks import custom_task, find_task
 
 IDENTITY = {"model": {"base": "abc", "adapter": None}, "settings": {"style": "chat", "shots": 0}}
 

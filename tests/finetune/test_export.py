@@ -11,11 +11,11 @@ import torch
 from recipes_for_tests import TINY, finetune
 from safetensors.torch import load_file
 
-from finetune import exported_tensors
 from finetune.direct_file import DirectFile
 from finetune.errors import Failed, UserError
-from finetune.export import export
-from finetune.export_folder import default_folder
+from finetune.export import tensors as exported_tensors
+from finetune.export.export import export
+from finetune.export.folder import default_folder
 from finetune.tensor_files import Planned, write_tensors
 from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.checkpoint_files import stored_tensors

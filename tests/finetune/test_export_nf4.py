@@ -8,10 +8,10 @@ import torch
 from recipes_for_tests import TINY, write_recipe
 from safetensors.torch import load_file, save_file
 
-from finetune import export_nf4 as module
 from finetune.cli import main
 from finetune.errors import Failed, UserError
-from finetune.export_nf4 import export_nf4, stored_bytes
+from finetune.export import nf4 as module
+from finetune.export.nf4 import export_nf4, stored_bytes
 from finetune.recipe import load_recipe
 from finetune.run import NotEnoughDiskSpace
 from finetune.train import train

@@ -10,9 +10,9 @@ from recipes_for_tests import IMAGES, TINY
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from finetune.export import export
-from finetune.export_qwen2 import limits, plan_language, qwen2_config
-from finetune.qwen2_prompt_embeddings import PromptEncoder, for_server, main
+from finetune.export.export import export
+from finetune.export.qwen2 import limits, plan_language, qwen2_config
+from finetune.export.qwen2_prompt_embeddings import PromptEncoder, for_server, main
 from qwenvl import QwenVLConfig, load_model, load_processor
 from qwenvl.checkpoint_files import locate_tensors
 

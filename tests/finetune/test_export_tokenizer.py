@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from finetune.qwen2_tokenizer import fast_tokenizer, merged_pairs, write_tokenizer
+from finetune.export.qwen2_tokenizer import fast_tokenizer, merged_pairs, write_tokenizer
 from qwenvl.vocabulary import CONTROL_TOKENS, IM_END, Vocabulary
 
 # Runs of code points of many scripts and kinds; others come from the whole of Unicode. Left out are the combining

@@ -2,7 +2,7 @@
 
 import psutil
 
-from finetune.free_memory import free_host_memory
+from finetune.memory.free_memory import free_host_memory
 
 GB = 1_000_000_000
 

@@ -3,7 +3,7 @@ import gc
 import pytest
 import torch
 
-from finetune.live_bytes import META, OWN, LiveBytes
+from finetune.memory.live_bytes import META, OWN, LiveBytes
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
 

@@ -4,8 +4,8 @@ from typing import get_args
 
 import pytest
 
-from finetune.logged_scores import is_score, parts_of_scores
-from finetune.recipe_sections import MetricName
+from finetune.evaluation.logged_scores import is_score, parts_of_scores
+from finetune.recipe.sections import MetricName
 
 
 def test_what_counts_as_a_score():

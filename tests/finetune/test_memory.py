@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from plans_for_tests import ALL_IN_4_BITS, KINDS, ONE, THREE, recipe_of, tiny_config
 
-from finetune.memory import CARDS, MemoryPlan, Phase, Workload, plan_memory, worst_workload
-from finetune.memory_cards import describe_cards
+from finetune.memory.cards import CARDS, describe_cards
+from finetune.memory.plan import MemoryPlan, Phase, plan_memory
+from finetune.memory.switches import Switches
+from finetune.memory.workload import Workload, worst_workload
 from finetune.packing import pack
-from finetune.switches import Switches
 from qwenvl import QwenVLConfig
 
 GB = 1_000_000_000

@@ -8,12 +8,13 @@ import torch
 from plans_for_tests import KINDS, ONE, THREE, real_batch, real_model, recipe_of, tiny_config
 from recipes_for_tests import write_recipe
 
-from finetune.live_bytes import LiveBytes
-from finetune.memory import Workload, plan_memory
-from finetune.memory_activations import batch_of_shapes, count_step, sequence_lengths, step_of_shapes
-from finetune.memory_weights import model_of_shapes
+from finetune.memory.activations import batch_of_shapes, count_step, sequence_lengths, step_of_shapes
+from finetune.memory.live_bytes import LiveBytes
+from finetune.memory.plan import plan_memory
+from finetune.memory.switches import Switches
+from finetune.memory.weights import model_of_shapes
+from finetune.memory.workload import Workload
 from finetune.recipe import load_recipe
-from finetune.switches import Switches
 from finetune.train import train
 from finetune.trainer import QwenVLTrainer
 from qwenvl import QwenVLConfig, varlen_attention

@@ -1,10 +1,11 @@
 import pytest
 from plans_for_tests import recipe_of
 
-from finetune.memory import Workload, plan_memory, worst_workload
-from finetune.memory_fitting import STEP, largest_budget, remedies, what_does_not_fit
+from finetune.memory.fitting import STEP, largest_budget, remedies, what_does_not_fit
+from finetune.memory.plan import plan_memory
+from finetune.memory.switches import Switches, choose_switches
+from finetune.memory.workload import Workload, worst_workload
 from finetune.recipe import parse_recipe
-from finetune.switches import Switches, choose_switches
 from qwenvl import QwenVLConfig
 
 GB = 1_000_000_000

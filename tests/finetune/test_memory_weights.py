@@ -4,8 +4,8 @@ from plans_for_tests import KINDS, real_model, recipe_of, tiny_config
 from transformers import GenerationConfig, Trainer
 from trl import SFTConfig
 
-from finetune.memory_optimizer import optimizer_states
-from finetune.memory_weights import model_of_shapes, settle_embeddings, weight_bytes
+from finetune.memory.optimizer import optimizer_states
+from finetune.memory.weights import model_of_shapes, settle_embeddings, weight_bytes
 from qwenvl import QwenVLConfig
 from qwenvl.host_embedding import HostEmbedding
 from qwenvl.quantization import is_quantized

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.utils import logging
 
 from finetune.errors import UserError
-from finetune.merge import merge
+from finetune.merge.merge import merge
 from finetune.recipe import load_recipe
 from finetune.train import train
 from qwenvl import load_model, load_processor
@@ -296,8 +296,8 @@ def test_dtypes_of_a_mixed_base_are_kept(tmp_path):
 
 def test_large_tensors_are_computed_in_pieces(tmp_path, monkeypatch):
     expected = trained(tmp_path / "adapter", **KINDS["embedding lora"])
-    monkeypatch.setattr("finetune.merged_tensors.PIECE_VALUES", 10_000)
-    monkeypatch.setattr("finetune.merged_tensors.COPIED_BYTES", 10_000)
+    monkeypatch.setattr("finetune.merge.tensors.PIECE_VALUES", 10_000)
+    monkeypatch.setattr("finetune.merge.tensors.COPIED_BYTES", 10_000)
     monkeypatch.setattr("finetune.tensor_files.PIECE_BYTES", 3_000)
     quietly(tmp_path / "adapter", tmp_path / "to")
     merged = weights_of(tmp_path / "to")

@@ -9,10 +9,9 @@ from adapters_for_tests import TINY, base_in, make_adapter
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from finetune.adapter_weights import read_adapter
 from finetune.errors import Failed, UserError
-from finetune.merge import merge, plan_tensors
-from finetune.merge_check import (
+from finetune.merge.adapter_weights import read_adapter
+from finetune.merge.check import (
     answer,
     answer_in_fresh_process,
     check_rounding,
@@ -20,7 +19,8 @@ from finetune.merge_check import (
     main,
     sample_prompt,
 )
-from finetune.merge_sources import find_sources
+from finetune.merge.merge import merge, plan_tensors
+from finetune.merge.sources import find_sources
 from qwenvl import load_model
 from qwenvl.checkpoint_files import locate_tensors
 from qwenvl.fingerprint import weights_fingerprint, write_base
@@ -43,7 +43,7 @@ def in_this_process(monkeypatch):
         prompt = sample_prompt(folder, visual=True)
         return prompt["input_ids"], answer(load_model(folder), prompt)
 
-    monkeypatch.setattr("finetune.merge_check.answer_in_fresh_process", ask)
+    monkeypatch.setattr("finetune.merge.check.answer_in_fresh_process", ask)
 
 
 def test_the_program_of_the_fresh_process_answers_as_this_one(tmp_path, tiny_model, monkeypatch):
@@ -97,7 +97,7 @@ def test_one_wrong_value_in_a_written_tensor_is_found(tmp_path, name):
 
 def test_a_disk_that_gives_back_something_else_is_noticed_and_nothing_is_kept(tmp_path, monkeypatch, in_this_process):
     make_adapter(tmp_path / "adapter")
-    monkeypatch.setattr("finetune.merge_check.file_hash", lambda path: "0" * 64)
+    monkeypatch.setattr("finetune.merge.check.file_hash", lambda path: "0" * 64)
     with pytest.raises(Failed, match=r"model\.safetensors reads back as something else"):
         merged(tmp_path / "adapter", tmp_path / "to")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -106,7 +106,7 @@ def test_a_disk_that_gives_back_something_else_is_noticed_and_nothing_is_kept(tm
 def test_a_merge_that_computes_something_else_is_noticed_and_nothing_is_kept(tmp_path, monkeypatch, in_this_process):
     make_adapter(tmp_path / "adapter")
     # As a wrong scale would: the weights are then what was computed, but not the trained model's.
-    monkeypatch.setattr("finetune.adapter_weights._Reading._rank_and_alpha", lambda self, module: (4, 8.01))
+    monkeypatch.setattr("finetune.merge.adapter_weights._Reading._rank_and_alpha", lambda self, module: (4, 8.01))
     with pytest.raises(Failed, match="does not answer as base and adapter do"):
         merged(tmp_path / "adapter", tmp_path / "to")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -12,8 +12,8 @@ import pytest
 from adapters_for_tests import make_adapter
 
 from finetune.errors import Failed, Interrupted
-from finetune.merge import merge
-from finetune.merged_folder import MERGE_FILE
+from finetune.merge.folder import MERGE_FILE
+from finetune.merge.merge import merge
 
 OPERATIONS = ("write", "fsync", "rename", "replace", "mkdir")
 SETTINGS = {"check": False, "shard_bytes": 3e6}
@@ -99,7 +99,7 @@ def test_a_stopped_merge_leaves_nothing(adapter, tmp_path, stop):
 
 KILLED = """\
 import os, signal, sys
-from finetune.merge import merge
+from finetune.merge.merge import merge
 
 writes = 0
 write = os.write

@@ -13,8 +13,8 @@ from safetensors import safe_open
 sys.path.insert(0, str(ROOT))  # the examples are not installed
 
 from finetune.cli import main
+from finetune.evaluation.predictions import split_last_reply
 from finetune.metrics.answers import anls
-from finetune.predictions import split_last_reply
 from qwenvl import load_model, load_processor
 
 NANO = ROOT / "examples" / "nano"

@@ -11,7 +11,7 @@ from recipes_for_tests import write_recipe
 from safetensors.torch import load_file
 
 from finetune.errors import Failed, Interrupted
-from finetune.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt, is_out_of_memory
+from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt, is_out_of_memory
 from finetune.recipe import load_recipe
 from finetune.train import train
 

@@ -18,10 +18,10 @@ from finetune.data.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.errors import Interrupted, UserError
+from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.prepare import prepare
 from finetune.recipe import Recipe, load_recipe
 from finetune.run import NotEnoughDiskSpace, RunFolder
-from finetune.task_evaluation import TaskEvaluation
 from finetune.train import train
 from qwenvl import QwenVLProcessor
 from qwenvl.chat import render_chat

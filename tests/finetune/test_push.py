@@ -5,10 +5,10 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 
-from finetune import push as push_module
 from finetune.errors import Failed, UserError
-from finetune.export import export
-from finetune.push import push, refuse_push
+from finetune.export import push as push_module
+from finetune.export.export import export
+from finetune.export.push import push, refuse_push
 
 
 class FakeApi:

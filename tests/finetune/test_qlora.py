@@ -15,7 +15,7 @@ from finetune.adapters import put_lora
 from finetune.components import count_parameters
 from finetune.errors import UserError
 from finetune.recipe import load_recipe
-from finetune.recipe_sections import Adapter, Freeze
+from finetune.recipe.sections import Adapter, Freeze
 from finetune.train import train
 from qwenvl import load_model
 from qwenvl.fingerprint import trained_parts

@@ -4,9 +4,9 @@ import pytest
 from questions_for_tests import ROWS, source, write
 
 from finetune.errors import UserError
-from finetune.question_sample import QuestionSample, fair_shares
-from finetune.questions import Questions
-from finetune.tasks import find_task
+from finetune.evaluation.question_sample import QuestionSample, fair_shares
+from finetune.evaluation.questions import Questions
+from finetune.evaluation.tasks import find_task
 
 
 @pytest.fixture

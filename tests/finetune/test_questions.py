@@ -9,8 +9,8 @@ from questions_for_tests import CONVERSATION, ROWS, TEN, ask, source, write
 
 from finetune.data.sample import DataError
 from finetune.errors import UserError
-from finetune.questions import Questions
-from finetune.tasks import TASKS, custom_task, find_task
+from finetune.evaluation.questions import Questions
+from finetune.evaluation.tasks import TASKS, custom_task, find_task
 from qwenvl.images import ImageAccess, load_image
 
 

@@ -7,8 +7,8 @@ from questions_for_tests import CONVERSATION, ROWS, ask, source, write
 
 from finetune.data.sample import DataError
 from finetune.errors import UserError
-from finetune.questions import Questions
-from finetune.tasks import TASKS, custom_task, find_task
+from finetune.evaluation.questions import Questions
+from finetune.evaluation.tasks import TASKS, custom_task, find_task
 from qwenvl.chat import render_chat
 
 N_QUERIES = 3

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.random_model import make_random_model
+from finetune.bench.random_model import make_random_model
 from qwenvl import QwenVLConfig, load_model
 from qwenvl.host_embedding import HostEmbedding
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from recipes_for_tests import IMAGES, TINY, write_recipe
 
-from finetune.evaluate import Evaluation, EvaluationSource, evaluate
+from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
+from finetune.evaluation.tasks import custom_task
 from finetune.recipe import load_recipe
-from finetune.tasks import custom_task
 from finetune.train import train
 
 

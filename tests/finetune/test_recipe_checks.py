@@ -3,7 +3,7 @@
 import pytest
 
 from finetune.recipe import RecipeError, parse_recipe
-from finetune.recipe_sections import PLACEHOLDERS, ROLES
+from finetune.recipe.sections import PLACEHOLDERS, ROLES
 
 TEXT = """\
 model: {path: m}

@@ -6,8 +6,9 @@ from importlib.metadata import version
 
 from trl import SFTConfig
 
-from finetune import recipe_fields, recipe_schema
-from finetune.recipe_train import DECIDING, FIELDS, LIMITS, OWNED, Train
+from finetune.recipe import Recipe, schema, schema_file
+from finetune.recipe import fields as recipe_fields
+from finetune.recipe.train_section import DECIDING, FIELDS, LIMITS, OWNED, Train
 
 
 def test_train_fields_are_those_of_the_installed_trl():
@@ -16,7 +17,7 @@ def test_train_fields_are_those_of_the_installed_trl():
     made_with = {name: stored[name] for name in here}
     assert set(DECIDING) <= {field.name for field in dataclasses.fields(SFTConfig)}
     if here == made_with:  # other versions have other fields and sentences besides
-        assert recipe_fields.FILE.read_text() == recipe_fields.written(), "run python -m finetune.recipe_fields"
+        assert recipe_fields.FILE.read_text() == recipe_fields.written(), "run python -m finetune.recipe.fields"
 
 
 def test_every_field_is_taken_or_owned():
@@ -34,16 +35,14 @@ def test_defaults_are_of_their_own_type():
 
 
 def test_every_key_has_a_sentence():
-    from finetune.recipe import Recipe
-
-    schema = recipe_schema.schema_of(Recipe)
-    for section in (schema, *schema["$defs"].values()):
+    whole = schema.schema_of(Recipe)
+    for section in (whole, *whole["$defs"].values()):
         for key, about in section["properties"].items():
             # A sentence that is the section's own too is not repeated.
-            assert about.get("description") or recipe_schema.resolve(about, schema)["description"], key
+            assert about.get("description") or schema.resolve(about, whole)["description"], key
 
 
 def test_the_schema_is_current():
-    assert recipe_schema.FILE.read_text(encoding="utf-8") == recipe_schema.written(), (
-        "run python -m finetune.recipe_schema"
+    assert schema_file.FILE.read_text(encoding="utf-8") == schema_file.written(), (
+        "run python -m finetune.recipe.schema_file"
     )

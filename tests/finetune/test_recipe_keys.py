@@ -6,11 +6,11 @@ import string
 import pytest
 
 from finetune.recipe import Recipe, RecipeError, parse_recipe
-from finetune.recipe_problems import dotted, edit_distance, nearest
-from finetune.recipe_schema import alternatives, keys_at, part, schema_of
-from finetune.recipe_train import OWNED
-from finetune.recipe_validation import ELSEWHERE
-from finetune.recipe_yaml import write_yaml
+from finetune.recipe.problems import dotted, edit_distance, nearest
+from finetune.recipe.schema import alternatives, keys_at, part, schema_of
+from finetune.recipe.train_section import OWNED
+from finetune.recipe.validation import ELSEWHERE
+from finetune.recipe.yaml_file import write_yaml
 
 SCHEMA = schema_of(Recipe)
 SECTIONS = [

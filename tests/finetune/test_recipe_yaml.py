@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.recipe import RecipeError, load_recipe, parse_recipe
-from finetune.recipe_yaml import MAX_BYTES, MAX_VALUES, read_yaml, write_yaml
+from finetune.recipe.yaml_file import MAX_BYTES, MAX_VALUES, read_yaml, write_yaml
 
 
 def value_of(text):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from finetune.recipe import load_recipe
-from finetune.recipe_schema import FILE
+from finetune.recipe.schema_file import FILE
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -7,8 +7,17 @@ import torch
 from recipes_for_tests import IMAGES
 
 from finetune.errors import Failed
-from finetune.image_store import ENCODED_TOGETHER, ImageRequest, ImageStore, image_key
-from finetune.replies import Decoding, Plan, Prompt, _stop_place, generate_replies, plan_replies, stop_ids_of
+from finetune.evaluation.replies import (
+    Decoding,
+    Plan,
+    Prompt,
+    _stop_place,
+    generate_replies,
+    plan_replies,
+    stop_ids_of,
+)
+from finetune.vision_cache.image_request import ImageRequest, image_key
+from finetune.vision_cache.image_store import ENCODED_TOGETHER, ImageStore
 from qwenvl import ImageAccess
 from qwenvl.chat import render_chat, render_prompt
 from qwenvl.images import ImageError

@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from finetune.report import read_curves, write_report
-from finetune.report_images import THUMBNAIL
-from finetune.report_predictions import MAX_ROWS, compare, pair_rows
+from finetune.report.images import THUMBNAIL
+from finetune.report.predictions import MAX_ROWS, compare, pair_rows
+from finetune.report.report import read_curves, write_report
 from qwenvl.drawing import PALETTE
 
 VOID = {"meta", "br", "img", "hr", "link", "input"}

@@ -6,7 +6,7 @@ import math
 import pytest
 from test_report import report
 
-from finetune.report_phases import phases_table
+from finetune.report.phases import phases_table
 
 
 def test_phases_have_a_place_of_their_own(tmp_path):

@@ -6,8 +6,8 @@ import re
 import pytest
 from PIL import Image
 
-from finetune.report import write_report
-from finetune.report_images import SMALL, jpeg_settings
+from finetune.report.images import SMALL, jpeg_settings
+from finetune.report.report import write_report
 
 
 def reply(when, prediction, score=None, *, row=1, target="$ 45.50", metric="anls", **more):

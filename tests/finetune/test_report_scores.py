@@ -6,9 +6,10 @@ from typing import get_args
 
 import pytest
 
-from finetune import charts, report_page
-from finetune.charts import Colour
-from finetune.report import write_report
+from finetune.report import charts
+from finetune.report import page as report_page
+from finetune.report.charts import Colour
+from finetune.report.report import write_report
 
 SCORE = {
     "metric": "anls",

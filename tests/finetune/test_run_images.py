@@ -7,10 +7,10 @@ import pytest
 from recipes_for_tests import IMAGES, write_recipe
 
 from finetune.data.reading import read_checked, rules_of
+from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.recipe import load_recipe
-from finetune.run_images import RunImages, find_images, images_of_run
-from finetune.task_evaluation import TaskEvaluation
-from finetune.vision_cache import ImageHandles
+from finetune.vision_cache.cache import ImageHandles
+from finetune.vision_cache.run_images import RunImages, find_images, images_of_run
 
 HANDLES = ImageHandles("", "")
 
@@ -53,7 +53,7 @@ def test_each_once_in_the_order_of_the_data(tmp_path, tiny_processor):
 
 
 def test_a_share_of_them(tmp_path, tiny_processor, monkeypatch):
-    monkeypatch.setattr("finetune.run_images.CHUNK", 1)
+    monkeypatch.setattr("finetune.vision_cache.run_images.CHUNK", 1)
     file = write_recipe(tmp_path)
     write_rows(tmp_path / "train.jsonl", [3], [1], [0], [3], [2])
     assert found(file, tiny_processor, share=(0, 2)) == names(3, 0, 2)

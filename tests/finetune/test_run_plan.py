@@ -8,11 +8,11 @@ from recipes_for_tests import write_recipe
 from rich.console import Console
 
 from finetune import run_plan
-from finetune.check_findings import look_before_training
-from finetune.check_page import check_page
-from finetune.check_terminal import print_findings
+from finetune.check.findings import look_before_training
+from finetune.check.page import check_page
+from finetune.check.terminal import print_findings
 from finetune.errors import UserError
-from finetune.memory import Workload
+from finetune.memory.workload import Workload
 from finetune.recipe import load_recipe
 from finetune.run_plan import host_memory, is_sharded
 from finetune.train import train

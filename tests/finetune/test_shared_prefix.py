@@ -4,7 +4,7 @@ import pytest
 import torch
 from recipes_for_tests import IMAGES
 
-from finetune.shared_prefix import PrefixedBatch, cut_prefixes, generate_from_prefixes
+from finetune.evaluation.shared_prefix import PrefixedBatch, cut_prefixes, generate_from_prefixes
 from qwenvl.chat import render_chat, render_prompt
 
 NEW = 6

@@ -1,8 +1,9 @@
 import pytest
 from plans_for_tests import recipe_of
 
-from finetune.memory import Workload, plan_memory
-from finetune.switches import PAGED, Switches, choose_switches, given_checkpointing
+from finetune.memory.plan import plan_memory
+from finetune.memory.switches import PAGED, Switches, choose_switches, given_checkpointing
+from finetune.memory.workload import Workload
 from qwenvl import QwenVLConfig
 
 GB = 1_000_000_000

@@ -9,9 +9,9 @@ import torch
 from recipes_for_tests import IMAGES, finetune, write_recipe
 from safetensors.torch import load_file
 
-from finetune import task_evaluation
 from finetune.best_checkpoint import evaluations_since_best
 from finetune.errors import Interrupted, UserError
+from finetune.evaluation import task_evaluation
 from finetune.interrupts import StopOnSignal
 from finetune.metrics import anls
 from finetune.recipe import load_recipe

@@ -8,9 +8,9 @@ import pytest
 from recipes_for_tests import IMAGES, ROOT, TINY, write_recipe
 
 from finetune.errors import UserError
-from finetune.evaluate import Evaluation, EvaluationSource, evaluate
+from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
+from finetune.evaluation.tasks import custom_task
 from finetune.recipe import load_recipe
-from finetune.tasks import custom_task
 from finetune.train import train
 
 NEW = 4

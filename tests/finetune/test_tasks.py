@@ -11,8 +11,8 @@ from finetune.data import caption, grounding
 from finetune.data.formats import COLUMNS
 from finetune.data.sample import Origin
 from finetune.errors import UserError
-from finetune.question import Question
-from finetune.tasks import CONVERSATIONS, TASKS, Scores, check_prompt, custom_task, find_task
+from finetune.evaluation.question import Question
+from finetune.evaluation.tasks import CONVERSATIONS, TASKS, Scores, check_prompt, custom_task, find_task
 from qwenvl import ImageAccess
 
 
@@ -66,7 +66,8 @@ def test_an_unknown_task_is_told_with_the_nearest_names(name, meant):
 
 
 def test_names_are_known_without_the_heavy_libraries():
-    code = "import sys, finetune.tasks; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    heavy = ("torch", "transformers", "datasets")
+    code = f"import sys, finetune.evaluation.tasks; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

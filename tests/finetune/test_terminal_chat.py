@@ -10,14 +10,14 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from recipes_for_tests import IMAGES, TINY
 
-from finetune import chat as chat_module
-from finetune.chat import _Terminal, chat_style, open_conversation
-from finetune.conversation import _Stream
-from finetune.conversation_rows import append_row
+from finetune.chat import chat as chat_module
+from finetune.chat.chat import _Terminal, chat_style, open_conversation
+from finetune.chat.conversation import _Stream
+from finetune.chat.conversation_rows import append_row
+from finetune.chat.terminal_text import terminal_text
 from finetune.data.samples import Samples
 from finetune.errors import UserError
-from finetune.recipe_sections import Source
-from finetune.terminal_text import terminal_text
+from finetune.recipe.sections import Source
 from qwenvl import ImageError, load_model, load_processor
 from qwenvl.chat import render_chat, render_prompt
 

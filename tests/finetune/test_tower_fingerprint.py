@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.tower_fingerprint import tower_fingerprint
+from finetune.vision_cache.tower_fingerprint import tower_fingerprint
 from qwenvl import QwenVLForConditionalGeneration, load_model
 
 CPU = torch.device("cpu")

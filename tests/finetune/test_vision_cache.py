@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune import vision_cache
 from finetune.errors import UserError
-from finetune.image_store import ImageRequest, ImageStore, read_pixels
-from finetune.vision_cache import ImageHandles, VisionCache, content_key, preprocessing_of, settle
-from finetune.vision_cache_store import FEATURES, FeatureStore, Record
+from finetune.vision_cache import cache as vision_cache
+from finetune.vision_cache.cache import ImageHandles, VisionCache, content_key, preprocessing_of, settle
+from finetune.vision_cache.image_request import ImageRequest, read_pixels
+from finetune.vision_cache.image_store import ImageStore
+from finetune.vision_cache.store import FEATURES, FeatureStore, Record
 from qwenvl import ImageAccess, QwenVLImageProcessor
 
 ANYWHERE = ImageAccess()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.vision_cache_store import FEATURES, JOURNAL, Damaged, FeatureStore, Record
+from finetune.vision_cache.store import FEATURES, JOURNAL, Damaged, FeatureStore, Record
 
 RECORD = Record((2, 3), torch.float32)
 

@@ -11,15 +11,15 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-from finetune import vision_encoding
-from finetune.absent_tower import let_tower_go
 from finetune.errors import UserError
-from finetune.image_store import ImageRequest, read_pixels
-from finetune.recipe_sections import Data
-from finetune.run_images import RunImages
-from finetune.vision_cache import cache_folder
-from finetune.vision_cache_store import FEATURES, JOURNAL
-from finetune.vision_encoding import encode_images
+from finetune.recipe.sections import Data
+from finetune.vision_cache import encoding as vision_encoding
+from finetune.vision_cache.absent_tower import let_tower_go
+from finetune.vision_cache.cache import cache_folder
+from finetune.vision_cache.encoding import encode_images
+from finetune.vision_cache.image_request import ImageRequest, read_pixels
+from finetune.vision_cache.run_images import RunImages
+from finetune.vision_cache.store import FEATURES, JOURNAL
 from qwenvl import ImageAccess, QwenVLForConditionalGeneration, QwenVLImageProcessor
 
 SIZE = 112

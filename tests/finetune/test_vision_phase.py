@@ -18,20 +18,20 @@ from test_task_evaluation import recipe as task_recipe
 from test_trainer import make_trainer, samples, step  # noqa: F401 (fixtures)
 
 from finetune import train as train_module
-from finetune.absent_tower import AbsentTower, let_tower_go
-from finetune.check import check
+from finetune.check.check import check
 from finetune.errors import Failed, UserError
-from finetune.image_store import ImageRequest
+from finetune.evaluation.replies import without_adapter
 from finetune.prepare import prepare
 from finetune.recipe import RecipeError, load_recipe
-from finetune.recipe_sections import Data
-from finetune.replies import without_adapter
-from finetune.run_images import RunImages
+from finetune.recipe.sections import Data
 from finetune.train import train
-from finetune.vision_cache import cache_folder
-from finetune.vision_cache_store import FEATURES
-from finetune.vision_encoding import encode_images
-from finetune.vision_phase import cache_images
+from finetune.vision_cache.absent_tower import AbsentTower, let_tower_go
+from finetune.vision_cache.cache import cache_folder
+from finetune.vision_cache.encoding import encode_images
+from finetune.vision_cache.image_request import ImageRequest
+from finetune.vision_cache.phase import cache_images
+from finetune.vision_cache.run_images import RunImages
+from finetune.vision_cache.store import FEATURES
 from qwenvl import QwenVLProcessor, load_model
 
 RECORD_BYTES = 256 * 256 * 4

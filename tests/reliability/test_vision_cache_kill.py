@@ -15,7 +15,7 @@ from test_resume import start, wait_for
 
 from finetune.recipe import load_recipe
 from finetune.train import train
-from finetune.vision_cache_store import FEATURES, JOURNAL
+from finetune.vision_cache.store import FEATURES, JOURNAL
 
 IMAGES = 72
 RECORD_BYTES = 256 * 256 * 4

@@ -1,0 +1,1 @@
+"""`finetune bench`: memory and time of a recipe on this device."""

@@ -1,0 +1,86 @@
+"""Operations of the bench's optimizer steps: what the samples need, and what is done for them."""
+
+from collections.abc import Sequence
+
+from finetune.bench.arithmetic import Forward, Trained, causal_pairs, training_flops
+from finetune.bench.workload import Lengths
+from finetune.packing import pack
+from qwenvl import QwenVLConfig
+
+
+def packs_of(lengths: Sequence[Lengths], budget: int | None, batch: int) -> list[list[Lengths]]:
+    """The samples of each forward, as the trainer packs them batch by batch.
+
+    Args:
+        budget: tokens of one forward (`packing.pack`).
+        batch: samples of one batch.
+    """
+    packs = []
+    for start in range(0, len(lengths), batch):
+        members = lengths[start : start + batch]
+        packs += [[members[index] for index in one] for one in pack([sample.tokens for sample in members], budget)]
+    return packs
+
+
+def useful_flops(config: QwenVLConfig, trained: Trained, lengths: Sequence[Lengths], *, encodes: bool = True) -> int:
+    """On real tokens, forward and backward once: attention to what is before a token, logits where one is trained.
+
+    Args:
+        encodes: whether the vision tower sees the images; with a vision cache it does not.
+    """
+    return training_flops(config, trained, _causal(lengths, encodes))
+
+
+def executed_flops(
+    config: QwenVLConfig,
+    trained: Trained,
+    packs: Sequence[Sequence[Lengths]],
+    *,
+    attention: str,
+    checkpointing: str,
+    encodes: bool = True,
+) -> int:
+    """With what the settings do beside: masked attention, and what is computed again.
+
+    Args:
+        packs: the samples of each forward.
+        attention, checkpointing: see `switches.Switches`.
+    """
+    executed = 0
+    for members in packs:
+        forward = _causal(members, encodes)
+        # A mask is applied to pairs that were computed; only a causal kernel leaves them out, of one sequence or, with
+        # varlen, of several.
+        if attention == "eager" or (attention == "sdpa" and len(members) > 1):
+            forward = Forward(forward.tokens, forward.tokens**2, forward.scored, forward.images)
+        executed += training_flops(
+            config,
+            trained,
+            forward,
+            checkpointing=checkpointing != "none",
+            keeps_attention=checkpointing == "selective",
+            fused_attention=attention != "eager",
+        )
+    return executed
+
+
+def published_flops(
+    config: QwenVLConfig, trained: Trained, packs: Sequence[Sequence[Lengths]], *, padded_to: int
+) -> int:
+    """Of the published settings: every position padded, attended to and given logits, layers computed again."""
+    executed = 0
+    for members in packs:
+        images = sum(sample.images for sample in members)
+        forward = Forward(tokens=padded_to, pairs=padded_to**2, scored=padded_to, images=images)
+        executed += training_flops(config, trained, forward, checkpointing=True)
+    return executed
+
+
+def _causal(lengths: Sequence[Lengths], encodes: bool) -> Forward:
+    tokens = [sample.tokens for sample in lengths]
+    return Forward(
+        tokens=sum(tokens),
+        pairs=causal_pairs(tokens),
+        scored=sum(sample.supervised for sample in lengths),
+        images=sum(sample.images for sample in lengths) if encodes else 0,
+    )

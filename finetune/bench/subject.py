@@ -1,0 +1,136 @@
+"""What the bench measures: a recipe's model by its sizes alone, as LoRA or Q-LoRA, without a weight being read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from finetune.adapters import trains_embeddings
+from finetune.base_model import make_trainable
+from finetune.bench.random_model import make_random_model
+from finetune.errors import UserError
+from finetune.memory.free_memory import device_type
+from finetune.model_choices import choose_dtype
+from finetune.recipe import Recipe
+from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from qwenvl.loading import DTYPES, find_source
+from qwenvl.quantization import quantized_parts
+
+PUBLISHED_CHECKPOINTS = {"Qwen/Qwen-VL": "raw", "Qwen/Qwen-VL-Chat": "chatml"}
+"""Their sizes are the defaults of `QwenVLConfig`, and this is their chat format: nothing has to be fetched."""
+
+LORA, QLORA, FULL = "lora", "qlora", "full"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model without weights.
+
+    Attributes:
+        name: for the reader.
+        config: its sizes.
+        generation_config: says whether it is a base or a chat model.
+        stored_dtype: of the checkpoint's weights.
+    """
+
+    name: str
+    config: QwenVLConfig
+    generation_config: GenerationConfig
+    stored_dtype: torch.dtype
+
+    def dtype(self, recipe: Recipe) -> torch.dtype:
+        """What is computed in, as a run of the recipe would on this device."""
+        chosen = choose_dtype(recipe.model.dtype)
+        return self.stored_dtype if chosen == "auto" else DTYPES[chosen]
+
+    def parameters(self) -> int:
+        """All values of a checkpoint, whatever is trained."""
+        with torch.device("meta"):
+            model = QwenVLForConditionalGeneration(self.config)
+        return sum(tensor.numel() for tensor in model.state_dict().values())
+
+    def settled(self, recipe: Recipe) -> Recipe:
+        """The recipe with what its `adapter.train_embeddings: auto` comes to.
+
+        Raises:
+            ValueError: the checkpoint does not say what it is.
+        """
+        if recipe.adapter is None:
+            return recipe
+        trained = trains_embeddings(recipe.adapter.train_embeddings, self)
+        return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"train_embeddings": trained})})
+
+    def make_model(self, recipe: Recipe, device: torch.device):
+        """With random weights, on the device, and with what the recipe trains ready to be trained.
+
+        Raises:
+            ValueError: what is to be trained cannot be.
+        """
+        parts = recipe.model.quantize if recipe.model.quantization == "nf4" else ()
+        model = make_random_model(
+            self.config,
+            device=device,
+            dtype=self.dtype(recipe),
+            parts=parts,
+            embeddings_on_cpu=recipe.model.embeddings_on_cpu,
+            seed=recipe.seed,
+        )
+        model.generation_config = self.generation_config
+        return make_trainable(model, recipe)
+
+
+def find_subject(recipe: Recipe, size: str) -> Subject:
+    """Find the config of a recipe's checkpoint; of the two published ones it is at hand.
+
+    Args:
+        size: "recipe", or "full" for the published sizes whatever the recipe's checkpoint is.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        UserError: it is an adapter.
+    """
+    path = recipe.model.path
+    if path in PUBLISHED_CHECKPOINTS and not Path(path).exists():
+        settings = GenerationConfig(chat_format=PUBLISHED_CHECKPOINTS[path])
+        return Subject(f"{path}'s sizes", QwenVLConfig(), settings, torch.bfloat16)
+    source = find_source(path)
+    if source.adapter is not None:
+        raise UserError(f"model.path: {path} is an adapter. The bench takes a checkpoint: give its base {source.base}")
+    try:
+        settings = GenerationConfig.from_pretrained(source.base)
+    except OSError:  # it has none: where that matters, it will be said
+        settings = GenerationConfig()
+    if size == "full":
+        return Subject("the published sizes", QwenVLConfig(), settings, torch.bfloat16)
+    config = QwenVLConfig.from_pretrained(source.base)
+    if quantized_parts(config):
+        del config.quantization_config  # it is made anew
+    stored = getattr(torch, str(config.dtype).removeprefix("torch.")) if config.dtype is not None else torch.bfloat16
+    return Subject(f"{path}'s sizes", config, settings, stored)
+
+
+def ways_to_train(recipe: Recipe, both: bool) -> Iterator[tuple[str, Recipe]]:
+    """The recipe as it is; with `both`, LoRA and Q-LoRA.
+
+    Raises:
+        UserError: both, and the recipe trains without an adapter.
+    """
+    if recipe.adapter is None:
+        if both:
+            raise UserError("--both measures LoRA and Q-LoRA, and this recipe has adapter: null")
+        yield FULL, recipe
+        return
+    is_nf4 = recipe.model.quantization == "nf4"
+    if both or not is_nf4:
+        plain = {"quantization": "none", "quantize": ("language",), "embeddings_on_cpu": False}
+        yield LORA, recipe.model_copy(update={"model": recipe.model.model_copy(update=plain)}) if is_nf4 else recipe
+    if both or is_nf4:
+        nf4 = recipe.model.model_copy(update={"quantization": "nf4"})
+        yield QLORA, recipe if is_nf4 else recipe.model_copy(update={"model": nf4})
+
+
+def own_torch_device() -> torch.device:
+    """Where the bench runs, and a run would."""
+    return torch.device(device_type(), 0) if device_type() == "cuda" else torch.device("cpu")

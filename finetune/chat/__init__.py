@@ -1,0 +1,1 @@
+"""`finetune chat`: a conversation in the terminal."""

@@ -1,0 +1,258 @@
+"""One conversation with a model: its history, its images (each encoded once), and the replies."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from finetune.errors import UserError
+from finetune.evaluation.replies import stop_ids_of, without_adapter
+from finetune.evaluation.task_replies import Style
+from qwenvl import QwenVLImageProcessor, QwenVLTokenizer, load_image
+from qwenvl.chat import Rendered, render_chat, render_prompt
+from qwenvl.grounding import split_markup
+
+Message = dict[str, Any]
+
+# A character is at most 4 bytes, and a token at least one: what has not become text by then never will.
+LONGEST_CHARACTER = 4
+
+
+@dataclass
+class ChatImage:
+    """An image of the conversation.
+
+    Attributes:
+        path: absolute.
+        size: width and height, upright, in pixels.
+        version: of the file, which may change while the conversation goes on.
+        pixels: (3, S, S) uint8.
+        features: (n_queries, hidden), once it was encoded.
+    """
+
+    path: Path
+    size: tuple[int, int]
+    version: tuple[int, int]
+    pixels: torch.Tensor
+    features: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply.
+
+    Attributes:
+        text: grounding tags kept, other control tokens left out; blank where there was none.
+        prompt_tokens: of what was asked, the conversation before it included.
+        ended: whether the model ended it; otherwise it was stopped, or is as long as replies may be.
+        stopped: whether Ctrl-C stopped it.
+    """
+
+    text: str
+    prompt_tokens: int
+    ended: bool
+    stopped: bool
+
+
+@dataclass
+class Conversation:
+    """Asks a model, turn after turn.
+
+    Attributes:
+        model: with or without adapter, in eval mode.
+        tokenizer: of the model.
+        image_processor: of the model; None for one that reads text only.
+        style: "chat" for ChatML with all turns so far; "base" for raw text, each prompt by itself.
+        system: the system message; None for the usual one.
+        max_new_tokens: most tokens of a reply.
+        temperature: 0 always takes the likeliest token; above, tokens are drawn.
+        messages: the turns so far, as `qwenvl.chat.render_chat` takes them, without the system message.
+        images: of `messages`, in reading order.
+        waiting: images that go into the next message.
+    """
+
+    model: torch.nn.Module
+    tokenizer: QwenVLTokenizer
+    image_processor: QwenVLImageProcessor | None
+    style: Style = "chat"
+    system: str | None = None
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    messages: list[Message] = field(default_factory=list)
+    images: list[ChatImage] = field(default_factory=list)
+    waiting: list[ChatImage] = field(default_factory=list)
+
+    def add_image(self, path: str | Path) -> ChatImage:
+        """Put an image into the next message.
+
+        Raises:
+            UserError: the model reads text only.
+            ImageError: it cannot be read.
+        """
+        if self.image_processor is None:
+            raise UserError("this is a text-only checkpoint: it takes no images")
+        path = Path(path).expanduser().absolute()
+        image = load_image(path)
+        status = path.stat()
+        version = (status.st_mtime_ns, status.st_size)
+        for known in (*self.images, *self.waiting):
+            if (known.path, known.version) == (path, version):
+                self.waiting.append(known)
+                return known
+        pixels = self.image_processor(image, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        self.waiting.append(ChatImage(path, image.size, version, pixels))
+        return self.waiting[-1]
+
+    def forget(self):
+        """Begin anew; the system message stays."""
+        self.messages, self.images, self.waiting = [], [], []
+
+    @property
+    def with_system(self) -> list[Message]:
+        """All messages, the given system message first."""
+        return self._with_system(self.messages)
+
+    def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
+        """Add a message and reply to it. A turn without a reply is not kept, and its images wait again.
+
+        Args:
+            text: `<ref>`, `<box>` and `<quad>` in it are tokens where they are well formed.
+            on_text: is given the reply piece by piece. Whole characters only; a byte that is none shows as U+FFFD.
+
+        Returns:
+            The reply; Ctrl-C while it is made stops it.
+
+        Raises:
+            ValueError: text that cannot be encoded.
+            UserError: the conversation is longer than the model can take.
+        """
+        if self.style == "base":  # it knows no turns
+            self.messages, self.images = [], []
+        images = [*self.images, *self.waiting]
+        messages = [*self.messages, self._user_message(text)]
+        prompt = self._render(messages)
+        room = self._base.config.max_position_embeddings - len(prompt.ids)
+        if room < 1:
+            raise UserError(
+                f"the conversation is {len(prompt.ids):,} tokens long, and the model takes "
+                f"{self._base.config.max_position_embeddings:,}: begin anew"
+            )
+        answer = self._generate(prompt, images, min(room, self.max_new_tokens), on_text)
+        if answer.text.strip():
+            reply = {"role": "assistant", "content": answer.text, **_grounding_flag(answer.text)}
+            self.messages, self.images, self.waiting = [*messages, reply], images, []
+        return answer
+
+    @property
+    def _base(self) -> torch.nn.Module:
+        return without_adapter(self.model)
+
+    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *messages]
+
+    def _user_message(self, text: str) -> Message:
+        if not self.waiting:
+            return {"role": "user", "content": text, **_grounding_flag(text)}
+        parts = [{"type": "image", "image": str(image.path)} for image in self.waiting]
+        return {"role": "user", "content": [*parts, {"type": "text", "text": text}], **_grounding_flag(text)}
+
+    def _render(self, messages: Sequence[Message]) -> Rendered:
+        n_queries = self._base.config.n_queries
+        if self.style == "base":
+            message = messages[-1]
+            return render_prompt(
+                message["content"],
+                self.tokenizer,
+                grounding=message.get("grounding", False),
+                n_queries=n_queries,
+            )
+        return render_chat(
+            self._with_system(messages), self.tokenizer, add_generation_prompt=True, n_queries=n_queries
+        )
+
+    def _generate(
+        self, prompt: Rendered, images: Sequence[ChatImage], max_new_tokens: int, on_text: Callable[[str], None]
+    ) -> Answer:
+        stop_ids = stop_ids_of(self.model, self.tokenizer, self.style)
+        sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
+        ids = torch.tensor([prompt.ids], device=self._base.device)
+        stream = _Stream(self.tokenizer, stop_ids, on_text)
+        stopped = False
+        try:
+            self._base.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                image_features=self._features(images),
+                generation_config=GenerationConfig(
+                    max_new_tokens=max_new_tokens,
+                    do_sample=bool(sampling),
+                    eos_token_id=list(stop_ids),
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    **sampling,
+                ),
+                streamer=stream,
+            )
+        except KeyboardInterrupt:
+            stopped = True
+            stream.end()
+        text = _text(self.tokenizer, stream.ids)
+        return Answer(text, len(prompt.ids), stream.ended, stopped)
+
+    @torch.no_grad()
+    def _features(self, images: Sequence[ChatImage]) -> torch.Tensor | None:
+        """(images, n_queries, hidden) in reading order; None where there are none."""
+        for image in images:
+            if image.features is None:
+                image.features = self._base.get_image_features(image.pixels[None].to(self._base.device))[0]
+        return torch.stack([image.features for image in images]) if images else None
+
+
+class _Stream(BaseStreamer):
+    """Takes new tokens as they come, and hands out the text that they have become."""
+
+    def __init__(self, tokenizer: QwenVLTokenizer, stop_ids: Sequence[int], on_text: Callable[[str], None]):
+        self.tokenizer, self.stop_ids, self.on_text = tokenizer, stop_ids, on_text
+        self.ids: list[int] = []
+        self.ended = False
+        self._prompt_seen = False
+        self._open: list[int] = []  # tokens that end within a character
+
+    def put(self, value: torch.Tensor):
+        if not self._prompt_seen:  # the first to come
+            self._prompt_seen = True
+            return
+        for token in value.reshape(-1).tolist():
+            if token in self.stop_ids:
+                self.ended = True
+            else:
+                self.ids.append(token)
+                self._open.append(token)
+                self._show(last=False)
+
+    def end(self):
+        self._show(last=True)
+
+    def _show(self, last: bool):
+        try:
+            text = _text(self.tokenizer, self._open, errors="strict")
+        except UnicodeDecodeError:
+            if not last and len(self._open) < LONGEST_CHARACTER:
+                return
+            text = _text(self.tokenizer, self._open)
+        self._open = []
+        if text:
+            self.on_text(text)
+
+
+def _text(tokenizer: QwenVLTokenizer, ids: Sequence[int], errors: str = "replace") -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=True, keep_grounding=True, errors=errors)
+
+
+def _grounding_flag(text: str) -> dict[str, bool]:
+    """The key that makes a message's markup tokens, where there is any."""
+    return {"grounding": True} if any(is_tag for _, is_tag in split_markup(text)) else {}

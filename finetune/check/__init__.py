@@ -1,0 +1,1 @@
+"""`finetune check`: what a run would do, and all that is wrong with it."""

@@ -1,0 +1,128 @@
+"""What a run does before it loads weights, done without it: model, data, what is trained; and all that is wrong."""
+
+from dataclasses import dataclass, field
+
+from finetune.base_model import Base, build_without_weights, find_base, refuse_untaught
+from finetune.check.epoch_estimate import Epoch, estimate_epoch
+from finetune.check.sample_preview import Preview, choose_samples, preview
+from finetune.components import Count, count_parameters
+from finetune.data.image_check import OpenedImages, open_images
+from finetune.data.reading import DataPart, look_at_data, rules_of
+from finetune.data.sample import BadRow, DataError
+from finetune.errors import UserError
+from finetune.evaluation.task_evaluation import TaskEvaluation
+from finetune.memory.packing_budget import ChosenBudget, choose_budget, packing_budget
+from finetune.recipe import Recipe
+from finetune.run_plan import RunPlan, look_at_memory, settled
+from finetune.vision_cache.phase import describe_phase
+from qwenvl import QwenVLConfig
+
+
+@dataclass
+class Findings:
+    """What a check found.
+
+    Attributes:
+        parameters: per component; None where the model cannot be set up as the recipe wants it.
+        parts: "train" and, where there is evaluation, "eval".
+        budget: of a forward's tokens; like the epoch None where no training sample is left.
+        task: the evaluation's, in words.
+        vision_cache: the phase that encodes the images, in words; None where there is none.
+        memory: what a run here would hold; None where the model cannot be set up, or nothing is trained on.
+        opened: for each part, if images were opened.
+        refusals: (what, why) of everything at which a run would stop.
+    """
+
+    recipe: Recipe
+    base: Base
+    parameters: dict[str, Count] | None = None
+    parts: dict[str, DataPart] = field(default_factory=dict)
+    budget: ChosenBudget | None = None
+    epoch: Epoch | None = None
+    task: str | None = None
+    vision_cache: str | None = None
+    memory: RunPlan | None = None
+    opened: dict[str, OpenedImages] = field(default_factory=dict)
+    previews: list[Preview] = field(default_factory=list)
+    refusals: list[tuple[str, str]] = field(default_factory=list)
+
+    def problems(self, name: str) -> list[BadRow]:
+        """Of a part, what is wrong with its rows: those left out too, and images that cannot be decoded."""
+        part = self.parts[name]
+        refused = [problem for error in part.errors if isinstance(error, DataError) for problem in error.problems]
+        # Rows that are skipped are told as well; those that are refused are in both, and told once.
+        found = dict.fromkeys([*refused, *(part.checked.problems if part.checked is not None else ())])
+        return [*found, *(self.opened[name].problems if name in self.opened else ())]
+
+    def skipped(self, name: str) -> int:
+        """Of a part, rows that are left out for what is wrong with them."""
+        checked = self.parts[name].checked
+        return len(checked.problems) if checked is not None and self.recipe.data.on_bad_row == "skip" else 0
+
+
+def look_before_training(recipe: Recipe, *, samples: int, images: bool, processes: int | None = None) -> Findings:
+    """All of a check but showing it.
+
+    Args:
+        recipe: the resolved recipe.
+        samples: how many to take apart, to be shown.
+        images: open every image too.
+        processes: see `checking.look_at`.
+
+    Raises:
+        UserError, ValueError, FileNotFoundError: there is no model to check the data against.
+        WorkerDied: a process of several ended by itself.
+    """
+    findings = Findings(recipe, find_base(recipe.model))
+    base, rules = findings.base, rules_of(recipe, findings.base.processor)
+    findings.parts = look_at_data(recipe, base.processor, processes=processes)
+    for name, part in findings.parts.items():
+        findings.refusals += [(f"{name} data", _first_line(error)) for error in part.errors]
+    training = findings.parts["train"].checked
+    try:
+        model = build_without_weights(recipe, base)
+        findings.parameters = count_parameters(model)
+        if training is not None:
+            refuse_untaught(model, training)
+    except (UserError, ValueError) as error:
+        findings.refusals.append(("model", str(error)))
+    if training is not None and len(training.kept):
+        findings.budget = ChosenBudget(packing_budget(recipe.data, training.lengths))
+        can_be_planned = all(what != "model" for what, _ in findings.refusals)
+        if can_be_planned:
+            config = QwenVLConfig.from_pretrained(base.path)
+            findings.budget = choose_budget(settled(recipe, base.path), config, training)
+        findings.epoch = estimate_epoch(recipe, training, findings.budget.tokens)
+        if can_be_planned:
+            findings.memory = look_at_memory(recipe, base.path, training, findings.budget.tokens)
+            if findings.memory.refusal:
+                findings.refusals.append(("memory", findings.memory.refusal))
+    task = None
+    if recipe.evaluate is not None and recipe.evaluate.task is not None:
+        try:
+            task = TaskEvaluation(recipe, base.processor)
+            findings.task = str(task)
+        except (UserError, ValueError, OSError) as error:
+            # The same rows as the evaluation data's, asked in another way: one shows what is wrong with it.
+            problems = error.problems if isinstance(error, DataError) else []
+            example = f", such as {problems[0]}" if problems else ""
+            findings.refusals.append(("eval task", _first_line(error) + example))
+    if not findings.refusals:
+        findings.vision_cache = describe_phase(
+            recipe, QwenVLConfig.from_pretrained(base.path), base.processor, findings.parts, task, processes
+        )
+    if images:
+        for name, part in findings.parts.items():
+            if part.checked is not None:
+                opened = open_images(part.samples, part.checked, rules, processes=processes)
+                findings.opened[name] = opened
+                if opened.problems:
+                    findings.refusals.append((f"{name} data", f"{len(opened.problems):,} images cannot be decoded"))
+    for name, index in choose_samples(findings.parts, samples, recipe.seed):
+        findings.previews.append(preview(name, findings.parts[name].samples[index], rules))
+    return findings
+
+
+def _first_line(error: Exception) -> str:
+    """Without the rows it lists: they were shown."""
+    return error.message.rstrip(":") if isinstance(error, DataError) else str(error)

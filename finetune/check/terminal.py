@@ -1,0 +1,152 @@
+"""What a check found, on a terminal or as plain text. Whatever comes from data or a recipe is made harmless first."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from rich.console import Console
+from rich.text import Text
+
+from finetune.check.findings import Findings
+from finetune.check.histogram import bars, make_histogram
+from finetune.check.sample_preview import Piece, Preview, one_line
+from finetune.components import table_of_parameters
+from finetune.data.sample import SHOWN_PROBLEMS
+from finetune.data.summary import count_sources, describe_data, problem_kinds
+from finetune.memory.cards import describe_cards
+from finetune.quantities import format_count, format_duration
+from finetune.report.page import readable
+
+SHOWN_KINDS = 20
+LONGEST_PIECE = 4000  # characters of a text that are shown
+STYLES = {"control": "dim", "image": "magenta", "text": ""}
+TRAINED = "bold green"
+
+
+def print_findings(findings: Findings, console: Console):
+    """Print all of it; without colours, trained text stands between ⟦ and ⟧."""
+    for line in (*_model(findings), *_data(findings), *_steps(findings), *_memory(findings)):
+        console.print(Text(line))
+    for line in _distributions(findings):
+        console.print(line)
+    for name in findings.parts:
+        for line in _problems(findings, name):
+            console.print(Text(line))
+    marked = console.color_system is None or console.no_color
+    for preview in findings.previews:
+        console.print()
+        console.print(Text(one_line(_title(preview)), style="bold"))
+        for line in sample_text(preview.pieces, marked=marked).split("\n"):
+            console.print(Text().append("  │ ", style="dim").append_text(line))
+    console.print()
+
+
+def sample_text(pieces: Iterable[Piece], *, marked: bool) -> Text:
+    """A sample's pieces as coloured text, or with marks around what is trained."""
+    text = Text()
+    for trained, run in groupby(pieces, lambda piece: piece.trained):
+        text.append("⟦" if marked and trained else "")
+        for piece in run:
+            shown = _fold(readable(piece.text)).replace("\t", "    ")
+            text.append(shown, style=TRAINED if trained else STYLES[piece.kind])
+        text.append("⟧" if marked and trained else "")
+    return text
+
+
+def _model(findings: Findings) -> Iterator[str]:
+    base = findings.base
+    bits = f" ({', '.join(base.quantized)} in 4 bits)" if base.quantized else ""
+    yield f"model       {one_line(findings.recipe.model.path)}{bits}"
+    for number, line in enumerate(table_of_parameters(findings.parameters or {})):
+        yield f"{'' if number else 'trained':<11} {line}"
+
+
+def _data(findings: Findings) -> Iterator[str]:
+    for name, part in findings.parts.items():
+        if part.checked is None:
+            yield f"{name + ' data':<11} cannot be opened"
+            continue
+        yield f"{name + ' data':<11} {describe_data(part.checked)}"
+        counts = count_sources(part.samples, part.checked)
+        for source, count in zip(part.sources, counts, strict=True):
+            times = f", x {count.weight:g} = {count.an_epoch:,} an epoch" if count.weight != 1 else ""
+            yield f"{'':<11} {count.kept:,} of {count.total:,} {one_line(source.path)} ({source.format}){times}"
+        if name in findings.opened:
+            opened = findings.opened[name]
+            rate = format_count(opened.opened / max(opened.seconds, 1e-9))
+            speed = f"opened in {format_duration(opened.seconds)}, {rate} images/s"
+            yield f"{'':<11} {opened.opened:,} images {speed}; {len(opened.problems):,} cannot be decoded"
+    if findings.task is not None:
+        yield f"eval task   {one_line(findings.task)}"
+
+
+def _steps(findings: Findings) -> Iterator[str]:
+    epoch = findings.epoch
+    if epoch is None:
+        return
+    yield f"epoch       {epoch.samples:,} samples, {epoch.tokens:,} tokens, {epoch.supervised:,} of them trained"
+    on = f" on {epoch.processes} processes" if epoch.processes > 1 else ""
+    steps = f"{epoch.steps:,} an epoch, {epoch.all_steps:,} in all"
+    yield f"steps       {steps}; {epoch.samples_per_step:,} samples a step{on}"
+    fill = "" if epoch.fill is None else f" of at most {epoch.budget:,} tokens, {epoch.fill:.0%} full (estimated)"
+    yield f"forwards    {epoch.packs_per_step:.1f} a step{fill}"
+    if findings.budget.reason:
+        yield f"packing     {findings.budget}"
+    if findings.vision_cache is not None:
+        yield f"vision      {one_line(findings.vision_cache)}"
+
+
+def _memory(findings: Findings) -> Iterator[str]:
+    if findings.memory is None:
+        return
+    for number, line in enumerate(findings.memory.lines()):
+        yield f"{'' if number else 'memory':<11} {line}"
+    if findings.memory.plan is not None:
+        for name, *sizes in findings.memory.plan.table():
+            yield f"{'':<11} {name:<24}{''.join(f'{size:>10}' for size in sizes)}"
+        yield f"{'':<11} {describe_cards(findings.memory.plan)}"
+
+
+def _distributions(findings: Findings) -> Iterator[Text]:
+    for name, part in findings.parts.items():
+        if part.checked is None or not len(part.checked.kept):
+            continue
+        for what, values in (("tokens", part.checked.lengths), ("images", part.checked.images)):
+            yield Text(f"\n{what} of a sample, {name} data")
+            for label, bar, count in bars(make_histogram(values)):
+                yield Text("  ").append(label).append(f"  {count}  ").append(bar, style="cyan")
+
+
+def _problems(findings: Findings, name: str) -> Iterator[str]:
+    problems = findings.problems(name)
+    if not problems:
+        return
+    skipped = findings.skipped(name)
+    state = f", {skipped:,} rows of them skipped (on_bad_row: skip)" if skipped else ""
+    yield f"\n{len(problems):,} {'problem' if len(problems) == 1 else 'problems'} in the {name} data{state}"
+    kinds = problem_kinds(problems)
+    for kind, count in kinds[:SHOWN_KINDS]:
+        yield f"  {count:>9,} x {one_line(kind)}"
+    if len(kinds) > SHOWN_KINDS:
+        yield f"  and {len(kinds) - SHOWN_KINDS:,} more kinds"
+    yield f"the first {min(len(problems), SHOWN_PROBLEMS)}:" if len(problems) > 1 else "it is:"
+    for problem in problems[:SHOWN_PROBLEMS]:
+        yield f"  {one_line(problem)}"
+    if len(problems) > SHOWN_PROBLEMS:
+        yield f"  ... and {len(problems) - SHOWN_PROBLEMS:,} more"
+
+
+def _title(preview: Preview) -> str:
+    rendered = preview.fitted.rendered
+    shortened = f", without its first {preview.fitted.turns_dropped} turns" if preview.fitted.turns_dropped else ""
+    return (
+        f"{preview.part}: {preview.sample.origin}: {len(rendered.ids):,} tokens, {rendered.supervised:,} trained, "
+        f"{len(rendered.images)} {'image' if len(rendered.images) == 1 else 'images'}{shortened}"
+    )
+
+
+def _fold(text: str) -> str:
+    """The text, or its beginning and end, and how much is between them."""
+    if len(text) <= LONGEST_PIECE:
+        return text
+    half = LONGEST_PIECE // 2
+    return f"{text[:half]}[... {len(text) - 2 * half:,} characters ...]{text[-half:]}"

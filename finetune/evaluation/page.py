@@ -1,0 +1,225 @@
+"""An evaluation to look at: `evaluation.html`, one file that loads nothing and runs nothing.
+
+The score with its interval and its groups, the worst rows, and, where two models are compared, the rows on which they
+differ most; with images, and the gold and the predicted boxes on them. Data is shown as text, whatever it holds.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from finetune.atomic_writes import write_text
+from finetune.evaluation.questions import Question
+from finetune.quantities import format_duration, format_loss
+from finetune.report.images import draw_pair, image_tag, pair_legend, thumbnail
+from finetune.report.page import flatten, page, show, table, tiles
+from finetune.report.predictions import compare
+from qwenvl.boxes import box_markup
+from qwenvl.grounding import Region, parse_grounding
+
+PAGE = "evaluation.html"
+WORST = 24  # rows shown of the lowest scores, some 40 kB each
+CHANGED = 12  # of those that got better, and of those that got worse
+LISTED = 50  # unreadable images and rows left out
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def write_evaluation_page(
+    folder: Path,
+    results: Mapping[str, Any],
+    questions: Sequence[Question],
+    records: Records,
+    compared: Records | None = None,
+) -> Path:
+    """Write `evaluation.html` into the evaluation's folder; one that is there is replaced when the new one is whole.
+
+    Args:
+        folder: where it goes.
+        results: as in `results.json`.
+        questions, records: all of them, in the same order.
+        compared: the records of the model that is compared with.
+
+    Returns:
+        The page's path.
+    """
+    sections = [
+        _headline(results),
+        _notes(results),
+        _sources(results),
+        _groups(results),
+        _changed(questions, records, compared) if compared and "score" in results else "",
+        _worst(questions, records) if "score" in results else _first(questions, records),
+        _facts(results),
+    ]
+    title = f"{results['task']}: {results['model']}"
+    path = folder / PAGE
+    write_text(path, page(title, "\n".join(section for section in sections if section)))
+    return path
+
+
+def _headline(results: Mapping[str, Any]) -> str:
+    numbers = []
+    if "score" in results:
+        numbers.append((results["metric"], format_loss(results["score"]), _interval(results["interval"])))
+    if compared := results.get("compared"):
+        numbers.append(("Compared model", format_loss(compared["score"]), compared["model"]))
+        remark = f"{_interval(compared['difference_interval'], '+')}; paired"
+        numbers.append(("Difference", f"{compared['difference']:+.4f}", remark))
+        numbers.append(("Questions better, worse", f"{compared['better']:,}, {compared['worse']:,}", ""))
+    of = f"of {results['of']:,}" if results["questions"] < results["of"] else ""
+    numbers.append(("Questions", f"{results['questions']:,}", of))
+    if speed := results.get("speed"):
+        remark = f"{speed['replies']:,} replies in {format_duration(speed['seconds'])}"
+        numbers.append(("Speed", f"{speed['examples_per_second']:.2f} examples/s", remark))
+    hidden = ""
+    if "submission" in results:
+        hidden = f"<p>The answers are hidden: <strong>{show(results['submission'])}</strong> holds the replies.</p>"
+    return (
+        f"<h1>{show(results['task'])}</h1>\n<p>Evaluated: <strong>{show(results['model'])}</strong></p>\n"
+        f"{hidden}{tiles(numbers)}"
+    )
+
+
+def _interval(interval: Sequence[float], sign: str = "") -> str:
+    low, high = (f"{end:{sign}.4f}" for end in interval)
+    return f"95%: {low} to {high}"
+
+
+def _notes(results: Mapping[str, Any]) -> str:
+    lines = list(results["notes"])
+    unreadable, left_out = results["unreadable"], results["left_out"]
+    if unreadable:
+        lines.append(f"{len(unreadable):,} questions are on images that cannot be read, and count as wrong:")
+        lines += [f"{one['origin']}: {one['unreadable']}" for one in unreadable[:LISTED]]
+    if left_out:
+        lines.append(f"{len(left_out):,} rows cannot be asked and are left out of the score:")
+        lines += left_out[:LISTED]
+    if not lines:
+        return ""
+    items = "".join(f"<li>{show(line)}</li>" for line in lines)
+    return f'<div class="panel notes"><strong>Before you read the numbers</strong><ul>{items}</ul></div>'
+
+
+def _sources(results: Mapping[str, Any]) -> str:
+    """A line for each source, where there are several."""
+    sources = results.get("sources")
+    if not sources:
+        return ""
+    theirs = (results.get("compared") or {}).get("sources", {})
+    head = ["source", "questions", results["metric"], "95%"] + (["compared", "difference"] if theirs else [])
+    rows = []
+    for name, source in sources.items():
+        low, high = source["interval"]
+        row = [name, f"{source['questions']:,}", format_loss(source["score"]), f"{low:.4f} to {high:.4f}"]
+        if theirs:
+            other = theirs[name]["score"]
+            row += [format_loss(other), f"{source['score'] - other:+.4f}"]
+        rows.append(row)
+    return f'<h2>Sources</h2>\n<div class="panel">{table(rows, head=head, numeric=range(1, len(head)))}</div>'
+
+
+def _groups(results: Mapping[str, Any]) -> str:
+    groups = results.get("groups")
+    if not groups:
+        return ""
+    theirs = (results.get("compared") or {}).get("groups", {})
+    head = ["group", "questions", "score"] + (["compared"] if theirs else [])
+    rows = []
+    for name, group in groups.items():
+        other = [format_loss(theirs[name]["score"]) if name in theirs else ""] if theirs else []
+        rows.append([name, f"{group['questions']:,}", format_loss(group["score"]), *other])
+    return f'<h2>Groups</h2>\n<div class="panel">{table(rows, head=head, numeric=range(1, len(head)))}</div>'
+
+
+def _changed(questions: Sequence[Question], records: Records, compared: Records) -> str:
+    gained = [ours["score"] - theirs["score"] for ours, theirs in zip(records, compared, strict=True)]
+    order = sorted(range(len(records)), key=lambda number: gained[number])
+    parts = []
+    for title, numbers in (
+        ("Most gained on the compared model", [number for number in reversed(order) if gained[number] > 0][:CHANGED]),
+        ("Most lost", [number for number in order if gained[number] < 0][:CHANGED]),
+    ):
+        panels = [_panel(questions[number], records[number], compared[number]) for number in numbers]
+        parts.append(f"<h2>{title}</h2>\n" + ("\n".join(panels) or '<p class="muted">None.</p>'))
+    return "\n".join(parts)
+
+
+def _worst(questions: Sequence[Question], records: Records) -> str:
+    order = sorted(range(len(records)), key=lambda number: records[number]["score"])[:WORST]
+    panels = "\n".join(_panel(questions[number], records[number]) for number in order)
+    intro = f"The {len(order)} lowest scores of {len(records):,}; all are in predictions.jsonl."
+    return f'<h2>Worst rows</h2>\n<p class="muted">{intro}</p>\n{panels}'
+
+
+def _first(questions: Sequence[Question], records: Records) -> str:
+    panels = "\n".join(_panel(questions[number], records[number]) for number in range(min(WORST, len(records))))
+    return f"<h2>First rows</h2>\n{panels}"
+
+
+def _panel(question: Question, record: Mapping[str, Any], compared: Mapping[str, Any] | None = None) -> str:
+    """One question: its images, what is right, and what was replied; by two models side by side."""
+    small = [thumbnail(source, question.access) for source in question.images]
+    single = small[0] if len(small) == 1 and isinstance(small[0], Image.Image) else None
+    gold = _gold_regions(record)
+    replies = [record] if compared is None else [record, compared]
+    drawn = [""] * len(replies)
+    if single is not None and gold:
+        for place, one in enumerate(replies):
+            pair = gold, _reply_regions(one["reply"])
+            drawn[place] = image_tag(draw_pair(single, *pair)) + pair_legend(*pair)
+    images = "" if any(drawn) else "".join(map(image_tag, small))
+    images = f'<div class="images">{images}</div>' if images else ""
+    answers = "; ".join(dict.fromkeys(record["answers"]))
+    asked = (
+        f'<div><div class="name">Question</div><p class="said" dir="auto">{show(record["question"])}</p>'
+        + (f'<div class="name">Right</div><p class="said" dir="auto">{show(answers)}</p>' if answers else "")
+        + "</div>"
+    )
+    names = ["Reply"] if compared is None else ["Reply", "Reply of the compared model"]
+    sides = [_side(name, one, html) for name, one, html in zip(names, replies, drawn, strict=True)]
+    group = "".join(f"<span>{show(record[key])}</span>" for key in ("source", "group") if key in record)
+    place = f"<span>{show(record['origin'])}, {show(record['id'])}</span>"
+    return (
+        f'<article class="panel row"><header>{place}{group}</header>'
+        f'<div class="asked{"" if images else " bare"}">{images}{asked}</div>'
+        f'<div class="sides">{"".join(sides)}</div></article>'
+    )
+
+
+def _side(name: str, record: Mapping[str, Any], drawn: str) -> str:
+    badge = f'<span class="badge">score {format_loss(record["score"])}</span>' if "score" in record else ""
+    if "unreadable" in record:
+        said = f'<p class="nothing">Not asked: {show(record["unreadable"])}</p>'
+    elif not record["prediction"].strip():
+        said = '<p class="said"><span class="muted">(empty)</span></p>'
+    else:
+        text = compare(record["answers"][0], record["prediction"]) if record["answers"] else show(record["prediction"])
+        said = f'<p class="said" dir="auto">{text}</p>'
+    return f'<section><div class="name">{show(name)}{badge}</div>{drawn}{said}</section>'
+
+
+def _gold_regions(record: Mapping[str, Any]) -> tuple[Region, ...]:
+    if "box" not in record:
+        return ()
+    width, height = record["image_size"]
+    return parse_grounding(box_markup(record["box"], width=width, height=height)).regions
+
+
+def _reply_regions(reply: str) -> tuple[Region, ...]:
+    """The boxes of a reply; a base model goes on after an open `<box>`, so its reply begins within one."""
+    return parse_grounding(reply).regions or parse_grounding(f"<box>{reply.strip()}").regions
+
+
+def _facts(results: Mapping[str, Any]) -> str:
+    panels = []
+    for title, value in (
+        ("Settings", results["settings"]),
+        ("Identity", results["identity"]),
+        ("Environment", results["environment"]),
+    ):
+        lines = [(key.removeprefix("versions."), text) for key, text in flatten(value)]
+        panels.append(f'<div class="panel"><strong>{title}</strong>{table(lines)}</div>')
+    return f'<h2>How it was made</h2>\n<div class="columns">{"".join(panels)}</div>'

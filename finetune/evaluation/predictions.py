@@ -1,0 +1,116 @@
+"""What the model replies to a few evaluation rows, before and after training, for the report."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from finetune.atomic_writes import write_text
+from finetune.collate import Collator
+from finetune.evaluation.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
+from finetune.report.images import jpeg_settings
+from qwenvl import ImageAccess, load_image
+from qwenvl.chat import render_chat
+
+PREDICTIONS = "predictions.jsonl"
+IMAGE_FOLDER = "predictions"
+THUMBNAIL = 640  # pixels of the longer side; enough to read a receipt in the report
+
+
+def split_last_reply(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str] | None:
+    """The conversation up to its last reply, and that reply; None where it does not end in one."""
+    if messages[-1]["role"] != "assistant":
+        return None
+    answer = messages[-1]["content"]
+    if not isinstance(answer, str):
+        answer = "".join(part["text"] for part in answer if part["type"] == "text")
+    return list(messages[:-1]), answer
+
+
+def write_predictions(
+    model: torch.nn.Module, collator: Collator, rows: Sequence[int], *, run: Path, when: str, max_new_tokens: int
+) -> None:
+    """Reply to samples greedily and append the replies to the run's predictions.
+
+    Args:
+        model: in any mode; left in it.
+        collator: of the samples that `rows` are indices into.
+        run: the run folder; images go into it as small JPEGs, named by content.
+        when: "before" or "after"; earlier records of the same are replaced.
+    """
+    asked, prompts = [], []
+    for row in rows:
+        sample = collator.samples[row]
+        parts = split_last_reply(collator.fit(sample.messages).messages)
+        if parts is None:
+            continue
+        rendered = render_chat(
+            parts[0],
+            collator.tokenizer,
+            add_generation_prompt=True,
+            grounding=collator.grounding,
+            n_queries=collator.n_queries,
+        )
+        asked.append((sample, *parts))
+        prompts.append(Prompt(rendered.ids, rendered.images, sample.access, str(sample.origin)))
+    decoding = Decoding(max_new_tokens, stop_ids_of(model, collator.tokenizer))
+    made = generate_replies(
+        model,
+        prompts,
+        plan_replies(prompts),
+        collator.tokenizer,
+        collator.image_processor,
+        decoding,
+        vision_cache=collator.vision_cache,
+    )
+    replies = {reply.index: reply.text for reply in made}
+    records = [
+        {
+            "when": when,
+            "origin": str(sample.origin),
+            "question": _last_question(question),
+            "images": keep_images(prompt.images, sample.access, str(sample.origin), run),
+            "target": target,
+            "prediction": replies[index],
+        }
+        for index, ((sample, question, target), prompt) in enumerate(zip(asked, prompts, strict=True))
+    ]
+    replace_records(run / PREDICTIONS, when, records)
+
+
+def _last_question(messages: Sequence[dict[str, Any]]) -> str:
+    content = messages[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text").strip()
+
+
+def keep_images(sources: Sequence[Any], access: ImageAccess, name: str, run: Path) -> list[str]:
+    """Images made small, in the run folder; their paths there."""
+    return [_keep_image(load_image(source, access=access, name=name), run) for source in sources]
+
+
+def _keep_image(image: Image.Image, run: Path) -> str:
+    folder = run / IMAGE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(image.tobytes()).hexdigest()[:16] + ".jpg"
+    if not (folder / name).exists():
+        small = image.copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        small.save(folder / name, "JPEG", **jpeg_settings(small, 88))
+    return f"{IMAGE_FOLDER}/{name}"
+
+
+def replace_records(file: Path, when: str, records: list[dict[str, Any]]):
+    """Put the records of one time in the place of those that are there."""
+    kept = []
+    if file.is_file():
+        # At \n only: strings may hold other line separators.
+        lines = file.read_text(encoding="utf-8").split("\n")
+        kept = [line for line in lines if line and json.loads(line)["when"] != when]
+    lines = kept + [json.dumps(record, ensure_ascii=False) for record in records]
+    write_text(file, "".join(line + "\n" for line in lines))

@@ -1,0 +1,87 @@
+"""One question of an evaluation, and the prompt it becomes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data.image_files import read_encoded
+from finetune.data.messages import Message
+from finetune.data.sample import Origin
+from finetune.evaluation.task_replies import Style
+from qwenvl import ImageAccess, QwenVLTokenizer
+from qwenvl.chat import Rendered, render_chat, render_prompt
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, with its gold answers.
+
+    Attributes:
+        id: the data's own name for it, else `row 12`, or `row 12.3` for the third question of a row; no other question
+            of the same source has it.
+        origin: the row it is from.
+        text: the question as in the data; the phrase of grounding, the prompt of captions.
+        answers: gold answers: the letter for multiple choice, markup for grounding. Empty where they are hidden.
+        box: gold box, x1, y1, x2, y2 in pixels of the upright image, or None.
+        image_size: width and height in pixels where there may be a box, else None.
+        group: what it is counted under, or None.
+        images: its sources, as `load_image` takes them.
+        access: what they may reach.
+        style: how it is asked.
+        messages: what is asked, in parts; image parts are filled from `images` in order.
+        options: of multiple choice.
+        shots: solved examples that are shown before it.
+        source: the name of its source, where an evaluation has several.
+    """
+
+    id: str
+    origin: Origin
+    text: str
+    answers: tuple[str, ...]
+    box: tuple[float, float, float, float] | None
+    image_size: tuple[int, int] | None
+    group: str | None
+    images: Sequence[Any]
+    access: ImageAccess
+    style: Style
+    messages: tuple[Message, ...]
+    options: tuple[str, ...] = ()
+    shots: "tuple[Question, ...]" = ()
+    source: str | None = None
+
+    def render(self, tokenizer: QwenVLTokenizer, n_queries: int = 256) -> Rendered:
+        """The prompt: a chat that waits for a reply, or raw text for a base model to go on with.
+
+        `Rendered.images` are to be opened with `self.access`. Those of solved examples from another folder are read
+        here, by that folder's rules, and come as encoded bytes.
+
+        Raises:
+            ValueError: text the tokenizer cannot write, or an image of a solved example that cannot be read.
+        """
+        if self.style == "chat":
+            return render_chat(self._filled(), tokenizer, add_generation_prompt=True, n_queries=n_queries)
+        content = [part for shot in self.shots for part in shot._solved(self.access)]
+        return render_prompt([*content, *self._filled()[0]["content"]], tokenizer, n_queries=n_queries)
+
+    def _filled(self) -> list[Message]:
+        sources = iter(self.images)
+
+        def filled(part: dict[str, Any]) -> dict[str, Any]:
+            return {**part, "image": next(sources)} if part["type"] == "image" else part
+
+        return [{**message, "content": [filled(part) for part in message["content"]]} for message in self.messages]
+
+    def _solved(self, access: ImageAccess) -> list[dict[str, Any]]:
+        """The question's parts with its answer, for a prompt whose images are opened with `access`."""
+        *parts, last = self._filled()[0]["content"]
+        if self.access != access:
+            parts = [
+                {**part, "image": read_encoded(part["image"], self.access)} if part["type"] == "image" else part
+                for part in parts
+            ]
+        if self.box is not None:  # the answer's markup brings the `<box>` that the prompt ends in
+            text = last["text"].removesuffix("<box>") + self.answers[0]
+        else:  # the answer that most people gave, the first of equals, as in training
+            text = f"{last['text']} {Counter(self.answers).most_common(1)[0][0]}"
+        return [*parts, {**last, "text": text}]

@@ -1,0 +1,339 @@
+"""The questions of an evaluation: the rows of a source, asked as a task asks them.
+
+    questions = Questions(source, find_task("docvqa"), style="chat")
+    prompt = questions[0].render(tokenizer, n_queries)
+
+All rows are looked at once, when the questions are made: what is wrong with any of them is told before a model is
+loaded. After that a question is read when it is asked for, and its images only when it is rendered.
+"""
+
+import hashlib
+import json
+import random
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.data.formats import COLUMNS, RowFormat
+from finetune.data.image_files import absolute, check_image, upright_size
+from finetune.data.row_progress import RowProgress
+from finetune.data.rows import Rows
+from finetune.data.sample import BadField, BadRow, DataError
+from finetune.data.sources import Source, read_source
+from finetune.errors import UserError
+from finetune.evaluation.question import Question
+from finetune.evaluation.task_replies import Style
+from finetune.evaluation.task_rows import Asked, RowReader
+from finetune.evaluation.tasks import CONVERSATIONS, Task, check_prompt
+from finetune.recipe.problems import nearest
+from qwenvl import ImageAccess
+
+__all__ = ["Question", "Questions"]
+
+# Roles of columns beside those of the formats.
+_MORE_ROLES = ("id", "group", "options")
+
+
+class RowImages(Sequence[Any]):
+    """The images of a row, read from the data when they are looked at and not kept."""
+
+    def __init__(self, questions: "Questions", index: int, count: int):
+        self._questions, self._index, self._count = questions, index, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place):
+        return self._questions._sources(self._index)[place]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._questions._sources(self._index))
+
+
+class Questions(Sequence[Question]):
+    """The questions of one source, by number; see the head of this file.
+
+    Args:
+        source: as `finetune.data.sources.Source` describes; its columns map the task's roles (and `id`, `group`,
+            `options`), its format is the task's or None, its prompt takes the place of the task's.
+        task: what is asked and scored.
+        images_root, access: as for `finetune.data.samples.Samples`.
+        style: "chat", or "base" for raw text.
+        shots: solved examples before each question, for style base. They are drawn by the question's id, the same in
+            every run.
+        shot_source: where they are drawn from; None is the source itself, without the row that is asked.
+        grounding: read markup in all texts as tokens, as `data.grounding` of a recipe does.
+        on_bad_row: "error" reports all bad rows together; "skip" leaves them out and lists them.
+        look_for_images: a row whose image is not where it says is a bad one; False leaves that to who opens it.
+
+    Attributes:
+        task, style: as given.
+        ids: of the questions, each once.
+        answered: whether the answers are there to score with; False where all are hidden.
+        problems: what is wrong with the rows that were left out.
+
+    Raises:
+        FileNotFoundError: the source's file does not exist.
+        DataError: a source that cannot be read or holds no rows, wrong columns, bad rows, answers of some rows hidden
+            and of others not, or too few examples to draw from.
+        UserError: a prompt without its placeholder, or shots for style chat.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        task: Task,
+        *,
+        images_root: str | Path | None = None,
+        access: ImageAccess | None = None,
+        style: Style = "chat",
+        shots: int = 0,
+        shot_source: Source | None = None,
+        grounding: bool = False,
+        on_bad_row: Literal["error", "skip"] = "error",
+        look_for_images: bool = True,
+    ):
+        if shots and style == "chat":
+            raise UserError("solved examples are for base models: set shots to 0, or style to base")
+        self.task, self.style = task, style
+        self._look_for_images = look_for_images
+        self._shots, self._name = shots, str(source.path)
+        columns = _columns(source, task)
+        if source.prompt is not None:
+            check_prompt(task, source.prompt)
+        self._rows: Rows = read_source(source)
+        self._count = len(self._rows) if source.limit is None else min(source.limit, len(self._rows))
+        if self._count < 1:
+            raise DataError(f"{source.path}: {'limit is below 1' if len(self._rows) else 'holds no rows'}")
+        access = ImageAccess() if access is None else access
+        root = images_root if images_root is not None else access.root
+        self._access = replace(access, root=Path(self._rows.folder if root is None else root).absolute())
+        self._reader = RowReader(
+            task=task,
+            columns=columns,
+            prompt=source.prompt or task.prompt(style),
+            style=style,
+            box_form=_box_form(source, task),
+            grounding=grounding,
+            image_size=self._image_size,
+        )
+        self._read_all(on_bad_row)
+        self._examples = self
+        if shots and shot_source is not None:
+            self._examples = Questions(
+                shot_source,
+                task,
+                images_root=images_root,
+                access=access,
+                style=style,
+                grounding=grounding,
+                on_bad_row=on_bad_row,
+            )
+        # The same data may be named as shot_source as well.
+        self._draws_from_itself = self._examples._rows.fingerprint() == self._rows.fingerprint()
+        if shots:
+            self._check_examples()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Question:
+        """The question of that number.
+
+        Raises:
+            BadRow: its row changed since all were looked at, and is bad now.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} questions, no index {index}")
+        index %= len(self)
+        question = self._plain(index)
+        return replace(question, shots=tuple(self._drawn(index))) if self._shots else question
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of what is asked: the rows, how they are read, the prompt and the solved examples."""
+        reader = self._reader
+        asked = {
+            "rows": self._rows.fingerprint(),
+            "used": self._count,
+            "task": [self.task.name, self.task.metric, self.task.format],
+            "columns": dict(sorted(reader.columns.items())),
+            "prompt": [reader.prompt, self.style, reader.box_form, reader.grounding],
+            "shots": [self._shots, self._examples.fingerprint() if self._examples is not self else ""],
+        }
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    # ---- all rows, once
+
+    def _read_all(self, on_bad_row: str) -> None:
+        self.ids: list[str] = []
+        self._row_of = array("q")  # question -> row
+        self._item_of = array("q")  # question -> which of its row's
+        bad: dict[int, BadRow] = {}
+        hidden: dict[int, BadRow] = {}
+        taken: set[str] = set()
+        # Sizes cannot be read from the stand-ins that a scan may give for image bytes.
+        scan = Rows.scan if self.task.is_grounding else type(self._rows).scan
+        with RowProgress("reading questions", self._count) as progress:
+            for row, given in enumerate(scan(self._rows, 0, self._count)):
+                progress.add(1)
+                origin = self._rows.origin(row)
+                try:
+                    asked = self._checked(given, row)
+                    name = self._reader.question_id(given) or f"row {origin.row}"
+                except BadRow as error:
+                    bad[row] = error
+                    continue
+                except BadField as error:
+                    bad[row] = BadRow(origin, error.field, error.reason)
+                    continue
+                if any(not question.answers for question in asked):
+                    hidden[row] = BadRow(origin, "answers", "are hidden")
+                for item in range(len(asked)):
+                    place = f".{item + 1}" if len(asked) > 1 else ""
+                    question_id = f"{name}{place}"
+                    if question_id in taken:  # not the data's own name for this question alone
+                        question_id = f"{name} (row {row + 1}){place}"
+                    taken.add(question_id)
+                    self.ids.append(question_id)
+                    self._row_of.append(row)
+                    self._item_of.append(item)
+        self._judge(bad, hidden, on_bad_row)
+
+    def _checked(self, given: Mapping[str, Any] | BadRow, row: int) -> list[Asked]:
+        if isinstance(given, BadRow):
+            raise given
+        asked = self._asked(given, row)
+        for number, source in enumerate(asked[0].sources if self._look_for_images else ()):
+            try:
+                check_image(absolute(source, self._access.root), self._access)
+            except ValueError as error:
+                raise BadRow(self._rows.origin(row), f"images[{number}]", str(error)) from error
+        return asked
+
+    def _judge(self, bad: dict[int, BadRow], hidden: dict[int, BadRow], on_bad_row: str) -> None:
+        """What is to be said of all rows together; both by row."""
+        if bad and on_bad_row == "error":
+            raise DataError(
+                f"{self._name}: of {self._count:,} rows, {len(bad):,} cannot be asked as task {self.task.name} "
+                "(mend them, or leave them out with on_bad_row: skip):",
+                list(bad.values()),
+            )
+        if not self.ids:
+            raise DataError(f"{self._name}: none of the {self._count:,} rows can be asked:", list(bad.values()))
+        kept = [place for place, row in enumerate(self._row_of) if row not in hidden]
+        self.answered = bool(kept)
+        left_out = bad | hidden if self.answered else bad
+        self.problems = [problem for _, problem in sorted(left_out.items())]
+        if not hidden or not self.answered:
+            return
+        if on_bad_row == "error":
+            raise DataError(
+                f"{self._name}: the answers of {len(hidden):,} rows are hidden and those of the others are not; score "
+                "the answered rows in a file of their own, or leave the others out with on_bad_row: skip:",
+                list(hidden.values()),
+            )
+        self.ids = [self.ids[place] for place in kept]
+        self._row_of = array("q", (self._row_of[place] for place in kept))
+        self._item_of = array("q", (self._item_of[place] for place in kept))
+
+    # ---- one question
+
+    def _plain(self, index: int) -> Question:
+        """The question without solved examples."""
+        row, item = self._row_of[index], self._item_of[index]
+        # A scan leaves the bytes of images on disk, unless their size is to be read from them.
+        given = self._rows[row] if self.task.is_grounding else next(iter(self._rows.scan(row, row + 1)))
+        if isinstance(given, BadRow):
+            raise given
+        asked = self._item(given, row, item)
+        return Question(
+            id=self.ids[index],
+            origin=self._rows.origin(row),
+            text=asked.text,
+            answers=asked.answers,
+            box=asked.box,
+            image_size=asked.image_size,
+            group=self._reader.group(given),
+            images=RowImages(self, index, len(asked.sources)),
+            access=self._access,
+            style=self.style,
+            messages=asked.messages,
+            options=asked.options,
+        )
+
+    def _sources(self, index: int) -> tuple[Any, ...]:
+        """The images of a question, paths absolute."""
+        row = self._row_of[index]
+        asked = self._item(self._rows[row], row, self._item_of[index])
+        return tuple(absolute(source, self._access.root) for source in asked.sources)
+
+    def _item(self, given: Mapping[str, Any], row: int, item: int) -> Asked:
+        asked = self._asked(given, row)
+        if item >= len(asked):
+            raise BadRow(self._rows.origin(row), "row", "has fewer questions than it had when all were looked at")
+        return asked[item]
+
+    def _asked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
+        try:
+            self._reader.group(given)
+            return self._reader.questions(given)
+        except BadField as error:
+            raise BadRow(self._rows.origin(row), error.field, error.reason) from None
+
+    def _image_size(self, source: Any) -> tuple[int, int]:
+        return upright_size(absolute(source, self._access.root), self._access)
+
+    # ---- solved examples
+
+    def _drawn(self, index: int) -> list[Question]:
+        start, stop = self._same_row(index)
+        draw = random.Random(f"solved examples of {self.ids[index]}")
+        places = draw.sample(range(len(self._examples) - (stop - start)), self._shots)
+        return [self._examples._plain(place if place < start else place + (stop - start)) for place in places]
+
+    def _same_row(self, index: int) -> tuple[int, int]:
+        """The examples that would give the answer away: the questions of the row that is asked."""
+        if not self._draws_from_itself:
+            return 0, 0
+        row, rows = self._row_of[index], self._examples._row_of
+        return bisect_left(rows, row), bisect_right(rows, row)
+
+    def _check_examples(self) -> None:
+        examples = self._examples
+        if not examples.answered:
+            raise DataError(f"{examples._name}: its answers are hidden; name a shot_source that has some")
+        fewest = min(len(examples) - (stop - start) for start, stop in map(self._same_row, range(len(self))))
+        if fewest < self._shots:
+            raise DataError(
+                f"{examples._name}: has {fewest} other question(s) to draw {self._shots} solved examples from; "
+                "lower shots, or name a larger shot_source"
+            )
+
+
+def _columns(source: Source, task: Task) -> dict[str, str]:
+    """Role -> column: the format's own names, the task's, the source's, later ones first."""
+    if source.format is not None and source.format != task.format:
+        raise DataError(f"{source.path}: task {task.name} reads format {task.format}, not {source.format}")
+    own = COLUMNS[task.format]
+    roles = own if task.format in CONVERSATIONS else (*own, *_MORE_ROLES)
+    for role in source.columns or {}:
+        if role not in roles:
+            meant = nearest(role, roles)
+            said = f"did you mean {' or '.join(meant)}? " if meant else ""
+            raise DataError(f"{source.path}: columns: {role} is no role; {said}The roles are {', '.join(roles)}")
+    if task.format in CONVERSATIONS:
+        return dict(RowFormat(task.format, source.columns or {}).columns)
+    return {role: role for role in own} | dict(task.columns) | dict(source.columns or {})
+
+
+def _box_form(source: Source, task: Task) -> str | None:
+    """How the gold boxes of columns are written."""
+    if task.format != "grounding":
+        return None
+    box_form = source.box_form or task.box_form
+    if box_form is None:
+        raise DataError(f"{source.path}: boxes are stored in two ways, and box_form does not say which: xyxy or xywh")
+    return box_form

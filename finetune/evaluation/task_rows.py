@@ -1,0 +1,316 @@
+"""What the rows of a task's data ask: from columns, or from a conversation up to its last reply.
+
+Nothing is opened here but, for boxes, the header of an image. Where a row may hold the stand-ins of image bytes
+(`Rows.scan`), what comes out of it is the same.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data import fields
+from finetune.data.formats import RowFormat
+from finetune.data.grounding import PLACEHOLDER, grounding
+from finetune.data.messages import Message
+from finetune.data.sample import BadField
+from finetune.evaluation.predictions import split_last_reply
+from finetune.evaluation.task_replies import Style
+from finetune.evaluation.tasks import CONVERSATIONS, Task
+from finetune.metrics import first_box
+from finetune.metrics.choices import LETTERS
+from qwenvl.boxes import Box
+
+ImageSize = Callable[[Any], tuple[int, int]]
+_PLACES = re.compile(r"\{(question|phrase|options)\}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question of a row.
+
+    Attributes:
+        text: the question as in the data.
+        messages: what is asked, the prompt applied; image parts name no image.
+        sources: the images of these parts in order, as in the row.
+        answers: gold answers; empty where they are hidden.
+        box: gold box, x1, y1, x2, y2 in pixels, and `image_size` (width, height), or None.
+        options: of multiple choice.
+    """
+
+    text: str
+    messages: tuple[Message, ...]
+    sources: tuple[Any, ...]
+    answers: tuple[str, ...] = ()
+    box: tuple[float, float, float, float] | None = None
+    image_size: tuple[int, int] | None = None
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How the rows of one source are read for a task.
+
+    Attributes:
+        task: the task.
+        columns: role -> column, for every role.
+        prompt: with the places of what the row says.
+        style: whom it asks.
+        box_form: of a gold box in columns.
+        grounding: every text is grounding text.
+        image_size: width and height of an image as the row names it; ValueError where it cannot be had.
+    """
+
+    task: Task
+    columns: Mapping[str, str]
+    prompt: str
+    style: Style
+    box_form: str | None
+    grounding: bool
+    image_size: ImageSize
+
+    def questions(self, row: Mapping[str, Any]) -> list[Asked]:
+        """The questions of a row, at least one.
+
+        Raises:
+            BadField: the row is not as the task wants it.
+        """
+        if self.task.format in CONVERSATIONS:
+            asked = [self._conversation(row)]
+        elif self.task.format == "grounding":
+            asked = self._phrases(row)
+        elif self.task.format == "caption":
+            asked = [self._caption(row)]
+        else:
+            asked = self._columns(row)
+        fewest = self.task.fewest_answers
+        for question in asked:
+            if question.answers and len(question.answers) < fewest:
+                raise BadField(
+                    self.columns["answers"],
+                    f"holds {len(question.answers)} answer(s); {self.task.metric} compares with those of at least "
+                    f"{fewest} people. For single answers use exact_match or anls",
+                )
+        return asked
+
+    def group(self, row: Mapping[str, Any]) -> str | None:
+        """The group a row belongs to, where the data has groups.
+
+        Raises:
+            BadField: the score is a mean of groups, and the row has none.
+        """
+        if "group" not in self.columns:
+            return None
+        column = self.columns["group"]
+        value = fields.field(row, column) if self.task.mean_of_groups else row.get(column)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise BadField(column, f"must be text or a whole number, not {type(value).__name__}")
+        return self.task.group_names.get(str(value), str(value))
+
+    def question_id(self, row: Mapping[str, Any]) -> str | None:
+        """The data's own name of a row's question; None where it has none.
+
+        Raises:
+            BadField: it is neither text nor a whole number.
+        """
+        column = self.columns.get("id")
+        value = None if column is None else row.get(column)
+        if value is None or value == "":
+            return None
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise BadField(column, f"must be text or a whole number, not {type(value).__name__}")
+        return str(value)
+
+    # ---- columns
+
+    def _columns(self, row: Mapping[str, Any]) -> list[Asked]:
+        images = self._images(row)
+        name = self.columns["question"]
+        given = fields.field(row, name)
+        answers_name = self.columns["answers"]
+        if answers_name == "answers" and "answers" not in row and "answer" in row:
+            answers_name = "answer"
+        answers = _may_be_hidden(row, answers_name)
+        if isinstance(given, str):
+            return [self._question(row, images, given, name, answers, answers_name)]
+        if not isinstance(given, list | tuple) or not given:
+            raise BadField(name, f"must be text or a list of texts, not {_kind(given)}")
+        if answers is None:
+            answers = [None] * len(given)
+        if not isinstance(answers, list | tuple) or len(answers) != len(given):
+            reason = f"must be a list of {len(given)}, one for each question, not {_kind(answers)}"
+            raise BadField(answers_name, reason)
+        return [
+            self._question(row, images, question, f"{name}[{index}]", answer, f"{answers_name}[{index}]")
+            for index, (question, answer) in enumerate(zip(given, answers, strict=True))
+        ]
+
+    def _question(
+        self, row: Mapping[str, Any], images: list[Any], question: Any, name: str, answer: Any, answer_name: str
+    ) -> Asked:
+        text = fields.text(question, name)
+        if self.task.metric != "multiple_choice":
+            return self._asked(text, images, {"question": text}, answers=_answers(answer, answer_name))
+        column = self.columns["options"]
+        given = fields.field(row, column)
+        if not isinstance(given, list | tuple) or not 2 <= len(given) <= len(LETTERS):
+            raise BadField(column, f"must be a list of 2 to {len(LETTERS)} texts, not {_kind(given)}")
+        options = tuple(fields.text(option, f"{column}[{index}]") for index, option in enumerate(given))
+        lettered = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+        gold = () if answer is None else (_gold_letter(answer, options, answer_name),)
+        return self._asked(text, images, {"question": text, "options": lettered}, answers=gold, options=options)
+
+    def _caption(self, row: Mapping[str, Any]) -> Asked:
+        name = self.columns["caption"]
+        captions = _answers(_may_be_hidden(row, name), name)
+        return self._asked(self.prompt, self._images(row), {}, answers=captions)
+
+    def _phrases(self, row: Mapping[str, Any]) -> list[Asked]:
+        source = fields.image(fields.field(row, self.columns["image"]), self.columns["image"])
+        try:
+            size = self.image_size(source)
+        except ValueError as error:
+            raise BadField(self.columns["image"], str(error)) from error
+        name = self.columns["box"]
+        value = _may_be_hidden(row, name)
+        box = None if value is None else self._pixels(fields.numbers(value, name, 4), name, size)
+        # The training format says what is a good phrase and box; a hidden box has the image's own in its place.
+        whole = {**row, name: (0, 0, *size) if box is None else box}
+        conversations = grounding(whole, self.columns, lambda _: size, "xyxy", PLACEHOLDER)
+        asked = []
+        for question, answer in conversations:
+            phrase = question["content"][-1]["text"]
+            answers = () if box is None else (answer["content"],)
+            places = {"phrase": phrase}
+            asked.append(self._asked(phrase, [source], places, answers=answers, box=box, image_size=size, marked=True))
+        return asked
+
+    def _pixels(self, numbers: list[float], name: str, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        width, height = size
+        try:
+            if self.box_form == "xyxy_fraction":
+                if not all(-0.5 <= number <= 1.5 for number in numbers):
+                    raise ValueError(f"{numbers} are no fractions of the image")
+                numbers = [number * side for number, side in zip(numbers, (width, height) * 2, strict=True)]
+            box = Box.from_xywh(*numbers) if self.box_form == "xywh" else Box(*numbers)
+        except ValueError as error:
+            raise BadField(name, str(error)) from error
+        return box.x1, box.y1, box.x2, box.y2
+
+    def _images(self, row: Mapping[str, Any]) -> list[Any]:
+        column = self.columns["image"]
+        fields.field(row, column)
+        images = fields.images(row, column)
+        if not images:
+            raise BadField(column, "holds no image")
+        return images
+
+    def _asked(
+        self, text: str, images: list[Any], places: Mapping[str, str], *, marked: bool = False, **gold: Any
+    ) -> Asked:
+        said = _PLACES.sub(lambda place: places.get(place[1], place[0]), self.prompt)
+        flag = {"grounding": True} if marked or self.grounding else {}
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": said, **flag}]
+        return Asked(text, ({"role": "user", "content": content},), tuple(images), **gold)
+
+    # ---- conversations
+
+    def _conversation(self, row: Mapping[str, Any]) -> Asked:
+        [conversation] = RowFormat(self.task.format, self.columns).conversations(row, self.image_size)
+        name = self.columns["conversations" if self.task.format != "messages" else "messages"]
+        parts = split_last_reply(conversation)
+        if parts is None:
+            raise BadField(name, "does not end in an assistant's reply, which is the gold answer")
+        messages, answer = parts
+        if not any(message["role"] == "user" for message in messages):
+            raise BadField(name, "asks nothing before its last reply")
+        sources: list[Any] = []
+        asked = [_without_sources(message, sources, self.grounding) for message in messages]
+        text = "".join(part["text"] for part in asked[-1]["content"] if part["type"] == "text").strip()
+        if self.style == "base":
+            asked = [self._one_prompt(asked, name)]
+        box = size = None
+        if self.task.is_grounding:
+            if not sources:
+                raise BadField(name, "holds no image that its box could be in")
+            try:
+                size = self.image_size(sources[-1])
+            except ValueError as error:
+                raise BadField(name, str(error)) from error
+            box = first_box(answer, size)
+            if box is None:
+                raise BadField(name, f"its last reply holds no box: {answer[:80]!r}")
+        return Asked(text, tuple(asked), tuple(sources), (answer,), box, size)
+
+    def _one_prompt(self, asked: list[Message], name: str) -> Message:
+        if len(asked) != 1:
+            raise BadField(name, "is more than one question, which a base model cannot be asked; use style chat")
+        ending = {"text": "", "grounding": True} if self.task.is_grounding else {"text": " Answer:"}
+        return {**asked[0], "content": [*asked[0]["content"], {"type": "text", **ending}]}
+
+
+def _may_be_hidden(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column that must be there but may be None."""
+    if column not in row:
+        there = ", ".join(map(str, row))
+        raise BadField(
+            column,
+            f"is missing; the row has {there[:200] or 'nothing'}. Name the column under `columns`, or give it as null "
+            "where answers are hidden",
+        )
+    return row[column]
+
+
+def _answers(value: Any, name: str) -> tuple[str, ...]:
+    """Gold answers; none where the value is None, an empty list or nothing but blanks, as in hidden test splits."""
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        value = [value]
+    answers = []
+    for index, item in enumerate(value):
+        # VQAv2 has {"answer", "answer_confidence", "answer_id"}.
+        answer = item.get("answer") if isinstance(item, Mapping) else item
+        if not isinstance(answer, str):
+            raise BadField(name if len(value) == 1 else f"{name}[{index}]", f"must be text, not {_kind(answer)}")
+        answers.append(answer)
+    return tuple(answers) if any(answer.strip() for answer in answers) else ()
+
+
+def _gold_letter(answer: Any, options: tuple[str, ...], name: str) -> str:
+    """The letter of the right option, given as its number from 0, its letter or its text."""
+    if isinstance(answer, str):
+        answer = answer.strip()
+        # Before the texts: AI2D counts, "2" is the third option even where the options are numbers themselves.
+        if answer.isdecimal():
+            answer = int(answer)
+        elif answer in options:
+            return LETTERS[options.index(answer)]
+        elif len(answer) == 1 and answer.upper() in LETTERS[: len(options)]:
+            return answer.upper()
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        return LETTERS[answer]
+    raise BadField(
+        name, f"must be a number from 0 to {len(options) - 1}, a letter or an option's text, not {answer!r}"
+    )
+
+
+def _without_sources(message: Message, sources: list[Any], grounding: bool) -> Message:
+    """The message with its images taken out of their parts and added to `sources`; flags on the parts."""
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    flag = {"grounding": True} if grounding or message.get("grounding") else {}
+    kept = []
+    for part in parts:
+        if part["type"] == "image":
+            sources.append(part["image"])
+            kept.append({key: value for key, value in part.items() if key != "image"})
+        else:
+            kept.append({**part, **flag})
+    return {"role": message["role"], "content": kept}
+
+
+def _kind(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list | tuple) else type(value).__name__

@@ -1,0 +1,1 @@
+"""`finetune export`: a checkpoint in the forms that other programs read."""

@@ -1,0 +1,42 @@
+"""`data.tokens_per_batch: auto`: the largest packing budget that the memory plan has room for."""
+
+from finetune.data.checking import Checked
+from finetune.different_rows import different_rows
+from finetune.memory.cards import USABLE
+from finetune.memory.fitting import largest_budget
+from finetune.memory.packing_budget import ChosenBudget, packing_budget
+from finetune.memory.switches import choose_switches
+from finetune.memory.workload import worst_workload
+from finetune.quantities import format_bytes
+from finetune.recipe import Recipe
+from qwenvl import QwenVLConfig
+
+
+def auto_budget(
+    recipe: Recipe, config: QwenVLConfig, checked: Checked, *, free: int, device_type: str
+) -> ChosenBudget:
+    """The largest packing budget that the memory plan has room for.
+
+    A pack is made of the conversations of one batch of one process, so with the tokens of its longest ones all that
+    there can be is in one forward: more would change nothing. It is never below the longest conversation, which has to
+    be run in any case: whether that fits, the run's plan says.
+
+    Args:
+        recipe: as it is planned (`run_plan.settled`).
+        free: bytes on the device, before anything is loaded.
+        device_type: cuda or cpu.
+    """
+    batch = recipe.train.per_device_train_batch_size
+    longest = int(checked.lengths.max())
+    rows = different_rows(checked, recipe.seed, batch)
+    capacity = int(free * USABLE)
+    # What else says auto (checkpointing above all) is settled for packs of the usual size; this fills what is left.
+    usual = worst_workload(**rows, budget=packing_budget(recipe.data, checked.lengths), batch=batch)
+    switches = choose_switches(recipe, config, usual, capacity, device_type=device_type)
+    fitting = largest_budget(recipe, config, capacity, **rows, switches=switches)
+    where = f"the {format_bytes(free)} free on this {'GPU' if device_type == 'cuda' else 'machine'}"
+    if fitting is None:
+        return ChosenBudget(longest, f"the longest conversation (more does not fit into {where})")
+    if fitting >= sum(sorted(rows["lengths"])[-batch:]):
+        return ChosenBudget(fitting, f"all of a batch fits into {where}")
+    return ChosenBudget(fitting, f"what fits into {where}")

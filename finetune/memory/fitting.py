@@ -1,0 +1,188 @@
+"""What fits: the largest packing budget, and the settings that would make a run fit that does not."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from finetune.memory.plan import MemoryPlan, plan_memory
+from finetune.memory.switches import Switches, choose_switches
+from finetune.memory.workload import Workload, worst_workload
+from finetune.quantities import format_bytes
+from finetune.recipe import Recipe, RecipeError, parse_recipe
+from qwenvl import QwenVLConfig
+
+STEP = 32
+"""Tokens: budgets are multiples of it, but for the longest conversation and a whole batch."""
+
+# Settings that make a run smaller, those first that change least of what it computes.
+REMEDIES = (
+    ("train.checkpointing=full",),
+    ("train.gradient_checkpointing=true",),
+    ("data.tokens_per_batch={budget}",),
+    ("model.embeddings_on_cpu=true",),
+    ("train.optim=paged_adamw_8bit",),
+    ("data.vision_cache=disk",),
+    ("train.checkpointing=offload",),
+    ("model.quantization=nf4", "model.quantize=[language, vision]"),
+    ("model.quantization=nf4", "model.quantize=[language, vision, head]"),
+    ("adapter.r=16",),
+)
+
+
+def largest_budget(
+    recipe: Recipe,
+    config: QwenVLConfig,
+    capacity: int,
+    *,
+    lengths: Sequence[int],
+    supervised: Sequence[int],
+    images: Sequence[int],
+    switches: Switches,
+) -> int | None:
+    """The largest packing budget, in tokens, that fits; None where not even the longest conversation does.
+
+    Args:
+        capacity: bytes that the run can plan with.
+        lengths, supervised, images: of each conversation (see `memory.worst_workload`).
+
+    Returns:
+        At least the longest conversation; at most the tokens of the longest that a batch can bring together.
+    """
+    batch = recipe.train.per_device_train_batch_size
+
+    def spare(budget: int) -> int:
+        workload = worst_workload(lengths, supervised, images, budget=budget, batch=batch)
+        return capacity - plan_memory(recipe, config, workload, switches=switches).peak
+
+    lowest, highest = max(lengths), sum(sorted(lengths)[-batch:])
+    if (room := spare(lowest)) < 0:
+        return None
+    if highest <= lowest or (lack := spare(highest)) >= 0:
+        return max(lowest, highest)
+    return _last_that_fits(spare, lowest, room, highest, lack)
+
+
+def _last_that_fits(spare: Callable[[int], int], fits: int, room: int, too_much: int, lack: int) -> int:
+    """Between a budget that fits and one that does not: by halves, and by where a straight line would be at zero."""
+    by_line = True
+    while too_much - fits > STEP:
+        share = room / (room - lack) if by_line else 0.5
+        tried = fits + round((too_much - fits) * share)
+        tried = max(tried // STEP * STEP, fits + 1)
+        if tried >= too_much:
+            tried = too_much - STEP if too_much - STEP > fits else (fits + too_much) // 2
+        if (now := spare(tried)) >= 0:
+            fits, room = tried, now
+        else:
+            too_much, lack = tried, now
+        by_line = not by_line
+    return fits
+
+
+def remedies(
+    recipe: Recipe, config: QwenVLConfig, workload: Workload, capacity: int, *, switches: Switches
+) -> list[str]:
+    """Settings with which a run fits that does not, each as it is written on the command line; each tried by planning.
+
+    Args:
+        recipe: as it is, `adapter.train_embeddings` settled.
+        workload: its largest forward.
+        capacity: bytes that the run can plan with.
+        switches: as they were chosen.
+
+    Returns:
+        Those that help by themselves; where none does, a set of which each is needed; nothing where none is known.
+    """
+    trials = _Trials(recipe, config, workload, capacity, switches)
+    useful = [remedy for remedy in trials.remedies() if trials.peak(remedy) < trials.before]
+    alone = [remedy for remedy in useful if trials.peak(remedy) <= capacity]
+    if alone:
+        return [" ".join(remedy) for remedy in alone]
+    together: list[tuple[str, ...]] = []
+    for remedy in useful:
+        together.append(remedy)
+        if trials.peak(_joined(together)) <= capacity:
+            return [" ".join(_joined(trials.without_idle(together)))]
+    return []
+
+
+def _joined(several: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """All of them; of two for one key the last counts."""
+    by_key = {setting.partition("=")[0]: setting for remedy in several for setting in remedy}
+    return tuple(by_key.values())
+
+
+class _Trials:
+    def __init__(self, recipe: Recipe, config: QwenVLConfig, workload: Workload, capacity: int, switches: Switches):
+        self.recipe, self.config, self.workload = recipe, config, workload
+        self.capacity, self.switches = capacity, switches
+        self.before = plan_memory(recipe, config, workload, switches=switches).peak
+        self.written = recipe.to_yaml()
+        self.known: dict[tuple[str, ...], float] = {}
+
+    def remedies(self) -> Iterator[tuple[str, ...]]:
+        budget = max(self.workload.sequence_length, self.recipe.data.max_length or 0)
+        for remedy in REMEDIES:
+            if "{budget}" not in remedy[0]:
+                yield remedy
+            elif budget < self.workload.tokens:
+                yield (remedy[0].format(budget=budget),)
+
+    def peak(self, remedy: tuple[str, ...]) -> float:
+        """Bytes that the run needs with it; infinite where the recipe would be wrong."""
+        if remedy not in self.known:
+            self.known[remedy] = self._peak(remedy)
+        return self.known[remedy]
+
+    def without_idle(self, together: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Remedies that fit together, without those that it fits without; those that change most go first."""
+        needed = list(together)
+        for remedy in reversed(together):
+            others = [one for one in needed if one != remedy]
+            if others and self.peak(_joined(others)) <= self.capacity:
+                needed = others
+        return needed
+
+    def _peak(self, remedy: tuple[str, ...]) -> float:
+        try:
+            recipe = parse_recipe(self.written, list(remedy))
+        except RecipeError:
+            return float("inf")
+        workload = self._workload(recipe)
+        device_type = self.switches.device_type
+        try:
+            switches = choose_switches(recipe, self.config, workload, self.capacity, device_type=device_type)
+            return plan_memory(recipe, self.config, workload, switches=switches).peak
+        except ValueError:
+            return float("inf")
+
+    def _workload(self, recipe: Recipe) -> Workload:
+        """The largest forward with another packing budget: as much less of everything."""
+        budget = recipe.data.tokens_per_batch
+        if not isinstance(budget, int) or budget >= self.workload.tokens:
+            return self.workload
+        whole, share = self.workload, budget / self.workload.tokens
+        span = self.config.n_queries + 2
+        return replace(
+            whole,
+            tokens=budget,
+            supervised=min(whole.supervised, budget - 1),
+            sequences=max(1, min(whole.sequences, round(whole.sequences * share))),
+            images=min(whole.images, budget // span),
+        )
+
+
+def what_does_not_fit(
+    recipe: Recipe, plan: MemoryPlan, config: QwenVLConfig, capacity: int, *, switches: Switches
+) -> str:
+    """Why a run cannot be, and what would make it possible, for a `UserError`."""
+    workload, fullest = plan.workload, plan.fullest
+    lines = [
+        f"the run needs {format_bytes(plan.peak)} ({fullest.name}), and {format_bytes(capacity)} can be used "
+        f"{'of what is free on the GPU' if switches.device_type == 'cuda' else 'here'}. Its largest forward has "
+        f"{workload.tokens:,} tokens and {workload.images:,} images",
+        *(f"  {line}" for line in plan.lines()[1:]),
+    ]
+    found = remedies(recipe, config, workload, capacity, switches=switches)
+    if not found:
+        return "\n".join([*lines, "No setting known here makes it fit: take a larger GPU, or shorter conversations"])
+    return "\n".join([*lines, "It would fit, by the plan, with", *(f"  {one}" for one in found)])

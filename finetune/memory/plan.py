@@ -1,0 +1,288 @@
+"""The memory plan of a run: what it holds on the device in each of its phases, from recipe and config alone.
+
+What is held throughout (weights, gradients, optimizer states) is exact; what a step makes is counted by running it on
+shapes (`activations`). Not planned: models that processes share, by FSDP or DeepSpeed, each with a part.
+With liger's kernels a step takes less than is planned: PyTorch's are counted.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from torch import nn
+
+from finetune.checkpointing import Checkpointing
+from finetune.evaluation.replies import BATCH_ROWS, BATCH_TOKENS
+from finetune.memory.activations import BACKWARD, LANGUAGE, LOSS, VISION, VISION_BACKWARD, Step, step_of_shapes
+from finetune.memory.switches import Switches
+from finetune.memory.weights import WeightBytes, model_of_shapes, state_bytes, weight_bytes, weights_dtype
+from finetune.memory.workload import Workload
+from finetune.quantities import format_bytes
+from finetune.recipe import Recipe
+from finetune.vision_cache.image_store import ENCODED_TOGETHER, KEPT_BYTES
+from qwenvl import QwenVLConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run, at its fullest moment.
+
+    Attributes:
+        name: load, encode, train, evaluate or save.
+        parts: bytes on the device, by what they are.
+        gives_way: of these, what the run does with less of by itself where there is no room: it replies to fewer
+            prompts at a time.
+        host: bytes in host memory, where that is not the device.
+    """
+
+    name: str
+    parts: dict[str, int]
+    gives_way: int = 0
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> int:
+        return self.total - self.gives_way
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a run.
+
+    Attributes:
+        phases: in the order of the run.
+        workload: the forward that it was made for.
+    """
+
+    phases: tuple[Phase, ...]
+    workload: Workload
+    _by_name: dict[str, Phase] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "_by_name", {phase.name: phase for phase in self.phases})
+
+    def __getitem__(self, name: str) -> Phase:
+        return self._by_name[name]
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the device must have."""
+        return self.fullest.needed
+
+    @property
+    def fullest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.needed)
+
+    @property
+    def host(self) -> int:
+        """Bytes in host memory, where that is not the device."""
+        return max(phase.host for phase in self.phases)
+
+    def fits(self, capacity_bytes: int) -> bool:
+        return self.peak <= capacity_bytes
+
+    def lines(self, capacity: int | None = None) -> list[str]:
+        """For the first lines of a run: what it needs, where, and of what that consists.
+
+        Args:
+            capacity: bytes that there are.
+        """
+        there = "" if capacity is None else f" of {format_bytes(capacity)} that can be used"
+        phases = ", ".join(f"{phase.name} {self._show(phase.needed)}" for phase in self.phases)
+        host = f", and {format_bytes(self.host)} of host memory" if self.host else ""
+        parts = [(name, size) for name, size in self.fullest.parts.items() if size >= self.fullest.total / 500]
+        parts = ", ".join(f"{name} {self._show(size)}" for name, size in parts)
+        return [
+            f"{format_bytes(self.peak)} at most{there}{host} ({self._unit}: {phases})",
+            f"in {self.fullest.name}: {parts}",
+        ]
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows of what there is in each phase: the unit and the phases, each kind of bytes, the sum."""
+        names = dict.fromkeys(name for phase in self.phases for name in phase.parts)
+        return [
+            (self._unit, *(phase.name for phase in self.phases)),
+            *((name, *(self._show(phase.parts.get(name, 0)) for phase in self.phases)) for name in names),
+            ("together", *(self._show(phase.total) for phase in self.phases)),
+        ]
+
+    @property
+    def _unit(self) -> str:
+        return "GB" if self.peak >= 1e9 else "MB"
+
+    def _show(self, size: int) -> str:
+        return f"{size / 1e9:.2f}" if self._unit == "GB" else f"{size / 1e6:.1f}"
+
+
+def plan_memory(recipe: Recipe, config: QwenVLConfig, workload: Workload, *, switches: Switches) -> MemoryPlan:
+    """What a run will hold, without its weights.
+
+    `adapter.train_embeddings: auto` counts as false: see `weights.settle_embeddings`.
+
+    Args:
+        workload: the largest forward of the run (`worst_workload`).
+        switches: what the run does; none of it auto.
+
+    Raises:
+        ValueError: what is to be trained cannot be, or there is no such forward.
+    """
+    return _Plan(recipe, config, workload, switches).make()
+
+
+class _Plan:
+    def __init__(self, recipe: Recipe, config: QwenVLConfig, workload: Workload, switches: Switches):
+        self.recipe, self.config, self.workload, self.switches = recipe, config, workload, switches
+        self.device_type = switches.device_type
+        self.on_host = self.device_type == "cpu"
+        self.model = model_of_shapes(recipe, config, self.device_type)
+        self.weights: WeightBytes = weight_bytes(self.model)
+        self.states = state_bytes(self.model, switches.optim, self.device_type)
+        # Images are encoded before training. The vision side has left by then, but for a training without adapter,
+        # whose checkpoints hold its weights.
+        self.cached = switches.vision_cache != "off" and config.visual is not None
+        self.tower_leaves = self.cached and recipe.adapter is not None
+
+    def make(self) -> MemoryPlan:
+        phases = [self.load(), *self.encode(), self.train(), *self.evaluate(), self.save()]
+        return MemoryPlan(tuple(phases), self.workload)
+
+    def kept(self, *, training: bool, vision: bool = True) -> dict[str, int]:
+        """What is there throughout: weights; with `training`, gradients and optimizer states."""
+        away = () if vision else ("vision", "resampler")
+        parts = {name: size for name, size in self.weights.device.items() if name not in away}
+        if self.on_host and self.weights.host:
+            parts["embeddings"] = parts.get("embeddings", 0) + self.weights.host
+        if training:
+            parts["gradients"] = self.weights.gradients
+        parts["optimizer states"] = self.states.device
+        return parts
+
+    def host(self, offloaded: int = 0) -> int:
+        return 0 if self.on_host else self.weights.host + self.states.host + offloaded
+
+    # Phases
+
+    def load(self) -> Phase:
+        parts = {name: size for name, size in self.weights.device.items() if name != "adapter"}
+        quantized = self.weights.staged > 0
+        if quantized:
+            # bitsandbytes takes 16 bytes a value while it quantises on the CPU.
+            parts["one weight in 16 bits"] = self.weights.staged * (8 if self.on_host else 1)
+        if self.on_host and self.weights.host:
+            parts["embeddings"] = parts.get("embeddings", 0) + self.weights.host
+        # 16-bit weights are read into host memory and moved when they are all there; 4-bit ones come one by one.
+        staged = self.weights.largest if quantized else sum(self.weights.device.values())
+        return Phase("load", parts, host=0 if self.on_host else staged + self.weights.host)
+
+    def encode(self) -> list[Phase]:
+        if not self.workload.images:
+            return []
+        if self.cached:
+            parts = dict(self.weights.device)
+            host = self.host()
+            if not self.on_host and self.recipe.adapter is not None:
+                # What is trained waits in host memory meanwhile (`parking`).
+                host += parts.pop("adapter")
+            parts["encoding images"] = self._encoding(ENCODED_TOGETHER)
+            return [Phase("encode", parts, host=host)]
+        parts = self.kept(training=True) | {"encoding images": self._step().peak(VISION).total}
+        return [Phase("encode", parts, host=self.host())]
+
+    def train(self) -> Phase:
+        kept = self.kept(training=True, vision=not self.tower_leaves)
+        step = self._step()
+        fullest = step.peak(LANGUAGE, LOSS, BACKWARD, VISION_BACKWARD)
+        activations = fullest.held[VISION] + fullest.held[LANGUAGE]
+        made = {
+            "activations": activations,
+            "loss": fullest.held[LOSS],
+            "working memory": fullest.total - activations - fullest.held[LOSS],
+        }
+        if self.states.working > fullest.total:
+            made = {"working memory": self.states.working}  # the optimizer's step is what takes most
+        return Phase("train", kept | made, host=self.host(step.host))
+
+    def evaluate(self) -> list[Phase]:
+        evaluate = self.recipe.evaluate
+        if evaluate is None:
+            return []
+        kept = self.kept(training=False, vision=not self.tower_leaves)
+        loss = {"loss of the data": self._step(trains=False).peak().total}
+        replies = evaluate.sample if evaluate.task is not None else evaluate.predictions
+        if not replies:
+            return [Phase("evaluate", kept | loss, host=self.host())]
+        row = self.workload.sequence_length + evaluate.max_new_tokens
+        rows = max(1, min(BATCH_TOKENS // row, BATCH_ROWS, replies))
+        many, one = (self._replies(count, row, replies) for count in (rows, 1))
+        need = max(sum(loss.values()), sum(one.values()))
+        made = many if sum(many.values()) >= need else loss
+        return [Phase("evaluate", kept | made, gives_way=sum(made.values()) - need, host=self.host())]
+
+    def save(self) -> Phase:
+        return Phase("save", self.kept(training=False, vision=not self.tower_leaves), host=self.host())
+
+    # What is made
+
+    def _step(self, *, trains: bool = True) -> Step:
+        switches = self.switches
+        kind: Checkpointing | None = switches.checkpointing if trains else None
+        if kind == "offload" and self.on_host:
+            kind = "full"  # what is kept is in host memory already
+        # TRL's own key makes the embeddings' output need a gradient; ours does without.
+        by_trl = self.recipe.train.checkpointing is None and self.recipe.adapter is not None and kind != "none"
+        return _step(
+            self.model,
+            self.workload,
+            kind,
+            self.device_type,
+            switches.attention,
+            features=self.cached,
+            input_gradient=trains and by_trl,
+        )
+
+    def _encoding(self, images: int) -> int:
+        """Bytes of encoding so many images without gradients."""
+        tokens = images * (self.config.n_queries + 2) + 1
+        step = _step(
+            self.model, Workload(tokens, 1, 1, images, tokens), None, self.device_type, self.switches.attention
+        )
+        return step.peak(VISION).total
+
+    def _replies(self, rows: int, row: int, replies: int) -> dict[str, int]:
+        """Bytes of replying to so many prompts at once, each with its reply of so many tokens."""
+        config, value = self.config, weights_dtype(self.recipe, self.config, self.device_type).itemsize
+        tokens = rows * row
+        layer = tokens * 2 * config.num_attention_heads * config.kv_channels * value
+        forward = _step(self.model, Workload(tokens, 1, 1, 0, tokens), None, self.device_type, self.switches.attention)
+        made = {
+            # One layer's are copied as they grow.
+            "keys and values": layer * (config.num_hidden_layers + 1),
+            # Padding makes a mask, as yes and no and as what is added.
+            "forward of prompts": forward.peak(LANGUAGE, LOSS).total + rows * row * row * (1 + value),
+        }
+        if config.visual is not None and not self.cached:
+            features = config.n_queries * config.hidden_size * value
+            made["image features"] = min(KEPT_BYTES, replies * features)
+            encoding = self._encoding(min(ENCODED_TOGETHER, replies))
+            made["forward of prompts"] = max(made["forward of prompts"], encoding)
+        return made
+
+
+@lru_cache(maxsize=128)
+def _step(
+    model: nn.Module,
+    workload: Workload,
+    checkpointing: Checkpointing | None,
+    device_type: str,
+    attention: str,
+    *,
+    features: bool = False,
+    input_gradient: bool = False,
+) -> Step:
+    model.config._attn_implementation = attention
+    return step_of_shapes(
+        model, workload, checkpointing, device_type, features=features, input_gradient=input_gradient
+    )

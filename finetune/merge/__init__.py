@@ -1,0 +1,1 @@
+"""`finetune merge`: an adapter into its base."""

@@ -1,0 +1,78 @@
+"""A merged folder knows what it was made of: the same merge is not done twice, and nothing else is written over."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from finetune.atomic_writes import write_text
+from finetune.errors import UserError
+from finetune.merge.adapter_config import MERGE_FILE
+
+FORMAT = 1
+
+
+def write_merge(folder: Path, made_of: dict[str, Any], files: dict[str, str], facts: dict[str, Any]):
+    """Write `merge.json`.
+
+    Args:
+        folder: of the merged checkpoint, with all of `files`.
+        made_of: what decides the weights: fingerprints and settings; no paths.
+        files: SHA-256 by name.
+        facts: further keys.
+    """
+    listed = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256} for name, sha256 in sorted(files.items())
+    }
+    content = {"format": FORMAT, "made_of": made_of, **facts, "files": listed}
+    write_text(folder / MERGE_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_merge(folder: Path) -> dict[str, Any] | None:
+    """What a folder says it was merged from; None where it is no merged folder.
+
+    Raises:
+        UserError: its `merge.json` cannot be read.
+    """
+    try:
+        return json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{folder / MERGE_FILE} is not JSON ({error}): remove the folder and merge again") from None
+
+
+def is_done(to: Path, made_of: dict[str, Any], *, overwrite: bool, sources: list[Path]) -> bool:
+    """Whether the very same merge is at `to` already, whole.
+
+    Args:
+        to: where the merge shall be written.
+        made_of: see `write_merge`.
+        overwrite: whether what else is there may be replaced.
+        sources: folders that are read, which must never be replaced.
+
+    Raises:
+        UserError: something else is there.
+    """
+    for source in sources:
+        if to.resolve() in (source.resolve(), *source.resolve().parents) and to.exists():
+            raise UserError(f"--to {to} is, or holds, {source}, which is read: give another folder")
+    if not os.path.lexists(to) or (to.is_dir() and not any(to.iterdir())):
+        return False
+    if not to.is_dir():
+        raise UserError(f"--to {to} is a file: give a folder that does not exist yet")
+    there = read_merge(to)
+    if there is not None and there.get("made_of") == made_of:
+        changed = [name for name, told in there["files"].items() if _size(to / name) != told["bytes"]]
+        if not changed:
+            return True
+        reason = f"holds this merge, but {', '.join(changed)} is missing or was changed"
+    else:
+        reason = "holds another merge" if there is not None else "is not empty"
+    if not overwrite:
+        raise UserError(f"--to {to} {reason}: give another folder, or --overwrite to replace it")
+    return False
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

@@ -1,0 +1,242 @@
+"""Base + adapter -> a whole checkpoint, in the order in which it is made: find, hold against each other, write, check.
+
+Memory stays at a few large tensors however large the model is, because tensors pass through one after the other. The
+check by logits is the exception: it loads the model, as its users will.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from finetune.atomic_writes import writing_large_folder
+from finetune.byte_progress import byte_progress
+from finetune.errors import Failed, UserError
+from finetune.merge.adapter_weights import AdapterWeights, read_adapter
+from finetune.merge.check import check_merge, measure_rounding_to_4bit
+from finetune.merge.folder import is_done, write_merge
+from finetune.merge.sources import Sources, find_sources
+from finetune.merge.tensors import MergedTensor, merged_pieces
+from finetune.model_card import CARD, write_card
+from finetune.model_folder import companion_folder, copy_companions, dtype_settings, read_json
+from finetune.quantities import format_bytes
+from finetune.run import NotEnoughDiskSpace, check_disk_space, describe_environment
+from finetune.tensor_files import SHARD_BYTES, file_hash, write_tensors
+from qwenvl.checkpoint_files import StoredTensor, locate_tensors
+from qwenvl.loading import DTYPES
+
+COMPANION_BYTES = 50_000_000  # room for tokenizer, font and card
+
+
+def merge(
+    path: str | Path,
+    to: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    onto: Literal["base", "dequantized"] = "base",
+    shard_bytes: float = SHARD_BYTES,
+    check: bool = True,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write the checkpoint that is base and adapter in one.
+
+    Args:
+        path: run or adapter folder.
+        to: the folder to write; it appears whole or not at all.
+        base: the adapter's base, where it is not where the adapter says: folder or hub id.
+        dtype: "float32", "bfloat16", "float16", or "auto" for the types that the base is stored in.
+        onto: after a training in 4 bits: merge into the base's own weights, or into those that the training saw.
+        shard_bytes: of the largest weight file.
+        check: read back what was written, load it in a fresh process, and compare its logits with base and adapter.
+        overwrite: replace a folder that is there.
+        say: prints a line.
+
+    Returns:
+        `to`.
+
+    Raises:
+        UserError, ValueError, FileNotFoundError: something that was given does not fit; see the message.
+        Failed: it could not be written, or the check found that it is not right. Nothing is under `to` then.
+    """
+    to = Path(to)
+    found = find_sources(Path(path), base)
+    stored = locate_tensors(found.base)
+    adapter = read_adapter(found.adapter, stored)
+    plan = plan_tensors(stored, adapter, found, dtype, onto)
+    made_of = {
+        "base": found.fingerprint,
+        "adapter": adapter.sha256(),
+        "dtype": _dtypes(plan),
+        "onto": onto,
+        "shard_bytes": int(shard_bytes),
+    }
+    say(f"base        {found.base} ({format_bytes(_bytes(stored.values()))}, fingerprint {found.fingerprint})")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in adapter.kinds().items())
+    say(f"adapter     {found.adapter} ({adapter.keys} tensors: {kinds})")
+    sources = [found.adapter, Path(found.base), *([found.run] if found.run is not None else [])]
+    if is_done(to, made_of, overwrite=overwrite, sources=sources):
+        say(f"{to} holds this very merge already: nothing to do")
+        return to
+    notes = _notes(found, adapter, onto)
+    for note in notes:
+        say(f"note        {note}")
+    needed = sum(tensor.planned.nbytes for tensor in plan)
+    check_disk_space(to, needed + COMPANION_BYTES, "the merged folder")
+    try:
+        with writing_large_folder(to) as partial:
+            hashes = _write(partial, plan, shard_bytes, say)
+            _copy_companions(partial, found, plan)
+            facts = measure_rounding_to_4bit(plan, found) if found.parts else {}
+            if check:
+                facts |= check_merge(partial, plan, found, hashes, onto)
+            else:
+                facts["checked"] = "no (--no-check)"
+            for name, fact in facts.items():
+                say(f"{name:<11} {fact}")
+            _write_card(partial, found, adapter, made_of, facts, notes)
+            hashes |= {
+                file.name: file_hash(file)
+                for file in sorted(partial.iterdir())
+                if file.name not in hashes and file.name != CARD  # people write into that
+            }
+            about = {"base": found.base, "adapter_tensors": adapter.keys, "facts": facts}
+            write_merge(partial, made_of, hashes, {**about, "versions": describe_environment()["versions"]})
+    except NotEnoughDiskSpace:
+        raise
+    except OSError as error:
+        raise Failed(f"{to} could not be written: {error}. What was there before is as it was") from error
+    say(f"merged      {to}")
+    return to
+
+
+# What it becomes
+
+
+def plan_tensors(
+    stored: dict[str, StoredTensor], adapter: AdapterWeights, found: Sources, dtype: str, onto: str
+) -> list[MergedTensor]:
+    """Every tensor of the merged checkpoint, in the order of the base's files.
+
+    Raises:
+        UserError: a combination that has no sense.
+    """
+    if onto == "dequantized" and not found.parts:
+        raise UserError("--onto dequantized is for adapters trained on a 4-bit base, which this one was not")
+    if found.parts and any(change.low_rank and change.low_rank.init for change in adapter.changes.values()):
+        raise UserError(f"{found.adapter}: PiSSA and OLoRA on a 4-bit base change it for good: it cannot be merged")
+    quantized = _quantized_names(found) if onto == "dequantized" else frozenset()
+    return [
+        MergedTensor(
+            tensor,
+            adapter.changes.get(name),
+            DTYPES.get(dtype, tensor.dtype) if tensor.dtype.is_floating_point else tensor.dtype,
+            found.trained_in or tensor.dtype,
+            name in quantized,
+        )
+        for name, tensor in stored.items()
+    ]
+
+
+def _quantized_names(found: Sources) -> frozenset[str]:
+    from qwenvl import QwenVLConfig
+    from qwenvl.quantization import quantized_names, require_bitsandbytes
+
+    require_bitsandbytes()
+    return quantized_names(QwenVLConfig.from_pretrained(found.base), found.parts)
+
+
+def _dtypes(plan: list[MergedTensor]) -> str:
+    """The types written, the one with the most bytes first."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in plan:
+        if tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.planned.nbytes
+    ordered = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    return " ".join(str(dtype).removeprefix("torch.") for dtype in ordered)
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _notes(found: Sources, adapter: AdapterWeights, onto: str) -> list[str]:
+    """What a user must know that does not go without saying."""
+    notes = []
+    if not found.checked:
+        named = adapter.config.get("base_model_name_or_path")
+        notes.append(
+            f"The adapter does not say which weights it was trained on (it names {named or 'no base'}): it was merged "
+            f"into {found.base} unchecked."
+        )
+        notes.append("Whether it was trained on chats is not known: the base's chat format and end of reply are kept.")
+    if found.parts:
+        seen = ", ".join(found.parts)
+        into = (
+            f"the weights as that training saw them ({seen} quantised and dequantised)"
+            if onto == "dequantized"
+            else f"the base's own weights, which the training saw in 4 bits ({seen})"
+        )
+        notes.append(f"Trained on a 4-bit base (Q-LoRA), merged into {into}.")
+    if any(change.low_rank and change.low_rank.init for change in adapter.changes.values()):
+        notes.append(
+            f"Initialised by {adapter.config['init_lora_weights']}: what that took out of the base is computed anew, "
+            "which takes a while for large layers."
+        )
+    return notes
+
+
+# Writing
+
+
+def _write(folder: Path, plan: list[MergedTensor], shard_bytes: float, say: Callable[[str], None]) -> dict[str, str]:
+    planned = [tensor.planned for tensor in plan]
+    with byte_progress("merging", sum(each.nbytes for each in planned)) as progress:
+        hashes = write_tensors(folder, planned, merged_pieces(plan), shard_bytes, progress)
+        say(f"written     {progress.rate()}; peak memory {format_bytes(_peak_memory())}")
+    return hashes
+
+
+def _peak_memory() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _copy_companions(folder: Path, found: Sources, plan: list[MergedTensor]):
+    config = read_json(companion_folder(found.base) / "config.json")
+    dtype = getattr(torch, _dtypes(plan).split()[0])
+    copy_companions(
+        found.base,
+        folder,
+        config=dtype_settings(config, dtype),
+        # This toolkit trains ChatML, whatever the base was.
+        generation={"chat_format": "chatml"} if found.checked else None,
+    )
+
+
+def _write_card(
+    folder: Path,
+    found: Sources,
+    adapter: AdapterWeights,
+    made_of: dict[str, Any],
+    facts: dict[str, Any],
+    notes: list[str],
+):
+    shown = {"adapter": ", ".join(f"{count} tensors {kind}" for kind, count in adapter.kinds().items())}
+    shown |= {"weights": made_of["dtype"], **facts}
+    name = found.run.name if found.run is not None else found.adapter.name
+    write_card(
+        folder,
+        title=name,
+        base=found.base,
+        fingerprint=found.fingerprint,
+        facts=shown,
+        notes=notes,
+        run=found.run,
+        tags=["lora", "merged"],
+    )

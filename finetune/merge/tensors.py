@@ -1,0 +1,247 @@
+"""A checkpoint's tensors with an adapter merged in, one after the other, in pieces: none needs much memory.
+
+Everything is computed in float32 and rounded once, to the type that is written. Large pieces of memory are used again
+and again: clearing fresh ones would take longer than the arithmetic.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from finetune.errors import UserError
+from finetune.merge.adapter_weights import Change, LowRank
+from finetune.tensor_files import Planned
+from qwenvl.checkpoint_files import StoredTensor
+from qwenvl.direct_reading import SLACK
+
+# Values computed at once. The published model's linears have up to 45 million: each is one piece, so that its product
+# B A is that of one multiplication, whatever the machine makes of a smaller one.
+PIECE_VALUES = 46_000_000
+COPIED_BYTES = 1 << 25  # read at once where nothing is computed
+
+
+class Scratch:
+    """Memory that is used anew for every piece, by purpose; it grows to the largest.
+
+    What is handed out as a piece alternates between two places: one is written to disk while the next is computed.
+    """
+
+    def __init__(self):
+        self._memory: dict[str, torch.Tensor] = {}
+        self._turn = self._reading = 0
+
+    def bytes(self, purpose: str, count: int) -> torch.Tensor:
+        """(count,) uint8, with whatever is left in it."""
+        if purpose not in self._memory or len(self._memory[purpose]) < count:
+            self._memory[purpose] = torch.empty(count, dtype=torch.uint8)
+        return self._memory[purpose][:count]
+
+    def bytes_to_hand_out(self, count: int) -> torch.Tensor:
+        """As `bytes`, good until the second next call."""
+        self._turn = 1 - self._turn
+        return self.bytes(f"handed out {self._turn}", count)
+
+    def bytes_to_read_into(self, count: int) -> torch.Tensor:
+        """As `bytes`, good until the third next call: one is read, one computed with, one written as it is."""
+        self._reading = (self._reading + 1) % 3
+        return self.bytes(f"read {self._reading}", count)
+
+    def tensor(self, purpose: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor, with whatever is left in it."""
+        return self.bytes(purpose, prod(shape) * dtype.itemsize).view(dtype).view(*shape)
+
+
+class Part(NamedTuple):
+    """Rows `start` to before `stop` of a tensor as they are stored, in the base or trained in full."""
+
+    stored: torch.Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """A tensor of the merged checkpoint and how it comes about.
+
+    Attributes:
+        base: the base's tensor.
+        change: what the adapter does to it; None for nothing.
+        dtype: that it is written in.
+        seen_in: the type that training held the base in; the 4-bit weight and what PiSSA and OLoRA left of the base
+            are of that type. None where neither matters.
+        quantized: take the base's weight as 4-bit training saw it, quantised and dequantised.
+    """
+
+    base: StoredTensor
+    change: Change | None
+    dtype: torch.dtype
+    seen_in: torch.dtype | None = None
+    quantized: bool = False
+
+    @property
+    def planned(self) -> Planned:
+        return Planned(self.base.name, self.base.shape, self.dtype)
+
+    @property
+    def copied(self) -> bool:
+        """Whether its bytes are the base's."""
+        return self.change is None and self.dtype == self.base.dtype and not self.quantized
+
+    def pieces(self, scratch: Scratch | None = None) -> Iterator[torch.Tensor]:
+        """The tensor, cut along its first axis. A piece is good until the second next is asked for.
+
+        Raises:
+            UserError: a value that the written type cannot hold.
+        """
+        scratch = scratch or Scratch()
+        for part in self.read(scratch):
+            yield self.finish(part, scratch)
+
+    def read(self, scratch: Scratch) -> Iterator["Part"]:
+        """What the pieces are made of, read one after the other; a part is good until the third next is asked for."""
+        shape = self.base.shape
+        whole = self._whole_base()
+        at_once = COPIED_BYTES // self.dtype.itemsize if self.copied else PIECE_VALUES
+        rows = shape[0] if shape else 1
+        step = max(1, at_once * rows // max(1, prod(shape)))
+        for start in range(0, max(rows, 1), step):
+            stop = min(start + step, rows)
+            if whole is not None:
+                yield Part(whole[start:stop], start, stop)
+                continue
+            source = self.change.replaced if self.change is not None and self.change.replaced else self.base
+            # The rows of a strided tensor lie apart.
+            size = source.nbytes if source.strided else step * source.nbytes // max(rows, 1)
+            memory = scratch.bytes_to_read_into(size + SLACK)
+            yield Part(source.read(start, stop, memory) if shape else source.read(), start, stop)
+
+    def finish(self, part: "Part", scratch: Scratch) -> torch.Tensor:
+        """The piece that a part makes.
+
+        Raises:
+            UserError: a value that the written type cannot hold.
+        """
+        return part.stored if self.copied else self._merged(part.stored, part.start, part.stop, scratch)
+
+    def _merged(self, stored: torch.Tensor, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
+        """Rows `start` to before `stop`, from those of the base (or what replaces it)."""
+        if not self.base.dtype.is_floating_point:
+            return stored.to(self.dtype)
+        values = scratch.tensor("values", stored.shape, torch.float32).copy_(stored)
+        if self.change is not None:
+            values = _apply(self.change, values, start, stop, scratch)
+        self._refuse_overflow(values)
+        rounded = scratch.bytes_to_hand_out(values.numel() * self.dtype.itemsize).view(self.dtype)
+        return rounded.view(values.shape).copy_(values)
+
+    def _whole_base(self) -> torch.Tensor | None:
+        """The base's weight where all of it decides what a part of it is."""
+        weight = None
+        if self.quantized:
+            from qwenvl.quantization import dequantized
+
+            weight = dequantized(self.base.read(), self.seen_in)
+        low_rank = self.change.low_rank if self.change is not None else None
+        if low_rank is not None and low_rank.init is not None:
+            weight = left_of_base(self.base.read(), low_rank, self.seen_in)
+        return weight
+
+    def _refuse_overflow(self, values: torch.Tensor):
+        if not values.numel():
+            return
+        # Rounding keeps the order: where the extremes are finite, all is.
+        extremes = torch.stack(torch.aminmax(values))
+        if extremes.to(self.dtype).isfinite().all():
+            return
+        if extremes.isfinite().all():
+            raise UserError(
+                f"{self.base.name}: {extremes.abs().max():.6g} is more than {_name(self.dtype)} can hold "
+                f"({torch.finfo(self.dtype).max:.5g}): give --dtype bfloat16"
+            )
+        raise UserError(f"{self.base.name}: the merged weights hold NaN or infinities; base and adapter do not fit")
+
+
+def merged_pieces(plan: Iterable[MergedTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, piece) of all tensors in order. While one is worked on, the next is computed and the one after it read.
+
+    Raises:
+        UserError: a value that the written type cannot hold.
+    """
+    scratch = Scratch()
+    parts = _ahead((tensor, part) for tensor in plan for part in tensor.read(scratch))
+    return _ahead((tensor.base.name, tensor.finish(part, scratch)) for tensor, part in parts)
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The items; the next is made in a thread of its own while one is worked on."""
+    with ThreadPoolExecutor(1) as making:
+        coming = making.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = making.submit(next, items, None)
+            yield item
+
+
+def left_of_base(weight: torch.Tensor, low_rank: LowRank, dtype: torch.dtype) -> torch.Tensor:
+    """What PiSSA or OLoRA left of the base when they took the first LoRA matrices out of it.
+
+    PiSSA (Meng et al., 2024) takes the r largest singular directions, OLoRA (Büyükakyüz, 2024) the first r columns of
+    Q and rows of R of W = QR, times LoRA's scale.
+
+    Args:
+        weight: (out, in), of the base.
+        low_rank: of it the rank, the scale and `init` count.
+        dtype: that the training held the base in.
+
+    Returns:
+        (out, in), in `dtype`.
+    """
+    weight = weight.to(dtype).float()
+    rank = low_rank.a.shape[0]
+    if low_rank.init == "pissa":
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        taken = (left[:, :rank] * values[:rank]) @ right[:rank]
+    else:
+        q, r = torch.linalg.qr(weight)
+        taken = low_rank.scale * (q[:, :rank] @ r[:rank])
+    return (weight - taken).to(dtype)
+
+
+def _apply(change: Change, values: torch.Tensor, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
+    """Rows `start` to before `stop` of a tensor, float32, with everything but the replacement done to them."""
+    if change.rows is not None:
+        indices, stored = change.rows
+        trained = stored.read().float()
+        for number, row in enumerate(indices):
+            if start <= row < stop:
+                values[row - start] = trained[number]
+    if change.low_rank is not None:
+        low_rank = change.low_rank
+        values = _product(low_rank, start, stop, scratch).view(values.shape).add_(values)
+        if low_rank.magnitude is not None:
+            by_row = (stop - start,) + (1,) * (values.ndim - 1)
+            norms = torch.linalg.vector_norm(values.flatten(1), dim=1)
+            magnitudes = low_rank.magnitude.read().float().reshape(-1)[start:stop]
+            values *= (magnitudes / norms).reshape(by_row)
+    if change.added is not None:
+        vector, scale = change.added
+        values += scale * vector.read().float()[start:stop]
+    return values
+
+
+def _product(low_rank: LowRank, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
+    """scale * B A for the output rows `start` to before `stop`, in float32: (stop - start, values of a row)."""
+    a = low_rank.a.read().float().flatten(1)
+    if low_rank.transposed:
+        left, right = a[:, start:stop].T, low_rank.b.read().float().T
+    else:
+        left, right = low_rank.b.read(start, stop).float().flatten(1), a
+    out = scratch.tensor("product", (left.shape[0], right.shape[1]), torch.float32)
+    return torch.mm(left, right, out=out).mul_(low_rank.scale)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,46 @@
+"""The JSON Schema of a recipe's sections, and what it says about a key."""
+
+from functools import cache
+from typing import Any
+
+from finetune.recipe.sections import Section
+
+
+@cache
+def schema_of(section: type[Section]) -> dict[str, Any]:
+    """JSON Schema of a section and all below it, with `$defs`."""
+    return section.model_json_schema()
+
+
+def part(schema: dict[str, Any], path: tuple[str | int, ...]) -> dict[str, Any] | None:
+    """The schema of what stands at `path`, references resolved; None where nothing may stand."""
+    here = resolve(schema, schema)
+    for step in path:
+        found = None
+        for choice in alternatives(here, schema):
+            if isinstance(step, int):
+                found = found or choice.get("items")
+            else:
+                below = choice.get("additionalProperties")
+                found = found or choice.get("properties", {}).get(step) or (below if isinstance(below, dict) else None)
+        if found is None:
+            return None
+        here = resolve(found, schema)
+    return here
+
+
+def alternatives(here: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The members of a choice, or the one there is."""
+    return [resolve(choice, schema) for choice in here.get("anyOf", [here])]
+
+
+def resolve(here: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """A reference followed into `$defs`."""
+    return schema["$defs"][here["$ref"].rsplit("/", 1)[1]] if "$ref" in here else here
+
+
+def keys_at(schema: dict[str, Any], path: tuple[str | int, ...]) -> list[str]:
+    """The keys of the section at `path`; none where it is no section."""
+    here = part(schema, path)
+    choices = alternatives(here, schema) if here else []
+    return [key for choice in choices for key in choice.get("properties", {})]

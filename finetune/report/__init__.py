@@ -1,0 +1,1 @@
+"""Pages to look at: the report of a run, and what other pages share with it."""

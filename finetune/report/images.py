@@ -1,0 +1,70 @@
+"""Images in a report: made small, held by the page itself, with the boxes of target and reply drawn on them."""
+
+import base64
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from finetune.report.page import show
+from qwenvl.drawing import PALETTE, draw_regions
+from qwenvl.grounding import Region
+from qwenvl.images import ImageAccess, ImageError, load_image
+
+THUMBNAIL = 480  # pixels of the longer side
+JPEG_QUALITY = 80
+SMALL = 256  # pixels of the longer side, up to which letters are a few pixels large
+
+
+def thumbnail(source: Any, access: ImageAccess) -> Image.Image | str:
+    """An image made small; or why it cannot be shown."""
+    try:
+        image = load_image(source, access=access)
+    except ImageError as error:
+        return f"{error.image}: {error.reason}"
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return image
+
+
+def image_tag(small: Image.Image | str) -> str:
+    """An `<img>` that holds its own bytes; in its place the reason where there is no image."""
+    if isinstance(small, str):
+        return f'<div class="nothing">No image: {show(small)}</div>'
+    file = io.BytesIO()
+    small.save(file, "JPEG", optimize=True, **jpeg_settings(small, JPEG_QUALITY))
+    data = base64.b64encode(file.getvalue()).decode()
+    size = f'width="{small.width}" height="{small.height}"'
+    return f'<img {size} alt="image of this row" src="data:image/jpeg;base64,{data}">'
+
+
+def jpeg_settings(image: Image.Image, quality: int) -> dict[str, int]:
+    """How to save an image as JPEG; a small one nearly as it is, as its letters would not survive being blurred."""
+    return {"quality": 95, "subsampling": 0} if max(image.size) <= SMALL else {"quality": quality}
+
+
+def draw_pair(image: Image.Image, target: Sequence[Region], reply: Sequence[Region]) -> Image.Image:
+    """Boxes of the target and of the reply, each in its colour: `draw_regions` gives colours by label, in order."""
+    named = [
+        Region(region.kind, region.points, name, region.span)
+        for name, regions in (("target", target), ("reply", reply))
+        for region in regions
+    ]
+    with warnings.catch_warnings():
+        # An image too small for the labels is drawn without; the legend below it has the colours.
+        warnings.simplefilter("ignore", UserWarning)
+        return draw_regions(image, named, line_width=2, font_size=12)
+
+
+def pair_legend(target: Sequence[Region], reply: Sequence[Region]) -> str:
+    """The legend of `draw_pair`."""
+    names = [name for name, regions in (("target", target), ("reply", reply)) if regions]
+    swatches = [
+        f'<span class="legend"><svg viewBox="0 0 20 12" aria-hidden="true"><rect width="20" height="12" rx="2" '
+        f'fill="rgb{PALETTE[number]}"/></svg>{name}</span>'
+        for number, name in enumerate(names)
+    ]
+    missing = [name for name in ("target", "reply") if names and name not in names]
+    remark = "".join(f'<span class="remark">the {name} has no box</span>' for name in missing)
+    return f'<div class="legends">{"".join(swatches)}{remark}</div>'

@@ -1,0 +1,41 @@
+"""An image to be read: asked for, told apart from others without a look at it, and read."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qwenvl import ImageAccess, QwenVLImageProcessor, load_image
+
+
+class ImageRequest(NamedTuple):
+    """An image to be read: its `source`, what it may reach, and what to call it in errors."""
+
+    source: Any
+    access: ImageAccess
+    name: str
+
+
+def image_key(source: Any, access: ImageAccess) -> str:
+    """Tells images apart without decoding them: an image in memory by its content, one elsewhere by its place."""
+    if isinstance(source, Mapping):
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, str | os.PathLike):
+        return f"{access.root}:{os.fspath(source)}"
+    if not isinstance(source, bytes):
+        pixels = np.asarray(source)
+        source = str(pixels.shape).encode() + pixels.tobytes()
+    return hashlib.sha256(source).hexdigest()
+
+
+def read_pixels(request: ImageRequest, image_processor: QwenVLImageProcessor) -> torch.Tensor:
+    """An image as the model takes it, (3, S, S) uint8.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    image = load_image(request.source, access=request.access, name=request.name)
+    return image_processor(image, do_normalize=False, return_tensors="pt")["pixel_values"][0]

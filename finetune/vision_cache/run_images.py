@@ -1,0 +1,151 @@
+"""The images that a run opens, each distinct one once: of its samples, and of its evaluation's questions."""
+
+import contextlib
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from finetune.data.checking import Checked, Rules, image_sources
+from finetune.data.row_progress import RowProgress
+from finetune.data.samples import Samples
+from finetune.data.worker_processes import map_chunks
+from finetune.evaluation.question import Question
+from finetune.recipe import Recipe
+from finetune.shown_rows import shown_samples
+from finetune.vision_cache.cache import ImageHandles
+from finetune.vision_cache.image_request import ImageRequest
+
+CHUNK = 256
+"""Samples or questions looked at at once."""
+
+Entry = tuple[int, int]
+"""Which sample or question, and which of its images."""
+
+
+class SampleImages(Sequence[list[ImageRequest]]):
+    """The images of some samples, without those of turns that are left out.
+
+    Args:
+        samples, checked, rules: see `checking.look_at`.
+        indices: of the kept samples, in any order and number.
+    """
+
+    def __init__(self, samples: Samples, checked: Checked, rules: Rules, indices: Sequence[int]):
+        places = np.searchsorted(checked.kept, np.unique(np.asarray(indices, np.int64)))
+        places = places[checked.images[places] > 0]
+        self._samples, self._rules = samples, rules
+        self._indices, self._counts = checked.kept[places], checked.images[places]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> list[ImageRequest]:
+        sample = self._samples[int(self._indices[index])]
+        sources = list(image_sources(sample.messages))
+        if len(sources) != self._counts[index]:
+            sources = self._rules.fit(sample.messages).rendered.images
+        return [
+            ImageRequest(source, sample.access, f"{sample.origin}, image {number}")
+            for number, source in enumerate(sources, start=1)
+        ]
+
+
+class QuestionImages(Sequence[list[ImageRequest]]):
+    """The images of questions."""
+
+    def __init__(self, questions: Sequence[Question]):
+        self._questions = questions
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def __getitem__(self, index: int) -> list[ImageRequest]:
+        question = self._questions[index]
+        return [ImageRequest(source, question.access, str(question.origin)) for source in question.images]
+
+
+class RunImages(Sequence[list[ImageRequest]]):
+    """Several of these as one sequence."""
+
+    def __init__(self, parts: Sequence[Sequence[list[ImageRequest]]]):
+        self._parts = list(parts)
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> list[ImageRequest]:
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+    def request(self, entry: Entry) -> ImageRequest:
+        """One image."""
+        return self[entry[0]][entry[1]]
+
+
+def images_of_run(
+    recipe: Recipe,
+    rules: Rules,
+    samples: Mapping[str, Samples],
+    checked: Mapping[str, Checked],
+    questions: Sequence[Question] = (),
+) -> RunImages:
+    """What a run trains and evaluates on, and replies to.
+
+    Args:
+        samples, checked: for "train" and, where there is evaluation, "eval".
+        questions: of the evaluation's task.
+    """
+    parts: list[Sequence[list[ImageRequest]]] = []
+    for name, part in samples.items():
+        indices = checked[name].weighted_indices(recipe.seed)
+        if name == "eval":
+            shown = shown_samples(part, checked[name], recipe.evaluate.predictions)
+            indices = indices[: recipe.evaluate.limit] + shown
+        parts.append(SampleImages(part, checked[name], rules, indices))
+    return RunImages([*parts, QuestionImages(questions)])
+
+
+def find_images(
+    images: RunImages,
+    handles: ImageHandles,
+    *,
+    share: tuple[int, int] = (0, 1),
+    show_progress: bool = True,
+    processes: int | None = None,
+) -> dict[bytes, Entry]:
+    """Every distinct image, by its handle: the first entry that has it. None is decoded.
+
+    Args:
+        share: (n, of so many): looks at the n-th share of the entries only.
+        show_progress, processes: see `checking.look_at`.
+
+    Raises:
+        WorkerDied: a process of several ended by itself.
+    """
+    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
+    chunks = chunks[share[0] :: share[1]]
+    found: dict[bytes, Entry] = {}
+    entries = sum(map(len, chunks))
+    with (
+        RowProgress("finding images", entries) if show_progress else contextlib.nullcontext() as progress,
+        contextlib.closing(map_chunks(find_chunk, (images, handles), chunks, processes)) as results,
+    ):
+        for chunk, result in zip(chunks, results, strict=True):
+            for handle, entry in result.items():
+                found.setdefault(handle, entry)
+            if progress is not None:
+                progress.add(len(chunk))
+    return found
+
+
+def find_chunk(task: tuple[RunImages, ImageHandles], chunk: range) -> dict[bytes, Entry]:
+    """As `find_images`, of some entries."""
+    images, handles = task
+    found: dict[bytes, Entry] = {}
+    for index in chunk:
+        for number, request in enumerate(images[index]):
+            found.setdefault(handles.of(request.source, request.access), (index, number))
+    return found
