@@ -90,11 +90,11 @@ def check_merge(
         raise Failed("the merged folder's tokenizer gives other ids than the base's. Nothing was kept")
     compared = compare_logits(merged, adapted, tolerance)
     what = "the 4-bit model with the adapter" if quantized else "base with adapter"
-    facts["logits"] = f"{compared} from {what} (allowed: {tolerance:g})"
+    facts["logits"] = f"{compared.from_model(what)} (allowed: {tolerance:g})"
     if sources.parts and not quantized:
         _, trained = _answer_adapted(sources, sources.trained_in or dtype, True)
         compared = compare_logits(merged, trained, None)
-        facts["against 4 bits"] = f"logits {compared} from the 4-bit model that was trained"
+        facts["against 4 bits"] = f"logits {compared.from_model('the 4-bit model that was trained')}"
     return facts
 
 
@@ -143,8 +143,9 @@ class Compared:
     relative: float
     largest: float
 
-    def __str__(self) -> str:
-        return f"{self.relative:.1e} of their size, at most {self.largest:.1e},"
+    def from_model(self, what: str) -> str:
+        """What is held against a tolerance comes last, next to the place for it."""
+        return f"no logit more than {self.largest:.1e}, all {self.relative:.1e} of their size, from {what}"
 
 
 def sample_prompt(path: str | Path, *, visual: bool) -> dict[str, torch.Tensor]:
