@@ -16,9 +16,10 @@ from qwenvl import load_model, load_processor
 SMALL = """
 import sys
 from dataclasses import replace
-from examples.nano_training import __main__ as command, warm_starts
+from examples.nano_training import __main__ as command, stage, warm_starts
 
 if __name__ == "__main__":
+    stage.PROCESSES = 1  # two take twice as long to start
     warm_starts.VISION_STEPS = warm_starts.LANGUAGE_STEPS = 3
     command.VOCABULARY_DOCUMENTS = 300
     command.COMPARISONS = 8
