@@ -2,7 +2,7 @@
 
     python -m examples.nano_training.ablation
 
-About half an hour on two CPU cores. Results are kept under runs/nano/ablation, and what is there is not done again.
+Results are kept under runs/nano/ablation, and what is there is not done again.
 """
 
 from dataclasses import replace
