@@ -103,9 +103,12 @@ def test_nothing_is_left_of_an_interrupted_check(tmp_path, number, seconds):
     note = tmp_path / "processes"
     script = tmp_path / "check.py"
     script.write_text(
+        "import signal\n"
         "import work_for_tests as work\n"
         "from finetune.data.worker_processes import map_in_processes\n"
         "if __name__ == '__main__':\n"
+        # Tests that a shell runs in the background ignore Ctrl-C, and their children after them.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"    list(map_in_processes(work.say_who_and_wait, {(str(note), seconds)!r}, [range(1), range(1, 2)], 2))\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
