@@ -184,13 +184,14 @@ def test_the_table_keeps_its_place_and_takes_a_type():
 
 @pytest.mark.gpu
 def test_on_the_gpu(tiny_folder, logits, expected):
+    """The magnitudes of some blocks are rounded to the next code there: 0.0003 of the logits on an H200."""
     model = load_model(tiny_folder, quantization="nf4", embeddings_on_cpu=True).cuda()
     assert model.device.type == "cuda" and model.get_input_embeddings().weight.device.type == "cpu"
     ids = expected["one_image.input_ids"][None].cuda()
     with torch.no_grad():
         ours = model(input_ids=ids, pixel_values=expected["pixel_values"][:1].cuda()).logits
     reference = logits(load_model(tiny_folder, quantization="nf4", device_map="cpu"))
-    assert torch.allclose(ours.cpu(), reference, atol=1e-3)
+    assert (ours.cpu() - reference).norm() <= 1e-3 * reference.norm()
 
 
 # Adapters

@@ -17,6 +17,7 @@ from torch import nn
 
 from finetune.adapters import trains_vision
 from finetune.checkpointing import Checkpointing, checkpoint_blocks
+from finetune.memory.fused_kernels import fused_shapes
 from finetune.memory.kernels import kernels_of, own_bytes
 from finetune.memory.live_bytes import META, LiveBytes, Moment
 from finetune.memory.workload import Workload
@@ -54,6 +55,7 @@ def step_of_shapes(
     checkpointing: Checkpointing | None,
     device_type: str,
     *,
+    kernels: str = "torch",
     features: bool = False,
     input_gradient: bool = False,
 ) -> Step:
@@ -61,6 +63,7 @@ def step_of_shapes(
 
     Args:
         model: as it is trained (`weights.model_of_shapes`).
+        kernels: torch or liger.
         checkpointing: None is a forward without gradients, in eval mode.
         features: images come as features, encoded before.
         input_gradient: see `count_step`.
@@ -68,7 +71,7 @@ def step_of_shapes(
     batch = batch_of_shapes(model.config, workload, features)
 
     def run(layers: dict[str, int]) -> Step:
-        with _only(model, layers):
+        with _only(model, layers), fused_shapes(model, kernels):
             return count_step(model, batch, checkpointing, device_type, input_gradient=input_gradient)
 
     return _of_all_layers(model.config, run, trains_vision=checkpointing is not None and trains_vision(model))

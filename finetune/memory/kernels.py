@@ -1,7 +1,8 @@
 """Kernels of a device, as shapes: which one computes an attention there, what it keeps, and what it takes for itself.
 
-On the meta device PyTorch would compute attention by single operations, with all weights of each head, and of the
-weight that bitsandbytes makes from 4 bits for a product nothing is seen on any device.
+On the meta device PyTorch would compute attention by single operations, with all weights of each head, and the mask
+of a dropout would have the values' type, where on a GPU a byte is enough. Of the weight that bitsandbytes makes from
+4 bits for a product nothing is seen on any device.
 """
 
 import contextlib
@@ -25,9 +26,12 @@ MASK_ALIGNMENT = 8  # values: CUDA's kernel reads rows of a mask that begin at m
 
 @contextlib.contextmanager
 def kernels_of(device_type: str) -> Iterator[None]:
-    """Inside, attention on the meta device takes the kernels that it would take on the device."""
+    """Inside, attention and dropout on the meta device take the kernels that they would take on the device."""
     plain = nn.functional.scaled_dot_product_attention
     nn.functional.scaled_dot_product_attention = _sdpa_of(device_type, plain)
+    dropout = nn.functional.dropout
+    if device_type == "cuda":
+        nn.functional.dropout = functools.partial(_fused_dropout, dropout)
     spelled_out = varlen_attention.spelled_out_is_faster
     varlen_attention.spelled_out_is_faster = functools.partial(spelled_out, device_type=device_type)
     overridden = WITHOUT_MASK if device_type == "cuda" else ()
@@ -37,9 +41,18 @@ def kernels_of(device_type: str) -> Iterator[None]:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = plain
+        nn.functional.dropout = dropout
         varlen_attention.spelled_out_is_faster = spelled_out
         for name in overridden:
             del ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _fused_dropout(
+    plain: Callable, values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    if not (values.is_meta and training and 0 < p < 1) or inplace:
+        return plain(values, p, training, inplace)
+    return aten.native_dropout(values, p, training)[0]
 
 
 def _sdpa_of(device_type: str, plain: Callable) -> Callable:

@@ -2,7 +2,6 @@
 
 What is held throughout (weights, gradients, optimizer states) is exact; what a step makes is counted by running it on
 shapes (`activations`). Not planned: models that processes share, by FSDP or DeepSpeed, each with a part.
-With liger's kernels a step takes less than is planned: PyTorch's are counted.
 """
 
 from dataclasses import dataclass, field
@@ -239,6 +238,7 @@ class _Plan:
             kind,
             self.device_type,
             switches.attention,
+            switches.kernels,
             features=self.cached,
             input_gradient=trains and by_trl,
         )
@@ -246,17 +246,18 @@ class _Plan:
     def _encoding(self, images: int) -> int:
         """Bytes of encoding so many images without gradients."""
         tokens = images * (self.config.n_queries + 2) + 1
-        step = _step(
-            self.model, Workload(tokens, 1, 1, images, tokens), None, self.device_type, self.switches.attention
-        )
-        return step.peak(VISION).total
+        return self._forward(Workload(tokens, 1, 1, images, tokens)).peak(VISION).total
+
+    def _forward(self, workload: Workload) -> Step:
+        """Without gradients."""
+        return _step(self.model, workload, None, self.device_type, self.switches.attention, self.switches.kernels)
 
     def _replies(self, rows: int, row: int, replies: int) -> dict[str, int]:
         """Bytes of replying to so many prompts at once, each with its reply of so many tokens."""
         config, value = self.config, weights_dtype(self.recipe, self.config, self.device_type).itemsize
         tokens = rows * row
         layer = tokens * 2 * config.num_attention_heads * config.kv_channels * value
-        forward = _step(self.model, Workload(tokens, 1, 1, 0, tokens), None, self.device_type, self.switches.attention)
+        forward = self._forward(Workload(tokens, 1, 1, 0, tokens))
         made = {
             # One layer's are copied as they grow.
             "keys and values": layer * (config.num_hidden_layers + 1),
@@ -278,11 +279,18 @@ def _step(
     checkpointing: Checkpointing | None,
     device_type: str,
     attention: str,
+    kernels: str,
     *,
     features: bool = False,
     input_gradient: bool = False,
 ) -> Step:
     model.config._attn_implementation = attention
     return step_of_shapes(
-        model, workload, checkpointing, device_type, features=features, input_gradient=input_gradient
+        model,
+        workload,
+        checkpointing,
+        device_type,
+        kernels=kernels,
+        features=features,
+        input_gradient=input_gradient,
     )
