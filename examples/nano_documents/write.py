@@ -136,7 +136,7 @@ def _shards(plan: Plan, target: Path, form: str, workers: int) -> Iterator[tuple
     size = SHARD[form]
     make = partial(_make_shard, plan, target, form)
     starts = range(0, plan.count, size)
-    if workers == 1:
+    if workers == 1 or len(starts) == 1:
         yield from map(make, starts)
         return
     import_module("qwenvl.boxes")  # takes seconds, which forked processes then need not spend again

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from examples.nano_training.arithmetic import MATRIX_DTYPE
+from examples.nano_training.arithmetic import matrix_dtype
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: steepest at zero, https://kellerjordan.github.io/posts/muon/."""
@@ -44,8 +44,9 @@ class Muon(torch.optim.Optimizer):
     def _updates(self, matrices: list[nn.Parameter]) -> list[torch.Tensor]:
         """Orthogonal directions of all matrices; each process makes its share of them, and all get all."""
         processes, own = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        updates = torch.zeros(sum(matrix.numel() for matrix in matrices))
-        shares = updates.split([matrix.numel() for matrix in matrices])
+        sizes = [matrix.numel() for matrix in matrices]
+        updates = torch.zeros(sum(sizes), device=matrices[0].device)
+        shares = updates.split(sizes)
         for number, (matrix, share) in enumerate(zip(matrices, shares, strict=True)):
             state = self.state[matrix]
             if "momentum" not in state:
@@ -62,7 +63,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """Nearly U V' of a matrix U S V' (rows, columns): singular values between 0.7 and 1.2, by Newton and Schulz."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    wide = (matrix.T if tall else matrix).to(MATRIX_DTYPE)
+    wide = (matrix.T if tall else matrix).to(matrix_dtype(matrix.device))
     wide = wide / wide.norm().clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = wide @ wide.T

@@ -15,6 +15,7 @@ import torch
 from examples.nano_documents.conversations import KINDS, Conversation, families_with
 from examples.nano_documents.families import FAMILIES
 from examples.nano_documents.write import Plan, conversations_of
+from examples.nano_training.stage import DEVICE
 from examples.nano_training.start import MAX_NEW_TOKENS
 from examples.nano_training.texts import KNOWN_FAMILIES, ONE_PAGE, TWO_PAGES
 from finetune.evaluation.predictions import split_last_reply
@@ -134,7 +135,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--show", type=int, default=0, help="print so many replies of each kind beside the answers")
     given = parser.parse_args()
-    model = load_model(str(given.model), dtype=getattr(torch, given.dtype))
+    model = load_model(str(given.model), dtype=getattr(torch, given.dtype)).to(DEVICE)
     scored = evaluate(
         model,
         load_processor(str(given.model)),

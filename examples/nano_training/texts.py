@@ -16,10 +16,11 @@ TRAINED = (*EARLY, "table", "chart")
 """Families as often as they are drawn in training: a value is found by its row and its column in two of them."""
 LATE = (*TRAINED, "card", "card", "card", "card")
 """The same of stage 4, which is there for the cards."""
-LAST = (*TRAINED, "table", "chart", "card", "card", "card")
-"""The same of stage 5: more often where a value is found by its row and its column."""
+ASKED = (*WITH_FIELDS, "table", "chart", "chart", "card", "card", "card")
+"""The same of the questions of stage 5: more often where another field's value is easily taken for the right one."""
 
-ONE_PAGE = ("transcribe", "question", "two_turn", "read_box")
+QUESTIONS = ("question", "two_turn")
+ONE_PAGE = ("transcribe", *QUESTIONS, "read_box")
 TWO_PAGES = ("two_images",)
 """Kinds of conversation that are trained, by how many pages they are about.
 

@@ -62,7 +62,7 @@ def warm_language(start: Path, to: Path, steps: int, seed: int) -> None:
         features = features + NOISE * torch.randn_like(features)
         wanted = labels[0, 1:]
         rows = (wanted != IGNORED).nonzero()[:, 0]
-        with autocast():
+        with autocast(ids.device):
             hidden = model.transformer(
                 input_ids=ids, sequence_lengths=lengths, image_features=features, use_cache=False
             ).last_hidden_state

@@ -111,7 +111,7 @@ def warm_vision(start: Path, to: Path, steps: int, seed: int) -> None:
         while step < last:
             size = LOW_IMAGE_SIZE if step % LOW_EVERY == 0 else IMAGE_SIZE
             pixels, symbols = batch(seed, step, size)
-            with autocast():
+            with autocast(pixels.device):
                 features = visual(normalize_pixels(pixels))
             features, patches = features.float(), trunk.pop().float()
             error = feature_error(features, page_features(symbols, tables, reading[size]))
