@@ -26,11 +26,7 @@ SHARE = 4
 """One in so many steps, and documents."""
 DOCUMENTS = 280
 KINDS = ("question", "two_turn", "transcribe", "two_images")
-COLUMNS = {
-    "question": "anls",
-    "two turn": "anls",
-    "two images, one of them asked about": "anls",
-}
+COLUMNS = ("question", "two turn", "two images, one of them asked about")
 
 
 def main() -> None:
@@ -96,8 +92,8 @@ def scores_of(folder: Path) -> list[Scored]:
 
 def row(name: str, scored: list[Scored]) -> str:
     cells = [name]
-    for group, column in COLUMNS.items():
-        values = [one.scores[column] for one in scored if group_of(one.conversation) == group]
+    for group in COLUMNS:
+        values = [one.scores["anls"] for one in scored if group_of(one.conversation) == group]
         cells.append(f"{sum(values) / len(values):.3f}")
     errors, characters = (sum(one.scores.get(name, 0) for one in scored) for name in ("errors", "characters"))
     return f"| {' | '.join([*cells, f'{errors / characters:.1%}'])} |"

@@ -82,11 +82,11 @@ FUSED = {RMSNorm: FusedRMSNorm, Attention: FusedAttention, MLP: FusedMLP}
 @contextlib.contextmanager
 def fused_shapes(model: nn.Module, kernels: str) -> Iterator[None]:
     """Inside, a model of shapes runs as it would with these kernels (see `qwenvl.kernels`)."""
-    changed = [module for module in model.modules() if kernels == "liger" and type(module) in FUSED]
-    for module in changed:
-        module.__class__ = FUSED[type(module)]
+    plain = {module: type(module) for module in model.modules() if kernels == "liger" and type(module) in FUSED}
+    for module, kind in plain.items():
+        module.__class__ = FUSED[kind]
     try:
         yield
     finally:
-        for module in changed:
-            module.__class__ = type(module).__bases__[0]
+        for module, kind in plain.items():
+            module.__class__ = kind

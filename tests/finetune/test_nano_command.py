@@ -23,12 +23,11 @@ in_processes = command.run_stage
 def run_stage(recipe, *changes):
     if "stage1" in recipe.name:
         return in_processes(recipe, *changes)
-    # Starting Python for each takes longer than all that it does.
+    # Starting the processes of each takes longer than all that they do.
     sys.argv[1:] = [str(recipe), *changes]
     return stage.main()
 
 if __name__ == "__main__":
-    stage.PROCESSES = 1  # two take twice as long to start
     command.run_stage = run_stage
     warm_starts.VISION_STEPS = warm_starts.LANGUAGE_STEPS = 3
     command.VOCABULARY_DOCUMENTS = 300
