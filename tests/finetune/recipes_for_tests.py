@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
+from forked_finetune import run_forked
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "examples" / "tiny"
@@ -76,9 +77,13 @@ def write_recipe(folder: Path, **changes) -> Path:
 def finetune(
     *arguments: str | Path, launcher: tuple[str, ...] = (), check: bool = True, timeout: float = 300, **kwargs
 ):
-    """Run the real command in a process of its own."""
-    command = [sys.executable, *launcher, "-m", "finetune", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
+    """Run the real command in a process of its own, or in those that a launcher starts."""
+    words = [*map(str, arguments)]
+    if launcher:
+        command = [sys.executable, *launcher, "-m", "finetune", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
+    else:
+        done = run_forked(words, timeout, **kwargs)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
