@@ -9,7 +9,7 @@ from torch import nn
 from finetune.components import component_of, published_name
 from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.host_embedding import HostEmbedding
-from qwenvl.quantization import is_quantized
+from qwenvl.nf4_weights import is_quantized
 
 if TYPE_CHECKING:
     from finetune.recipe import Adapter, Freeze

@@ -15,7 +15,8 @@ from finetune.recipe import Model, Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
 from qwenvl.host_embedding import HostEmbedding
 from qwenvl.loading import find_parts, find_source
-from qwenvl.quantization import linear_4bit, quantized_names
+from qwenvl.nf4_weights import linear_4bit
+from qwenvl.quantization import quantized_names
 
 
 @dataclass(frozen=True)

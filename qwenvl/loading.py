@@ -15,11 +15,10 @@ from qwenvl.configuration import QwenVLConfig
 from qwenvl.fingerprint import BASE_FILE, check_base, trained_parts
 from qwenvl.host_embedding import WithoutEmbeddings, read_embeddings
 from qwenvl.modeling import QwenVLForConditionalGeneration
+from qwenvl.nf4_weights import compute_in, linear_4bit
 from qwenvl.processor import QwenVLProcessor
 from qwenvl.quantization import (
     DEFAULT_PARTS,
-    compute_in,
-    linear_4bit,
     modules_to_skip,
     nf4_config,
     quantized_parts,

@@ -18,6 +18,7 @@ from qwenvl.image_processor import normalize_pixels
 from qwenvl.image_span import place_image_features
 from qwenvl.language import Attention, Block, RMSNorm
 from qwenvl.loss import in_type_of, mean_loss, next_token_loss, supervised_loss, supervised_positions
+from qwenvl.nf4_weights import compute_in
 from qwenvl.quantized_head import head_logits
 from qwenvl.rotary import Positions, dynamic_ntk_alpha, rotary_positions
 from qwenvl.sequences import (
@@ -226,8 +227,6 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         read_published_settings(model.generation_config, model.config)
         if getattr(model, "is_loaded_in_4bit", False):  # Transformers' own mark
-            from qwenvl.quantization import compute_in  # which imports this module
-
             compute_in(model, model.dtype)
         return loaded
 

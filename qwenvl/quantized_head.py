@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from qwenvl.nf4_weights import is_quantized
+
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
@@ -23,8 +25,6 @@ FEW_ROWS = 4
 
 def comes_in_pieces(head: nn.Module, hidden: torch.Tensor) -> bool:
     """Whether a head can be taken apart: it is in 4 bits, has no bias, and no hook of a device_map has to bring it."""
-    from qwenvl.quantization import is_quantized  # which needs the model
-
     return is_quantized(head) and head.weight.device == hidden.device and head.bias is None
 
 

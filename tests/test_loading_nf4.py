@@ -15,7 +15,8 @@ from qwenvl import QwenVLConfig, load_model, quantization
 from qwenvl.fingerprint import own_fingerprint, trained_parts, weights_fingerprint, write_base
 from qwenvl.host_embedding import HostEmbedding
 from qwenvl.loading import find_parts
-from qwenvl.quantization import dequantized, is_quantized, quantize, quantized_names, quantized_parts
+from qwenvl.nf4_weights import dequantized, is_quantized, quantize
+from qwenvl.quantization import quantized_names, quantized_parts
 
 DTYPES = ["float32", "bfloat16", "float16"]
 ALL = ("language", "vision", "head")

@@ -7,7 +7,7 @@ from torch import nn
 
 from qwenvl import load_model, quantized_head
 from qwenvl.loss import supervised_loss
-from qwenvl.quantization import linear_4bit
+from qwenvl.nf4_weights import linear_4bit
 from qwenvl.quantized_head import FEW_ROWS, head_logits
 
 WIDTH, VOCABULARY, PIECE = 128, 1000, 384  # three blocks of magnitudes; the last piece is shorter

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwenvl.loss import IGNORED, SummedCrossEntropy, in_type_of, supervised_loss
-from qwenvl.quantization import linear_4bit
+from qwenvl.nf4_weights import linear_4bit
 
 ROWS, WIDTH, VOCABULARY = 40, 64, 96
 

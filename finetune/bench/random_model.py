@@ -15,7 +15,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.host_embedding import keep_embeddings_on_cpu
 from qwenvl.language import RMSNorm
-from qwenvl.quantization import compute_in, is_quantized, nf4_config, quantize, require_bitsandbytes
+from qwenvl.nf4_weights import compute_in, is_quantized, quantize
+from qwenvl.quantization import nf4_config, require_bitsandbytes
 from qwenvl.resampler import Resampler, sine_cosine_grid
 
 SPREAD = 0.02

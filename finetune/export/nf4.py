@@ -25,7 +25,8 @@ from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, load_model
 from qwenvl.checkpoint_files import stored_tensors
 from qwenvl.fingerprint import own_fingerprint, weights_fingerprint, write_base
 from qwenvl.loading import find_parts, find_source
-from qwenvl.quantization import BLOCK, DEFAULT_PARTS, quantized_names, quantized_parts
+from qwenvl.nf4_weights import BLOCK
+from qwenvl.quantization import DEFAULT_PARTS, quantized_names, quantized_parts
 
 # Of each 4-bit weight: the 16 levels and the 256 of its magnitudes, both float32, the rest of its state, their entries
 # in the file. Of every other tensor: its entry.

@@ -16,7 +16,8 @@ from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig
 from qwenvl.host_embedding import HostEmbedding
 from qwenvl.loading import DTYPES
-from qwenvl.quantization import is_quantized, quantized_parts
+from qwenvl.nf4_weights import is_quantized
+from qwenvl.quantization import quantized_parts
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ def check_merge(
 def measure_rounding_to_4bit(plan: Sequence[MergedTensor], sources: Sources) -> dict[str, str]:
     """How far the base's weights are from what a training in 4 bits saw of them, on some of the layers."""
     from qwenvl import QwenVLConfig
-    from qwenvl.quantization import dequantized, quantized_names
+    from qwenvl.nf4_weights import dequantized
+    from qwenvl.quantization import quantized_names
 
     names = quantized_names(QwenVLConfig.from_pretrained(sources.base), sources.parts)
     concerned = [tensor for tensor in plan if tensor.base.name in names]

@@ -17,6 +17,7 @@ from finetune.merge.adapter_weights import Change, LowRank
 from finetune.tensor_files import Planned
 from qwenvl.checkpoint_files import StoredTensor
 from qwenvl.direct_reading import SLACK
+from qwenvl.nf4_weights import dequantized
 
 # Values computed at once. The published model's linears have up to 45 million: each is one piece, so that its product
 # B A is that of one multiplication, whatever the machine makes of a smaller one.
@@ -142,8 +143,6 @@ class MergedTensor:
         """The base's weight where all of it decides what a part of it is."""
         weight = None
         if self.quantized:
-            from qwenvl.quantization import dequantized
-
             weight = dequantized(self.base.read(), self.seen_in)
         low_rank = self.change.low_rank if self.change is not None else None
         if low_rank is not None and low_rank.init is not None:

@@ -9,7 +9,7 @@ import torch
 from finetune.tensor_files import tensor_bytes
 from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.image_processor import IMAGE_MEAN, IMAGE_STD
-from qwenvl.quantization import is_quantized
+from qwenvl.nf4_weights import is_quantized
 
 HASHERS = 4  # threads; hashing lets go of the interpreter
 

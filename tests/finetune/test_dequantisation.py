@@ -13,7 +13,7 @@ from finetune.checkpointing import checkpoint_blocks
 from finetune.recipe.sections import Adapter, Freeze
 from qwenvl import load_model
 from qwenvl.loss import IGNORED, supervised_loss
-from qwenvl.quantization import is_quantized
+from qwenvl.nf4_weights import is_quantized
 from qwenvl.varlen_attention import VARLEN
 
 # Operations of bitsandbytes that read a whole 4-bit weight, and which argument it is.

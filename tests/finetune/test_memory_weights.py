@@ -8,7 +8,7 @@ from finetune.memory.optimizer import optimizer_states
 from finetune.memory.weights import model_of_shapes, settle_embeddings, weight_bytes
 from qwenvl import QwenVLConfig
 from qwenvl.host_embedding import HostEmbedding
-from qwenvl.quantization import is_quantized
+from qwenvl.nf4_weights import is_quantized
 
 
 def storages(tensors) -> dict[int, int]:

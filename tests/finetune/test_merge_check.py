@@ -24,7 +24,8 @@ from finetune.merge.sources import find_sources
 from qwenvl import load_model
 from qwenvl.checkpoint_files import locate_tensors
 from qwenvl.fingerprint import weights_fingerprint, write_base
-from qwenvl.quantization import dequantized, quantized_names
+from qwenvl.nf4_weights import dequantized
+from qwenvl.quantization import quantized_names
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()

@@ -19,7 +19,8 @@ from finetune.recipe.sections import Adapter, Freeze
 from finetune.train import train
 from qwenvl import load_model
 from qwenvl.fingerprint import trained_parts
-from qwenvl.quantization import dequantized, is_quantized, quantized_names
+from qwenvl.nf4_weights import dequantized, is_quantized
+from qwenvl.quantization import quantized_names
 
 ADAPTER = Adapter(r=4, alpha=8, dropout=0.0, targets=["c_attn", "attn.c_proj", "w1", "w2"])
 
