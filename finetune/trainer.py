@@ -23,7 +23,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from finetune.adapters import parameter_groups
-from finetune.batch_images import image_arguments
 from finetune.checkpoints import checkpoint_path, prune, writing
 from finetune.collate import Collator
 from finetune.errors import Failed
@@ -32,6 +31,7 @@ from finetune.gradient_exchange import average_gradients
 from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt
 from finetune.packing import split_batch
 from finetune.run import RunFolder
+from finetune.step_loss import forward_with_loss
 from finetune.throughput import Throughput
 from qwenvl.chat import IGNORED
 
@@ -190,19 +190,8 @@ class QwenVLTrainer(SFTTrainer):
         return loss.detach()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy summed over the supervised tokens, divided by `num_items_in_batch` (of all processes).
-
-        Logits are computed at the supervised positions only, a few at a time, and not kept.
-        """
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            sequence_lengths=inputs["sequence_lengths"].tolist(),
-            **image_arguments(self.accelerator.unwrap_model(self.model), inputs),
-            labels=inputs["labels"],
-            num_items_in_batch=num_items_in_batch,
-            skip_logits=True,
-            use_cache=False,
-        )
+        """Cross-entropy summed over the supervised tokens, divided by `num_items_in_batch` (of all processes)."""
+        outputs = forward_with_loss(model, self.accelerator.unwrap_model(self.model), inputs, num_items_in_batch)
         loss = outputs.loss
         if num_items_in_batch is not None and self.model.training:
             # The items are those of all processes, and gradients are averaged over them.

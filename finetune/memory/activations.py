@@ -8,7 +8,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from finetune.memory.fused_kernels import fused_shapes
 from finetune.memory.kernels import kernels_of, own_bytes
 from finetune.memory.live_bytes import META, LiveBytes, Moment
 from finetune.memory.workload import Workload
+from finetune.step_loss import forward_with_loss
 from qwenvl import QwenVLConfig
 from qwenvl.chat import IGNORED
 
@@ -93,8 +93,6 @@ def count_step(
         device_type: whose kernels compute on shapes.
         input_gradient: embeddings get a gradient that nobody reads, as TRL's `gradient_checkpointing` has it.
     """
-    from finetune.trainer import QwenVLTrainer  # TRL with it, which is slow to import
-
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     trains = checkpointing is not None
     model.train(trains)
@@ -104,14 +102,12 @@ def count_step(
     counted, host = LiveBytes(own_bytes(device_type)), _HostMemory()
     counted.stage = LANGUAGE
     checkpoint_blocks(model, checkpointing or "none", lambda: host.hooks(counted))
-    accelerator = SimpleNamespace(num_processes=1, unwrap_model=lambda model: model)
-    stand_in = SimpleNamespace(model=model, accelerator=accelerator)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_stages(base, counted, input_gradient and trains))
         stack.enter_context(kernels_of(device_type))
         stack.enter_context(torch.set_grad_enabled(trains))
         stack.enter_context(counted)
-        loss = QwenVLTrainer.compute_loss(stand_in, model, dict(batch), num_items_in_batch=1)
+        loss = forward_with_loss(model, model, batch, items=1).loss
         if loss.requires_grad:  # it does not where the vision side alone is trained, on text
             counted.stage = BACKWARD
             torch.autograd.backward([loss])

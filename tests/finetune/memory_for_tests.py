@@ -43,8 +43,6 @@ class SmallMemory:
         def compute_loss(trainer, model, inputs, **arguments):
             tokens = inputs["input_ids"].numel()
             is_meant = ("train" if model.training else "eval") == memory.mode
-            if not isinstance(trainer, QwenVLTrainer):  # the memory plan's, which has shapes alone
-                is_meant = False
             if tokens <= memory.tokens or not is_meant or trainer.state.global_step + 1 < memory.first_step:
                 return memory._real(trainer, model, inputs, **arguments)
             memory.failures.append(tokens)

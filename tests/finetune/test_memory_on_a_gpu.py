@@ -1,7 +1,5 @@
 """The memory plan of steps on a GPU: against the allocator there, and against what was measured at the full size."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from plans_for_tests import recipe_of
@@ -18,7 +16,7 @@ from finetune.memory.switches import Switches
 from finetune.memory.weights import model_of_shapes
 from finetune.memory.workload import Workload
 from finetune.recipe import load_recipe
-from finetune.trainer import QwenVLTrainer
+from finetune.step_loss import forward_with_loss
 from qwenvl import QwenVLConfig, kernels
 from qwenvl.language import MLP, Attention, RMSNorm
 
@@ -68,11 +66,10 @@ def test_a_step_takes_what_is_planned(own_kernels, checkpointing):
     side = config.visual["image_size"]
     batch["pixel_values"] = torch.randint(0, 256, (PACK.images, 3, side, side), dtype=torch.uint8)
     batch = {name: value.cuda() for name, value in batch.items()}
-    trainer = SimpleNamespace(model=model, accelerator=SimpleNamespace(num_processes=1, unwrap_model=lambda one: one))
     for _ in range(2):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        QwenVLTrainer.compute_loss(trainer, model, dict(batch), num_items_in_batch=1).backward()
+        forward_with_loss(model, model, batch, items=1).loss.backward()
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(planned, rel=0.03)
 
 
