@@ -28,8 +28,8 @@ from finetune.errors import Interrupted, UserError
 from finetune.evaluation.predictions import write_predictions
 from finetune.evaluation.task_evaluation import TaskEvaluation, score_line
 from finetune.interrupts import StopOnSignal
+from finetune.memory.budget_choice import choose_budget
 from finetune.memory.out_of_memory import NoteBudgets
-from finetune.memory.packing_budget import choose_budget
 from finetune.metrics_log import WriteMetrics
 from finetune.model_choices import choose_dtype, is_random, own_device, quantization_arguments
 from finetune.phases import Phases

@@ -23,12 +23,13 @@ from finetune.bench.workload import MIX, BenchCollator, Lengths, PaddedCollator,
 from finetune.checkpointing import checkpoint_blocks
 from finetune.computing import choose_computing
 from finetune.data.checking import Checked
+from finetune.memory.auto_switches import choose_switches
+from finetune.memory.budget_choice import choose_budget
 from finetune.memory.cards import USABLE
 from finetune.memory.free_memory import free_device_memory
 from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, attempt
-from finetune.memory.packing_budget import choose_budget
 from finetune.memory.plan import plan_memory
-from finetune.memory.switches import Switches, choose_switches
+from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload
 from finetune.prefetch import loader_settings
 from finetune.progress import drop_own_printers

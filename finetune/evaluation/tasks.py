@@ -32,7 +32,7 @@ from finetune.metrics.vqa import FEWEST_ANSWERS
 from finetune.recipe.problems import nearest
 
 if TYPE_CHECKING:
-    from finetune.evaluation.questions import Question
+    from finetune.evaluation.question import Question
 
 Metric = Literal[
     "anls", "relaxed_accuracy", "vqa_score", "exact_match", "multiple_choice", "grounding", "click", "cider_d"

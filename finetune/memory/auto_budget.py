@@ -2,10 +2,10 @@
 
 from finetune.data.checking import Checked
 from finetune.different_rows import different_rows
+from finetune.memory.auto_switches import choose_switches
 from finetune.memory.cards import USABLE
 from finetune.memory.fitting import largest_budget
 from finetune.memory.packing_budget import ChosenBudget, packing_budget
-from finetune.memory.switches import choose_switches
 from finetune.memory.workload import worst_workload
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe

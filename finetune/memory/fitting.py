@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from finetune.memory.auto_switches import choose_switches
 from finetune.memory.plan import MemoryPlan, plan_memory
-from finetune.memory.switches import Switches, choose_switches
+from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload, worst_workload
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe, RecipeError, parse_recipe

@@ -1,26 +1,17 @@
-"""What of a recipe says `auto`, settled by the memory plan: checkpointing and optimizer, with the reason in words."""
+"""The choices of a run that decide its memory and speed, settled: what the plan counts by."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from finetune.checkpointing import LEAST_FIRST, Checkpointing, checkpoint_blocks
-from finetune.computing import settled_attention
-from finetune.memory.workload import Workload
-from finetune.quantities import format_bytes
-from finetune.recipe import Recipe, Train
-from qwenvl import QwenVLConfig
-from qwenvl.kernels import liger_runs
-
-PAGED = "paged_adamw_8bit"
+from finetune.checkpointing import Checkpointing, checkpoint_blocks
+from finetune.recipe import Train
 
 
 @dataclass(frozen=True)
 class Switches:
-    """The choices of a run that decide its memory and speed, none of them `auto`.
+    """Checkpointing, optimizer and what else there is to choose, none of them `auto`.
 
     Attributes:
         attention: varlen, sdpa, eager or flash_attention_2.
@@ -49,106 +40,3 @@ class Switches:
         """Set the checkpointing of a model's layers, where our key says it; TRL's keys are TRL's to follow."""
         if train.checkpointing is not None:
             checkpoint_blocks(model, self.checkpointing)
-
-
-def choose_switches(
-    recipe: Recipe,
-    config: QwenVLConfig,
-    workload: Workload,
-    device_capacity: int | None,
-    *,
-    device_type: str,
-) -> Switches:
-    """Settle every key of the recipe that says `auto`.
-
-    Of checkpointing and optimizer, the first that fit are taken: exact moments before moments in 8 bits, and of these
-    the least that is computed again. Where nothing fits, what takes least.
-
-    Args:
-        workload: the largest forward of the run.
-        device_capacity: bytes that the run can plan with; None takes the choices of a device that holds everything.
-        device_type: cuda or cpu.
-
-    Raises:
-        ValueError: what is to be trained cannot be.
-    """
-    switches = Switches(
-        # What cannot run here is for the run to refuse (`computing`): another place is planned for too.
-        attention=settled_attention(recipe.model),
-        kernels=_kernels(recipe.model.kernels, device_type),
-        checkpointing=given_checkpointing(recipe.train) or "none",
-        optim=recipe.train.optim,
-        vision_cache=recipe.data.vision_cache,
-        device_type=device_type,
-    )
-    autos = [
-        key
-        for key, value in (("checkpointing", recipe.train.checkpointing), ("optim", recipe.train.optim))
-        if value == "auto"
-    ]
-    if autos:
-        switches, reason = _first_that_fits(recipe, config, workload, device_capacity, switches, autos)
-        settled = " and ".join(f"train.{key} {getattr(switches, key)}" for key in autos)
-        switches = replace(switches, reasons=(f"auto is {settled}: {reason}",))
-    return switches
-
-
-def given_checkpointing(train: Train) -> Checkpointing | None:
-    """The checkpointing that a recipe sets, by our key or by TRL's; None where ours says auto."""
-    if train.checkpointing is not None:
-        return None if train.checkpointing == "auto" else train.checkpointing
-    wanted = train.gradient_checkpointing if train.activation_checkpointing is None else train.activation_checkpointing
-    settings = train.activation_checkpointing_kwargs or train.gradient_checkpointing_kwargs or {}
-    settings = settings if isinstance(settings, dict) else {}
-    if train.activation_offloading or (wanted and settings.get("offload")):
-        return "offload"
-    return "full" if wanted else "none"
-
-
-def _first_that_fits(
-    recipe: Recipe,
-    config: QwenVLConfig,
-    workload: Workload,
-    capacity: int | None,
-    switches: Switches,
-    autos: list[str],
-) -> tuple[Switches, str]:
-    tried = None
-    for choice in _choices(switches, autos):
-        if capacity is None:
-            return choice, "as there is memory for everything"
-        # Here, as the plan imports this module.
-        from finetune.memory.plan import plan_memory
-
-        plan = plan_memory(recipe, config, workload, switches=choice)
-        peak = format_bytes(plan.peak)
-        if plan.fits(capacity):
-            before = f"; {tried} would take more" if tried else ""
-            return choice, f"by the plan: {peak} of {format_bytes(capacity)}{before}"
-        tried = " and ".join(f"{getattr(choice, key)}" for key in autos)
-    return choice, f"which takes least, and by the plan does not fit: {peak} of {format_bytes(capacity)}"
-
-
-def _choices(switches: Switches, autos: list[str]) -> Iterator[Switches]:
-    on_gpu = switches.device_type == "cuda"
-    kinds: tuple[Checkpointing, ...] = (switches.checkpointing,)
-    if "checkpointing" in autos:
-        # Without a GPU what is kept lies in host memory already.
-        kinds = LEAST_FIRST if on_gpu else LEAST_FIRST[:-1]
-    optims = [switches.optim]
-    if "optim" in autos:
-        optims = ["adamw_torch_fused" if on_gpu else "adamw_torch"]
-        if on_gpu and find_spec("bitsandbytes") is not None:
-            optims.append(PAGED)
-    for optim in optims:
-        for kind in kinds:
-            # Moments in 8 bits cost less than carrying every layer's input to the host and back.
-            if kind == "offload" and optim != optims[-1] and len(kinds) > 1:
-                continue
-            yield replace(switches, optim=optim, checkpointing=kind)
-
-
-def _kernels(wanted: str, device_type: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "liger" if device_type == "cuda" and liger_runs() else "torch"

@@ -1,9 +1,10 @@
 import pytest
 from plans_for_tests import recipe_of
 
+from finetune.memory.auto_switches import choose_switches
 from finetune.memory.fitting import STEP, largest_budget, remedies, what_does_not_fit
 from finetune.memory.plan import plan_memory
-from finetune.memory.switches import Switches, choose_switches
+from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload, worst_workload
 from finetune.recipe import parse_recipe
 from qwenvl import QwenVLConfig

@@ -1,8 +1,9 @@
 import pytest
 from plans_for_tests import recipe_of
 
+from finetune.memory.auto_switches import PAGED, choose_switches, given_checkpointing
 from finetune.memory.plan import plan_memory
-from finetune.memory.switches import PAGED, Switches, choose_switches, given_checkpointing
+from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload
 from qwenvl import QwenVLConfig
 
