@@ -28,6 +28,7 @@ from finetune.collate import Collator
 from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskEvaluation, TaskScore
 from finetune.gradient_exchange import average_gradients
+from finetune.loader_workers import ended_by_the_trainer_alone
 from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt
 from finetune.packing import split_batch
 from finetune.run import RunFolder
@@ -124,6 +125,12 @@ class QwenVLTrainer(SFTTrainer):
             return SequentialSampler(dataset)
         # Accelerate replaces its generator by one seeded from seed and epoch, on every process alike.
         return RandomSampler(dataset)
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        of_workers = loader.base_dataloader  # what Accelerate has made around it starts none itself
+        of_workers.worker_init_fn = partial(ended_by_the_trainer_alone, then=of_workers.worker_init_fn)
+        return loader
 
     def get_eval_dataloader(self, eval_dataset=None):
         # Each sample once: processes with fewer do not get others' again, as they would in training.

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import SHOWN_PROBLEMS
 from finetune.errors import UserError
+from finetune.loader_workers import ended_by_the_trainer_alone
 from finetune.memory.free_memory import free_host_memory
 from finetune.model_choices import own_device
 from finetune.quantities import format_bytes, format_count, format_duration
@@ -247,6 +248,7 @@ class _Encoding:
             batch_sampler=left,
             num_workers=self.data.workers,
             collate_fn=_together,
+            worker_init_fn=ended_by_the_trainer_alone,
             pin_memory=self.device.type == "cuda",
             # A generator of its own: the training's numbers are drawn as if this had not been.
             generator=torch.Generator(),

@@ -35,9 +35,10 @@ def fresh(uninterrupted, tmp_path):
     return tmp_path / "recipe.yaml", tmp_path / "run", f"output={tmp_path / 'run'}"
 
 
-def start(*arguments):
-    command = [sys.executable, "-m", "finetune", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(*arguments, launcher=(), **kwargs):
+    """A run that goes on while the test does."""
+    command = [sys.executable, *launcher, "-m", "finetune", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
 def wait_for(condition, process, seconds=120):
@@ -76,20 +77,39 @@ def test_kill_at_a_random_moment(uninterrupted, tmp_path, seed):
     assert steps == sorted(set(steps)), "no step is logged twice"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves(uninterrupted, tmp_path, number, code):
-    recipe, run, output = fresh(uninterrupted, tmp_path)
-    process = start(recipe, output, "train.save_steps=500")
-    wait_for(lambda: steps_logged(run) >= 3, process)
-    process.send_signal(number)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == code, text
-    assert "the same command goes on" in text
+def assert_saved_at_the_last_step(run):
     (saved,) = run.joinpath("checkpoints").iterdir()
     logged = steps_logged(run)
     assert saved.name == f"step-{logged}" and logged < 8
-    finetune(recipe, output, "train.save_steps=500")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(uninterrupted, tmp_path, number, code, workers):
+    """It reaches the loader's workers too, as Ctrl-C does and as schedulers do; the step still gets its batches."""
+    recipe, run, output = fresh(uninterrupted, tmp_path)
+    settings = output, "train.save_steps=500", f"data.workers={workers}"
+    process = start(recipe, *settings, start_new_session=True)  # a process group of its own, as in a terminal
+    wait_for(lambda: steps_logged(run) >= 3, process)
+    os.killpg(process.pid, number)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == code, text
+    assert "the same command goes on" in text
+    assert_saved_at_the_last_step(run)
+    finetune(recipe, *settings)
     assert adapter_bytes(run) == adapter_bytes(uninterrupted / "run")
+
+
+def test_a_stopped_launcher_waits_for_what_is_saved(uninterrupted, tmp_path):
+    """torchrun signals the process group of each of its processes, loader workers with them."""
+    recipe, run, output = fresh(uninterrupted, tmp_path)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+    process = start(recipe, output, "train.save_steps=500", "data.workers=2", launcher=torchrun)
+    wait_for(lambda: steps_logged(run) >= 3, process)
+    process.terminate()
+    text, _ = process.communicate(timeout=120)
+    assert "the same command goes on" in text
+    assert_saved_at_the_last_step(run)
 
 
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
