@@ -1,11 +1,10 @@
-"""Make the bundled nano checkpoint from nothing: vocabulary, warm starts, five stages and the card.
+"""Make the bundled nano checkpoint from nothing: vocabulary, warm starts, the three stages and the card.
 
     python -m examples.nano_training --to runs/nano/checkpoint
 
 Run from the repository's root, in the environment that `make test` sets up. Every phase leaves its result under
-runs/nano, is skipped where that is there, and goes on where it was stopped. All up to stage 3 took 126 minutes on two
-CPU cores that have bfloat16, and the rest 80 on two that have not, where matrix products are in float32. Stages are
-trained on a GPU where there is one.
+runs/nano, is skipped where that is there, and goes on where it was stopped. It took 177 minutes on two CPU cores that
+have no bfloat16, where matrix products are in float32. Stages are trained on a GPU where there is one.
 """
 
 import argparse
@@ -24,38 +23,36 @@ from examples.nano_training.stage import run_stage
 from examples.nano_training.start import IMAGE_SIZE, LOW_IMAGE_SIZE, write_start
 from examples.nano_training.texts import (
     ASKED,
-    LATE,
     ONE_PAGE,
     QUESTIONS,
     READ,
     TRAINED,
     TWO_PAGES,
     WITH_FIELDS,
-    conversation_texts,
+    asked_texts,
 )
 from examples.nano_training.vocabulary import train_vocabulary
 from examples.nano_training.warm_starts import warm_starts
+from finetune.atomic_writes import write_text
 
 WORK = Path("runs/nano")
 RECIPES = Path("recipes/nano")
-STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_sft", "stage4_cards", "stage5_questions")
+STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_sft")
 VOCABULARY_DOCUMENTS = 4000
-COMPARISONS = 5500  # conversations
-BACK = {"stage4": 0.2, "stage5": 0.5}
-"""After these stages weights go so far of the way back to those that the stage began with."""
+COMPARISONS = 4600  # conversations
+MIXED = WORK / "stage3-mixed"
+BACK = 0.3
+"""After stage 3 weights go so far of the way back to those that it began with."""
 
 DATA = {
     # Image-text pairs: a page and its text.
     "stage1": Plan("train", READ, ("transcribe",), 6400, 1, LOW_IMAGE_SIZE, seed=3000),
-    "stage2": Plan("train", TRAINED, ONE_PAGE, 80_000, 6, IMAGE_SIZE, seed=4000, joined=0.95),
-    "stage2-pairs": Plan("train", WITH_FIELDS, TWO_PAGES, 14_000, 4, IMAGE_SIZE, seed=4500, joined=0.95),
-    "stage3": Plan("train", TRAINED, ONE_PAGE, 6000, 4, IMAGE_SIZE, seed=5000),
-    "stage3-pairs": Plan("train", WITH_FIELDS, TWO_PAGES, 2500, 4, IMAGE_SIZE, seed=5500, joined=0.5),
-    "stage4": Plan("train", LATE, ONE_PAGE, 23_000, 6, IMAGE_SIZE, seed=6000, joined=0.95),
-    "stage4-pairs": Plan("train", (*WITH_FIELDS, "card"), TWO_PAGES, 7500, 6, IMAGE_SIZE, seed=6500, joined=0.95),
-    "stage5": Plan("train", ASKED, QUESTIONS, 16_000, 5, IMAGE_SIZE, seed=7000, joined=1.0),
-    "stage5-reading": Plan("train", LATE, ONE_PAGE, 2800, 6, IMAGE_SIZE, seed=7200, joined=0.95),
-    "stage5-pairs": Plan("train", (*WITH_FIELDS, "card"), TWO_PAGES, 2600, 6, IMAGE_SIZE, seed=7500, joined=0.95),
+    "stage2": Plan("train", TRAINED, ONE_PAGE, 50_000, 6, IMAGE_SIZE, seed=4000, joined=0.97),
+    "stage2-reading": Plan("train", READ, ("transcribe",), 14_000, 1, IMAGE_SIZE, seed=4200),
+    "stage2-pairs": Plan("train", WITH_FIELDS, TWO_PAGES, 7000, 6, IMAGE_SIZE, seed=4500, joined=0.97),
+    "stage3": Plan("train", ASKED, QUESTIONS, 13_900, 5, IMAGE_SIZE, seed=5000, joined=1.0),
+    "stage3-reading": Plan("train", TRAINED, ONE_PAGE, 3200, 6, IMAGE_SIZE, seed=5200, joined=0.95),
+    "stage3-pairs": Plan("train", WITH_FIELDS, TWO_PAGES, 3200, 6, IMAGE_SIZE, seed=5500, joined=0.95),
 }
 """What each stage is trained on; more documents than it sees, so that it sees none twice."""
 
@@ -80,17 +77,15 @@ def main() -> int:
     for name, plan in DATA.items():
         folder = WORK / "data" / name
         seconds.time(f"data of {name}", folder / "train", lambda: make_data(plan, folder))  # noqa: B023
-    compared = WORK / "data" / "stage4-comparisons.jsonl"
-    seconds.time("data of stage4-comparisons", compared, lambda: write_comparisons(COMPARISONS, compared, seed=6800))
-    done = warm
+    compared = WORK / "data" / "stage2-comparisons.jsonl"
+    seconds.time("data of stage2-comparisons", compared, lambda: write_comparisons(COMPARISONS, compared, seed=4800))
+    begun = done = warm
     for recipe in STAGES:
         name = recipe.partition("_")[0]
         begun, done = done, finished(name)
         seconds.time(name, done, lambda: make_stage(recipe, WORK / name / "model", done))  # noqa: B023
-        if name in BACK:
-            learned, done = done, WORK / f"{name}-mixed"
-            seconds.time(f"{name}, mixed", done, lambda: mix(begun, learned, BACK[name], done))  # noqa: B023
-    publish(done, given.to, seconds.taken)
+    seconds.time("stage3, mixed", MIXED, lambda: mix(begun, done, BACK, MIXED))
+    publish(MIXED, given.to, seconds.taken)
     print(f"{given.to}: the checkpoint. Next: python -m examples.nano_training.scores {given.to}")
     return 0
 
@@ -108,11 +103,12 @@ class Phases:
             return
         print(f"{name}: begins", flush=True)
         began = time.monotonic()
-        do()
-        # A phase that was stopped and went on counts the time of all its parts but the lost ones.
-        self.taken[name] = round(self.taken.get(name, 0) + time.monotonic() - began, 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.taken, indent=2) + "\n")
+        try:
+            do()
+        finally:  # a phase that is stopped and goes on counts the time of all its parts
+            self.taken[name] = round(self.taken.get(name, 0) + time.monotonic() - began, 1)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps(self.taken, indent=2) + "\n")
         print(f"{name}: {self.taken[name]:.0f} s", flush=True)
 
 
@@ -121,7 +117,7 @@ def finished(stage: str) -> Path:
 
 
 def make_start(folder: Path, seed: int) -> None:
-    vocabulary = train_vocabulary(conversation_texts(VOCABULARY_DOCUMENTS))
+    vocabulary = train_vocabulary(asked_texts(VOCABULARY_DOCUMENTS))
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_start(partial, vocabulary, seed)

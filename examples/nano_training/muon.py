@@ -6,12 +6,11 @@ all over again.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from examples.nano_training.arithmetic import matrix_dtype
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: steepest at zero, https://kellerjordan.github.io/posts/muon/."""
@@ -25,11 +24,12 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay.
 
     Args:
-        matrices: parameters of two dimensions; with several processes they have the same gradients in all.
+        matrices: parameters of two dimensions, or groups of them that have an `lr` of their own; with several
+            processes they have the same gradients in all.
         lr: of AdamW's scale: steps are as large as AdamW's would be.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float):
+    def __init__(self, matrices: Iterable[nn.Parameter | dict[str, Any]], lr: float, weight_decay: float):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         assert all(matrix.ndim == 2 for group in self.param_groups for matrix in group["params"])
 
@@ -37,7 +37,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
-            for matrix, update in zip(matrices, self._updates(matrices), strict=True):
+            with torch.autocast(matrices[0].device.type, enabled=False):
+                updates = self._updates(matrices)
+            for matrix, update in zip(matrices, updates, strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-group["lr"] * SIZE * math.sqrt(max(matrix.shape)))
 
@@ -60,12 +62,22 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearly U V' of a matrix U S V' (rows, columns): singular values between 0.7 and 1.2, by Newton and Schulz."""
+    """Nearly U V' of a float32 matrix U S V' (rows, columns): singular values from 0.7 to 1.2, by Newton and Schulz.
+
+    Every iteration multiplies W from the left by a polynomial p of W W'. So W itself, often several times as wide as
+    high, is needed at both ends only: between them W W' becomes p W W' p. That asks for float32: eigenvalues near zero
+    that rounding makes clearly negative would grow from one iteration to the next.
+    """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    wide = (matrix.T if tall else matrix).to(matrix_dtype(matrix.device))
+    wide = matrix.T if tall else matrix
     wide = wide / wide.norm().clamp(min=1e-7)
-    for _ in range(ITERATIONS):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return (wide.T if tall else wide).to(matrix.dtype)
+    gram, product = wide @ wide.T, None
+    for iteration in range(ITERATIONS):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if iteration < ITERATIONS - 1:
+            gram = polynomial @ gram @ polynomial
+    wide = product @ wide
+    return wide.T if tall else wide

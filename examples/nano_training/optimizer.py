@@ -1,6 +1,7 @@
 """Muon for the hidden matrices and AdamW for the rest, and the steps of a warm start with them."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from examples.nano_training.muon import Muon
+from finetune.components import component_of
 
 WARM_UP = 100  # steps
 LAST = 0.02  # of the learning rate, at the end
@@ -22,16 +24,20 @@ class MuonAndAdamW(torch.optim.Optimizer):
     Args:
         named: parameters to train.
         rate: learning rate of both: Muon's updates are scaled to the size of AdamW's.
+        rates: of single components of the model, in its place.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], rate: float):
-        hidden, rest = [], []
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], rate: float, rates: Mapping[str, float | None] | None = None
+    ):
+        hidden, rest = defaultdict(list), defaultdict(list)
         for name, parameter in named:
             inside = parameter.ndim == 2 and not any(part in name for part in OUTSIDE_MUON)
-            (hidden if inside else rest).append(parameter)
-        self.parts = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+            own = (rates or {}).get(component_of(name)) or rate
+            (hidden if inside else rest)[own].append(parameter)
+        self.parts = [torch.optim.AdamW(_groups(rest), betas=(0.9, 0.98), weight_decay=0.0)]
         if hidden:
-            self.parts.append(Muon(hidden, lr=rate, weight_decay=0.02))
+            self.parts.append(Muon(_groups(hidden), lr=rate, weight_decay=0.02))
         super().__init__(self._groups(), {})
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -49,6 +55,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = self._groups()  # loading makes new ones
+
+
+def _groups(by_rate: Mapping[float, list[nn.Parameter]]) -> list[dict[str, Any]]:
+    return [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
 
 
 class WarmStart:

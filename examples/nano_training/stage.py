@@ -44,7 +44,8 @@ def main() -> None:
 
     def optimizer(model: torch.nn.Module) -> MuonAndAdamW:
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        return MuonAndAdamW(trained, recipe.train_arguments()["learning_rate"])
+        rates = recipe.train.learning_rates.model_dump()
+        return MuonAndAdamW(trained, recipe.train_arguments()["learning_rate"], rates)
 
     with autocast(DEVICE):
         train(recipe, optimizer=optimizer)

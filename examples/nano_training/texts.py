@@ -5,19 +5,19 @@ from collections.abc import Iterator
 
 from examples.nano_documents.families import FAMILIES, HELD_OUT
 from examples.nano_documents.write import Plan, conversations_of
+from qwenvl.chat import DEFAULT_SYSTEM
 
 KNOWN_FAMILIES = tuple(family for family in FAMILIES if family not in (*HELD_OUT, "shapes"))
-EARLY = tuple(family for family in KNOWN_FAMILIES if family != "card")
-"""Families of the first three stages; of the vocabulary too."""
-WITH_FIELDS = tuple(family for family in EARLY if family != "words")
-READ = ("words", *EARLY)
+WITH_FIELDS = tuple(family for family in KNOWN_FAMILIES if family != "words")
+READ = ("words", *KNOWN_FAMILIES)
 """Families as often as they are drawn for reading alone."""
-TRAINED = (*EARLY, "table", "chart")
-"""Families as often as they are drawn in training: a value is found by its row and its column in two of them."""
-LATE = (*TRAINED, "card", "card", "card", "card")
-"""The same of stage 4, which is there for the cards."""
-ASKED = (*WITH_FIELDS, "table", "chart", "chart", "card", "card", "card")
-"""The same of the questions of stage 5: more often where another field's value is easily taken for the right one."""
+TRAINED = (*KNOWN_FAMILIES, "table", "chart", "card", "card")
+"""Families as often as they are drawn in training.
+
+A value is found by its row and its column in tables and charts; a card's labels are any words, and stand above values.
+"""
+ASKED = (*WITH_FIELDS, "table", "table", "chart", "chart", "chart", "chart", "chart", "card", "card", "card")
+"""The same of the questions of stage 3: more often where another field's value is easily taken for the right one."""
 
 QUESTIONS = ("question", "two_turn")
 ONE_PAGE = ("transcribe", *QUESTIONS, "read_box")
@@ -32,12 +32,20 @@ _MARKUP = re.compile(r"</?(?:ref|box)>")
 _NUMBERS = re.compile(r"\(\d+,\d+\)")
 
 
-def conversation_texts(documents: int, seed: int = 0) -> Iterator[str]:
-    """Texts of all turns about so many training documents; markup has tokens of its own, boxes are digits."""
-    plan = Plan("train", EARLY, (*ONE_PAGE, *TWO_PAGES), documents, per_image=3, seed=seed)
+def asked_texts(documents: int, seed: int = 0) -> Iterator[str]:
+    """What stands in conversations about so many training documents besides the replies.
+
+    Roles and system prompt are in every conversation, and have tokens of their own in the published vocabulary too. Of
+    replies nothing is counted: values are read letter by letter, those of unseen documents like those that were seen.
+    Markup has tokens of its own, and boxes are digits.
+    """
+    plan = Plan("train", KNOWN_FAMILIES, (*ONE_PAGE, *TWO_PAGES), documents, per_image=3, seed=seed)
     for index in range(documents):
         for conversation in conversations_of(plan, index):
+            yield f"system\n{DEFAULT_SYSTEM}"
             for message in conversation.messages:
-                for part in message["content"]:
-                    if part["type"] == "text":
-                        yield _NUMBERS.sub("", _MARKUP.sub(" ", part["text"]))
+                yield f"{message['role']}\n"
+                if message["role"] == "user":
+                    for part in message["content"]:
+                        if part["type"] == "text":
+                            yield _NUMBERS.sub("", _MARKUP.sub(" ", part["text"]))

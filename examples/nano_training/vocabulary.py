@@ -9,8 +9,8 @@ import regex
 
 from qwenvl.vocabulary import SPLIT_PATTERN
 
-RANKS = 400
-"""Ordinary tokens: the 256 bytes and 144 merges."""
+RANKS = 528
+"""Ordinary tokens: the 256 bytes and 272 merges."""
 
 
 def train_vocabulary(texts: Iterable[str], ranks: int = RANKS) -> bytes:

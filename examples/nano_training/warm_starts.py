@@ -14,22 +14,19 @@ from examples.nano_training.start import LOW_IMAGE_SIZE
 from examples.nano_training.warm_language import warm_language
 from examples.nano_training.warm_vision import warm_vision
 
-VISION_STEPS, LANGUAGE_STEPS = 12_000, 6000
+VISION_STEPS, LANGUAGE_STEPS = 7500, 5600
 
 
-def warm_starts(start: Path, vision: Path, language: Path, to: Path, seed: int, share: int = 1) -> None:
+def warm_starts(start: Path, vision: Path, language: Path, to: Path, seed: int) -> None:
     """Train both sides of `start`, each into its own file, and write them as one checkpoint to `to`.
-
-    Args:
-        share: one in so many steps.
 
     Raises:
         SystemExit: one of the two failed; it has said why.
     """
     spawning = multiprocessing.get_context("spawn")
     works = [
-        spawning.Process(target=_one_core, args=(warm_vision, start, vision, VISION_STEPS // share, seed)),
-        spawning.Process(target=_one_core, args=(warm_language, start, language, LANGUAGE_STEPS // share, seed)),
+        spawning.Process(target=_one_core, args=(warm_vision, start, vision, VISION_STEPS, seed)),
+        spawning.Process(target=_one_core, args=(warm_language, start, language, LANGUAGE_STEPS, seed)),
     ]
     for work in works:
         work.start()

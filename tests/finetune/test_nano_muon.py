@@ -43,6 +43,14 @@ def test_a_direction_is_nearly_orthogonal(shape):
     assert singular.min() > 0.5 and singular.max() < 1.3
 
 
+def test_small_singular_values_do_not_grow_beyond_bounds():
+    """Rounded, W W' has eigenvalues below zero."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.linalg.qr(torch.randn(n, n, generator=generator))[0] for n in (48, 200))
+    matrix = rows @ torch.diag(torch.logspace(0, -9, 48)) @ columns[:48]
+    assert torch.linalg.svdvals(orthogonal(matrix)).max() < 1.3
+
+
 def test_it_steps_as_pytorchs_does():
     """Theirs is in bfloat16, 8 bits, on whatever CPU."""
 

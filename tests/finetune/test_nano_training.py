@@ -19,6 +19,7 @@ from examples.nano_training.__main__ import DATA, RECIPES, STAGES, WORK, finishe
 from examples.nano_training.arithmetic import autocast, matrix_dtype
 from examples.nano_training.checkpoint import at_resolution, mix, publish, put_together
 from examples.nano_training.dense_page import dense_page
+from examples.nano_training.optimizer import MuonAndAdamW
 from examples.nano_training.page_symbols import (
     LETTERS,
     PARTS,
@@ -37,10 +38,12 @@ from examples.nano_training.start import (
     place_weights,
     write_start,
 )
-from examples.nano_training.texts import KNOWN_FAMILIES, LATE, conversation_texts
-from examples.nano_training.vocabulary import train_vocabulary
+from examples.nano_training.texts import asked_texts
+from examples.nano_training.vocabulary import RANKS, train_vocabulary
+from finetune.components import component_of
 from finetune.recipe import load_recipe
 from qwenvl import QwenVLForConditionalGeneration, load_model, load_processor
+from qwenvl.chat import DEFAULT_SYSTEM
 from qwenvl.resampler import resize_grid
 from qwenvl.vocabulary import Vocabulary
 
@@ -48,7 +51,7 @@ from qwenvl.vocabulary import Vocabulary
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("nano") / "start"
-    write_start(folder, train_vocabulary(conversation_texts(40)), seed=0)
+    write_start(folder, train_vocabulary(asked_texts(40)), seed=0)
     return folder
 
 
@@ -60,9 +63,16 @@ def test_merges_are_the_most_frequent_pairs_and_never_cross_words():
 
 
 def test_the_same_texts_give_the_same_vocabulary():
-    texts = list(conversation_texts(20))
+    texts = list(asked_texts(20))
     assert train_vocabulary(texts) == train_vocabulary(reversed(texts))
     assert not any("<box>" in text for text in texts)
+
+
+def test_what_every_conversation_has_is_one_token_a_word(start):
+    processor = load_processor(str(start))
+    encode = processor.tokenizer.encode
+    assert [len(encode(text)) for text in ("system", "user", "assistant", "\n")] == [1, 1, 1, 1]
+    assert len(encode(DEFAULT_SYSTEM)) == 6
 
 
 @pytest.mark.parametrize("family", ["words", "form", "table", "chart"])
@@ -136,7 +146,7 @@ def test_a_start_is_a_checkpoint_of_the_published_layout(start):
     model = load_model(str(start))
     assert 4e6 < model.num_parameters() < 5e6
     processor = load_processor(str(start))
-    assert processor.tokenizer.image_token_id == model.config.image_token_id == 400 + 216
+    assert processor.tokenizer.image_token_id == model.config.image_token_id == RANKS + 216
     assert model.generation_config.chat_format == "chatml"
 
 
@@ -209,6 +219,23 @@ def test_a_warm_start_learns_and_goes_on_where_it_was_stopped(module, warm, star
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_the_language_model_transcribes_before_it_answers(start, tmp_path, monkeypatch):
+    asked = []
+
+    def conversations_of(plan, index):
+        made = conversations_of_plan(plan, index)
+        asked.append((made[0].kind, len(made[0].messages)))
+        return made
+
+    conversations_of_plan = warm_language.conversations_of
+    monkeypatch.setattr(warm_language, "conversations_of", conversations_of)
+    monkeypatch.setattr(warm_language, "DOCUMENTS", 2)
+    monkeypatch.setattr(warm_language, "READING", 0.5)
+    warm_language.warm_language(start, tmp_path / "language.pt", 6, 0)
+    assert asked[:6] == [("transcribe", 2)] * 6  # one question and its answer
+    assert max(turns for _, turns in asked[6:]) > 2
+
+
 def test_parts_are_put_together_resized_and_published(start, tmp_path):
     model = load_model(str(start))
     torch.manual_seed(1)
@@ -275,7 +302,16 @@ def test_a_row_of_the_ablation_has_means_by_kind():
         scored("two_images", "19:00", "19:00"),
         scored("transcribe", "abcx", "abcd"),
     ]
-    assert ablation.row("after", said) == "| after | 0.500 | 1.000 | 1.000 | 25.0% |"
+    assert ablation.row("after", said) == "| after | 0.500 | 1.000 | 1.000 | 0.500 | 25.0% |"
+
+
+def test_components_are_trained_at_rates_of_their_own(start):
+    named = list(load_model(str(start)).named_parameters())
+    optimizer = MuonAndAdamW(named, 1e-3, {"vision": 1e-4, "resampler": 3e-4, "language": None})
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(rates) == len(named)
+    for name, parameter in named:
+        assert rates[parameter] == {"vision": 1e-4, "resampler": 3e-4}.get(component_of(name), 1e-3), name
 
 
 def test_stages_train_on_what_is_made_for_them_and_follow_each_other():
@@ -283,21 +319,15 @@ def test_stages_train_on_what_is_made_for_them_and_follow_each_other():
     assert sorted(STAGES) == list(STAGES) == sorted(path.stem for path in RECIPES.glob("*.yaml"))
     assert {source.path for recipe in recipes for source in recipe.data.train} == {
         *(str(WORK / "data" / name / "train") for name in DATA),
-        str(WORK / "data" / "stage4-comparisons.jsonl"),
+        str(WORK / "data" / "stage2-comparisons.jsonl"),
     }
-    before = [WORK / "warm", *(finished(f"stage{number}") for number in range(1, 4))]
-    before += [WORK / "stage4-mixed"]
-    assert [Path(recipe.model.path) for recipe in recipes] == before
-    assert [Path(recipe.output) for recipe in recipes] == [WORK / f"stage{number}" for number in range(1, 6)]
+    assert [Path(recipe.model.path) for recipe in recipes] == [WORK / "warm", finished("stage1"), finished("stage2")]
+    assert [Path(recipe.output) for recipe in recipes] == [WORK / f"stage{number}" for number in (1, 2, 3)]
     trained = [[part for part in ("vision", "resampler", "language") if not getattr(r.freeze, part)] for r in recipes]
-    everything, sft = ["vision", "resampler", "language"], ["resampler", "language"]
-    assert trained == [["vision", "resampler"], everything, sft, everything, sft]
+    assert trained == [["vision", "resampler"], ["vision", "resampler", "language"], ["resampler", "language"]]
 
 
-def test_cards_come_last_and_leave_what_the_first_stages_are_made_of_as_it_was():
-    assert "card" in LATE and "card" in KNOWN_FAMILIES
-    early = [plan for name, plan in DATA.items() if name < "stage4"]
-    assert not any("card" in plan.families for plan in early)
+def test_no_stage_sees_what_is_held_out():
     assert not {family for plan in DATA.values() for family in plan.families} & set(HELD_OUT)
 
 
