@@ -105,6 +105,7 @@ def test_the_quickstart_learns_the_new_documents(tmp_path):
     assert (run / "report.html").read_text(encoding="utf-8").count("data:image/") >= 3
     finetune("merge", run, "--to", tmp_path / "merged", cwd=ROOT)
     asked = [sys.executable, "-m", "finetune", "evaluate", tmp_path / "merged", "--recipe", "recipes/quickstart.yaml"]
+    asked += ["--out", tmp_path / "evaluation"]  # else under runs/, where another merged model's may be
     said = subprocess.run([*map(str, asked)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=True).stdout
     merged = float(re.search(r"^anls +([\d.]+)", said, re.MULTILINE)[1])
     assert merged >= json.loads((run / "run.json").read_text())["score"]["after"] - 0.05
