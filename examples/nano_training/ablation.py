@@ -34,7 +34,7 @@ TITLES = {"anls": "ANLS", "choice": "right picture"}
 
 
 def main() -> None:
-    start, warm, first = (full_size(WORK / name) for name in ("start", "warm", f"stage1-at-{IMAGE_SIZE}"))
+    start, warm, first = full_size(WORK / "start"), full_size(WORK / "warm"), finished("stage1")
     rows = []
     for name, folder in (
         ("warm starts", warm),
@@ -66,7 +66,7 @@ def short_stage2(begin: Path) -> Path:
 
 def full_size(folder: Path) -> Path:
     """The checkpoint for images of the higher resolution."""
-    done = FOLDER / f"{folder.name.removesuffix(f'-at-{IMAGE_SIZE}')}-at-{IMAGE_SIZE}"
+    done = FOLDER / f"{folder.name}-at-{IMAGE_SIZE}"
     if not done.exists():
         at_resolution(folder, IMAGE_SIZE, done)
     return done
