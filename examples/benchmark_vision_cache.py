@@ -27,10 +27,10 @@ from finetune.collate import Collator
 from finetune.data.samples import Samples
 from finetune.quantities import format_bytes
 from finetune.recipe.sections import Adapter, Data, Freeze, Source
-from finetune.vision_cache.absent_tower import let_tower_go
 from finetune.vision_cache.cache import VisionCache
 from finetune.vision_cache.encoding import encode_images
 from finetune.vision_cache.image_request import ImageRequest
+from finetune.vision_cache.phase import let_tower_go
 from finetune.vision_cache.run_images import RunImages
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, load_processor
 from qwenvl.chat import IGNORED

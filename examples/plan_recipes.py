@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from finetune.data.checking import Checked
 from finetune.memory.auto_budget import auto_budget
 from finetune.memory.auto_switches import choose_switches
-from finetune.memory.cards import CARDS, CONTEXT
+from finetune.memory.free_memory import CARDS, CONTEXT
 from finetune.memory.packing_budget import packing_budget
 from finetune.memory.plan import MemoryPlan, plan_memory
 from finetune.memory.switches import Switches

@@ -8,9 +8,9 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from finetune.adapters import put_lora, train_in_full, trains_embeddings, trains_vision_only
+from finetune.computing import quantization_arguments
 from finetune.data.checking import Checked
 from finetune.errors import UserError
-from finetune.model_choices import quantization_arguments
 from finetune.recipe import Model, Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
 from qwenvl.host_embedding import HostEmbedding

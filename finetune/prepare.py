@@ -33,7 +33,7 @@ from finetune.errors import UserError
 from finetune.evaluation.tasks import CONVERSATIONS
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
-from finetune.recipe.source_names import source_names
+from finetune.recipe.sections import source_names
 from finetune.recipe.yaml_file import write_yaml
 from finetune.run import RunFolder, check_disk_space, compare_runs
 from qwenvl import QwenVLProcessor

@@ -10,16 +10,14 @@ import psutil
 from transformers import GenerationConfig
 
 from finetune.data.checking import Checked
-from finetune.different_rows import different_rows
 from finetune.errors import UserError
 from finetune.memory.auto_switches import choose_switches
-from finetune.memory.cards import USABLE
 from finetune.memory.fitting import what_does_not_fit
-from finetune.memory.free_memory import CGROUP, device_type, free_device_memory
+from finetune.memory.free_memory import CGROUP, USABLE, device_type, free_device_memory
 from finetune.memory.plan import MemoryPlan, plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.weights import settle_embeddings
-from finetune.memory.workload import Workload, worst_workload
+from finetune.memory.workload import Workload, different_rows, worst_workload
 from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig
 

@@ -19,7 +19,7 @@ from finetune.best_checkpoint import Patience, SaveBest, pick_best
 from finetune.checkpoints import Found, clean_partials, find_last_good, writing
 from finetune.collate import Collator
 from finetune.components import count_parameters, table_of_parameters
-from finetune.computing import choose_computing
+from finetune.computing import choose_computing, choose_dtype, is_random, own_device, quantization_arguments
 from finetune.data.checking import Checked
 from finetune.data.reading import read_checked
 from finetune.data.samples import Samples
@@ -28,19 +28,17 @@ from finetune.errors import Interrupted, UserError
 from finetune.evaluation.predictions import write_predictions
 from finetune.evaluation.task_evaluation import TaskEvaluation, score_line
 from finetune.interrupts import StopOnSignal
-from finetune.memory.budget_choice import choose_budget
+from finetune.memory.auto_budget import choose_budget
 from finetune.memory.out_of_memory import NoteBudgets
 from finetune.metrics_log import WriteMetrics
-from finetune.model_choices import choose_dtype, is_random, own_device, quantization_arguments
 from finetune.phases import Phases
-from finetune.prefetch import loader_settings
 from finetune.process_group import parting_at_the_end
 from finetune.progress import Progress, drop_own_printers, summary
 from finetune.recipe import Recipe
 from finetune.report.report import write_report
 from finetune.run import RunFolder, check_disk_space, compare_runs, describe_environment
 from finetune.run_plan import SWITCHES, plan_run, settled
-from finetune.sft_config import sft_config
+from finetune.sft_config import loader_settings, sft_config
 from finetune.shown_rows import shown_samples
 from finetune.trainer import QwenVLTrainer
 from finetune.vision_cache.phase import cache_images

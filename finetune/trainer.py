@@ -25,12 +25,12 @@ from trl import SFTConfig, SFTTrainer
 from finetune.adapters import parameter_groups
 from finetune.checkpoints import checkpoint_path, prune, writing
 from finetune.collate import Collator
+from finetune.data.worker_processes import ended_by_the_trainer_alone
 from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskEvaluation, TaskScore
-from finetune.gradient_exchange import average_gradients
-from finetune.loader_workers import ended_by_the_trainer_alone
 from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt
 from finetune.packing import split_batch
+from finetune.process_group import average_gradients
 from finetune.run import RunFolder
 from finetune.step_loss import forward_with_loss
 from finetune.throughput import Throughput

@@ -23,22 +23,20 @@ from finetune.bench.workload import MIX, BenchCollator, Lengths, PaddedCollator,
 from finetune.checkpointing import checkpoint_blocks
 from finetune.computing import choose_computing
 from finetune.data.checking import Checked
+from finetune.memory.auto_budget import choose_budget
 from finetune.memory.auto_switches import choose_switches
-from finetune.memory.budget_choice import choose_budget
-from finetune.memory.cards import USABLE
-from finetune.memory.free_memory import free_device_memory
+from finetune.memory.free_memory import USABLE, free_device_memory
 from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, attempt
 from finetune.memory.plan import plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload
-from finetune.prefetch import loader_settings
 from finetune.progress import drop_own_printers
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from finetune.run import RunFolder
-from finetune.sft_config import sft_config
+from finetune.sft_config import loader_settings, sft_config
 from finetune.trainer import QwenVLTrainer
-from finetune.vision_cache.absent_tower import let_tower_go
+from finetune.vision_cache.phase import let_tower_go
 from qwenvl import QwenVLConfig, QwenVLTokenizer
 from qwenvl.kernels import use_kernels
 

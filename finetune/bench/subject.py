@@ -10,9 +10,9 @@ from transformers import GenerationConfig
 from finetune.adapters import trains_embeddings
 from finetune.base_model import make_trainable
 from finetune.bench.random_model import make_random_model
+from finetune.computing import choose_dtype
 from finetune.errors import UserError
 from finetune.memory.free_memory import device_type
-from finetune.model_choices import choose_dtype
 from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.loading import DTYPES, find_source

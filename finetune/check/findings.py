@@ -11,7 +11,7 @@ from finetune.data.reading import DataPart, look_at_data, rules_of
 from finetune.data.sample import BadRow, DataError
 from finetune.errors import UserError
 from finetune.evaluation.task_evaluation import TaskEvaluation
-from finetune.memory.budget_choice import choose_budget
+from finetune.memory.auto_budget import choose_budget
 from finetune.memory.packing_budget import ChosenBudget, packing_budget
 from finetune.recipe import Recipe
 from finetune.run_plan import RunPlan, look_at_memory, settled

@@ -12,7 +12,7 @@ from finetune.check.sample_preview import Piece, Preview
 from finetune.data.checking import grounding_texts
 from finetune.data.reading import DataPart
 from finetune.data.summary import count_sources, problem_kinds
-from finetune.memory.cards import describe_cards
+from finetune.memory.free_memory import describe_cards
 from finetune.quantities import format_count, format_duration
 from finetune.report.images import image_tag, thumbnail
 from finetune.report.page import page, show, table, tiles

@@ -132,8 +132,8 @@ def task_of(arguments: argparse.Namespace):
     from dataclasses import replace
 
     from finetune.evaluation.tasks import custom_task, find_task
+    from finetune.evaluation.tasks import task_of as task_of_section
     from finetune.recipe import load_recipe
-    from finetune.recipe import task as recipe_task
 
     recipe = None
     if arguments.recipe is not None:
@@ -142,7 +142,7 @@ def task_of(arguments: argparse.Namespace):
             raise UserError(
                 f"{arguments.recipe}: its evaluate section names no task: set evaluate.task, or give --task and --data"
             )
-        task = recipe_task.task_of(recipe.evaluate)
+        task = task_of_section(recipe.evaluate)
     elif arguments.task == "custom":
         task = custom_task(arguments.metric, format=arguments.format or "vqa")
     else:

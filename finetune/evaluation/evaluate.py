@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from finetune.atomic_writes import write_text
+from finetune.computing import choose_dtype, is_random, own_device
 from finetune.evaluation.evaluated_model import default_folder, model_fingerprint, style_of
 from finetune.evaluation.page import write_evaluation_page
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
@@ -41,9 +42,7 @@ from finetune.evaluation.results import (
 )
 from finetune.evaluation.task_replies import Style
 from finetune.evaluation.tasks import Task
-from finetune.model_choices import choose_dtype, is_random, own_device
-from finetune.recipe.sections import NamedSource
-from finetune.recipe.source_names import source_names
+from finetune.recipe.sections import NamedSource, source_names
 from finetune.run import RunFolder, describe_environment
 from qwenvl import ImageAccess, load_model, load_processor
 

@@ -15,7 +15,7 @@ from finetune.data.sample import BadRow
 from finetune.errors import UserError
 from finetune.evaluation.questions import Question, Questions
 from finetune.evaluation.replies import Prompt
-from finetune.recipe.source_names import name_given_twice
+from finetune.recipe.sections import name_given_twice
 from qwenvl import QwenVLTokenizer
 
 

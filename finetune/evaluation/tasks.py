@@ -30,6 +30,7 @@ from finetune.metrics import (
 )
 from finetune.metrics.vqa import FEWEST_ANSWERS
 from finetune.recipe.problems import nearest
+from finetune.recipe.sections import Evaluate
 
 if TYPE_CHECKING:
     from finetune.evaluation.question import Question
@@ -348,3 +349,16 @@ def check_prompt(task: Task, prompt: str) -> None:
     missing = [place for place in needed if place not in prompt]
     if missing or not prompt.strip():
         raise UserError(f"the prompt of task {task.name} must hold {' and '.join(missing) or 'text'}: {prompt!r}")
+
+
+def task_of(evaluate: Evaluate) -> Task:
+    """The task, with the section's `max_new_tokens`.
+
+    Raises:
+        UserError: a metric that does not go with the format of the data.
+    """
+    if evaluate.task is None:
+        raise ValueError("the evaluate section names no task: set evaluate.task")
+    if evaluate.task == "custom":
+        return custom_task(evaluate.metric, max_new_tokens=evaluate.max_new_tokens, format=evaluate.data[0].format)
+    return replace(find_task(evaluate.task), max_new_tokens=evaluate.max_new_tokens)

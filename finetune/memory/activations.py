@@ -16,8 +16,7 @@ from torch import nn
 
 from finetune.adapters import trains_vision
 from finetune.checkpointing import Checkpointing, checkpoint_blocks
-from finetune.memory.fused_kernels import fused_shapes
-from finetune.memory.kernels import kernels_of, own_bytes
+from finetune.memory.kernels import fused_shapes, kernels_of, own_bytes
 from finetune.memory.live_bytes import META, LiveBytes, Moment
 from finetune.memory.workload import Workload
 from finetune.step_loss import forward_with_loss

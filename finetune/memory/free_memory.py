@@ -2,9 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
+
+if TYPE_CHECKING:
+    from finetune.memory.plan import MemoryPlan
 
 CGROUP = Path("/sys/fs/cgroup")
 """Of version 2: as a container sees it, its own."""
@@ -34,3 +38,24 @@ def free_host_memory(cgroup: Path = CGROUP) -> int:
         return available
     # Pages of files count as used, and are given up first.
     return max(0, min(available, limit - used + int(kinds.get("inactive_file", 0))))
+
+
+CONTEXT = 500_000_000
+"""Bytes of a GPU that CUDA and its libraries take before anything is loaded."""
+
+USABLE = 0.95
+"""Share of what is left that a run can plan with; the rest is in pieces between others, too small for what comes."""
+
+CARDS = {size: int((size * 1_000_000_000 - CONTEXT) * USABLE) for size in (6, 8, 12, 16, 24, 40, 48, 80)}
+"""Usual cards by their size in GB, and the bytes of each that a run can plan with."""
+
+
+def fitting_cards(plan: "MemoryPlan") -> list[int]:
+    """Sizes in GB of the usual cards that a plan fits."""
+    return [size for size, usable in CARDS.items() if plan.fits(usable)]
+
+
+def describe_cards(plan: "MemoryPlan") -> str:
+    """In words; what is planned for a CPU is a little other there."""
+    fitting = fitting_cards(plan)
+    return f"fits a GPU of {fitting[0]} GB or more" if fitting else f"fits no GPU of up to {max(CARDS)} GB"

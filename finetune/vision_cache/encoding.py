@@ -23,12 +23,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
+from finetune.computing import own_device
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import SHOWN_PROBLEMS
+from finetune.data.worker_processes import ended_by_the_trainer_alone
 from finetune.errors import UserError
-from finetune.loader_workers import ended_by_the_trainer_alone
 from finetune.memory.free_memory import free_host_memory
-from finetune.model_choices import own_device
 from finetune.quantities import format_bytes, format_count, format_duration
 from finetune.recipe import Data
 from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, content_key, preprocessing_of, settle

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from finetune.base_model import make_trainable
+from finetune.computing import choose_dtype, quantization_arguments
 from finetune.memory.activations import batch_of_shapes
 from finetune.memory.workload import Workload
-from finetune.model_choices import choose_dtype, quantization_arguments
 from finetune.recipe import Recipe, parse_recipe
 from qwenvl import QwenVLConfig, load_model
 

@@ -9,10 +9,9 @@ from recipes_for_tests import TINY, write_recipe
 from finetune.check.findings import look_before_training
 from finetune.data.checking import Checked
 from finetune.errors import UserError
-from finetune.memory.auto_budget import auto_budget
+from finetune.memory.auto_budget import auto_budget, choose_budget
 from finetune.memory.auto_switches import choose_switches
-from finetune.memory.budget_choice import choose_budget
-from finetune.memory.cards import USABLE
+from finetune.memory.free_memory import USABLE
 from finetune.memory.plan import plan_memory
 from finetune.memory.workload import worst_workload
 from finetune.recipe import load_recipe
@@ -88,7 +87,7 @@ def test_a_run_keeps_its_budget(tmp_path, monkeypatch):
     assert "all of a batch fits" in line
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
     assert f"up to {stored['tokens_per_batch']:,} tokens" in line
-    monkeypatch.setattr("finetune.memory.budget_choice.free_device_memory", lambda: 1_000_000)
+    monkeypatch.setattr("finetune.memory.auto_budget.free_device_memory", lambda: 1_000_000)
     config = QwenVLConfig.from_pretrained(TINY)
     kept = choose_budget(recipe, config, checked(), stored)
     assert kept.tokens == stored["tokens_per_batch"] and "from its beginning" in kept.reason
@@ -109,7 +108,7 @@ def test_check_tells_it(tmp_path):
 
 def test_what_cannot_be_is_refused_with_remedies(tmp_path, monkeypatch):
     recipe = load_recipe(write_recipe(tmp_path), ["data.tokens_per_batch=auto"])
-    monkeypatch.setattr("finetune.memory.budget_choice.free_device_memory", lambda: 1_000_000)
+    monkeypatch.setattr("finetune.memory.auto_budget.free_device_memory", lambda: 1_000_000)
     monkeypatch.setattr("finetune.run_plan.host_memory", lambda: 1_000_000)
     with pytest.raises(UserError, match="the run needs"):
         train(recipe, lambda line: None)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from plans_for_tests import ALL_IN_4_BITS, KINDS, ONE, THREE, recipe_of, tiny_config
 
-from finetune.memory.cards import CARDS, describe_cards
+from finetune.memory.free_memory import CARDS, describe_cards
 from finetune.memory.plan import MemoryPlan, Phase, plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload, worst_workload

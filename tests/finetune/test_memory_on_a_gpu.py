@@ -10,7 +10,7 @@ from finetune.bench.random_model import make_random_model
 from finetune.bench.subject import find_subject, ways_to_train
 from finetune.checkpointing import checkpoint_blocks
 from finetune.memory.activations import batch_of_shapes, step_of_shapes
-from finetune.memory.fused_kernels import FUSED
+from finetune.memory.kernels import FUSED
 from finetune.memory.plan import plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.weights import model_of_shapes

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_qlora import adapted
 
-from finetune.vision_cache.parking import parked
+from finetune.vision_cache.phase import parked
 
 
 def test_nothing_is_lost():

@@ -7,7 +7,7 @@ import sys
 import pytest
 from recipes_for_tests import ROOT
 
-from finetune.memory.cards import CARDS
+from finetune.memory.free_memory import CARDS
 
 SCRIPT = ROOT / "examples" / "plan_recipes.py"
 README = ROOT / "recipes" / "README.md"

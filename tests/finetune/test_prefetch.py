@@ -5,9 +5,9 @@ import torch
 from recipes_for_tests import write_recipe
 
 from finetune.interrupts import StopOnSignal
-from finetune.prefetch import loader_settings
 from finetune.recipe import load_recipe
 from finetune.run import RunFolder
+from finetune.sft_config import loader_settings
 from finetune.train import _Road
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 from finetune.errors import UserError
 from finetune.recipe.sections import Data
 from finetune.vision_cache import encoding as vision_encoding
-from finetune.vision_cache.absent_tower import let_tower_go
 from finetune.vision_cache.cache import cache_folder
 from finetune.vision_cache.encoding import encode_images
 from finetune.vision_cache.image_request import ImageRequest, read_pixels
+from finetune.vision_cache.phase import let_tower_go
 from finetune.vision_cache.run_images import RunImages
 from finetune.vision_cache.store import FEATURES, JOURNAL
 from qwenvl import ImageAccess, QwenVLForConditionalGeneration, QwenVLImageProcessor

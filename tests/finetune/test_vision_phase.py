@@ -25,11 +25,10 @@ from finetune.prepare import prepare
 from finetune.recipe import RecipeError, load_recipe
 from finetune.recipe.sections import Data
 from finetune.train import train
-from finetune.vision_cache.absent_tower import AbsentTower, let_tower_go
 from finetune.vision_cache.cache import cache_folder
 from finetune.vision_cache.encoding import encode_images
 from finetune.vision_cache.image_request import ImageRequest
-from finetune.vision_cache.phase import cache_images
+from finetune.vision_cache.phase import AbsentTower, cache_images, let_tower_go
 from finetune.vision_cache.run_images import RunImages
 from finetune.vision_cache.store import FEATURES
 from qwenvl import QwenVLProcessor, load_model

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from recipes_for_tests import ROOT, finetune, write_recipe, write_rows
 from safetensors.torch import load_file
 
-from finetune.gradient_exchange import average_gradients
+from finetune.process_group import average_gradients
 from finetune.recipe import load_recipe
 from finetune.train import train
 
