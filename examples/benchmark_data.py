@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from finetune.collate import Collator
+from finetune.batches.collate import Collator
 from finetune.data.checking import check_samples
 from finetune.data.samples import Samples
 from finetune.data.worker_processes import default_processes

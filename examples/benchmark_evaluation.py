@@ -4,7 +4,7 @@
 
 A model of the published shape made smaller, with random weights, is asked several questions on each page, as DocVQA
 does. One at a time: `generate` for each question, its image decoded and encoded each time. The engine
-(`finetune.evaluation.replies`): batches by length, each page decoded and encoded once. Both give the same tokens, as
+(`finetune.replies.replies`): batches by length, each page decoded and encoded once. Both give the same tokens, as
 shown.
 """
 
@@ -17,7 +17,7 @@ import torch
 from benchmark_model import MID_VISUAL, SIZES
 from PIL import Image
 
-from finetune.evaluation.replies import Decoding, Prompt, generate_replies, plan_replies
+from finetune.replies.replies import Decoding, Prompt, generate_replies, plan_replies
 from qwenvl import ImageAccess, QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, load_image
 
 SMALL = {

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor
-from qwenvl.configuration import PUBLISHED_VISUAL
+from qwenvl.model.configuration import PUBLISHED_VISUAL
 
 MID_VISUAL = {**PUBLISHED_VISUAL, "heads": 8, "layers": 8, "output_dim": 1024, "width": 512, "image_start_id": 15857}
 SIZES = {

@@ -21,8 +21,8 @@ import torch
 
 from finetune.quantities import format_bytes
 from qwenvl import QwenVLConfig, load_model
-from qwenvl.checkpoint_files import stored_tensors
-from qwenvl.quantization import DEFAULT_PARTS, PARTS
+from qwenvl.checkpoint.checkpoint_files import stored_tensors
+from qwenvl.model.quantization import DEFAULT_PARTS, PARTS
 
 GB = 1e9
 

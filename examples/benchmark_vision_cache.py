@@ -21,19 +21,19 @@ from benchmark_model import SIZES
 from huggingface_hub import constants
 from PIL import Image
 
-from finetune.adapters import put_lora
-from finetune.batch_images import image_arguments
-from finetune.collate import Collator
+from finetune.batches.collate import Collator
+from finetune.batches.image_request import ImageRequest
+from finetune.batches.images import image_arguments
 from finetune.data.samples import Samples
+from finetune.model.adapters import put_lora
 from finetune.quantities import format_bytes
 from finetune.recipe.sections import Adapter, Data, Freeze, Source
 from finetune.vision_cache.cache import VisionCache
 from finetune.vision_cache.encoding import encode_images
-from finetune.vision_cache.image_request import ImageRequest
 from finetune.vision_cache.phase import let_tower_go
 from finetune.vision_cache.run_images import RunImages
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, load_processor
-from qwenvl.chat import IGNORED
+from qwenvl.text.chat import IGNORED
 
 PAGE = (1240, 1754)  # pixels: A4 at 150 dots an inch
 BATCH = 4

@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.quantities import format_bytes
-from finetune.run import NotEnoughDiskSpace, RunFolder, check_disk_space
-from qwenvl.checkpoint_files import stored_tensors
+from finetune.run.folder import NotEnoughDiskSpace, RunFolder, check_disk_space
+from qwenvl.checkpoint.checkpoint_files import stored_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "docvqa_qlora_8gb.yaml"
@@ -145,7 +145,7 @@ def write_checkpoint(folder: Path, size: str, vocabulary: Path) -> dict[str, Any
 
 def write_documents(folder: Path, count: int):
     options = ["--to", folder, "--count", count, "--per-image", 1, "--kinds", "question", "--image-size", 448]
-    watch([sys.executable, "-m", "examples.nano_documents", *options])
+    watch([sys.executable, "-m", "examples.nano.making.documents", *options])
 
 
 def training_command(

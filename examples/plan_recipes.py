@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from transformers import GenerationConfig
 
+from finetune.batches.budget import packing_budget
 from finetune.data.checking import Checked
 from finetune.memory.auto_budget import auto_budget
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.free_memory import CARDS, CONTEXT
-from finetune.memory.packing_budget import packing_budget
 from finetune.memory.plan import MemoryPlan, plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.weights import settle_embeddings

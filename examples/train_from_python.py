@@ -6,7 +6,7 @@ python examples/train_from_python.py
 from pathlib import Path
 
 from finetune.recipe import load_recipe
-from finetune.train import train
+from finetune.training.train import train
 from qwenvl import load_model
 
 

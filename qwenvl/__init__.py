@@ -4,14 +4,14 @@ Importing this package registers the family (model type `qwen`) with Transformer
 folders load through them with no remote code.
 """
 
-from qwenvl.configuration import QwenVLConfig
-from qwenvl.image_processor import QwenVLImageProcessor
-from qwenvl.images import ImageAccess, ImageError, load_image
+from qwenvl.images.image_processor import QwenVLImageProcessor
+from qwenvl.images.images import ImageAccess, ImageError, load_image
 from qwenvl.loading import load_model, load_processor
-from qwenvl.modeling import QwenVLForConditionalGeneration, QwenVLModel
+from qwenvl.model.configuration import QwenVLConfig
+from qwenvl.model.modeling import QwenVLForConditionalGeneration, QwenVLModel
 from qwenvl.processor import QwenVLProcessor
 from qwenvl.registration import register
-from qwenvl.tokenizer import QwenVLTokenizer
+from qwenvl.text.tokenizer import QwenVLTokenizer
 
 register()
 

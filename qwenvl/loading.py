@@ -11,13 +11,12 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
-from qwenvl.configuration import QwenVLConfig
-from qwenvl.fingerprint import BASE_FILE, check_base, trained_parts
-from qwenvl.host_embedding import WithoutEmbeddings, read_embeddings
-from qwenvl.modeling import QwenVLForConditionalGeneration
-from qwenvl.nf4_weights import compute_in, linear_4bit
-from qwenvl.processor import QwenVLProcessor
-from qwenvl.quantization import (
+from qwenvl.checkpoint.fingerprint import BASE_FILE, check_base, trained_parts
+from qwenvl.model.configuration import QwenVLConfig
+from qwenvl.model.host_embedding import WithoutEmbeddings, read_embeddings
+from qwenvl.model.modeling import QwenVLForConditionalGeneration
+from qwenvl.model.nf4_weights import compute_in, linear_4bit
+from qwenvl.model.quantization import (
     DEFAULT_PARTS,
     modules_to_skip,
     nf4_config,
@@ -25,6 +24,7 @@ from qwenvl.quantization import (
     read_parts,
     require_bitsandbytes,
 )
+from qwenvl.processor import QwenVLProcessor
 
 if TYPE_CHECKING:
     from peft import PeftModel

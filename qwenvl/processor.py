@@ -7,13 +7,13 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
-from qwenvl.chat import Rendered, render_chat
-from qwenvl.chat_string import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, read_string, write_chat
-from qwenvl.configuration import QwenVLConfig
-from qwenvl.image_processor import QwenVLImageProcessor
-from qwenvl.images import ImageAccess
-from qwenvl.model_inputs import conversation_batch, input_columns, refuse_other_templates
-from qwenvl.tokenizer import QwenVLTokenizer
+from qwenvl.images.image_processor import QwenVLImageProcessor
+from qwenvl.images.images import ImageAccess
+from qwenvl.model.configuration import QwenVLConfig
+from qwenvl.text.chat import Rendered, render_chat
+from qwenvl.text.chat_string import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, read_string, write_chat
+from qwenvl.text.model_inputs import conversation_batch, input_columns, refuse_other_templates
+from qwenvl.text.tokenizer import QwenVLTokenizer
 
 # Where to find files on the hub; everything else given to `from_pretrained` is not for file look-ups.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -26,7 +26,7 @@ class QwenVLProcessor(ProcessorMixin):
         image_processor: images to `pixel_values`.
         tokenizer: text to ids.
         n_queries: positions an image takes between `<img>` and `</img>`.
-        chat_template: for other programs' use only; conversations are rendered by `qwenvl.chat`.
+        chat_template: for other programs' use only; conversations are rendered by `qwenvl.text.chat`.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class QwenVLProcessor(ProcessorMixin):
 
         Args:
             conversation: messages as in `chat.render_chat`.
-            chat_template: this processor's own, or None: conversations are rendered by `qwenvl.chat`.
+            chat_template: this processor's own, or None: conversations are rendered by `qwenvl.text.chat`.
             tokenize: give ids (True) or a string for `__call__` (False).
             return_dict: give `input_ids`, `attention_mask`, `pixel_values`, not only the ids.
             return_assistant_tokens_mask: add `assistant_masks`, 1 on what the label rule "assistant" trains.

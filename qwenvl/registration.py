@@ -12,11 +12,11 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
-from qwenvl.configuration import QwenVLConfig
-from qwenvl.image_processor import QwenVLImageProcessor
-from qwenvl.modeling import QwenVLForConditionalGeneration, QwenVLModel
+from qwenvl.images.image_processor import QwenVLImageProcessor
+from qwenvl.model.configuration import QwenVLConfig
+from qwenvl.model.modeling import QwenVLForConditionalGeneration, QwenVLModel
 from qwenvl.processor import QwenVLProcessor
-from qwenvl.tokenizer import QwenVLTokenizer
+from qwenvl.text.tokenizer import QwenVLTokenizer
 
 
 def register():

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from finetune.adapters import VISION
-from finetune.components import component_of, published_name
+from finetune.model.adapters import VISION
+from finetune.model.components import component_of, published_name
 from qwenvl import QwenVLConfig
 
 IN_RESAMPLER_PER_QUERY = "attn_pool.attn.out_proj"

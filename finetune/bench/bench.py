@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from finetune.atomic_writes import make_folder, write_text
 from finetune.bench.card_speed import Peak, find_peak
 from finetune.bench.published import published_recipe
 from finetune.bench.run import Way, longest_sample, run_row
 from finetune.bench.subject import Subject, find_subject, own_torch_device, ways_to_train
 from finetune.bench.table import OURS, PUBLISHED, SAMPLES, Row, as_json, in_words, markdown, terminal_table
 from finetune.bench.workload import draw_lengths
+from finetune.files.atomic_writes import make_folder, write_text
 from finetune.recipe import Recipe
-from finetune.run import describe_environment
+from finetune.run.folder import describe_environment
 
 JSON_FILE, MARKDOWN_FILE = "bench.json", "bench.md"
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from finetune.batches.packing import pack
 from finetune.bench.arithmetic import Forward, Trained, causal_pairs, training_flops
 from finetune.bench.workload import Lengths
-from finetune.packing import pack
 from qwenvl import QwenVLConfig
 
 

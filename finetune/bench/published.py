@@ -16,8 +16,8 @@ from torch import nn
 
 from finetune.memory.switches import Switches
 from finetune.recipe import Recipe
-from finetune.trainer import QwenVLTrainer
-from qwenvl.chat import IGNORED
+from finetune.training.trainer import QwenVLTrainer
+from qwenvl.text.chat import IGNORED
 
 
 def published_recipe(recipe: Recipe) -> Recipe:

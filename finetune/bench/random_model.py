@@ -13,11 +13,11 @@ from torch import nn
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
-from qwenvl.host_embedding import keep_embeddings_on_cpu
-from qwenvl.language import RMSNorm
-from qwenvl.nf4_weights import compute_in, is_quantized, quantize
-from qwenvl.quantization import nf4_config, require_bitsandbytes
-from qwenvl.resampler import Resampler, sine_cosine_grid
+from qwenvl.model.host_embedding import keep_embeddings_on_cpu
+from qwenvl.model.language import RMSNorm
+from qwenvl.model.nf4_weights import compute_in, is_quantized, quantize
+from qwenvl.model.quantization import nf4_config, require_bitsandbytes
+from qwenvl.model.resampler import Resampler, sine_cosine_grid
 
 SPREAD = 0.02
 """Standard deviation of all weights but norms: the published `initializer_range`."""

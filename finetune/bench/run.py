@@ -20,8 +20,6 @@ from finetune.bench.published import PUBLISHED_ARGUMENTS, PUBLISHED_SWITCHES, Pu
 from finetune.bench.subject import Subject
 from finetune.bench.table import PUBLISHED, SAMPLES, Row
 from finetune.bench.workload import MIX, BenchCollator, Lengths, PaddedCollator, draw_lengths
-from finetune.checkpointing import checkpoint_blocks
-from finetune.computing import choose_computing
 from finetune.data.checking import Checked
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.auto_switches import choose_switches
@@ -30,15 +28,17 @@ from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, attempt
 from finetune.memory.plan import plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload
-from finetune.progress import drop_own_printers
+from finetune.model.computing import choose_computing
+from finetune.model.recomputation import checkpoint_blocks
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
-from finetune.run import RunFolder
-from finetune.sft_config import loader_settings, sft_config
-from finetune.trainer import QwenVLTrainer
+from finetune.run.folder import RunFolder
+from finetune.training.arguments import loader_settings, sft_config
+from finetune.training.progress import drop_own_printers
+from finetune.training.trainer import QwenVLTrainer
 from finetune.vision_cache.phase import let_tower_go
 from qwenvl import QwenVLConfig, QwenVLTokenizer
-from qwenvl.kernels import use_kernels
+from qwenvl.model.kernels import use_kernels
 
 BESIDE_THE_STEPS: dict[str, Any] = {
     "eval_strategy": "no",

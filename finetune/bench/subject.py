@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from finetune.adapters import trains_embeddings
-from finetune.base_model import make_trainable
 from finetune.bench.random_model import make_random_model
-from finetune.computing import choose_dtype
 from finetune.errors import UserError
 from finetune.memory.free_memory import device_type
+from finetune.model.adapters import trains_embeddings
+from finetune.model.base import make_trainable
+from finetune.model.computing import choose_dtype
 from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.loading import DTYPES, find_source
-from qwenvl.quantization import quantized_parts
+from qwenvl.model.quantization import quantized_parts
 
 PUBLISHED_CHECKPOINTS = {"Qwen/Qwen-VL": "raw", "Qwen/Qwen-VL-Chat": "chatml"}
 """Their sizes are the defaults of `QwenVLConfig`, and this is their chat format: nothing has to be fetched."""

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from finetune.batch_images import image_columns
+from finetune.batches.images import image_columns
 from finetune.errors import UserError
 from qwenvl import QwenVLConfig
-from qwenvl.chat import IGNORED
-from qwenvl.configuration import IMAGE_START_AFTER_END_OF_TEXT
+from qwenvl.model.configuration import IMAGE_START_AFTER_END_OF_TEXT
+from qwenvl.text.chat import IGNORED
 
 MIX = "mix"
 TURNS = 28

@@ -14,13 +14,13 @@ from finetune.chat.conversation import Answer, ChatImage, Conversation
 from finetune.chat.conversation_rows import append_row
 from finetune.chat.terminal_text import terminal_line, terminal_text
 from finetune.errors import Failed, UserError
-from finetune.evaluation.replies import without_adapter
-from finetune.evaluation.task_replies import Style
 from finetune.quantities import format_count
+from finetune.replies.replies import without_adapter
+from finetune.replies.task_replies import Style
 from qwenvl import QwenVLConfig, QwenVLTokenizer, load_image, load_model, load_processor
-from qwenvl.drawing import save_grounding
-from qwenvl.grounding import Region, parse_grounding
+from qwenvl.images.drawing import save_grounding
 from qwenvl.loading import find_source
+from qwenvl.text.grounding import Region, parse_grounding
 
 HELP = """\
 /image PATH   put an image into the next message; several times for several images

@@ -10,11 +10,11 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from finetune.errors import UserError
-from finetune.evaluation.replies import stop_ids_of, without_adapter
-from finetune.evaluation.task_replies import Style
+from finetune.replies.replies import stop_ids_of, without_adapter
+from finetune.replies.task_replies import Style
 from qwenvl import QwenVLImageProcessor, QwenVLTokenizer, load_image
-from qwenvl.chat import Rendered, render_chat, render_prompt
-from qwenvl.grounding import split_markup
+from qwenvl.text.chat import Rendered, render_chat, render_prompt
+from qwenvl.text.grounding import split_markup
 
 Message = dict[str, Any]
 
@@ -70,7 +70,7 @@ class Conversation:
         system: the system message; None for the usual one.
         max_new_tokens: most tokens of a reply.
         temperature: 0 always takes the likeliest token; above, tokens are drawn.
-        messages: the turns so far, as `qwenvl.chat.render_chat` takes them, without the system message.
+        messages: the turns so far, as `qwenvl.text.chat.render_chat` takes them, without the system message.
         images: of `messages`, in reading order.
         waiting: images that go into the next message.
     """

@@ -19,7 +19,7 @@ def append_row(file: str | Path, messages: Sequence[Mapping[str, Any]]) -> int:
 
     Args:
         file: `.jsonl`; made where it does not exist.
-        messages: as `qwenvl.chat.render_chat` takes them; image sources are absolute paths.
+        messages: as `qwenvl.text.chat.render_chat` takes them; image sources are absolute paths.
 
     Returns:
         The line that the row has in the file, counted from 1.

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from finetune.atomic_writes import make_folder, write_text
 from finetune.check.findings import look_before_training
 from finetune.check.page import check_page
 from finetune.check.sample_preview import one_line
 from finetune.check.terminal import print_findings
 from finetune.errors import UserError
+from finetune.files.atomic_writes import make_folder, write_text
 from finetune.recipe import Recipe
 
 

@@ -6,8 +6,8 @@ from math import ceil
 
 import numpy as np
 
+from finetune.batches.packing import pack
 from finetune.data.checking import Checked
-from finetune.packing import pack
 from finetune.recipe import Recipe
 
 SAMPLED_BATCHES = 200  # packed to estimate the rest

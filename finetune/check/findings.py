@@ -2,19 +2,19 @@
 
 from dataclasses import dataclass, field
 
-from finetune.base_model import Base, build_without_weights, find_base, refuse_untaught
+from finetune.batches.budget import ChosenBudget, packing_budget
 from finetune.check.epoch_estimate import Epoch, estimate_epoch
 from finetune.check.sample_preview import Preview, choose_samples, preview
-from finetune.components import Count, count_parameters
 from finetune.data.image_check import OpenedImages, open_images
 from finetune.data.reading import DataPart, look_at_data, rules_of
 from finetune.data.sample import BadRow, DataError
 from finetune.errors import UserError
 from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.memory.auto_budget import choose_budget
-from finetune.memory.packing_budget import ChosenBudget, packing_budget
+from finetune.memory.run_plan import RunPlan, look_at_memory, settled
+from finetune.model.base import Base, build_without_weights, find_base, refuse_untaught
+from finetune.model.components import Count, count_parameters
 from finetune.recipe import Recipe
-from finetune.run_plan import RunPlan, look_at_memory, settled
 from finetune.vision_cache.phase import describe_phase
 from qwenvl import QwenVLConfig
 

@@ -16,8 +16,8 @@ from finetune.memory.free_memory import describe_cards
 from finetune.quantities import format_count, format_duration
 from finetune.report.images import image_tag, thumbnail
 from finetune.report.page import page, show, table, tiles
-from qwenvl.drawing import draw_regions
-from qwenvl.grounding import Region, parse_grounding
+from qwenvl.images.drawing import draw_regions
+from qwenvl.text.grounding import Region, parse_grounding
 
 LISTED_PROBLEMS = 200
 SHOWN_KINDS = 20

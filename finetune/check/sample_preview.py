@@ -15,8 +15,8 @@ from finetune.data.sample import Sample
 from finetune.data.shortening import Fitted
 from finetune.quantities import format_bytes
 from finetune.report.page import readable
-from qwenvl.chat import IGNORED, Rendered
-from qwenvl.tokenizer import QwenVLTokenizer
+from qwenvl.text.chat import IGNORED, Rendered
+from qwenvl.text.tokenizer import QwenVLTokenizer
 
 LONGEST_NAME = 80  # characters of an image's name
 

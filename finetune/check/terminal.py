@@ -9,10 +9,10 @@ from rich.text import Text
 from finetune.check.findings import Findings
 from finetune.check.histogram import bars, make_histogram
 from finetune.check.sample_preview import Piece, Preview, one_line
-from finetune.components import table_of_parameters
 from finetune.data.sample import SHOWN_PROBLEMS
 from finetune.data.summary import count_sources, describe_data, problem_kinds
 from finetune.memory.free_memory import describe_cards
+from finetune.model.components import table_of_parameters
 from finetune.quantities import format_count, format_duration
 from finetune.report.page import readable
 

@@ -38,6 +38,6 @@ def pixels(text: str) -> int:
 def run(arguments: argparse.Namespace):
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     # Only now, with a recipe known to be right, is anything heavy imported.
-    from finetune.prepare import prepare
+    from finetune.data.prepare import prepare
 
     prepare(recipe, arguments.to, arguments.image_size)

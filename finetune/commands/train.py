@@ -22,6 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(arguments: argparse.Namespace):
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     # Only now, with a recipe known to be right, is anything heavy imported.
-    from finetune.train import train
+    from finetune.training.train import train
 
     train(recipe)

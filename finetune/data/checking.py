@@ -18,9 +18,9 @@ from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.samples import Samples
 from finetune.data.shortening import Fitted, OnLong, render_fitting
 from finetune.data.worker_processes import map_chunks
-from qwenvl.chat import LabelRule
-from qwenvl.grounding import parse_grounding
-from qwenvl.tokenizer import QwenVLTokenizer
+from qwenvl.text.chat import LabelRule
+from qwenvl.text.grounding import parse_grounding
+from qwenvl.text.tokenizer import QwenVLTokenizer
 
 CHUNK = 1000
 """Samples checked at once. Chunks do not depend on one another, so they may as well be checked side by side."""

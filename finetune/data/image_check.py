@@ -12,7 +12,7 @@ from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.data.worker_processes import map_chunks
 from qwenvl import load_image
-from qwenvl.images import ImageError
+from qwenvl.images.images import ImageError
 
 CHUNK = 32
 """Samples whose images are opened at once."""

@@ -1,6 +1,6 @@
 """Images as files: that a reference may be followed, how large the image is, its encoded bytes. Nothing is decoded.
 
-Training opens images with `qwenvl.images.load_image`, which decides alone what is reached. Here the same rules find a
+Training opens images with `qwenvl.load_image`, which decides alone what is reached. Here the same rules find a
 bad reference before training begins, for the price of a look into the folder.
 """
 
@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 from PIL import ExifTags, Image
 
 from finetune.data.sample import Sample
-from qwenvl.image_urls import UrlError, fetch
-from qwenvl.images import ImageAccess, ImageError, load_image
+from qwenvl.images.image_urls import UrlError, fetch
+from qwenvl.images.images import ImageAccess, ImageError, load_image
 
 # Only formats whose header Pillow reads in this process, and that `load_image` decodes.
 _HEADER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")

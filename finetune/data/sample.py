@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwenvl.images import ImageAccess
+from qwenvl.images.images import ImageAccess
 
 SHOWN_PROBLEMS = 20
 """Rows that one error lists; their number is always given whole."""

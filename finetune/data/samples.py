@@ -10,12 +10,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from finetune.data.formats import RowFormat
+from finetune.data.formats.row_format import RowFormat
 from finetune.data.image_files import absolute, file_size, image_paths, upright_size
-from finetune.data.rows import Rows
 from finetune.data.sample import BadField, BadRow, DataError, Sample
-from finetune.data.sources import Source, read_source
-from qwenvl.images import ImageAccess
+from finetune.data.sources.rows import Rows
+from finetune.data.sources.sources import Source, read_source
+from qwenvl.images.images import ImageAccess
 
 _LOOKED_AT = 1000
 """Samples whose image files a fingerprint looks at, or up to twice as many."""

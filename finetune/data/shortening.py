@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qwenvl.chat import LabelRule, Rendered, render_chat
-from qwenvl.tokenizer import QwenVLTokenizer
+from qwenvl.text.chat import LabelRule, Rendered, render_chat
+from qwenvl.text.tokenizer import QwenVLTokenizer
 
 OnLong = Literal["error", "drop", "drop_turns"]
 

@@ -18,13 +18,10 @@ from typing import Any, Literal
 import torch
 from transformers.utils import logging as transformers_logging
 
-from finetune.atomic_writes import write_text
-from finetune.computing import choose_dtype, is_random, own_device
 from finetune.evaluation.evaluated_model import default_folder, model_fingerprint, style_of
 from finetune.evaluation.page import write_evaluation_page
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
-from finetune.evaluation.replies import BATCH_TOKENS, Decoding, generate_replies, plan_replies, stop_ids_of
 from finetune.evaluation.reply_progress import ReplyProgress
 from finetune.evaluation.results import (
     COMPARED,
@@ -40,16 +37,19 @@ from finetune.evaluation.results import (
     submission,
     summary,
 )
-from finetune.evaluation.task_replies import Style
 from finetune.evaluation.tasks import Task
+from finetune.files.atomic_writes import write_text
+from finetune.model.computing import choose_dtype, is_random, own_device
 from finetune.recipe.sections import NamedSource, source_names
-from finetune.run import RunFolder, describe_environment
+from finetune.replies.replies import BATCH_TOKENS, Decoding, generate_replies, plan_replies, stop_ids_of
+from finetune.replies.task_replies import Style
+from finetune.run.folder import RunFolder, describe_environment
 from qwenvl import ImageAccess, load_model, load_processor
 
 
 @dataclass(frozen=True)
 class EvaluationSource:
-    """A dataset to ask from; see `finetune.data.sources.Source`. `format` None is the task's.
+    """A dataset to ask from; see `data.sources.sources.Source`. `format` None is the task's.
 
     `name` is what its score goes by where there are several; None is the name of its file.
     """

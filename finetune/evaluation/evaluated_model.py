@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from finetune.errors import UserError
-from finetune.evaluation.task_replies import Style
-from qwenvl.fingerprint import weights_fingerprint
+from finetune.replies.task_replies import Style
+from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.loading import find_source
 
 EVALUATIONS = "evaluations"
@@ -51,7 +51,7 @@ def default_folder(model: str, task: str) -> Path:
 
 
 def model_fingerprint(model: str) -> dict[str, str | None]:
-    """The base's weights by `qwenvl.fingerprint`, and the adapter's files by their SHA-256."""
+    """The base's weights by `qwenvl.checkpoint.fingerprint`, and the adapter's files by their SHA-256."""
     source = find_source(model)
     digest = None
     if source.adapter is not None:

@@ -10,14 +10,14 @@ from typing import Any
 
 from PIL import Image
 
-from finetune.atomic_writes import write_text
 from finetune.evaluation.questions import Question
+from finetune.files.atomic_writes import write_text
 from finetune.quantities import format_duration, format_loss
 from finetune.report.images import draw_pair, image_tag, pair_legend, thumbnail
 from finetune.report.page import flatten, page, show, table, tiles
 from finetune.report.predictions import compare
-from qwenvl.boxes import box_markup
-from qwenvl.grounding import Region, parse_grounding
+from qwenvl.text.boxes import box_markup
+from qwenvl.text.grounding import Region, parse_grounding
 
 PAGE = "evaluation.html"
 WORST = 24  # rows shown of the lowest scores, some 40 kB each

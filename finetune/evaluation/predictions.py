@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from finetune.atomic_writes import write_text
-from finetune.collate import Collator
-from finetune.evaluation.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
+from finetune.batches.collate import Collator
+from finetune.files.atomic_writes import write_text
+from finetune.replies.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
 from finetune.report.images import jpeg_settings
 from qwenvl import ImageAccess, load_image
-from qwenvl.chat import render_chat
+from qwenvl.text.chat import render_chat
 
 PREDICTIONS = "predictions.jsonl"
 IMAGE_FOLDER = "predictions"

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.data.formats.messages import Message
 from finetune.data.image_files import read_encoded
-from finetune.data.messages import Message
 from finetune.data.sample import Origin
-from finetune.evaluation.task_replies import Style
+from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess, QwenVLTokenizer
-from qwenvl.chat import Rendered, render_chat, render_prompt
+from qwenvl.text.chat import Rendered, render_chat, render_prompt
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.data.formats import COLUMNS, RowFormat
+from finetune.data.formats.row_format import COLUMNS, RowFormat
 from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.row_progress import RowProgress
-from finetune.data.rows import Rows
 from finetune.data.sample import BadField, BadRow, DataError
-from finetune.data.sources import Source, read_source
+from finetune.data.sources.rows import Rows
+from finetune.data.sources.sources import Source, read_source
 from finetune.errors import UserError
 from finetune.evaluation.question import Question
-from finetune.evaluation.task_replies import Style
 from finetune.evaluation.task_rows import Asked, RowReader
 from finetune.evaluation.tasks import CONVERSATIONS, Task, check_prompt
 from finetune.recipe.problems import nearest
+from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess
 
 __all__ = ["Question", "Questions"]
@@ -57,7 +57,7 @@ class Questions(Sequence[Question]):
     """The questions of one source, by number; see the head of this file.
 
     Args:
-        source: as `finetune.data.sources.Source` describes; its columns map the task's roles (and `id`, `group`,
+        source: as `data.sources.sources.Source` describes; its columns map the task's roles (and `id`, `group`,
             `options`), its format is the task's or None, its prompt takes the place of the task's.
         task: what is asked and scored.
         images_root, access: as for `finetune.data.samples.Samples`.

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from finetune.atomic_writes import make_folder, write_text
 from finetune.errors import UserError
 from finetune.evaluation.bootstrap import Interval, difference_interval, score_interval
 from finetune.evaluation.questions import Question
-from finetune.evaluation.replies import Reply
 from finetune.evaluation.tasks import Task
+from finetune.files.atomic_writes import make_folder, write_text
 from finetune.quantities import format_duration, format_loss
-from finetune.run import compare_runs
+from finetune.replies.replies import Reply
+from finetune.run.folder import compare_runs
 
 logger = logging.getLogger(__name__)
 

@@ -19,18 +19,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import Trainer
 
+from finetune.data.shown_rows import choose_shown, document_of
 from finetune.errors import UserError
 from finetune.evaluation.predictions import PREDICTIONS, keep_images, replace_records
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
-from finetune.evaluation.replies import Decoding, Reply, generate_replies, plan_replies, stop_ids_of
 from finetune.evaluation.reply_progress import ReplyProgress
 from finetune.evaluation.results import Record, Scored, record_of, score_records
 from finetune.evaluation.tasks import task_of
 from finetune.quantities import format_loss
 from finetune.recipe import Recipe
 from finetune.recipe.sections import source_names
-from finetune.shown_rows import choose_shown, document_of
+from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies, stop_ids_of
 from finetune.vision_cache.cache import VisionCache
 from qwenvl import ImageAccess, QwenVLProcessor
 

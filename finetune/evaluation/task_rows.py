@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.data import fields
-from finetune.data.formats import RowFormat
-from finetune.data.grounding import PLACEHOLDER, grounding
-from finetune.data.messages import Message
+from finetune.data.formats import fields
+from finetune.data.formats.grounding import PLACEHOLDER, grounding
+from finetune.data.formats.messages import Message
+from finetune.data.formats.row_format import RowFormat
 from finetune.data.sample import BadField
 from finetune.evaluation.predictions import split_last_reply
-from finetune.evaluation.task_replies import Style
 from finetune.evaluation.tasks import CONVERSATIONS, Task
 from finetune.metrics import first_box
 from finetune.metrics.choices import LETTERS
-from qwenvl.boxes import Box
+from finetune.replies.task_replies import Style
+from qwenvl.text.boxes import Box
 
 ImageSize = Callable[[Any], tuple[int, int]]
 _PLACES = re.compile(r"\{(question|phrase|options)\}")

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from finetune.errors import UserError
-from finetune.evaluation.task_replies import Style, answer_of
 from finetune.metrics import (
     anls,
     cider_d,
@@ -31,6 +30,7 @@ from finetune.metrics import (
 from finetune.metrics.vqa import FEWEST_ANSWERS
 from finetune.recipe.problems import nearest
 from finetune.recipe.sections import Evaluate
+from finetune.replies.task_replies import Style, answer_of
 
 if TYPE_CHECKING:
     from finetune.evaluation.question import Question

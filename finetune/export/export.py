@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from finetune.atomic_writes import writing_large_folder
-from finetune.byte_progress import byte_progress
 from finetune.errors import Failed, UserError
 from finetune.export.folder import FORMATS, default_folder, refuse_existing
+from finetune.export.model_card import CARD, write_card
 from finetune.export.tensors import (
     ExportedTensor,
     check_written,
@@ -23,16 +22,17 @@ from finetune.export.tensors import (
     refuse_incomplete,
     written_dtype,
 )
-from finetune.model_card import CARD, write_card
-from finetune.model_folder import CONFIG, companion_folder, copy_companions, dtype_settings, read_json
+from finetune.files.atomic_writes import writing_large_folder
+from finetune.files.byte_progress import byte_progress
+from finetune.files.checkpoint_folder import CONFIG, companion_folder, copy_companions, dtype_settings, read_json
+from finetune.files.tensor_files import SHARD_BYTES, SINGLE_NAME, write_tensors
 from finetune.quantities import format_bytes
-from finetune.run import NotEnoughDiskSpace, check_disk_space
-from finetune.tensor_files import SHARD_BYTES, SINGLE_NAME, write_tensors
+from finetune.run.folder import NotEnoughDiskSpace, check_disk_space
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
-from qwenvl.checkpoint_files import StoredTensor, locate_tensors
-from qwenvl.fingerprint import weights_fingerprint
+from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
+from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
-from qwenvl.quantization import quantized_parts
+from qwenvl.model.quantization import quantized_parts
 
 COMPANION_BYTES = 60_000_000  # room for tokenizers, font and card
 
@@ -60,7 +60,7 @@ def export(
         out: the folder; None for MODEL-FORMAT beside the model.
         shard_bytes: of the largest weight file; None for 5 GB.
         dtype: "float32", "bfloat16", "float16", or "auto" for the types that the weights are stored in.
-        quantize: with "nf4", the parts in 4 bits (see `qwenvl.quantization.PARTS`); None for the language model's.
+        quantize: with "nf4", the parts in 4 bits (see `model.quantization.PARTS`); None for the language model's.
         push: `owner/name` on the hub, to upload the finished folder to.
         public: let everybody see it there.
         say: prints a line.
@@ -89,7 +89,7 @@ def export(
         if shard_bytes is not None:
             raise UserError("--shard-size has no effect with --to nf4: leave it out")
         from finetune.export.nf4 import export_nf4
-        from qwenvl.quantization import DEFAULT_PARTS
+        from qwenvl.model.quantization import DEFAULT_PARTS
 
         parts = DEFAULT_PARTS if quantize is None else quantize
         export_nf4(base, folder, quantize=parts, dtype=None if dtype == "auto" else dtype, say=say)

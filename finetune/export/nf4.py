@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.atomic_writes import writing_large_folder
 from finetune.errors import Failed, UserError
-from finetune.model_card import is_hub_id, write_card
-from finetune.model_folder import CONFIG, companion_folder, copy_companions, dtype_settings, read_json
+from finetune.export.model_card import is_hub_id, write_card
+from finetune.files.atomic_writes import writing_large_folder
+from finetune.files.checkpoint_folder import CONFIG, companion_folder, copy_companions, dtype_settings, read_json
+from finetune.files.tensor_files import Planned, tensor_bytes, write_tensors
 from finetune.quantities import format_bytes
-from finetune.run import check_disk_space
-from finetune.tensor_files import Planned, tensor_bytes, write_tensors
+from finetune.run.folder import check_disk_space
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, load_model
-from qwenvl.checkpoint_files import stored_tensors
-from qwenvl.fingerprint import own_fingerprint, weights_fingerprint, write_base
+from qwenvl.checkpoint.checkpoint_files import stored_tensors
+from qwenvl.checkpoint.fingerprint import own_fingerprint, weights_fingerprint, write_base
 from qwenvl.loading import find_parts, find_source
-from qwenvl.nf4_weights import BLOCK
-from qwenvl.quantization import DEFAULT_PARTS, quantized_names, quantized_parts
+from qwenvl.model.nf4_weights import BLOCK
+from qwenvl.model.quantization import DEFAULT_PARTS, quantized_names, quantized_parts
 
 # Of each 4-bit weight: the 16 levels and the 256 of its magnitudes, both float32, the rest of its state, their entries
 # in the file. Of every other tensor: its entry.
@@ -47,7 +47,7 @@ def export_nf4(
     Args:
         source: checkpoint folder or hub id, in 16 or 32 bits.
         to: folder to write; must not exist.
-        quantize: the parts in 4 bits (see `qwenvl.quantization.PARTS`).
+        quantize: the parts in 4 bits (see `qwenvl.model.quantization.PARTS`).
         dtype: of all that is not in 4 bits, and what the weights are rounded to before; None as stored.
         say: prints a line.
 

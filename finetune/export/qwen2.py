@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 
-from finetune.atomic_writes import write_text
 from finetune.errors import Failed
 from finetune.export import qwen2_prompt_embeddings
+from finetune.export.model_card import CARD, write_card
 from finetune.export.qwen2_tokenizer import write_tokenizer
 from finetune.export.tensors import ExportedTensor, dtype_name, written_dtype
-from finetune.model_card import CARD, write_card
-from finetune.model_folder import (
+from finetune.files.atomic_writes import write_text
+from finetune.files.checkpoint_folder import (
     CONFIG,
     GENERATION_CONFIG,
     companion_files,
@@ -30,9 +30,9 @@ from finetune.model_folder import (
     read_json,
 )
 from qwenvl import QwenVLConfig, QwenVLTokenizer
-from qwenvl.checkpoint_files import StoredTensor, locate_tensors
-from qwenvl.generation import read_published_settings
-from qwenvl.vocabulary import END_OF_TEXT, IM_END, Vocabulary
+from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
+from qwenvl.model.generation import read_published_settings
+from qwenvl.text.vocabulary import END_OF_TEXT, IM_END, Vocabulary
 
 VISUAL = "visual"
 VISUAL_WEIGHTS = "visual.safetensors"
@@ -153,7 +153,7 @@ def plan_language(
 def plan_visual(
     config: QwenVLConfig, stored: dict[str, StoredTensor], dtype: torch.dtype | None
 ) -> list[ExportedTensor]:
-    """Every tensor of the vision side, by its name within `qwenvl.vision.VisionTransformer`; none of a text model."""
+    """Every tensor of the vision side, by its name within `VisionTransformer`; none of a text model."""
     if config.visual is None:
         return []
     return [

@@ -77,7 +77,7 @@ class PromptEncoder:
 
         Args:
             messages: `{"role": ..., "content": text or parts}`; parts are `{"type": "text", "text": ...}` and
-                `{"type": "image", "image": path or PIL image}`. See `qwenvl.chat.render_chat`.
+                `{"type": "image", "image": path or PIL image}`. See `qwenvl.text.chat.render_chat`.
             grounding: read `<ref>`, `<box>` and `<quad>` in the messages as tokens.
 
         Raises:

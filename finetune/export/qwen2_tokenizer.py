@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenvl.vocabulary import END_OF_TEXT, SPLIT_PATTERN, Vocabulary
+from qwenvl.text.vocabulary import END_OF_TEXT, SPLIT_PATTERN, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from finetune.errors import Failed, UserError
-from finetune.tensor_files import Planned, file_hash
-from qwenvl.checkpoint_files import StoredTensor, tensors_in
+from finetune.files.tensor_files import Planned, file_hash
+from qwenvl.checkpoint.checkpoint_files import StoredTensor, tensors_in
 
 PIECE_BYTES = 1 << 26  # read at once
 SAMPLED = 16  # tensors of which every value is computed once more, spread from the first to the last

@@ -14,14 +14,14 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from finetune.adapters import trains_vision
-from finetune.checkpointing import Checkpointing, checkpoint_blocks
 from finetune.memory.kernels import fused_shapes, kernels_of, own_bytes
 from finetune.memory.live_bytes import META, LiveBytes, Moment
 from finetune.memory.workload import Workload
-from finetune.step_loss import forward_with_loss
+from finetune.model.adapters import trains_vision
+from finetune.model.recomputation import Checkpointing, checkpoint_blocks
+from finetune.model.step_loss import forward_with_loss
 from qwenvl import QwenVLConfig
-from qwenvl.chat import IGNORED
+from qwenvl.text.chat import IGNORED
 
 FEWEST = 2
 """Layers that are run of more. The first is unlike the others: what comes before it may need no gradient."""

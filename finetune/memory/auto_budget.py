@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.batches.budget import NOTES, ChosenBudget, packing_budget
 from finetune.data.checking import Checked
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.fitting import largest_budget
 from finetune.memory.free_memory import USABLE, device_type, free_device_memory
-from finetune.memory.packing_budget import NOTES, ChosenBudget, packing_budget
 from finetune.memory.workload import different_rows, worst_workload
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 
-from finetune.checkpointing import LEAST_FIRST, Checkpointing
-from finetune.computing import settled_attention
 from finetune.memory.plan import plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload
+from finetune.model.computing import settled_attention
+from finetune.model.recomputation import LEAST_FIRST, Checkpointing
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe, Train
 from qwenvl import QwenVLConfig
-from qwenvl.kernels import liger_runs
+from qwenvl.model.kernels import liger_runs
 
 PAGED = "paged_adamw_8bit"
 

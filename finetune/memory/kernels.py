@@ -16,9 +16,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qwenvl import varlen_attention
-from qwenvl.language import MLP, Attention, RMSNorm
-from qwenvl.rotary import Positions, scale_by_log_n
+from qwenvl.model import varlen_attention
+from qwenvl.model.language import MLP, Attention, RMSNorm
+from qwenvl.model.rotary import Positions, scale_by_log_n
 
 aten = torch.ops.aten
 
@@ -191,7 +191,7 @@ FUSED = {RMSNorm: FusedRMSNorm, Attention: FusedAttention, MLP: FusedMLP}
 
 @contextlib.contextmanager
 def fused_shapes(model: nn.Module, kernels: str) -> Iterator[None]:
-    """Inside, a model of shapes runs as it would with these kernels (see `qwenvl.kernels`)."""
+    """Inside, a model of shapes runs as it would with these kernels (see `qwenvl.model.kernels`)."""
     plain = {module: type(module) for module in model.modules() if kernels == "liger" and type(module) in FUSED}
     for module, kind in plain.items():
         module.__class__ = FUSED[kind]

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from finetune.batches.budget import NOTES, ChosenBudget
+from finetune.batches.packing import split_batch
 from finetune.errors import Failed
-from finetune.memory.packing_budget import NOTES, ChosenBudget
-from finetune.packing import split_batch
-from finetune.run import RunFolder
+from finetune.run.folder import RunFolder
 
 T = TypeVar("T")
 Batch = dict[str, torch.Tensor]

@@ -9,15 +9,15 @@ from functools import lru_cache
 
 from torch import nn
 
-from finetune.checkpointing import Checkpointing
-from finetune.evaluation.replies import BATCH_ROWS, BATCH_TOKENS
 from finetune.memory.activations import BACKWARD, LANGUAGE, LOSS, VISION, VISION_BACKWARD, Step, step_of_shapes
 from finetune.memory.switches import Switches
 from finetune.memory.weights import WeightBytes, model_of_shapes, state_bytes, weight_bytes, weights_dtype
 from finetune.memory.workload import Workload
+from finetune.model.recomputation import Checkpointing
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
-from finetune.vision_cache.image_store import ENCODED_TOGETHER, KEPT_BYTES
+from finetune.replies.image_features import ENCODED_TOGETHER, KEPT_BYTES
+from finetune.replies.replies import BATCH_ROWS, BATCH_TOKENS
 from qwenvl import QwenVLConfig
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.checkpointing import Checkpointing, checkpoint_blocks
+from finetune.model.recomputation import Checkpointing, checkpoint_blocks
 from finetune.recipe import Train
 
 

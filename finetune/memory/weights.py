@@ -8,16 +8,16 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from finetune.adapters import trains_embeddings
-from finetune.base_model import shape_model
-from finetune.components import component_of, published_name
 from finetune.memory.optimizer import StateBytes, optimizer_states
+from finetune.model.adapters import trains_embeddings
+from finetune.model.base import shape_model
+from finetune.model.components import component_of, published_name
 from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig
-from qwenvl.host_embedding import HostEmbedding
 from qwenvl.loading import DTYPES
-from qwenvl.nf4_weights import is_quantized
-from qwenvl.quantization import quantized_parts
+from qwenvl.model.host_embedding import HostEmbedding
+from qwenvl.model.nf4_weights import is_quantized
+from qwenvl.model.quantization import quantized_parts
 
 
 @dataclass(frozen=True)

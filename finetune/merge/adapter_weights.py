@@ -14,7 +14,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.merge.adapter_config import ADAPTER_CONFIG, INIT_TAKES_FROM_BASE, read_adapter_config
-from qwenvl.checkpoint_files import StoredTensor, tensors_in
+from qwenvl.checkpoint.checkpoint_files import StoredTensor, tensors_in
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."

@@ -22,10 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import Failed
+from finetune.files.tensor_files import file_hash
 from finetune.merge.sources import Sources
 from finetune.merge.tensors import PIECE_VALUES, MergedTensor
 from finetune.quantities import format_bytes
-from finetune.tensor_files import file_hash
 from qwenvl import QwenVLTokenizer, load_model, load_processor
 
 QUESTION = "What is written in the image, and where? Count the shapes: 1, 2, 3."
@@ -101,8 +101,8 @@ def check_merge(
 def measure_rounding_to_4bit(plan: Sequence[MergedTensor], sources: Sources) -> dict[str, str]:
     """How far the base's weights are from what a training in 4 bits saw of them, on some of the layers."""
     from qwenvl import QwenVLConfig
-    from qwenvl.nf4_weights import dequantized
-    from qwenvl.quantization import quantized_names
+    from qwenvl.model.nf4_weights import dequantized
+    from qwenvl.model.quantization import quantized_names
 
     names = quantized_names(QwenVLConfig.from_pretrained(sources.base), sources.parts)
     concerned = [tensor for tensor in plan if tensor.base.name in names]

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from finetune.atomic_writes import write_text
 from finetune.errors import UserError
+from finetune.files.atomic_writes import write_text
 from finetune.merge.adapter_config import MERGE_FILE
 
 FORMAT = 1

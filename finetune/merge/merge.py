@@ -11,20 +11,20 @@ from typing import Any, Literal
 
 import torch
 
-from finetune.atomic_writes import writing_large_folder
-from finetune.byte_progress import byte_progress
 from finetune.errors import Failed, UserError
+from finetune.export.model_card import CARD, write_card
+from finetune.files.atomic_writes import writing_large_folder
+from finetune.files.byte_progress import byte_progress
+from finetune.files.checkpoint_folder import companion_folder, copy_companions, dtype_settings, read_json
+from finetune.files.tensor_files import SHARD_BYTES, file_hash, write_tensors
 from finetune.merge.adapter_weights import AdapterWeights, read_adapter
 from finetune.merge.check import check_merge, measure_rounding_to_4bit
 from finetune.merge.folder import is_done, write_merge
 from finetune.merge.sources import Sources, find_sources
 from finetune.merge.tensors import MergedTensor, merged_pieces
-from finetune.model_card import CARD, write_card
-from finetune.model_folder import companion_folder, copy_companions, dtype_settings, read_json
 from finetune.quantities import format_bytes
-from finetune.run import NotEnoughDiskSpace, check_disk_space, describe_environment
-from finetune.tensor_files import SHARD_BYTES, file_hash, write_tensors
-from qwenvl.checkpoint_files import StoredTensor, locate_tensors
+from finetune.run.folder import NotEnoughDiskSpace, check_disk_space, describe_environment
+from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
 from qwenvl.loading import DTYPES
 
 COMPANION_BYTES = 50_000_000  # room for tokenizer, font and card
@@ -143,7 +143,7 @@ def plan_tensors(
 
 def _quantized_names(found: Sources) -> frozenset[str]:
     from qwenvl import QwenVLConfig
-    from qwenvl.quantization import quantized_names, require_bitsandbytes
+    from qwenvl.model.quantization import quantized_names, require_bitsandbytes
 
     require_bitsandbytes()
     return quantized_names(QwenVLConfig.from_pretrained(found.base), found.parts)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from finetune.errors import UserError
+from finetune.files.checkpoint_folder import companion_folder, read_json
 from finetune.merge.adapter_config import ADAPTER_CONFIG, find_adapter
-from finetune.model_folder import companion_folder, read_json
-from finetune.run import RunFolder
-from qwenvl.fingerprint import BASE_FILE, weights_fingerprint
+from finetune.run.folder import RunFolder
+from qwenvl.checkpoint.fingerprint import BASE_FILE, weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
 
 
@@ -24,7 +24,7 @@ class Sources:
         run: the run folder that the adapter is the result of; None for an adapter by itself.
         fingerprint: of the base's weights.
         checked: whether the adapter says which base it was trained on, and this is it.
-        parts: those of the base that were in 4 bits in training (see `qwenvl.quantization.PARTS`).
+        parts: those of the base that were in 4 bits in training (see `qwenvl.model.quantization.PARTS`).
         trained_in: the type that training held the base in; None where that is not known, or was as it is stored.
     """
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from finetune.errors import UserError
+from finetune.files.tensor_files import Planned
 from finetune.merge.adapter_weights import Change, LowRank
-from finetune.tensor_files import Planned
-from qwenvl.checkpoint_files import StoredTensor
-from qwenvl.direct_reading import SLACK
-from qwenvl.nf4_weights import dequantized
+from qwenvl.checkpoint.checkpoint_files import StoredTensor
+from qwenvl.checkpoint.direct_reading import SLACK
+from qwenvl.model.nf4_weights import dequantized
 
 # Values computed at once. The published model's linears have up to 45 million: each is one piece, so that its product
 # B A is that of one multiplication, whatever the machine makes of a smaller one.

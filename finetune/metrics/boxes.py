@@ -34,7 +34,7 @@ def first_box(prediction: str, image_size: tuple[int, int]) -> Box | None:
             after an open `<box>`, a text that begins with `(x1,y1),(x2,y2)`.
         image_size: width and height of the upright image in pixels.
     """
-    from qwenvl.grounding import parse_grounding
+    from qwenvl.text.grounding import parse_grounding
 
     opening = _OPENING_POINTS.match(prediction)
     text = f"<box>{opening[1]}</box>" if opening else prediction

@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 
 from finetune.report.page import show
-from qwenvl.drawing import PALETTE, draw_regions
-from qwenvl.grounding import Region
-from qwenvl.images import ImageAccess, ImageError, load_image
+from qwenvl.images.drawing import PALETTE, draw_regions
+from qwenvl.images.images import ImageAccess, ImageError, load_image
+from qwenvl.text.grounding import Region
 
 THUMBNAIL = 480  # pixels of the longer side
 JPEG_QUALITY = 80

@@ -12,8 +12,8 @@ from PIL import Image
 from finetune.quantities import format_loss, is_number
 from finetune.report.images import draw_pair, image_tag, pair_legend, thumbnail
 from finetune.report.page import show
-from qwenvl.grounding import parse_grounding
-from qwenvl.images import ImageAccess
+from qwenvl.images.images import ImageAccess
+from qwenvl.text.grounding import parse_grounding
 
 MAX_ROWS = 100  # shown; some 40 kB each
 MAX_DIFF_WORDS = 600  # of a text; comparing takes the square of it
@@ -21,7 +21,7 @@ ALIKE = 0.5  # share of words in common below which marking the others would mar
 
 WHEN = ("before", "after")
 
-# How these rows came to be here: see `finetune.shown_rows`.
+# How these rows came to be here: see `finetune.data.shown_rows`.
 CHOSEN = (
     "These are the first rows of the evaluation data (of the sample, where one is scored), one of each document as "
     "far as there are enough, its sources in turn: chosen before training, whatever the replies."

@@ -31,8 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from finetune.atomic_writes import write_text
-from finetune.evaluation.logged_scores import parts_of_scores
+from finetune.files.atomic_writes import write_text
 from finetune.quantities import (
     format_bytes,
     format_count,
@@ -41,11 +40,12 @@ from finetune.quantities import (
     is_number,
 )
 from finetune.report.charts import LARGEST, Series, line_chart, smooth
+from finetune.report.logged_scores import parts_of_scores
 from finetune.report.page import flatten, page, show, table, tiles
 from finetune.report.phases import phases_table
 from finetune.report.predictions import pair_rows, predictions_section
 from finetune.report.scores import score_charts, score_title, scores_section
-from finetune.run import NON_FINITE
+from finetune.run.folder import NON_FINITE
 
 REPORT = "report.html"
 LARGEST_STEP = 10**12  # beyond any run

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-from finetune.evaluation.logged_scores import parts_of_scores
 from finetune.quantities import format_loss, is_number
 from finetune.report.charts import Colour, Points, Series, line_chart
+from finetune.report.logged_scores import parts_of_scores
 from finetune.report.page import readable, show, table
 
 _WHOLE, *_PARTS = ("b", *(colour for colour in get_args(Colour) if colour != "b"))

@@ -19,8 +19,8 @@ import PIL
 import torch
 from huggingface_hub import constants
 
+from finetune.batches.image_request import ImageRequest, image_key, read_pixels
 from finetune.errors import UserError
-from finetune.vision_cache.image_request import ImageRequest, image_key, read_pixels
 from finetune.vision_cache.store import KEY_BYTES, Damaged, FeatureStore
 from qwenvl import ImageAccess, QwenVLImageProcessor
 

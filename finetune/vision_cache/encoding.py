@@ -23,22 +23,22 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.computing import own_device
+from finetune.batches.image_request import read_pixels
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import SHOWN_PROBLEMS
 from finetune.data.worker_processes import ended_by_the_trainer_alone
 from finetune.errors import UserError
 from finetune.memory.free_memory import free_host_memory
+from finetune.model.computing import own_device
 from finetune.quantities import format_bytes, format_count, format_duration
 from finetune.recipe import Data
+from finetune.replies.image_features import ENCODED_TOGETHER, READERS
 from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, content_key, preprocessing_of, settle
-from finetune.vision_cache.image_request import read_pixels
-from finetune.vision_cache.image_store import ENCODED_TOGETHER, READERS
 from finetune.vision_cache.run_images import Entry, RunImages, find_images
 from finetune.vision_cache.store import FEATURES, Damaged, FeatureStore, Record
 from finetune.vision_cache.tower_fingerprint import tower_fingerprint
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor
-from qwenvl.images import ImageError
+from qwenvl.images.images import ImageError
 
 Wanted = tuple[bytes, Entry]
 """An image to encode: its handle, and where the run has it."""

@@ -10,16 +10,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from finetune.adapters import trains_vision
-from finetune.computing import choose_dtype
 from finetune.data.checking import Checked
 from finetune.data.reading import DataPart, rules_of
 from finetune.data.samples import Samples
 from finetune.errors import Failed, UserError
-from finetune.evaluation.replies import without_adapter
 from finetune.evaluation.task_evaluation import TaskEvaluation
+from finetune.model.adapters import trains_vision
+from finetune.model.computing import choose_dtype
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
+from finetune.replies.replies import without_adapter
 from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, preprocessing_of
 from finetune.vision_cache.encoding import encode_images
 from finetune.vision_cache.run_images import find_images, images_of_run

@@ -7,15 +7,15 @@ from itertools import accumulate
 
 import numpy as np
 
+from finetune.batches.image_request import ImageRequest
 from finetune.data.checking import Checked, Rules, image_sources
 from finetune.data.row_progress import RowProgress
 from finetune.data.samples import Samples
+from finetune.data.shown_rows import shown_samples
 from finetune.data.worker_processes import map_chunks
 from finetune.evaluation.question import Question
 from finetune.recipe import Recipe
-from finetune.shown_rows import shown_samples
 from finetune.vision_cache.cache import ImageHandles
-from finetune.vision_cache.image_request import ImageRequest
 
 CHUNK = 256
 """Samples or questions looked at at once."""

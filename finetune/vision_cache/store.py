@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from finetune.atomic_writes import make_folder
-from finetune.tensor_files import tensor_bytes
+from finetune.files.atomic_writes import make_folder
+from finetune.files.tensor_files import tensor_bytes
 
 KEY_BYTES = 16
 FEATURES, JOURNAL = ".features", ".journal"

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from finetune.tensor_files import tensor_bytes
+from finetune.files.tensor_files import tensor_bytes
 from qwenvl import QwenVLForConditionalGeneration
-from qwenvl.image_processor import IMAGE_MEAN, IMAGE_STD
-from qwenvl.nf4_weights import is_quantized
+from qwenvl.images.image_processor import IMAGE_MEAN, IMAGE_STD
+from qwenvl.model.nf4_weights import is_quantized
 
 HASHERS = 4  # threads; hashing lets go of the interpreter
 

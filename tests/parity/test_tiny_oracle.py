@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qwenvl import QwenVLForConditionalGeneration
-from qwenvl.chat import render_chat, render_prompt
+from qwenvl.text.chat import render_chat, render_prompt
 
 
 def every_nth(ours: torch.Tensor, theirs: torch.Tensor, dim: int = 0) -> torch.Tensor:

@@ -20,15 +20,15 @@ from collections import Counter
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "finetune")]
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 
 import numpy as np
 from broken_rows import GOOD, KINDS, check_broken_rows
 from encoded_images import pixels_of
-from test_image_decoding import KINDS as IMAGE_KINDS
 
 from qwenvl import QwenVLTokenizer
-from qwenvl.images import ImageError
+from qwenvl.images.images import ImageError
+from tests.qwenvl.images.test_image_decoding import KINDS as IMAGE_KINDS
 
 MEMORY_GROWTH = 700_000_000
 """Bytes: the largest image that is accepted has 100 million pixels, and is decoded by about 8 bytes a pixel."""

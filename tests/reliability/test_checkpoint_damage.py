@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_checkpoint_faults import (
+
+from finetune.run.checkpoints import DamagedCheckpoint, checkpoint_path, find_last_good, verify
+from finetune.run.folder import RunFolder
+from tests.reliability.test_checkpoint_faults import (
     content,
     failing_with,
     no_waiting_for_the_disk,  # noqa: F401 (acts on every test here)
@@ -16,14 +19,6 @@ from test_checkpoint_faults import (
     strikes,
     versions,
 )
-
-from finetune.checkpoints import (
-    DamagedCheckpoint,
-    checkpoint_path,
-    find_last_good,
-    verify,
-)
-from finetune.run import RunFolder
 
 
 @pytest.fixture

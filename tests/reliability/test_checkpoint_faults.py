@@ -22,17 +22,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.atomic_writes import HIDDEN_NAME
-from finetune.checkpoints import (
-    checkpoint_path,
-    clean_partials,
-    find_last_good,
-    prune,
-    step_of,
-    verify,
-    writing,
-)
-from finetune.run import RunFolder
+from finetune.files.atomic_writes import HIDDEN_NAME
+from finetune.run.checkpoints import checkpoint_path, clean_partials, find_last_good, prune, step_of, verify, writing
+from finetune.run.folder import RunFolder
 
 OS_OPERATIONS = ("open", "fsync", "rename", "replace", "unlink", "remove", "rmdir", "mkdir")
 FILE_OPERATIONS = ("write", "read", "readinto", "truncate", "flush")
@@ -40,7 +32,7 @@ FILE_OPERATIONS = ("write", "read", "readinto", "truncate", "flush")
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
-    """Hundreds of saves here; what is synced, and when, tests/finetune/test_checkpoints.py sees to."""
+    """Hundreds of saves here; what is synced, and when, tests/finetune/run/test_checkpoints.py sees to."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 

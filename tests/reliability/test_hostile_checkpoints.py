@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwenvl import load_model, load_processor
-from qwenvl.fingerprint import weights_fingerprint
+from qwenvl.checkpoint.fingerprint import weights_fingerprint
 
 
 class Payload:

@@ -5,9 +5,9 @@ import unicodedata
 
 import pytest
 
-from qwenvl.chat import render_chat
-from qwenvl.chat_string import MARK_CLOSE, MARK_OPEN, read_string, write_chat
-from qwenvl.vocabulary import CONTROL_TOKENS
+from qwenvl.text.chat import render_chat
+from qwenvl.text.chat_string import MARK_CLOSE, MARK_OPEN, read_string, write_chat
+from qwenvl.text.vocabulary import CONTROL_TOKENS
 
 ATTEMPTS = 100_000
 

@@ -11,11 +11,11 @@ from huggingface_hub import constants
 from PIL import Image
 from recipes_for_tests import finetune, write_recipe
 from safetensors.torch import load_file
-from test_resume import start, wait_for
 
 from finetune.recipe import load_recipe
-from finetune.train import train
+from finetune.training.train import train
 from finetune.vision_cache.store import FEATURES, JOURNAL
+from tests.reliability.test_resume import start, wait_for
 
 IMAGES = 72
 RECORD_BYTES = 256 * 256 * 4

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from recipes_for_tests import ROOT, finetune, write_recipe, write_rows
 from safetensors.torch import load_file
 
-from finetune.process_group import average_gradients
 from finetune.recipe import load_recipe
-from finetune.train import train
+from finetune.training.processes import average_gradients
+from finetune.training.train import train
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000))
-MEMORY = Path(__file__).parents[1] / "finetune" / "memory_for_tests.py"
+MEMORY = Path(__file__).parents[1] / "helpers" / "memory_for_tests.py"
 SETTINGS = {
     "adapter__dropout": 0.0,
     "data__shuffle": False,

@@ -1,0 +1,280 @@
+"""Conversations about documents, in the `messages` format: what a user says, and the reply to be learnt.
+
+Each kind is a function of a document and random numbers that returns a conversation, or None where the page at hand
+has nothing for it. All replies are printed values, boxes, counts, or one of a few words.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from examples.nano.making.documents import phrasings, shape_questions
+from examples.nano.making.documents.document import Document, Field
+from examples.nano.making.documents.values import KINDS as VALUE_KINDS
+from examples.nano.making.documents.values import SHORTEST, SPLITS, Values
+
+Partner = Callable[[], Document]
+"""Makes another document of the family, to be compared with the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages and what they are about.
+
+    Attributes:
+        kind: of `KINDS`.
+        messages: without image sources; places are `{"type": "image"}`, in the order of `documents`.
+        documents: one, or two.
+        answers: accepted answers to the last turn.
+    """
+
+    kind: str
+    messages: list[dict[str, Any]]
+    documents: tuple[Document, ...]
+    answers: list[str]
+
+
+def conversations(
+    document: Document, kinds: Sequence[str], count: int, draw: random.Random, split: str, partner: Partner
+) -> list[Conversation]:
+    """Up to `count` different conversations about a document: of each kind one, then again of any.
+
+    Fewer come only where the page has no more to ask about. A whole transcription comes once, unless it is all that
+    was asked for.
+
+    Raises:
+        ValueError: no kind of `kinds` can be had of the document's family.
+    """
+    possible = [kind for kind in kinds if kind in kinds_of(document.family)]
+    if not possible:
+        raise ValueError(f"kinds: {', '.join(kinds)} cannot be had of {document.family}")
+    asker = Asker(document, draw, split, partner)
+    again = [kind for kind in possible if kind != "transcribe"] or possible
+    made: dict[str, Conversation] = {}
+    for attempt in range(count + len(possible) + 20):
+        if len(made) == count:
+            break
+        if attempt % len(possible) == 0:
+            draw.shuffle(possible)
+        kind = possible[attempt] if attempt < len(possible) else draw.choice(again)
+        conversation = KINDS[kind](asker)
+        if conversation is not None:
+            made.setdefault(str(conversation.messages[:-1]), conversation)
+    return list(made.values())
+
+
+def joined(made: Sequence[Conversation], draw: random.Random) -> list[Conversation]:
+    """The conversations about the same page, or the same two, as a single one of several turns."""
+    together: dict[tuple[int, ...], list[Conversation]] = {}
+    for conversation in made:
+        together.setdefault(tuple(map(id, conversation.documents)), []).append(conversation)
+    return [_as_one(group, draw) if len(group) > 1 else group[0] for group in together.values()]
+
+
+def _as_one(made: list[Conversation], draw: random.Random) -> Conversation:
+    """A transcription comes last, or the turns after it could be answered without a look at the page."""
+    made = sorted(made, key=lambda conversation: (conversation.kind == "transcribe", draw.random()))
+    messages = list(made[0].messages)
+    for conversation in made[1:]:
+        first, *rest = conversation.messages
+        text = [part for part in first["content"] if part["type"] != "image"]
+        messages += [{**first, "content": text}, *rest]
+    return Conversation("joined", messages, made[-1].documents, made[-1].answers)
+
+
+def kinds_of(family: str) -> tuple[str, ...]:
+    """The kinds of conversation that a family's documents can have."""
+    if family == "shapes":
+        return ("count", "colour", "ground", "read_box", "two_turn", "two_images", "yes_no")
+    if family == "words":
+        return ("transcribe", "ground", "read_box", "yes_no")
+    about_all = ("fact",) if family in ("receipt", "table", "chart") else ()
+    return ("transcribe", "question", *about_all, "two_turn", "two_images", "ground", "read_box", "yes_no")
+
+
+def families_with(kinds: Sequence[str], families: Iterable[str]) -> tuple[str, ...]:
+    """Those of the families whose documents can have any of the kinds of conversation."""
+    return tuple(family for family in families if set(kinds) & set(kinds_of(family)))
+
+
+class Asker:
+    """A document to ask about, and what asking needs."""
+
+    def __init__(self, document: Document, draw: random.Random, split: str, partner: Partner):
+        assert split in SPLITS
+        self.document, self.draw, self.split, self.partner = document, draw, split, partner
+        self.picture = phrasings.PICTURES[document.family]
+        self.named = [field for field in document.fields if field.names]
+        self.asked: set[Field] = set()
+
+    def next(self, fields: Sequence[Field]) -> Field:
+        """One of the fields, if it can be one not asked about yet: joined, a reply could be copied from another."""
+        field = self.draw.choice([field for field in fields if field not in self.asked] or fields)
+        self.asked.add(field)
+        return field
+
+    def conversation(
+        self, kind: str, turns: Sequence[tuple[str, str]], documents: Sequence[Document] = (), grounding: str = ""
+    ) -> Conversation:
+        """From (user's text, reply) pairs; `grounding` names whose markup is to be tokens: "user" or "both"."""
+        documents = tuple(documents) or (self.document,)
+        messages = []
+        for number, (text, reply) in enumerate(turns):
+            places = [{"type": "image"} for _ in documents] if number == 0 else []
+            messages.append({"role": "user", "content": [*places, {"type": "text", "text": text}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
+        for message in messages:
+            if grounding == "both" or grounding == message["role"]:
+                message["grounding"] = True
+        return Conversation(kind, messages, documents, [turns[-1][1]])
+
+    def ask(self, field: Field) -> str:
+        """A question for a field's value."""
+        draw = self.draw
+        if field.asks and (self.document.family == "boarding" or draw.random() < 0.3):
+            return draw.choice(field.asks)
+        text = draw.choice(phrasings.QUESTION).format(name=draw.choice(field.names), picture=self.picture)
+        return text if draw.random() < 0.7 else text[0].upper() + text[1:]
+
+    def box(self, field: Field, label: str | None = None) -> str:
+        """A field's box as markup."""
+        from qwenvl.text.boxes import box_markup  # the package registers itself with Transformers, which takes seconds
+
+        width, height = self.document.image.size
+        return box_markup(field.box, width=width, height=height, label=label)
+
+
+def transcribe(asker: Asker) -> Conversation:
+    """The whole page in reading order, a line for each of its lines."""
+    return asker.conversation(
+        "transcribe", [(asker.draw.choice(phrasings.TRANSCRIBE), "\n".join(asker.document.lines))]
+    )
+
+
+def question(asker: Asker) -> Conversation:
+    """One field."""
+    field = asker.next(asker.named)
+    return asker.conversation("question", [(asker.ask(field), field.value)])
+
+
+def fact(asker: Asker) -> Conversation:
+    """Something about the page as a whole: how many rows, which is the highest."""
+    fact = asker.draw.choice(asker.document.facts)
+    return asker.conversation("fact", [(asker.draw.choice(fact.asks), fact.answer)])
+
+
+def two_turn(asker: Asker) -> Conversation | None:
+    """Two fields, the second asked for in a few words that lean on the first."""
+    if asker.document.family == "shapes":
+        turns = shape_questions.two_counts(asker.document, asker.draw)
+        return asker.conversation("two_turn", turns) if turns else None
+    if len(asker.named) < 2:
+        return None
+    first = asker.next(asker.named)
+    second = asker.next([field for field in asker.named if field != first])
+    follow_up = asker.draw.choice(phrasings.FOLLOW_UP).format(name=asker.draw.choice(second.names))
+    return asker.conversation("two_turn", [(asker.ask(first), first.value), (follow_up, second.value)])
+
+
+def two_images(asker: Asker) -> Conversation | None:
+    """Two pages side by side: which has more of something, or a field of one of them."""
+    draw, one, two = asker.draw, asker.document, asker.partner()
+    if one.family == "shapes":
+        turns = shape_questions.more_on_which(one, two, draw)
+        return asker.conversation("two_images", turns, (one, two)) if turns else None
+    others = {name: field for field in two.fields for name in field.names}
+    comparable = [
+        (name, field, others[name])
+        for field in one.fields
+        for name in field.names
+        if name in others and field.kind in phrasings.MORE
+        if field.kind == others[name].kind and field.amount != others[name].amount
+    ]
+    if comparable and draw.random() < 0.6:
+        name, field, other = draw.choice(comparable)
+        asks = [text.format(more=phrasings.MORE[field.kind], name=name) for text in phrasings.COMPARE]
+        own = phrasings.COMPARE_OWN.get((one.family, field.key))
+        if own and draw.random() < 0.5:
+            asks = own
+        answer = phrasings.compared(field.value, other.value, first=field.amount > other.amount)
+        return asker.conversation("two_images", [(draw.choice(asks), answer)], (one, two))
+    number = draw.choice((1, 2))
+    field = asker.next([field for field in (one, two)[number - 1].fields if field.names])
+    text = draw.choice(phrasings.IN_PICTURE).format(name=draw.choice(field.names), number=number)
+    return asker.conversation("two_images", [(text, field.value)], (one, two))
+
+
+def ground(asker: Asker) -> Conversation | None:
+    """A phrase, answered by the box: of a field's value, of a shape that is there once, of a word by itself."""
+    document = asker.document
+    values = [field.value for field in document.fields]
+    fields = [field for field in document.fields if values.count(field.value) == 1]
+    if not fields:
+        return None
+    field = asker.draw.choice(fields)
+    phrase = f"the {asker.draw.choice(field.names)}" if field.names else field.value
+    if field.kind == "shape":
+        phrase = f"the {field.value}"
+    return asker.conversation("ground", [(f"<ref>{phrase}</ref>", asker.box(field))], grounding="both")
+
+
+def read_box(asker: Asker) -> Conversation:
+    """A box, answered by what is written in it, or by the shape."""
+    field = asker.next(asker.document.fields)
+    wordings = phrasings.WHAT_IN_BOX if field.kind == "shape" else phrasings.READ_BOX
+    text = asker.draw.choice(wordings).format(box=asker.box(field))
+    return asker.conversation("read_box", [(text, field.value)], grounding="user")
+
+
+def count(asker: Asker) -> Conversation:
+    """How many shapes of a kind, of a colour, or in all."""
+    return asker.conversation("count", [shape_questions.count(asker.document, asker.draw)])
+
+
+def colour(asker: Asker) -> Conversation | None:
+    """The colour of the only shape of its kind."""
+    turn = shape_questions.colour(asker.document, asker.draw)
+    return asker.conversation("colour", [turn]) if turn else None
+
+
+def yes_no(asker: Asker) -> Conversation:
+    """Whether a field has a value, or the page a text or a shape: as often yes as no."""
+    draw, document = asker.draw, asker.document
+    if document.family == "shapes":
+        return asker.conversation("yes_no", [shape_questions.is_there(document, draw)])
+    field = draw.choice([field for field in document.fields if field.kind in VALUE_KINDS])
+    answer, value = draw.choice(("Yes", "No")), field.value
+    if answer == "No":
+        value = _another_value(asker, field)
+    wordings = phrasings.IS_IT if field.names and draw.random() < 0.7 else phrasings.IS_WRITTEN
+    name = draw.choice(field.names) if field.names else ""
+    return asker.conversation(
+        "yes_no", [(draw.choice(wordings).format(name=name, value=value, picture=asker.picture), answer)]
+    )
+
+
+def _another_value(asker: Asker, field: Field) -> str:
+    """A value like a field's, of the same split, that is not on the page."""
+    values = Values(asker.draw, asker.split, asker.document.money)
+    page = "\n".join(asker.document.lines).casefold()
+    # About as long as the field's own, or a glance at its length would be enough.
+    longest = max(len(field.value), SHORTEST.get(field.kind, 2)) + 1
+    while True:
+        value = values.new(field.kind, longest, upper=field.value.isupper()).text
+        if value.casefold() not in page:
+            return value
+
+
+KINDS: dict[str, Callable[[Asker], Conversation | None]] = {
+    "transcribe": transcribe,
+    "question": question,
+    "fact": fact,
+    "two_turn": two_turn,
+    "two_images": two_images,
+    "ground": ground,
+    "read_box": read_box,
+    "count": count,
+    "colour": colour,
+    "yes_no": yes_no,
+}

@@ -1,0 +1,111 @@
+"""The formats that rows come in, and how a source's rows are read: its format, columns, prompt and box form."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from finetune.data.formats import caption, grounding, llava, messages, qwen_json, vqa
+from finetune.data.formats.grounding import ImageSize
+from finetune.data.formats.messages import Message
+from finetune.data.sample import DataError
+
+FormatName = Literal["messages", "qwen_json", "llava", "vqa", "grounding", "caption"]
+
+# Each format is the module of its name; here is what of it a recipe can name.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": messages.COLUMNS,
+    "qwen_json": qwen_json.COLUMNS,
+    "llava": llava.COLUMNS,
+    "vqa": vqa.COLUMNS,
+    "grounding": grounding.COLUMNS,
+    "caption": caption.COLUMNS,
+}
+PROMPTS: dict[str, str] = {
+    "vqa": vqa.PLACEHOLDER,
+    "grounding": grounding.DEFAULT_PROMPT,
+    "caption": caption.DEFAULT_PROMPT,
+}
+PLACEHOLDERS = {"vqa": vqa.PLACEHOLDER, "grounding": grounding.PLACEHOLDER}
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the rows of one source become conversations.
+
+    Attributes:
+        name: the format.
+        columns: the format's column -> the data's own name for it; what is not named keeps the format's name.
+        prompt: what the user says, for `vqa` (with {question}), `grounding` (with {phrase}) and `caption`; None is
+            the format's own.
+        box_form: of `grounding`: "xyxy" or "xywh", pixels; None is "xyxy".
+
+    Raises:
+        DataError: an unknown format, column or box form, or a prompt where there is none or without its placeholder.
+    """
+
+    name: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    prompt: str | None = None
+    box_form: str | None = None
+
+    def __post_init__(self):
+        if self.name not in COLUMNS:
+            raise DataError(f"format must be one of {', '.join(COLUMNS)}, not {self.name!r}")
+        unknown = set(self.columns or ()) - set(COLUMNS[self.name])
+        if unknown:
+            raise DataError(
+                f"columns of format {self.name} are {', '.join(COLUMNS[self.name])}, not "
+                f"{', '.join(sorted(unknown))}: write the format's column first, then the name it has in the data"
+            )
+        columns = {name: name for name in COLUMNS[self.name]} | dict(self.columns or {})
+        object.__setattr__(self, "columns", columns)
+        if self.prompt is not None:
+            if self.name not in PROMPTS:
+                raise DataError(f"format {self.name} has no prompt: its rows hold what the user says")
+            placeholder = PLACEHOLDERS.get(self.name, "")
+            if placeholder not in self.prompt or not self.prompt.strip():
+                raise DataError(f"the prompt of format {self.name} must hold {placeholder or 'text'}: {self.prompt!r}")
+        if self.box_form not in (None, "xyxy", "xywh"):
+            raise DataError(f"box_form must be xyxy or xywh, not {self.box_form!r}")
+
+    @property
+    def counted_column(self) -> str | None:
+        """The column whose length is the number of a row's samples; None where a row always is one."""
+        counted = {"vqa": "question", "grounding": "phrase", "caption": "caption"}.get(self.name)
+        return None if counted is None else self.columns[counted]
+
+    @property
+    def reads_image_size(self) -> bool:
+        """Whether the image itself must be looked at, and not only its name."""
+        return self.name == "grounding"
+
+    def conversations(self, row: Mapping[str, Any], image_size: ImageSize) -> list[list[Message]]:
+        """The conversations of a row, at least one. Image sources are as in the row.
+
+        Args:
+            row: column -> value.
+            image_size: reads an image's size, for `grounding`.
+
+        Raises:
+            BadField: the row is not as the format wants it.
+        """
+        prompt = self.prompt or PROMPTS.get(self.name, "")
+        match self.name:
+            case "messages":
+                return messages.messages(row, self.columns)
+            case "qwen_json":
+                return qwen_json.qwen_json(row, self.columns)
+            case "llava":
+                return llava.llava(row, self.columns)
+            case "vqa":
+                return vqa.vqa(row, self.columns, prompt)
+            case "grounding":
+                return grounding.grounding(row, self.columns, image_size, self.box_form or "xyxy", prompt)
+            case "caption":
+                return caption.caption(row, self.columns, prompt)
+        raise AssertionError(self.name)
+
+    def count(self, row: Mapping[str, Any]) -> int:
+        """How many samples the row makes; 1 for a row that turns out to make none, which is then reported once."""
+        value = row.get(self.counted_column)
+        return max(len(value), 1) if isinstance(value, list | tuple) else 1

@@ -1,0 +1,111 @@
+"""Rows of a CSV or TSV file, by number: a header, then a record for each row; every value is text.
+
+Nothing is made a number or a date: an answer of `007` stays that. An empty field is a value that is not there.
+"""
+
+import codecs
+import csv
+import io
+from array import array
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from finetune.data.sample import BadRow, DataError, Origin
+from finetune.data.sources.rows import Rows
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+"""File kind -> what is between its fields."""
+
+
+class CsvRows(Rows):
+    """The rows of a CSV file (UTF-8, quoted as in RFC 4180; quoted fields may hold line breaks).
+
+    Opening it reads it once, for the places of the records and its digest; 24 bytes a row are kept.
+
+    Args:
+        path, name: see `Rows`.
+        delimiter: between fields.
+
+    Raises:
+        DataError: no UTF-8, quotes that do not match, no header, or a header that names a column twice or none.
+    """
+
+    def __init__(self, path: Path, name: str, delimiter: str = ","):
+        self.name, self.folder = name, path.parent.absolute()
+        self._path, self._delimiter = path.absolute(), delimiter
+        self._offsets = array("q", [0])  # bytes; of record i (the header is 0) and, last, of the end
+        self._lines = array("q", [1])  # the line that the record begins in, from 1
+        self._header: list[str] = []
+        digest = sha256()
+        with path.open("rb") as file:
+            lines = _Lines(file, name, digest)
+            records = csv.reader(lines, delimiter=delimiter, strict=True)
+            try:
+                for record in records:
+                    if not self._header:
+                        self._header = self._checked_header(record)
+                    if record:
+                        self._offsets.append(lines.bytes)
+                        self._lines.append(records.line_num + 1)
+                    else:  # an empty line: the record after it begins later
+                        self._offsets[-1], self._lines[-1] = lines.bytes, records.line_num + 1
+            except csv.Error as error:
+                raise DataError(
+                    f"{name}: line {records.line_num}: {error}; no row can be told from there on"
+                ) from error
+        if not self._header:
+            raise DataError(f"{name}: is empty; its first line must name the columns")
+        self._digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 2
+
+    def origin(self, index: int) -> Origin:
+        return Origin(self.name, self._lines[range(len(self))[index] + 1])
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        record = range(len(self))[index] + 1
+        with self._path.open("rb") as file:
+            file.seek(self._offsets[record])
+            data = file.read(self._offsets[record + 1] - self._offsets[record])
+        # Lines end at \n only, as they did when their places were noted.
+        lines = io.StringIO(data.decode(errors="replace"), newline="\n")
+        values = next(csv.reader(lines, delimiter=self._delimiter), [])
+        if len(values) != len(self._header):
+            raise BadRow(
+                self.origin(index),
+                "row",
+                f"has {len(values)} fields, and the header {len(self._header)}: quote a field that holds "
+                f"{self._delimiter!r}",
+            )
+        return {column: value or None for column, value in zip(self._header, values, strict=True)}
+
+    def fingerprint(self) -> str:
+        return self._digest
+
+    def _checked_header(self, header: list[str]) -> list[str]:
+        if not all(column.strip() for column in header) or len(set(header)) < len(header):
+            raise DataError(f"{self.name}: its first line must name every column, each once; it is {header}"[:500])
+        return header
+
+
+class _Lines(Iterator[str]):
+    """The lines of a file as text, and how many bytes they were."""
+
+    def __init__(self, file, name: str, digest):
+        self._file, self._name, self._digest = file, name, digest
+        self.bytes = 0
+
+    def __next__(self) -> str:
+        line = next(self._file)
+        self._digest.update(line)
+        bom = len(codecs.BOM_UTF8) if not self.bytes and line.startswith(codecs.BOM_UTF8) else 0
+        try:
+            text = line[bom:].decode()
+        except UnicodeDecodeError as error:
+            place = self.bytes + bom + error.start
+            raise DataError(f"{self._name}: byte {place} is no UTF-8; save the file as UTF-8") from error
+        self.bytes += len(line)
+        return text

@@ -1,0 +1,154 @@
+"""Rows of a JSON or JSON Lines file, by number.
+
+A file may have millions of rows: of each only the place in the file is kept, 16 bytes, and the row itself is read when
+it is asked for.
+"""
+
+import codecs
+import json
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from finetune.data.sample import BadRow, DataError, Origin
+from finetune.data.sources.json_list import find_elements, kind_of, why_unreadable
+
+
+class Rows(Sequence[Mapping[str, Any]]):
+    """Raw rows by number, from 0, as mappings of columns to values; images are not decoded.
+
+    Attributes:
+        name: the source, as the recipe names it.
+        folder: where relative image paths start and what they must stay in, unless the recipe says another folder.
+    """
+
+    name: str
+    folder: Path
+
+    def origin(self, index: int) -> Origin:
+        """Where row `index` came from."""
+        return Origin(self.name, index + 1)
+
+    def scan(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
+        """Rows `start` to `stop` in order, for their text: the bytes of images may be a stand-in.
+
+        A row that cannot be read comes as the error itself, so that the ones after it are read too.
+        """
+        for index in range(start, stop):
+            try:
+                yield self[index]
+            except BadRow as error:
+                yield error
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal digest that changes when the rows do."""
+
+
+class TextRows(Rows):
+    """Rows of a text file, each read from its place when it is asked for.
+
+    A subclass finds the places (`_path`, `_starts`, `_digest`) and reads the row at one.
+    """
+
+    _path: Path
+    _starts: array
+    _digest: str
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        # Opened anew each time: loader workers that share an open file would move each other's place in it.
+        with self._path.open("rb") as file:
+            return self._read(file, index)
+
+    def scan(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
+        with self._path.open("rb") as file:
+            for index in range(start, stop):
+                try:
+                    yield self._read(file, index)
+                except BadRow as error:
+                    yield error
+
+    def fingerprint(self) -> str:
+        return self._digest
+
+    @abstractmethod
+    def _read(self, file: BinaryIO, index: int) -> Mapping[str, Any]:
+        """Row `index` of the open file."""
+
+
+class JsonRows(TextRows):
+    """The rows of a JSON file that holds a list.
+
+    Opening it reads it once, for the places of the rows and its digest.
+
+    Raises:
+        DataError: no JSON, or no list.
+    """
+
+    def __init__(self, path: Path, name: str):
+        self.name, self.folder = name, path.parent.absolute()
+        self._path = path.absolute()
+        self._starts, self._ends, self._digest = find_elements(path, name)
+
+    def _read(self, file: BinaryIO, index: int) -> Mapping[str, Any]:
+        file.seek(self._starts[index])
+        return row_from_json(file.read(self._ends[index] - self._starts[index]), self.origin(index), "row")
+
+
+class JsonLinesRows(TextRows):
+    """The rows of a JSON Lines file (UTF-8; a byte order mark, CRLF and empty lines are fine).
+
+    Opening it reads it once, for the places of the lines and its digest. A line that is no JSON is an error of its own
+    row only.
+
+    Raises:
+        DataError: UTF-16, or no file of lines at all.
+    """
+
+    def __init__(self, path: Path, name: str):
+        self.name, self.folder = name, path.parent.absolute()
+        self._path = path.absolute()
+        self._starts = array("q")  # bytes from the file's beginning
+        self._lines = array("q")  # line numbers, from 1
+        digest = sha256()
+        offset = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                digest.update(line)
+                if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise DataError(f"{name}: the file is UTF-16; save it as UTF-8")
+                if line.removeprefix(codecs.BOM_UTF8).strip():
+                    self._starts.append(offset)
+                    self._lines.append(number)
+                offset += len(line)
+        self._digest = digest.hexdigest()
+
+    def origin(self, index: int) -> Origin:
+        return Origin(self.name, self._lines[index])
+
+    def _read(self, file: BinaryIO, index: int) -> Mapping[str, Any]:
+        file.seek(self._starts[index])
+        return row_from_json(file.readline(), self.origin(index), "line")
+
+
+def row_from_json(data: bytes, origin: Origin, field: str) -> Mapping[str, Any]:
+    """The row that its JSON text gives; `field` is what a problem calls the text.
+
+    Raises:
+        BadRow: no JSON, or no object.
+    """
+    try:
+        row = json.loads(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise BadRow(origin, field, f"is no JSON (column {error.colno}: {error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(origin, field, f"cannot be read as JSON ({why_unreadable(error)})") from error
+    if not isinstance(row, dict):
+        raise BadRow(origin, "row", f"must be an object of columns, not {kind_of(row)}")
+    return row

@@ -1,0 +1,1 @@
+"""Replies in batches, for evaluation, chat and rewards alike."""

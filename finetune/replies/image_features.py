@@ -1,0 +1,105 @@
+"""The image features of a long run of questions: each image is read ahead by a thread and encoded once."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from finetune.batches.image_request import ImageRequest, read_pixels
+from finetune.vision_cache.cache import VisionCache
+from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor
+from qwenvl.images.images import ImageError
+
+READERS = 4  # threads that decode; Pillow decodes and resizes without holding the interpreter's lock
+ENCODED_TOGETHER = 8  # images; beyond that a tower of this size is busy anyway
+KEPT_BYTES = 256_000_000  # of features: 120 images of the published model in 16 bits
+
+
+class ImageStore:
+    """Features by key. Those least recently used go when there are more than `keep_bytes` of them.
+
+    Args:
+        model: encodes, on its device, in the mode it is in.
+        image_processor: of the model.
+        keep_bytes: of features. What one call of `features` asks for is kept together whatever it takes.
+        cache: has features of images that were encoded before; None where there is none.
+    """
+
+    def __init__(
+        self,
+        model: QwenVLForConditionalGeneration,
+        image_processor: QwenVLImageProcessor,
+        keep_bytes: int = KEPT_BYTES,
+        cache: VisionCache | None = None,
+    ):
+        self._model, self._image_processor, self._keep_bytes = model, image_processor, keep_bytes
+        self._cache = cache
+        self._readers = ThreadPoolExecutor(READERS, "read-images")
+        self._coming: dict[str, Future] = {}  # being read, or read and not encoded yet
+        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._unreadable: dict[str, ImageError] = {}
+        self._bytes = 0
+        self.encoded = 0
+
+    def __enter__(self) -> "ImageStore":
+        return self
+
+    def __exit__(self, *_):
+        self._readers.shutdown(wait=True, cancel_futures=True)
+
+    def read_ahead(self, requests: Mapping[str, ImageRequest]):
+        """Begin to read images (by key) that will be asked for; those already here or on their way are left."""
+        for key, request in requests.items():
+            if key not in self._coming and key not in self._features and key not in self._unreadable:
+                self._coming[key] = self._readers.submit(self._read, request)
+
+    def features(self, requests: Mapping[str, ImageRequest]) -> dict[str, torch.Tensor | ImageError]:
+        """Features of images by key.
+
+        Returns:
+            for each key (n_queries, hidden) on the model's device, or why the image cannot be had.
+        """
+        self.read_ahead(requests)
+        wanted = list(requests)
+        missing = [key for key in wanted if key in self._coming]
+        for start in range(0, len(missing), ENCODED_TOGETHER):
+            self._encode(missing[start : start + ENCODED_TOGETHER])
+        found: dict[str, torch.Tensor | ImageError] = {}
+        for key in wanted:
+            if key in self._unreadable:
+                found[key] = self._unreadable[key]
+            else:
+                self._features.move_to_end(key)
+                found[key] = self._features[key]
+        while self._bytes > self._keep_bytes and len(self._features) > len(wanted):
+            _, dropped = self._features.popitem(last=False)
+            self._bytes -= dropped.nbytes
+        return found
+
+    def _read(self, request: ImageRequest) -> torch.Tensor:
+        """(3, S, S) uint8, or (n_queries, hidden) of an image that is in the cache."""
+        if self._cache is not None:
+            return self._cache.get(request)
+        return read_pixels(request, self._image_processor)
+
+    @torch.no_grad()
+    def _encode(self, keys: Sequence[str]):
+        read: dict[str, torch.Tensor] = {}
+        for key in keys:
+            try:
+                read[key] = self._coming[key].result()
+            except ImageError as error:
+                self._unreadable[key] = error
+                del self._coming[key]
+        pixels = {key: one for key, one in read.items() if one.dtype == torch.uint8}
+        if pixels:
+            features = self._model.get_image_features(torch.stack(list(pixels.values())).to(self._model.device))
+            self.encoded += len(pixels)
+            # A copy of its own: a view would keep the whole stack in memory.
+            read |= {key: one.clone() for key, one in zip(pixels, features, strict=True)}
+        for key, one in read.items():
+            # Only now: what did not fit into memory is tried again, with fewer.
+            del self._coming[key]
+            self._features[key] = one.to(self._model.device)
+            self._bytes += one.nbytes

@@ -1,0 +1,1 @@
+"""`finetune RECIPE`: the training run from recipe to report."""

@@ -1,0 +1,382 @@
+"""What a person sees while a model trains, and the lines at the end.
+
+On a terminal one live line, redrawn in place, and a line that stays for every evaluation and checkpoint:
+
+    step 100/1000 | eval loss 0.9876, best so far | eval anls 0.4550 (boarding 0.0200, before 0.8900)
+    step 100/1000 | checkpoint saved
+    step 120/1000 | epoch 0.48/3 | loss 1.2345 | lr 1.00e-04 | 1.2k tok/s | 3.1 img/s | peak 5.3 GB | 2h 04m left
+
+Anywhere else (a file, a pipe, a job's log) the same lines, one for each log event, without a control character.
+Only the main process speaks.
+"""
+
+import atexit
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from finetune.quantities import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_learning_rate,
+    format_loss,
+    is_number,
+)
+from finetune.report.logged_scores import is_score, parts_of_scores
+from finetune.run.checkpoints import checkpoint_path
+
+SEPARATOR = " | "
+REDRAW_SECONDS = 0.1  # the least time between two redraws that bring no news; faster cannot be read
+
+# How a logged number is written, in the order of the line.
+_LOGGED = {
+    "loss": lambda value: f"loss {format_loss(value)}",
+    "learning_rate": lambda value: f"lr {format_learning_rate(value)}",
+    "tokens_per_second": lambda value: f"{format_count(value)} tok/s",
+    "images_per_second": lambda value: f"{format_count(value)} img/s",
+    "peak_memory_bytes": lambda value: f"peak {format_bytes(value)}",
+}
+# What a narrow terminal does without, first to go first. The step always stays.
+_DISPENSABLE = (
+    *("images_per_second", "peak_memory_bytes", "epoch", "tokens_per_second"),
+    *("learning_rate", "left", "loss", "evaluating"),
+)
+
+
+class Progress(TrainerCallback):
+    """The live line, or plain lines where there is no terminal.
+
+    It reads these keys of `logs`, each left out of the line where it is missing: loss, learning_rate,
+    tokens_per_second, images_per_second, peak_memory_bytes (bytes), epoch, eval_loss and other eval_* scores; and,
+    where a pack did not fit into the memory, out_of_memory_tokens with (evaluation_)tokens_per_batch.
+
+    Call `close()` when training ends with an exception, to hand the terminal back. At the end of training and at the
+    interpreter's exit that happens by itself.
+
+    Args:
+        stream: where to write; standard output by default.
+        checkpoints: the folder of the checkpoints; None leaves the place out of a checkpoint's line.
+        clock: seconds from any beginning, for the time left.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        checkpoints: str | os.PathLike | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._stream = sys.stdout if stream is None else stream
+        self._checkpoints = None if checkpoints is None else Path(checkpoints)
+        self._clock = clock
+        self._pace = _Pace(clock)
+        self._latest: dict[str, float] = {}
+        self._best: tuple[float, int] | None = None  # eval loss, step
+        self._evaluated_batches = 0
+        self._drawn_at = -math.inf
+        self._live: Live | None = None
+
+    # --- what the trainer calls --------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self._pace = _Pace(self._clock)
+        self._latest, self._evaluated_batches = {}, 0
+        # A resumed run brings the log of its first part along, and with it the best evaluation.
+        for record in state.log_history:
+            self._note_best(record, record.get("step", 0))
+        if self._stream.isatty() and os.environ.get("TERM") != "dumb":
+            self._open()
+        if state.global_step:
+            self._say(f"resumed at {_step(state)}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._pace.step()
+            self._redraw(args, state)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if state.is_world_process_zero:
+            self._evaluated_batches += 1
+            self._redraw(args, state, batches=_length(eval_dataloader))
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._evaluated_batches = 0
+            self._pace.pause_ended()
+            self._redraw(args, state, always=True)
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._pace.pause_ended()
+            where = "" if self._checkpoints is None else f": {checkpoint_path(self._checkpoints, state.global_step)}"
+            self._say(f"{_step(state)}{SEPARATOR}checkpoint saved{where}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        numbers = {key: value for key, value in (logs or {}).items() if is_number(value)}
+        if any(is_score(key) for key in numbers):
+            self._say(SEPARATOR.join([_step(state), *self._scores(numbers, state.global_step)]))
+            self._note_best(numbers, state.global_step)
+        if "out_of_memory_tokens" in numbers:
+            self._say(f"{_step(state)}{SEPARATOR}{_lowered_budget(numbers)}")
+        if any(key in numbers for key in _LOGGED):
+            self._latest = {key: numbers[key] for key in _LOGGED if key in numbers}
+            if self._live is None:
+                self._say(SEPARATOR.join(self._fields(args, state).values()))
+            else:
+                self._redraw(args, state, always=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self._redraw(args, state, always=True)
+        self.close()
+        # Early stopping, a signal and a callback's request all end here.
+        if state.global_step < state.max_steps:
+            self._say(f"stopped at step {state.global_step} of {state.max_steps}")
+
+    # --- the terminal ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leave the live line as it stands, the cursor below it, standard streams as they were. Twice does no harm."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
+            atexit.unregister(self.close)
+
+    def _open(self) -> None:
+        self.close()
+        # What other code prints or warns goes above the line; what it writes into a redirected stream stays there.
+        on_screen = self._stream is sys.stdout
+        console = Console(file=self._stream, force_terminal=True, highlight=False, markup=False, emoji=False)
+        self._live = Live(
+            Text("waiting for the first step"),
+            console=console,
+            auto_refresh=False,
+            redirect_stdout=on_screen,
+            redirect_stderr=on_screen and sys.stderr.isatty(),
+        )
+        self._live.start(refresh=True)
+        # A run that is killed outright has no time to bring a hidden cursor back.
+        console.show_cursor(True)
+        atexit.register(self.close)
+
+    def _say(self, line: str) -> None:
+        """Write a line that stays."""
+        if self._live is None:
+            print(line, file=self._stream, flush=True)
+        else:
+            self._live.console.print(Text(line), soft_wrap=True)
+
+    def _redraw(self, args, state, *, batches: int | None = None, always: bool = False) -> None:
+        now = self._clock()
+        if self._live is None or (now - self._drawn_at < REDRAW_SECONDS and not always):
+            return
+        self._drawn_at = now
+        fields = self._fields(args, state)
+        if self._evaluated_batches:
+            of = f"/{batches}" if batches else ""
+            fields = {"step": fields["step"], "evaluating": f"evaluating, batch {self._evaluated_batches}{of}"}
+        fields = _fit(fields, self._live.console.width)
+        line = Text(no_wrap=True, overflow="ellipsis")
+        for number, field in enumerate(fields.values()):
+            line.append(SEPARATOR if number else "", style="dim")
+            line.append(field)
+        self._live.update(line, refresh=True)
+
+    # --- what the lines say ------------------------------------------------------------------------------------------
+
+    def _fields(self, args, state) -> dict[str, str]:
+        """The training line, piece by piece."""
+        fields = {"step": _step(state)}
+        if is_number(state.epoch) and math.isfinite(state.epoch):
+            # With max_steps the run ends by steps, and the number of epochs is what comes out of it.
+            of = "" if args.max_steps > 0 else f"/{args.num_train_epochs:g}"
+            fields["epoch"] = f"epoch {state.epoch:.2f}{of}"
+        fields |= {key: _LOGGED[key](value) for key, value in self._latest.items()}
+        left = self._pace.seconds_left(state.max_steps - state.global_step)
+        if left is not None:
+            fields["left"] = f"{format_duration(left)} left"
+        return fields
+
+    def _scores(self, numbers: Mapping[str, float], step: int) -> list[str]:
+        """An evaluation's scores, its loss first and set beside the best one."""
+        scores = []
+        loss = numbers.get("eval_loss")
+        if loss is not None:
+            if self._best is None or loss < self._best[0]:
+                remark = ", best so far" if math.isfinite(loss) else ""
+            else:
+                remark = f", best {format_loss(self._best[0])} at step {self._best[1]}"
+            scores.append(f"eval loss {format_loss(loss)}{remark}")
+        for key, parts in parts_of_scores(numbers).items():
+            if key != "eval_loss":
+                text = f"{key.replace('_', ' ')} {format_loss(numbers[key])}"
+                each = ", ".join(f"{name} {format_loss(numbers[part])}" for part, name in parts.items())
+                scores.append(f"{text} ({each})" if each else text)
+        return scores
+
+    def _note_best(self, record: Mapping[str, Any], step: int) -> None:
+        loss = record.get("eval_loss")
+        if is_number(loss) and math.isfinite(loss) and (self._best is None or loss < self._best[0]):
+            self._best = (float(loss), step)
+
+
+class _Pace:
+    """Time left, from the last steps of this session.
+
+    The first step does not count: it waits for the first batch, compiles and fills caches. Evaluations and checkpoints
+    are kept apart from the steps and spread over all of them, so that one does not make the steps after it look slow.
+    A mean and not a median: a GPU runs behind the program, which then waits in one step for the work of several.
+    """
+
+    STEPS = 50
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._ends: deque[float] = deque(maxlen=self.STEPS + 1)  # of steps, seconds without pauses
+        self._steps = 0
+        self._paused = 0.0  # seconds
+        self._mark = 0.0  # where the last step or pause ended
+
+    def step(self) -> None:
+        self._mark = self._clock()
+        self._ends.append(self._mark - self._paused)
+        self._steps += 1
+
+    def pause_ended(self) -> None:
+        now = self._clock()
+        if self._steps:  # not an evaluation before training, which does not come again
+            self._paused += now - self._mark
+        self._mark = now
+
+    def seconds_left(self, steps: int) -> float | None:
+        """For so many steps; None before the second one."""
+        if len(self._ends) < 2 or steps < 0:
+            return None
+        each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return steps * (each + self._paused / self._steps)
+
+
+def _lowered_budget(numbers: Mapping[str, float]) -> str:
+    """That a pack did not fit into the memory (see `out_of_memory.PackBudget`), and what follows."""
+    too_many = f"out of memory with {numbers['out_of_memory_tokens']:,} tokens in one forward"
+    if "tokens_per_batch" in numbers:
+        return f"{too_many}: at most {numbers['tokens_per_batch']:,} from now on, with the same loss and gradients"
+    return f"{too_many} of evaluation: at most {numbers['evaluation_tokens_per_batch']:,} from now on"
+
+
+def _step(state) -> str:
+    return f"step {state.global_step}/{state.max_steps}" if state.max_steps > 0 else f"step {state.global_step}"
+
+
+def _fit(fields: dict[str, str], width: int) -> dict[str, str]:
+    """The fields that fit a line of `width` columns, the least needed left out."""
+    fields = dict(fields)
+    for key in _DISPENSABLE:
+        if len(SEPARATOR.join(fields.values())) <= width:
+            break
+        fields.pop(key, None)
+    return fields
+
+
+def _length(dataloader: Any) -> int | None:
+    """Batches; None for a stream that does not know."""
+    try:
+        return len(dataloader)
+    except TypeError:
+        return None
+
+
+def summary(
+    log_history: Sequence[Mapping[str, Any]],
+    *,
+    wall_seconds: float,
+    run: str | os.PathLike,
+    tokens: int | None = None,
+    images: int | None = None,
+) -> list[str]:
+    """The lines at the end of a run: a label in 11 columns, a space, what it says. What is not known has no line.
+
+        steps       1000 in 2h 04m
+        trained on  12.3M tokens (1.8M supervised), 48.2k images
+        loss        2.3104 -> 0.8412
+        eval loss   1.4210 -> 0.9876 at step 800 (best), 0.9912 at the end
+        eval anls   0.4120 -> 0.7831
+        peak memory 5.3 GB
+        run         runs/docvqa
+
+    Args:
+        log_history: the trainer's (`state.log_history`): dicts as `Progress` reads them, with `step`.
+        wall_seconds: of the training, seconds.
+        run: the run folder.
+        tokens: trained on, all of them.
+        images: seen, repetitions counted.
+    """
+    series: dict[str, list[tuple[int, float]]] = {}
+    for record in log_history:
+        for key, value in record.items():
+            if is_number(value):
+                series.setdefault(key, []).append((record.get("step", 0), value))
+    lines = {
+        "steps": f"{max((step for step, _ in series.get('step', [])), default=0)} in {format_duration(wall_seconds)}"
+    }
+    supervised = sum(value for _, value in series.get("supervised_tokens", []))
+    amounts = []
+    if tokens is not None:
+        amounts.append(
+            f"{format_count(tokens)} tokens" + (f" ({format_count(supervised)} supervised)" if supervised else "")
+        )
+    elif supervised:
+        amounts.append(f"{format_count(supervised)} supervised tokens")
+    if images is not None:
+        amounts.append(f"{format_count(images)} images")
+    if amounts:
+        lines["trained on"] = ", ".join(amounts)
+    if "loss" in series:
+        lines["loss"] = _first_to_last(series["loss"])
+    if "eval_loss" in series:
+        lines["eval loss"] = _first_to_best(series["eval_loss"])
+    for key, parts in parts_of_scores(series).items():
+        if key != "eval_loss":
+            each = ", ".join(f"{name} {_first_to_last(series[part])}" for part, name in parts.items())
+            lines[key.replace("_", " ")] = _first_to_last(series[key]) + (f" ({each})" if each else "")
+    if "peak_memory_bytes" in series:
+        lines["peak memory"] = format_bytes(max(value for _, value in series["peak_memory_bytes"]))
+    lines["run"] = os.fspath(run)
+    return [f"{label:<11} {text}" for label, text in lines.items()]
+
+
+def _first_to_last(values: list[tuple[int, float]]) -> str:
+    return " -> ".join(format_loss(value) for _, value in (values if len(values) == 1 else [values[0], values[-1]]))
+
+
+def _first_to_best(values: list[tuple[int, float]]) -> str:
+    """Losses of (step, loss): where they began, the lowest, and the last if that is another."""
+    finite = [(step, value) for step, value in values if math.isfinite(value)]
+    if len(values) == 1 or not finite:
+        return _first_to_last(values)
+    best_step, best = min(finite, key=lambda pair: pair[1])
+    text = f"{format_loss(values[0][1])} -> {format_loss(best)} at step {best_step} (best)"
+    return text if values[-1][0] == best_step else f"{text}, {format_loss(values[-1][1])} at the end"
+
+
+def drop_own_printers(trainer: Trainer):
+    """Transformers' printers would speak beside `Progress`."""
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)

@@ -1,0 +1,368 @@
+"""The SFT trainer: TRL's, with packing, a loss that is exact over the whole step, and complete checkpoints."""
+
+import contextlib
+import copy
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from accelerate import DistributedType
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import RandomSampler, SequentialSampler
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTConfig, SFTTrainer
+
+from finetune.batches.collate import Collator
+from finetune.batches.packing import split_batch
+from finetune.data.worker_processes import ended_by_the_trainer_alone
+from finetune.errors import Failed
+from finetune.evaluation.task_evaluation import TaskEvaluation, TaskScore
+from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt
+from finetune.model.adapters import parameter_groups
+from finetune.model.step_loss import forward_with_loss
+from finetune.run.checkpoints import checkpoint_path, prune, writing
+from finetune.run.folder import RunFolder
+from finetune.training.processes import average_gradients
+from finetune.training.throughput import Throughput
+from qwenvl.text.chat import IGNORED
+
+
+class NonFiniteLoss(Failed):
+    """The loss is NaN or infinite; the message names the samples it came from."""
+
+
+class QwenVLTrainer(SFTTrainer):
+    """Trains on samples by index: they are rendered, decoded and packed as they are needed.
+
+    One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
+    the sum over all their supervised tokens divided by their number, however they are cut into packs.
+
+    Args:
+        model: the model, with what shall be trained requiring gradients.
+        args: TRL's configuration.
+        collators: for "train" and, where there is evaluation, "eval".
+        indices: for the same names, the samples to use, as indices into the collator's samples.
+        run: where checkpoints go.
+        tokens_per_batch: tokens of one forward; None runs every sequence by itself. A pack that the memory does not
+            hold lowers it (see `out_of_memory`).
+        out_of_memory: what earlier parts of a resumed run noted in run.json of packs that were too much.
+        learning_rates, vision_layer_decay: see `adapters.parameter_groups`.
+        shuffle: draw the order of the training samples anew each epoch.
+        task_evaluation: scores replies at each evaluation, besides the loss; None does not.
+        callbacks: Transformers' callbacks, besides its own.
+        optimizer: in place of the one that `args.optim` names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SFTConfig,
+        *,
+        collators: dict[str, Collator],
+        indices: dict[str, Sequence[int]],
+        run: RunFolder,
+        tokens_per_batch: int | None,
+        out_of_memory: Sequence[Mapping[str, Any]] = (),
+        learning_rates: dict[str, float | None] | None = None,
+        vision_layer_decay: float | None = None,
+        shuffle: bool = True,
+        task_evaluation: TaskEvaluation | None = None,
+        callbacks: Sequence[Any] = (),
+        optimizer: torch.optim.Optimizer | None = None,
+    ):
+        self.collators = collators
+        self.run = run
+        self.train_budget = PackBudget("tokens_per_batch", tokens_per_batch, out_of_memory)
+        # Evaluation keeps no activations, and where it fails that need not slow training down.
+        self.eval_budget = PackBudget("evaluation_tokens_per_batch", tokens_per_batch, out_of_memory)
+        self.step_in_packs: StepInPacks | None = None
+        self.learning_rates = learning_rates or {}
+        self.vision_layer_decay = vision_layer_decay
+        self.shuffle = shuffle
+        self.task_evaluation = task_evaluation
+        self.throughput = Throughput()
+        datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
+        use_cache = model.config.use_cache
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collators["train"],
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("eval"),
+            processing_class=collators["train"].tokenizer,
+            callbacks=list(callbacks),
+            optimizers=(optimizer, None),
+        )
+        # Transformers turns it off here, and a model that is saved would reply without a cache ever after.
+        model.config.use_cache = use_cache
+
+    def _send_telemetry(self):
+        """Nothing is sent: a run makes no connection that its recipe does not ask for."""
+
+    def train(self, *args, **kwargs):
+        # Transformers aligns the model's stop tokens with the tokenizer's one; a reply has three.
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        settings = copy.deepcopy(model.generation_config)
+        self.step_in_packs = None
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            model.generation_config = settings
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.shuffle:
+            return SequentialSampler(dataset)
+        # Accelerate replaces its generator by one seeded from seed and epoch, on every process alike.
+        return RandomSampler(dataset)
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        of_workers = loader.base_dataloader  # what Accelerate has made around it starts none itself
+        of_workers.worker_init_fn = partial(ended_by_the_trainer_alone, then=of_workers.worker_init_fn)
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # Each sample once: processes with fewer do not get others' again, as they would in training.
+        loading = self.accelerator.dataloader_config
+        before = self.data_collator, loading.even_batches
+        self.data_collator, loading.even_batches = self.collators["eval"], False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator, loading.even_batches = before
+
+    def create_optimizer(self, model=None):
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            decaying = set(self.get_decay_parameter_names(model))
+            groups = parameter_groups(
+                model,
+                learning_rate=self.args.learning_rate,
+                learning_rates=self.learning_rates,
+                vision_layer_decay=self.vision_layer_decay,
+                weight_decay=self.args.weight_decay,
+                no_decay={name for name, _ in model.named_parameters()} - decaying,
+            )
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **arguments)
+        return self.optimizer
+
+    # Loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one batch, pack by pack; returns its share of the step's loss."""
+        model.train()
+        if self.step_in_packs is None:
+            self.train_budget.reach(self.state.global_step + 1)
+            self.step_in_packs = StepInPacks(
+                self.train_budget,
+                run_pack=partial(self._forward_backward, model, num_items_in_batch),
+                empty_gradients=model.zero_grad,
+                refuse=partial(self._refuse_out_of_memory, "train"),
+                can_run_anew=not self._is_sharded,
+                device=self.args.device,
+            )
+        total = self.step_in_packs.run(inputs)
+        if self.accelerator.sync_gradients:
+            self.step_in_packs = None
+            if isinstance(model, DistributedDataParallel):
+                average_gradients(model.parameters())
+        self.throughput.count(inputs)
+        return total
+
+    def _forward_backward(self, model, num_items_in_batch, pack: dict[str, torch.Tensor], is_last: bool):
+        """Of one pack; returns its share of the step's loss."""
+        wait = contextlib.nullcontext()
+        if isinstance(model, DistributedDataParallel):
+            # Past the wrapper, which would exchange gradients during the backward: see `gradient_exchange`.
+            model = model.module
+        elif not (is_last and self.accelerator.sync_gradients):
+            wait = self.accelerator.no_sync(model)
+        pack = self._prepare_inputs(pack)
+        with wait, self.maybe_activation_offload_context:
+            loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
+            self._refuse_non_finite(loss, pack)
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy summed over the supervised tokens, divided by `num_items_in_batch` (of all processes)."""
+        outputs = forward_with_loss(model, self.accelerator.unwrap_model(self.model), inputs, num_items_in_batch)
+        loss = outputs.loss
+        if num_items_in_batch is not None and self.model.training:
+            # The items are those of all processes, and gradients are averaged over them.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _refuse_non_finite(self, loss: torch.Tensor, pack: dict[str, torch.Tensor]):
+        if torch.isfinite(loss):
+            return
+        raise NonFiniteLoss(
+            f"the loss is {loss.item()} at step {self.state.global_step + 1}, on {self._origins('train', pack)}. Look "
+            "at these rows; if they are fine, lower train.learning_rate, or use model.dtype: bfloat16 or float32"
+        )
+
+    def _origins(self, name: str, pack: dict[str, torch.Tensor]) -> str:
+        """File and row of each sample of a pack."""
+        samples = self.collators[name].samples
+        return "; ".join(str(samples[index].origin) for index in pack["samples"].tolist())
+
+    def _refuse_out_of_memory(self, name: str, pack: dict[str, torch.Tensor], failure: OutOfMemory) -> NoReturn:
+        images = int(pack["sequence_images"].sum())
+        raise DoesNotFit(
+            what=f"{self._origins(name, pack)} ({pack['input_ids'].numel():,} tokens, {images} images)",
+            when=f"in evaluation after step {self.state.global_step}"
+            if name == "eval"
+            else f"at step {self.state.global_step + 1}",
+            conversations=len(pack["sequence_lengths"]),
+            tokens=pack["input_ids"].numel(),
+            said=failure.said,
+        )
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `_evaluate_in_place`, and training goes on as if there had been none: a loader alone draws a number."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return self._evaluate_in_place(eval_dataset, metric_key_prefix)
+
+    def _evaluate_in_place(self, eval_dataset, metric_key_prefix: str) -> dict[str, float]:
+        """Mean loss over all supervised tokens of the evaluation samples, and the task's score where there is one.
+
+        In eval mode the model stretches positions beyond `seq_length` (see `model.rotary`), which training does not:
+        `eval_long_samples` counts the samples on which this loss is therefore not the training objective.
+        """
+        start = time.monotonic()
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        # Sum of losses, supervised tokens, samples, samples beyond seq_length.
+        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        beyond = self.model.config.seq_length
+        for batch in self.get_eval_dataloader(eval_dataset):
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            for pack, loss in self._losses(model, batch):
+                lengths = pack["sequence_lengths"]
+                counts = [(pack["labels"] != IGNORED).sum(), len(lengths), (lengths > beyond).sum()]
+                sums += torch.tensor([loss, *counts], dtype=torch.float64, device=sums.device)
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        self._log_lowered(self.eval_budget)
+        metrics = {
+            f"{metric_key_prefix}_loss": (sums[0] / sums[1]).item(),
+            f"{metric_key_prefix}_supervised_tokens": int(sums[1]),
+            f"{metric_key_prefix}_samples": int(sums[2]),
+            f"{metric_key_prefix}_long_samples": int(sums[3]),
+        }
+        if self.task_evaluation is not None:
+            metrics |= self._task_score().metrics()
+        metrics[f"{metric_key_prefix}_seconds"] = round(time.monotonic() - start, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _losses(self, model, batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """A batch pack by pack, each with its summed loss, in smaller packs where they do not fit."""
+        budget = self.eval_budget
+        budget.reach(self.state.global_step)
+        packs = split_batch(batch, budget.tokens)
+        while packs:
+            pack, *others = packs
+            loss = attempt(partial(self._loss_of_pack, model, pack))
+            if not isinstance(loss, OutOfMemory):
+                yield pack, loss
+                packs = others
+                continue
+            lengths = pack["sequence_lengths"]
+            if len(lengths) == 1 or self._is_sharded:
+                self._refuse_out_of_memory("eval", pack, loss)
+            budget.lower(int(lengths.sum()), max(int(one["sequence_lengths"].max()) for one in packs))
+            packs = [smaller for larger in packs for smaller in split_batch(larger, budget.tokens)]
+
+    def _loss_of_pack(self, model, pack: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(pack), num_items_in_batch=1)
+
+    def _task_score(self) -> TaskScore:
+        model = self.accelerator.unwrap_model(self.model)
+        step = self.state.global_step
+        return self.task_evaluation.evaluate(model, self.accelerator, step, bar=False, tick=self._tick)
+
+    def _tick(self):
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # A step is done, and nothing is saved of it yet.
+        self._log_lowered(self.train_budget)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _log_lowered(self, budget: PackBudget):
+        news = budget.take_news(self.args.device)
+        if news is not None:
+            # A log takes the place of the step's own, which is still to come.
+            is_to_come = self.control.should_log
+            self.log(news)
+            self.control.should_log = is_to_come
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether every forward waits for the other processes, which have parts of the model."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.throughput.since_last(self.accelerator.num_processes, self.args.device)
+        # Past SFTTrainer's, which adds figures of its own loss.
+        Trainer.log(self, logs, start_time)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        """As the base class's, but complete or not there: written beside, synced, hashed, then renamed."""
+        step = self.state.global_step
+        final = checkpoint_path(self.run.checkpoints, step)
+        with contextlib.ExitStack() as stack:
+            partial = stack.enter_context(writing(final)) if self.args.should_save else None
+            partial = self._from_main_process(partial)
+            stack.callback(setattr, self.args, "output_dir", self.args.output_dir)
+            self.args.output_dir = str(partial)
+            # Not SFTTrainer's: it writes a model card into the output folder first.
+            Trainer._save_checkpoint(self, model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                written = partial / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+                for file in sorted(written.iterdir()):
+                    file.rename(partial / file.name)
+                written.rmdir()
+                self._name_best_checkpoint(partial / TRAINER_STATE_NAME)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            keep = self.args.save_total_limit
+            if keep is not None:
+                prune(self.run.checkpoints, keep, {Path(best)} if best else set())
+        self.accelerator.wait_for_everyone()
+
+    def _name_best_checkpoint(self, state_file: Path):
+        """The best checkpoint by the name that it has, or will have, in the run folder."""
+        best = self.state.best_global_step
+        self.state.best_model_checkpoint = str(checkpoint_path(self.run.checkpoints, best)) if best else None
+        state = json.loads(state_file.read_text())
+        state["best_model_checkpoint"] = self.state.best_model_checkpoint
+        state_file.write_text(json.dumps(state, indent=2) + "\n")
+
+    def _from_main_process(self, value: Any) -> Any:
+        if self.accelerator.num_processes == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]

@@ -1,0 +1,1 @@
+"""Images: found, decoded, resized and normalised; and boxes drawn on them."""

@@ -1,0 +1,77 @@
+"""What `generate` must know about this family: where replies stop, and whose images are whose."""
+
+import torch
+from transformers import GenerationConfig
+
+from qwenvl.model.configuration import IMAGE_START_AFTER_END_OF_TEXT, QwenVLConfig
+from qwenvl.model.image_span import image_span_starts
+
+SAMPLING_ONLY = ("temperature", "top_p", "top_k", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def read_published_settings(generation_config: GenerationConfig, config: QwenVLConfig) -> GenerationConfig:
+    """A generation config of the published kind, made whole for current Transformers, in place.
+
+    - `chat_format: "chatml"` means that replies end at `<|im_end|>`, `<|im_start|>` or `<|endoftext|>`, though the
+      published file names only the last as `eos_token_id`.
+    - sampling settings beside `do_sample: false` mean nothing, but current Transformers refuses to save them.
+    """
+    if getattr(generation_config, "chat_format", None) == "chatml":
+        end_of_text = end_of_text_id(generation_config, config)
+        if end_of_text is not None:
+            im_start, im_end = end_of_text + 1, end_of_text + 2
+            generation_config.eos_token_id = [im_end, im_start, end_of_text]
+            if generation_config.pad_token_id is None:
+                generation_config.pad_token_id = end_of_text
+    if not generation_config.do_sample:
+        for setting in SAMPLING_ONLY:
+            if getattr(generation_config, setting, None) is not None:
+                setattr(generation_config, setting, None)
+    return generation_config
+
+
+def end_of_text_id(generation_config: GenerationConfig, config: QwenVLConfig) -> int | None:
+    """Id of `<|endoftext|>`: from the image tokens' place, or, in a text-only checkpoint, from its own eos."""
+    if config.image_start_id is not None:
+        return config.image_start_id - IMAGE_START_AFTER_END_OF_TEXT
+    eos = generation_config.eos_token_id
+    return eos if isinstance(eos, int) else None
+
+
+def refuse_chunked_prefill(*chunk_sizes: int | None):
+    """Raises:
+    ValueError: a chunk size is set. The rotary stretch follows from the whole prompt's length (see `rotary.py`),
+        which a first chunk does not know: logits would be silently wrong.
+    """
+    if any(size is not None for size in chunk_sizes):
+        raise ValueError("prefill_chunk_size is not possible with this model: remove it (set it to None)")
+
+
+def images_per_row(input_ids: torch.Tensor, config: QwenVLConfig) -> list[int]:
+    """Complete image spans in each row of (batch, length) ids."""
+    return image_span_starts(input_ids, config).sum(dim=1).tolist()
+
+
+def repeat_images(image_features: torch.Tensor, input_ids: torch.Tensor, times: int, config: QwenVLConfig):
+    """Image features for a batch whose every row is repeated `times` times in a row (beams, several returns).
+
+    (images, n_queries, hidden) in reading order -> (images * times, n_queries, hidden). A plain repeat_interleave
+    of the images would give a row with two images its first one twice.
+    """
+    rows = image_features.split(images_per_row(input_ids, config))
+    return torch.cat([row for row in rows for _ in range(times)])
+
+
+def images_of_suffix(
+    image_features: torch.Tensor, input_ids: torch.Tensor, suffix_length: int, config: QwenVLConfig
+) -> torch.Tensor | None:
+    """The features of the images that begin in the last `suffix_length` tokens; the others are in the cache already.
+
+    Where the features are those of the suffix alone they are returned as they are.
+    """
+    in_suffix = images_per_row(input_ids[:, -suffix_length:], config)
+    if sum(in_suffix) == len(image_features):
+        return image_features
+    rows = image_features.split(images_per_row(input_ids, config))
+    kept = [row[len(row) - count :] for row, count in zip(rows, in_suffix, strict=True)]
+    return torch.cat(kept) if sum(in_suffix) else None

@@ -1,0 +1,396 @@
+"""Qwen-VL: embed, place image features, decode, logits, loss, generate."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.output_capturing import capture_outputs
+
+from qwenvl.images.image_processor import normalize_pixels
+from qwenvl.model.configuration import QwenVLConfig
+from qwenvl.model.fresh_weights import draw_weights
+from qwenvl.model.generation import images_of_suffix, read_published_settings, refuse_chunked_prefill, repeat_images
+from qwenvl.model.image_span import place_image_features
+from qwenvl.model.language import Attention, Block, RMSNorm
+from qwenvl.model.loss import in_type_of, mean_loss, next_token_loss, supervised_loss, supervised_positions
+from qwenvl.model.nf4_weights import compute_in
+from qwenvl.model.quantized_head import head_logits
+from qwenvl.model.rotary import Positions, dynamic_ntk_alpha, rotary_positions
+from qwenvl.model.sequences import (
+    PackedSequences,
+    is_packed,
+    lengths_of_sequences,
+    padded_positions,
+    positions_of_sequences,
+    real_lengths,
+)
+from qwenvl.model.varlen_attention import VARLEN
+from qwenvl.model.vision import VisionTransformer
+
+
+class QwenVLPreTrainedModel(PreTrainedModel):
+    """What Transformers needs to know about the family, and how fresh weights are drawn."""
+
+    config_class = QwenVLConfig
+    base_model_prefix = "transformer"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block", "VisionBlock", "Resampler")
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012 (the base class's type)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        draw_weights(module, self.config)
+
+
+class QwenVLModel(QwenVLPreTrainedModel):
+    """The decoder with its vision side: ids and pixels in, hidden states out."""
+
+    def __init__(self, config: QwenVLConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        if config.visual is not None:
+            self.visual = VisionTransformer(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.wte = value
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode images in one pass.
+
+        Args:
+            pixel_values: (images, 3, S, S), float normalised, or uint8 as decoded.
+
+        Returns:
+            (images, n_queries, hidden)
+
+        Raises:
+            ValueError: a text-only checkpoint, or pixels of another shape.
+        """
+        if self.config.visual is None:
+            raise ValueError("this is a text-only Qwen checkpoint (its config has no `visual`): it takes no images")
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize_pixels(pixel_values)
+        return self.visual(pixel_values)
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        sequence_lengths: Sequence[int] | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Arguments and errors: see `QwenVLForConditionalGeneration.forward`.
+
+        Returns:
+            `last_hidden_state` (batch, length, hidden) after the final norm, and the cache.
+        """
+        hidden = self._embed(input_ids, inputs_embeds, pixel_values, image_features)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if sequence_lengths is not None:
+            if any(given is not None for given in (position_ids, attention_mask, past_key_values)):
+                raise ValueError("sequence_lengths say all: give no position_ids, attention_mask or past_key_values")
+            position_ids = positions_of_sequences(sequence_lengths, hidden)
+            packed = len(sequence_lengths) > len(hidden)
+        else:
+            packed = is_packed(position_ids, attention_mask) if past_key_values is None else False
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not packed
+        elif use_cache and packed:
+            raise ValueError("packed sequences (several within a row) cannot use a cache")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = padded_positions(attention_mask, past_length, hidden)
+        mask = None
+        if packed and self.config._attn_implementation == VARLEN:
+            lengths = lengths_of_sequences(position_ids) if sequence_lengths is None else sequence_lengths
+            kwargs["sequences"] = PackedSequences.of_lengths(lengths, hidden.device)
+        else:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        positions = self._positions(position_ids, attention_mask, past_key_values, past_length)
+        hidden = nn.functional.dropout(hidden, p=self.config.emb_dropout_prob, training=self.training)
+        for block in self.h:
+            hidden = block(
+                hidden,
+                positions=positions,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden), past_key_values=past_key_values)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Token embeddings with image features in place: (batch, length, hidden), in the blocks' dtype."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("give either pixel_values or image_features, not both")
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values)
+        if input_ids is None:
+            if image_features is not None:
+                raise ValueError("images need input_ids, which say where they stand; inputs_embeds do not")
+            hidden = inputs_embeds
+        else:
+            hidden = self.wte(input_ids)
+            if self.config.visual is not None:
+                hidden = place_image_features(hidden, input_ids, image_features, self.config)
+            elif image_features is not None:
+                raise ValueError("this is a text-only Qwen checkpoint: it takes no image_features")
+        # An embedding table trained in float32 beside 16-bit blocks must not widen the whole stream.
+        return hidden.to(self.ln_f.weight.dtype)
+
+    def _positions(
+        self,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        past_length: int,
+    ) -> Positions:
+        """Rotary table and log-n factors of this forward; the two long-context extensions act in eval mode only.
+
+        Dynamic NTK goes by the length of each row's prompt (or packed sequence), without padding, and decoding steps
+        keep the prompt's: it travels with the cache.
+        """
+        config, ntk_alpha, log_n_from = self.config, None, None
+        if not self.training:
+            length = position_ids.shape[1]
+            if config.use_dynamic_ntk:
+                if past_length:
+                    ntk_alpha = getattr(past_key_values, "ntk_alpha", None)
+                elif length > config.seq_length:
+                    ntk_alpha = dynamic_ntk_alpha(real_lengths(position_ids, attention_mask), config.seq_length)
+                if past_key_values is not None and not past_length:
+                    past_key_values.ntk_alpha = None if ntk_alpha is None else ntk_alpha.amax(1, keepdim=True)
+            if config.use_logn_attn and past_length + length > config.seq_length:
+                log_n_from = config.seq_length
+        return rotary_positions(
+            position_ids,
+            head_dim=config.kv_channels,
+            base=config.rotary_emb_base,
+            ntk_alpha=ntk_alpha,
+            log_n_from=log_n_from,
+        )
+
+
+class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
+    """Qwen-VL with its language-model head."""
+
+    def __init__(self, config: QwenVLConfig):
+        super().__init__(config)
+        self.transformer = QwenVLModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # the class name matches none of Transformers' loss mappings
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As Transformers', for published folders too: their generation config is read as it was meant."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        read_published_settings(model.generation_config, model.config)
+        if getattr(model, "is_loaded_in_4bit", False):  # Transformers' own mark
+            compute_in(model, model.dtype)
+        return loaded
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.transformer.wte = value
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """Never shrinks the table: published ones have rows to spare, and PEFT's Auto class asks for as many as the
+        tokenizer has tokens.
+
+        Raises:
+            ValueError: more rows than there are. Qwen's special tokens are numbered from the end of the vocabulary:
+                there is no place for new ones.
+        """
+        if new_num_tokens is not None and new_num_tokens > self.config.vocab_size:
+            raise ValueError(
+                f"cannot make room for {new_num_tokens} tokens: the model has {self.config.vocab_size} rows, and the "
+                "tokenizer no ids to give. Use the 205 spare tokens <|extra_0|> .. <|extra_204|>"
+            )
+        return self.get_input_embeddings()
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """See `QwenVLModel.get_image_features`: (images, 3, S, S) -> (images, n_queries, hidden)."""
+        return self.transformer.get_image_features(pixel_values)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        sequence_lengths: Sequence[int] | None = None,
+        skip_logits: bool = False,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at every position.
+
+        Args:
+            input_ids: (batch, length). An image is `<img>`, n_queries x `<imgpad>`, `</img>`.
+            attention_mask: (batch, past + length), 1 for real tokens, padding on either side; or a ready 4-D mask.
+            position_ids: (batch, length), 0-based. Positions that begin anew within a row mark packed sequences,
+                which then do not see each other (give no attention_mask with them).
+            pixel_values: (images of the whole batch in reading order, 3, S, S), float normalised or uint8.
+            labels: (batch, length), ids, -100 where not trained; shifted inside.
+            inputs_embeds: (batch, length, hidden) instead of ids, images already placed.
+            image_features: (images, n_queries, hidden) instead of pixel_values, from `get_image_features`.
+            logits_to_keep: only the last so many positions (0: all), or an index tensor of positions.
+            num_items_in_batch: supervised tokens of the whole step; see `loss.mean_loss`.
+            sequence_lengths: tokens of each packed sequence, in order, on the host. Say what position_ids say else,
+                which are then looked through on the device.
+            skip_logits: for training, with labels: the loss alone, and never more than a few rows of logits. As an
+                argument of forward it works through whatever wraps the model and listens there (DDP, FSDP, PEFT).
+
+        Returns:
+            `logits` (batch, kept positions, vocabulary) in the model's dtype, None with skip_logits; `loss` if labels
+            were given; `past_key_values` if a cache is used.
+
+        Raises:
+            ValueError: images and image spans differ in number; contradictory arguments.
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        if skip_logits:
+            if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
+                raise ValueError("skip_logits gives the loss alone: it needs labels, and no logits_to_keep")
+            rows, targets = supervised_positions(labels)  # waits for the device, which has little to do yet
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            pixel_values=pixel_values,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_features=image_features,
+            use_cache=use_cache,
+            sequence_lengths=sequence_lengths,
+            **kwargs,
+        )
+        if labels is not None and not isinstance(logits_to_keep, int):
+            raise ValueError("labels need logits of neighbouring positions: give logits_to_keep as a number")
+        hidden, logits, loss = outputs.last_hidden_state, None, None
+        if skip_logits:
+            hidden = hidden.flatten(0, 1)[rows.to(hidden.device)]
+            total = supervised_loss(hidden, self.lm_head, targets.to(hidden.device))
+            loss = mean_loss(total, len(rows), num_items_in_batch)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = head_logits(self.lm_head, in_type_of(self.lm_head, hidden[:, kept]))
+            if labels is not None:
+                loss = next_token_loss(logits, labels[:, kept], num_items_in_batch)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        *args,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """As Transformers' `generate`, with images: each is encoded once, however many beams or returns there are.
+
+        Raises:
+            ValueError: `prefill_chunk_size` is set (see `generation.refuse_chunked_prefill`).
+        """
+        refuse_chunked_prefill(
+            kwargs.get("prefill_chunk_size"),
+            getattr(generation_config or self.generation_config, "prefill_chunk_size", None),
+        )
+        if pixel_values is not None:
+            if image_features is not None:
+                raise ValueError("give either pixel_values or image_features, not both")
+            image_features = self.get_image_features(pixel_values)
+        if image_features is not None:
+            kwargs["image_features"] = image_features
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        features = model_kwargs.pop("image_features", None)
+        expanded_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if features is not None:
+            model_kwargs["image_features"] = (
+                features if expand_size == 1 else repeat_images(features, input_ids, expand_size, self.config)
+            )
+        return expanded_ids, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        image_features=None,
+        **kwargs,
+    ):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if image_features is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            if next_sequence_length is not None:
+                image_features = images_of_suffix(image_features, input_ids, next_sequence_length, self.config)
+            inputs["image_features"] = image_features
+        return inputs

@@ -1,0 +1,97 @@
+"""Which linears of a model are in 4 bits, in the words of configurations, checkpoints and bitsandbytes."""
+
+import importlib.util
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qwenvl.model.configuration import QwenVLConfig
+from qwenvl.model.modeling import QwenVLForConditionalGeneration
+
+PARTS = ("language", "vision", "head")
+"""What may be held in 4 bits. The resampler, the embeddings, convolutions, norms and biases never are."""
+
+DEFAULT_PARTS = ("language",)
+
+# The linears of a part by the beginning of their names, and one of them.
+_PREFIXES = {"language": "transformer.h.", "vision": "transformer.visual.transformer.", "head": "lm_head"}
+_EXAMPLES = {
+    "language": "transformer.h.0.mlp.w1",
+    "vision": "transformer.visual.transformer.resblocks.0.mlp.c_fc",
+    "head": "lm_head",
+}
+
+BITSANDBYTES = "bitsandbytes>=0.50"
+
+
+def require_bitsandbytes():
+    """Raises:
+    ValueError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"4-bit weights need bitsandbytes, which is not installed: pip install '{BITSANDBYTES}'")
+
+
+def read_parts(parts: Iterable[str]) -> tuple[str, ...]:
+    """The parts in the order of `PARTS`.
+
+    Raises:
+        ValueError: an unknown part, or no "language".
+    """
+    wanted = [parts] if isinstance(parts, str) else list(parts)
+    unknown = [part for part in wanted if part not in PARTS]
+    if unknown:
+        raise ValueError(f"quantize: {', '.join(map(repr, unknown))} is none of {', '.join(PARTS)}")
+    if "language" not in wanted:
+        raise ValueError("quantize: the language model is always in 4 bits where anything is: add 'language'")
+    return tuple(part for part in PARTS if part in wanted)
+
+
+def quantized_parts(config: QwenVLConfig) -> tuple[str, ...]:
+    """The parts that a checkpoint stores in 4 bits, by its config; none for a 16-bit one.
+
+    Raises:
+        ValueError: it is quantised in another way.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return ()
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
+        method = settings.get("quant_method", "an unknown method")
+        raise ValueError(
+            f"the checkpoint is quantised by {method}, which is not NF4 of bitsandbytes. Take the 16-bit one it was "
+            "made from, and quantization='nf4' if it shall be in 4 bits"
+        )
+    skipped = settings["llm_int8_skip_modules"] or ["lm_head"]  # Transformers' default
+    return tuple(part for part in PARTS if should_convert_module(_EXAMPLES[part], skipped))
+
+
+def quantized_names(config: QwenVLConfig, parts: Collection[str]) -> frozenset[str]:
+    """Names of the weights that are in 4 bits with these parts, as in the checkpoint."""
+    prefixes = tuple(_PREFIXES[part] for part in parts)
+    with torch.device("meta"):
+        model = QwenVLForConditionalGeneration(config)
+    # Exact linears only, as Transformers replaces them.
+    linears = (name for name, module in model.named_modules() if type(module) is nn.Linear)
+    return frozenset(f"{name}.weight" for name in linears if name.startswith(prefixes))
+
+
+def nf4_config(parts: Collection[str], dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
+    """Transformers' configuration for these parts; `dtype` is what is computed in."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=modules_to_skip(parts),
+    )
+
+
+def modules_to_skip(parts: Collection[str]) -> list[str]:
+    """What stays in 16 bits, as Transformers wants it named: the list replaces its own, which has the head."""
+    skipped = ["transformer.visual.attn_pool" if "vision" in parts else "transformer.visual"]
+    return skipped if "head" in parts else [*skipped, "lm_head"]

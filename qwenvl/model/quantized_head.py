@@ -1,0 +1,139 @@
+"""An output head in 4 bits that is never there in 16 bits as a whole: the published one would take 1.2 GB for it.
+
+bitsandbytes makes the whole matrix for a product of more than a few rows. Here it is made some thousand tokens of the
+vocabulary at a time.
+"""
+
+from collections.abc import Iterator
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qwenvl.model.nf4_weights import is_quantized
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+TOKENS_AT_A_TIME = 8192
+"""Of the vocabulary: 67 MB of the published head in 16 bits. A power of two: so pieces begin where blocks begin."""
+
+FEW_ROWS = 4
+"""Up to which bitsandbytes' kernels multiply by the codes themselves."""
+
+
+def comes_in_pieces(head: nn.Module, hidden: torch.Tensor) -> bool:
+    """Whether a head can be taken apart: it is in 4 bits, has no bias, and no hook of a device_map has to bring it."""
+    return is_quantized(head) and head.weight.device == hidden.device and head.bias is None
+
+
+def head_logits(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of any head; of one in 4 bits piece by piece.
+
+    Args:
+        hidden: (..., hidden).
+
+    Returns:
+        (..., vocabulary)
+    """
+    if not comes_in_pieces(head, hidden) or hidden.shape[:-1].numel() <= FEW_ROWS:
+        return head(hidden)
+    from bitsandbytes import matmul_4bit
+
+    x = hidden.to(head.compute_dtype or hidden.dtype)
+    return torch.cat([matmul_4bit(x, codes, quant_state=state) for _, codes, state in _pieces(head)], -1).to(
+        hidden.dtype
+    )
+
+
+class QuantizedHeadCrossEntropy(torch.autograd.Function):
+    """Sum of -log p(target) over rows of hidden states through a head in 4 bits, and its gradient beside it.
+
+    Once over the vocabulary for each row's log-sum-exp, once more for the gradient: unpacking twice costs
+    milliseconds, and the head is frozen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, chunk: int, for_training: bool
+    ) -> torch.Tensor:
+        wide_type = torch.promote_types(hidden.dtype, torch.float32)
+        log_sums = torch.full(targets.shape, -torch.inf, dtype=wide_type, device=hidden.device)
+        gold = torch.zeros_like(log_sums)
+        for tokens, weight in _dequantized_pieces(head, hidden.dtype):
+            for rows in _rows(hidden, chunk):
+                logits = (hidden[rows] @ weight.T).to(wide_type)
+                log_sums[rows] = torch.logaddexp(log_sums[rows], logits.logsumexp(-1))
+                places, is_here = _places(targets[rows], tokens)
+                gold[rows] += torch.where(is_here, logits.gather(1, places)[:, 0], 0)
+        gradient = None
+        if for_training and ctx.needs_input_grad[0]:
+            gradient = torch.zeros_like(hidden, dtype=wide_type)
+            for tokens, weight in _dequantized_pieces(head, hidden.dtype):
+                for rows in _rows(hidden, chunk):
+                    wide = (hidden[rows] @ weight.T).to(wide_type).sub_(log_sums[rows, None]).exp_()
+                    places, is_here = _places(targets[rows], tokens)
+                    wide.scatter_add_(1, places, -is_here.to(wide_type)[:, None])
+                    gradient[rows] += wide.to(weight.dtype) @ weight
+            gradient = gradient.to(hidden.dtype)
+        # Not as a saved tensor: activation offloading would carry it to the host and back.
+        ctx.gradient = gradient
+        return (log_sums - gold).sum()
+
+    @staticmethod
+    def backward(ctx, grad_total: torch.Tensor):
+        if ctx.gradient is None:
+            raise RuntimeError("the loss at supervised positions was gone backward through already")
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(grad_total), None, None, None, None
+
+
+def _rows(hidden: torch.Tensor, chunk: int) -> Iterator[slice]:
+    for start in range(0, len(hidden), chunk):
+        yield slice(start, start + chunk)
+
+
+def _places(targets: torch.Tensor, tokens: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, 1) columns of the targets in a piece of the vocabulary, and (rows,) whether they are in it at all."""
+    is_here = (targets >= tokens.start) & (targets < tokens.stop)
+    return (targets - tokens.start).clamp(0, len(tokens) - 1)[:, None], is_here
+
+
+def _dequantized_pieces(head: nn.Module, dtype: torch.dtype) -> Iterator[tuple[range, torch.Tensor]]:
+    from bitsandbytes.functional import dequantize_4bit
+
+    for tokens, codes, state in _pieces(head):
+        yield tokens, dequantize_4bit(codes, state).to(dtype)
+
+
+def _pieces(head: nn.Module) -> "Iterator[tuple[range, torch.Tensor, QuantState]]":
+    """Codes and state of the head's rows, some thousand at a time, and which they are. Views: nothing is copied."""
+    from bitsandbytes.functional import QuantState
+
+    state, codes = head.weight.quant_state, head.weight.data.view(-1)
+    vocabulary, width = state.shape
+    for start in range(0, vocabulary, TOKENS_AT_A_TIME):
+        tokens = range(start, min(start + TOKENS_AT_A_TIME, vocabulary))
+        first, last = start * width, tokens.stop * width
+        nested = state.state2
+        if nested is not None:
+            block = state.blocksize * nested.blocksize
+            assert first % block == 0, (first, block)
+            nested = QuantState(
+                absmax=nested.absmax[first // block : ceil(last / block)],
+                code=nested.code,
+                blocksize=nested.blocksize,
+                dtype=nested.dtype,
+            )
+        piece = QuantState(
+            absmax=state.absmax[first // state.blocksize : ceil(last / state.blocksize)],
+            shape=torch.Size((len(tokens), width)),
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+            offset=state.offset,
+            state2=nested,
+        )
+        yield tokens, codes[first // 2 : ceil(last / 2)].view(-1, 1), piece

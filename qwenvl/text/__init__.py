@@ -1,0 +1,1 @@
+"""Text: vocabulary, tokenizer, conversations as ids, and the markup of boxes."""

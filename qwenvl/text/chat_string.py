@@ -1,0 +1,141 @@
+"""A conversation as one string, and that string as tokens: for tools that handle prompts as text.
+
+Preference trainers and servers render a chat to a string, cut it, and hand it back. `write_chat` and `read_string`
+are each other's inverse with `chat.render_chat`: the ids are the same. In such a string control tokens are written
+plainly where they are structure; where somebody's *text* spells one, it is wrapped in two private-use characters (the
+ones that Transformers marks such text with) and comes back as text.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwenvl.text.chat import IMAGE_SOURCE_KEYS, ImageSlot, Piece, Rendered, Tag, Writer, read_turns
+
+if TYPE_CHECKING:
+    from qwenvl.text.tokenizer import QwenVLTokenizer
+
+MARK_OPEN, MARK_CLOSE = "\U000f0000", "\U000f0001"
+IMAGE_PLACEHOLDER = "<img></img>"
+
+# For tools that only know Jinja templates (servers, `trl`'s checks). It has no defence against control tokens spelled
+# in text, so this project renders with `chat.py`; a test keeps the two equal on ordinary conversations.
+CHAT_TEMPLATE = """\
+{%- set pictures = namespace(seen=0) -%}
+{%- if messages[0]['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>' -}}
+{%- endgeneration -%}
+{%- else -%}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] in ('image', 'image_url') -%}
+{%- set pictures.seen = pictures.seen + 1 -%}
+{{- 'Picture ' ~ pictures.seen ~ ':<img></img>\\n' -}}
+{%- else -%}
+{{- part['text'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+def write_chat(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: "QwenVLTokenizer",
+    *,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+    grounding: bool = False,
+    numbered: bool = True,
+) -> str:
+    """The conversation as a string; an image is `<img></img>`. Arguments and errors as in `chat.render_chat`."""
+    in_text = re.compile("|".join(re.escape(token) for token in (*tokenizer.control_tokens, MARK_OPEN, MARK_CLOSE)))
+    written = []
+    for turn in read_turns(messages, grounding, numbered, continue_final_message, add_generation_prompt):
+        written.append(f"<|im_start|>{turn.role}\n")
+        for piece in turn.pieces:
+            if isinstance(piece, str):
+                written.append(in_text.sub(rf"{MARK_OPEN}\g<0>{MARK_CLOSE}", piece))
+            else:
+                written.append(piece.token if isinstance(piece, Tag) else IMAGE_PLACEHOLDER)
+        if turn.closed:
+            written.append("<|im_end|>\n")
+    return "".join(written)
+
+
+def read_string(string: str, tokenizer: "QwenVLTokenizer", *, n_queries: int = 256) -> Rendered:
+    """Tokens of a string as `write_chat` makes it, or of a piece of one; nothing in it is trained.
+
+    An image is `<img></img>`, with any number of `<imgpad>` between. Its source is None: the string names no images.
+
+    Raises:
+        ValueError: an `<img>` that is not such a placeholder. Paths between the tags, as the published data has them,
+            are never opened.
+    """
+    writer = Writer(tokenizer, n_queries)
+    for piece in _read_pieces(string, tokenizer):
+        if isinstance(piece, ImageSlot):
+            writer.image(piece)
+        elif isinstance(piece, Tag):
+            writer.control(tokenizer.control_tokens[piece.token], train=False)
+        else:
+            writer.text(piece, train=False)
+    return writer.rendered
+
+
+def _read_pieces(string: str, tokenizer: "QwenVLTokenizer") -> list[Piece]:
+    """Cut a string into text runs, control tokens and image placeholders."""
+    tokens = "|".join(re.escape(token) for token in tokenizer.control_tokens)
+    pattern = re.compile(
+        rf"{MARK_OPEN}(?P<literal>{tokens}|{MARK_OPEN}|{MARK_CLOSE}){MARK_CLOSE}"
+        r"|(?P<image><img>(?:<imgpad>)*+</img>)"
+        rf"|(?P<control>{tokens})"
+    )
+    pieces: list[Piece] = []
+    text, cursor, images = "", 0, 0
+    for match in pattern.finditer(string):
+        text += string[cursor : match.start()]
+        cursor = match.end()
+        if match["literal"] is not None:
+            text += match["literal"]
+            continue
+        pieces += _text_runs(text, pieces)
+        text = ""
+        if match["image"] is not None:
+            images += 1
+            pieces.append(ImageSlot(images, None))
+        elif match["control"] in ("<img>", "</img>", "<imgpad>"):
+            raise ValueError(
+                f"the text holds {match['control']} at character {match.start()}, which is not part of an image "
+                f"placeholder ({IMAGE_PLACEHOLDER}). Paths inside the text are not opened: pass the images beside it, "
+                f"or as message parts with one of {', '.join(IMAGE_SOURCE_KEYS)}"
+            )
+        else:
+            pieces.append(Tag(match["control"]))
+    return pieces + _text_runs(text + string[cursor:], pieces)
+
+
+def _text_runs(text: str, before: list[Piece]) -> list[Piece]:
+    """The text as it is encoded: after `<|im_start|>` the role and its newline are runs of their own."""
+    if before and before[-1] == Tag("<|im_start|>") and "\n" in text:
+        role, content = text.split("\n", 1)
+        return [run for run in (role, "\n", content) if run]
+    return [text] if text else []

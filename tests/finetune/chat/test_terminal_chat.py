@@ -1,0 +1,369 @@
+"""A conversation with the tiny checkpoint: its turns, images, saved rows, and what reaches the terminal."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from recipes_for_tests import IMAGES, TINY
+
+from finetune.chat import chat as chat_module
+from finetune.chat.chat import _Terminal, chat_style, open_conversation
+from finetune.chat.conversation import _Stream
+from finetune.chat.conversation_rows import append_row
+from finetune.chat.terminal_text import terminal_text
+from finetune.data.samples import Samples
+from finetune.errors import UserError
+from finetune.recipe.sections import Source
+from qwenvl import ImageError, load_model, load_processor
+from qwenvl.text.chat import render_chat, render_prompt
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(TINY)
+
+
+@pytest.fixture
+def conversation(model):
+    conversation = open_conversation(str(TINY), model, "chat")
+    conversation.max_new_tokens = 12
+    return conversation
+
+
+@pytest.fixture
+def terminal(conversation, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return _Terminal(conversation, None)
+
+
+def typed(terminal, monkeypatch, *lines: str):
+    """Talk as if these lines were typed."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    terminal.talk("tiny")
+
+
+def scripted(conversation, monkeypatch, *replies: str):
+    """Let the model say these things, one a turn; an exception among the tokens is raised there."""
+    tokenizer = conversation.tokenizer
+    script = iter(replies)
+    asked = []
+
+    def generate(*, input_ids, image_features, streamer, **kwargs):
+        asked.append((input_ids[0].tolist(), image_features, kwargs["generation_config"]))
+        streamer.put(input_ids)
+        reply, stopped = next(script), False
+        if reply.endswith("^C"):
+            reply, stopped = reply[:-2], True
+        for token in tokenizer.encode_text(reply, tokens=("<ref>", "</ref>", "<box>", "</box>")):
+            streamer.put(torch.tensor([token]))
+        if stopped:
+            raise KeyboardInterrupt
+        streamer.put(torch.tensor([tokenizer.im_end_id]))
+        streamer.end()
+
+    monkeypatch.setattr(conversation.model, "generate", generate)
+    return asked
+
+
+def test_a_reply_is_what_generate_gives(conversation, model):
+    conversation.add_image(IMAGES[0])
+    pieces = []
+    answer = conversation.ask("What is this?", pieces.append)
+    parts = [{"type": "image", "image": str(IMAGES[0])}, {"type": "text", "text": "What is this?"}]
+    inputs = load_processor(TINY).apply_chat_template(
+        [{"role": "user", "content": parts}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    length = inputs["input_ids"].shape[1]
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, length:]
+    expected = conversation.tokenizer.decode(ids, skip_special_tokens=True, keep_grounding=True)
+    assert answer.text == expected and len(expected) > 3
+    assert "".join(pieces).replace("\ufffd", "") == expected.replace("\ufffd", "")
+    assert (answer.prompt_tokens, answer.ended, answer.stopped) == (length, False, False)
+
+
+def test_turns_build_on_each_other_and_each_image_is_encoded_once(conversation, model, monkeypatch):
+    asked = scripted(conversation, monkeypatch, "A receipt.", "12.40", "A form.")
+    encoded = []
+    encode = model.get_image_features
+    monkeypatch.setattr(model, "get_image_features", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    conversation.system = "Be short."
+    conversation.add_image(IMAGES[0])
+    conversation.ask("What is this?")
+    conversation.ask("The total?")
+    conversation.add_image(IMAGES[1])
+    conversation.ask("And this?")
+    image = [{"type": "image"}]
+    expected = render_chat(
+        [
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": [*image, {"type": "text", "text": "What is this?"}]},
+            {"role": "assistant", "content": "A receipt."},
+            {"role": "user", "content": "The total?"},
+            {"role": "assistant", "content": "12.40"},
+            {"role": "user", "content": [*image, {"type": "text", "text": "And this?"}]},
+        ],
+        conversation.tokenizer,
+        add_generation_prompt=True,
+    ).ids
+    ids, features, _ = asked[-1]
+    assert ids == expected
+    assert encoded == [1, 1] and features.shape == (2, 256, 256)
+    processor = load_processor(TINY)
+    both = processor.image_processor([Image.open(path) for path in IMAGES[:2]], return_tensors="pt")["pixel_values"]
+    assert torch.allclose(features, encode(both), atol=1e-5)
+
+
+def test_a_stopped_reply_is_kept_and_the_chat_goes_on(terminal, conversation, monkeypatch, capsys):
+    scripted(conversation, monkeypatch, "The total is^C", "12.40")
+    typed(terminal, monkeypatch, "The total?", "Go on")
+    told = capsys.readouterr()
+    assert told.out == "The total is\n12.40\n" and "(stopped)" in told.err
+    contents = [message["content"] for message in conversation.messages]
+    assert contents == ["The total?", "The total is", "Go on", "12.40"]
+
+
+def test_a_turn_without_a_reply_is_not_kept_and_its_images_wait(terminal, conversation, monkeypatch, capsys):
+    scripted(conversation, monkeypatch, "^C", "", "Yes.")
+    typed(terminal, monkeypatch, f"/image {IMAGES[0]}", "One?", "Two?", "Three?")
+    assert capsys.readouterr().err.count("(no reply; the message is forgotten)") == 2
+    (user, reply) = conversation.messages
+    assert user["content"][1]["text"] == "Three?" and reply["content"] == "Yes."
+    assert len(conversation.images) == 1 and not conversation.waiting
+
+
+def test_control_characters_do_not_reach_the_terminal(terminal, conversation, monkeypatch, capsys):
+    hostile = "\x1b]0;owned\x07 \x9b31m \u202etxt.exe\r\x08 ok\ttab\nline"
+    scripted(conversation, monkeypatch, hostile)
+    typed(terminal, monkeypatch, "Hello")
+    assert capsys.readouterr().out == "␛]0;owned␇ <U+009B>31m <U+202E>txt.exe␍␈ ok\ttab\nline\n"
+    assert terminal_text("👩‍💻 naïve مرحبا") == "👩‍💻 naïve مرحبا"
+    # A conversation holds what was said, to the letter.
+    assert conversation.messages[1]["content"] == hostile
+
+
+def test_once_gives_a_pipe_the_reply_as_it_is(terminal, conversation, monkeypatch, capsys):
+    scripted(conversation, monkeypatch, "a\x1b[0mb", "stop^C")
+    terminal.once("Hello")
+    assert capsys.readouterr().out == "a\x1b[0mb\n"
+    with pytest.raises(KeyboardInterrupt):
+        terminal.once("Hello")
+
+
+def test_boxes_are_told_in_pixels_and_drawn(terminal, conversation, monkeypatch, capsys, tmp_path):
+    Image.new("RGB", (400, 200), "white").save(tmp_path / "street.png")
+    reply = "<ref>the red car</ref><box>(100,250),(500,750)</box> is here."
+    asked = scripted(conversation, monkeypatch, reply, reply, "Yes.")
+    typed(terminal, monkeypatch, f"/image '{tmp_path}/street.png'", "Where is it?", "Again?", "Sure?")
+    told = capsys.readouterr()
+    assert "  the red car: (40, 50) (200, 150)\n" in told.err and "drawn: street_boxes-2.png" in told.err
+    drawn = Image.open(tmp_path / "street_boxes.png").convert("RGB")
+    assert drawn.size == (400, 200) and drawn.getpixel((40, 100)) != (255, 255, 255)
+    # In the history they are tokens again, as the model wrote them.
+    ids = asked[-1][0]
+    control = conversation.tokenizer.control_tokens
+    assert ids.count(control["<box>"]) == 2 and ids.count(control["</ref>"]) == 2
+
+
+def test_markup_that_is_typed_is_markup(conversation, monkeypatch):
+    asked = scripted(conversation, monkeypatch, "Yes.", "No.")
+    conversation.ask("Is <ref>the dog</ref><box>(1,2),(30,40)</box> asleep?")
+    conversation.ask("Is <box> a tag?")
+    assert conversation.messages[0]["grounding"] is True and "grounding" not in conversation.messages[2]
+    assert asked[-1][0].count(conversation.tokenizer.control_tokens["<box>"]) == 1
+
+
+def test_a_base_model_completes_raw_prompts(model, monkeypatch):
+    conversation = open_conversation(str(TINY), model, "base")
+    asked = scripted(conversation, monkeypatch, " a receipt", " 12")
+    conversation.add_image(IMAGES[0])
+    conversation.ask("What is this? Answer:")
+    conversation.ask("1, 2, 3, 10, 11,")
+    content = [{"type": "image"}, {"type": "text", "text": "What is this? Answer:"}]
+    assert asked[0][0] == render_prompt(content, conversation.tokenizer).ids
+    assert asked[1][0] == conversation.tokenizer.encode_text("1, 2, 3, 10, 11,") and asked[1][1] is None
+    assert asked[1][2].eos_token_id == [514, 513, 512]  # those of the tiny checkpoint's own config
+
+
+def test_an_adapter_replies_with_what_it_learned(conversation, tmp_path):
+    adapted = get_peft_model(
+        load_model(TINY), LoraConfig(r=4, target_modules=["c_attn", "w1"], init_lora_weights=False)
+    )
+    adapted.peft_config["default"].base_model_name_or_path = str(TINY)
+    adapted.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    with_adapter = open_conversation(str(tmp_path), loaded, chat_style(str(tmp_path)))
+    with_adapter.max_new_tokens = 12
+    for each in (conversation, with_adapter):
+        each.add_image(IMAGES[0])
+    reply = with_adapter.ask("What is this?").text
+    assert reply != conversation.ask("What is this?").text
+    ids = render_chat(with_adapter.messages[:1], conversation.tokenizer, add_generation_prompt=True).ids
+    pixels = load_processor(TINY).image_processor(Image.open(IMAGES[0]), return_tensors="pt")["pixel_values"]
+    generated = loaded.generate(
+        input_ids=torch.tensor([ids]), pixel_values=pixels, max_new_tokens=12, do_sample=False, pad_token_id=512
+    )
+    assert (
+        conversation.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True, keep_grounding=True) == reply
+    )
+
+
+def test_how_a_model_is_talked_to(tmp_path):
+    assert chat_style(str(TINY)) == "chat"
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text((TINY / name).read_text().replace('"chatml"', '"raw"'))
+    assert chat_style(str(tmp_path)) == "base"
+    (tmp_path / "generation_config.json").unlink()
+    assert chat_style(str(tmp_path)) == "chat"
+
+
+def test_sampling_draws_and_greedy_does_not(conversation):
+    greedy = {conversation.ask("Hello").text for _ in range(2) if not conversation.forget()}
+    conversation.temperature = 2.0
+    drawn = {conversation.ask("Hello").text for _ in range(3) if not conversation.forget()}
+    assert len(greedy) == 1 and len(drawn) == 3
+
+
+def test_a_long_conversation_is_warned_of_once_and_ends_at_the_model_s_limit(terminal, monkeypatch, capsys):
+    conversation = terminal.conversation
+    scripted(conversation, monkeypatch, *["Yes."] * 4)
+    typed(terminal, monkeypatch, "long " * 400, "more", "/new", "short", "long " * 4000, "still here")
+    told = capsys.readouterr()
+    assert told.err.count("the model was trained on 700 at once") == 1
+    assert "and the model takes 2,048: begin anew" in told.err
+    assert told.out == "Yes.\n" * 4
+    assert conversation.messages[-2]["content"] == "still here"
+
+
+def test_what_cannot_be_done_is_told_and_the_chat_goes_on(terminal, monkeypatch, capsys, tmp_path):
+    conversation = terminal.conversation
+    scripted(conversation, monkeypatch, "Yes.")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    lines = [
+        "/image",
+        "/image none.png",
+        "/image bad.png",
+        "/bogus",
+        "/save out.jsonl",
+        "/save",
+        "/help",
+        "",
+        "half \ud800",
+    ]
+    monkeypatch.setattr(sys, "stdin", _Lines([*lines, " /etc is a folder", "/save out.txt", "/quit", "never"]))
+    terminal.talk("tiny")
+    told = capsys.readouterr()
+    for text in ("/image needs a file", "none.png", "bad.png", "There is no /bogus", "no reply to save yet"):
+        assert text in told.err
+    for text in ("/save needs a file", "/new          forget", "half a surrogate pair", "ends in .jsonl"):
+        assert text in told.err
+    assert [message["content"] for message in conversation.messages] == ["/etc is a folder", "Yes."]
+    assert not conversation.waiting
+
+
+class _Lines:
+    """Input with what a StringIO cannot hold."""
+
+    def __init__(self, lines):
+        self.lines = iter(lines)
+
+    def isatty(self):
+        return False
+
+    def readline(self, *_):
+        return next(self.lines) + "\n"
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(terminal, monkeypatch, capsys):
+    script = iter([KeyboardInterrupt, EOFError])
+
+    def read():
+        raise next(script)
+
+    monkeypatch.setattr(chat_module, "read_line", read)
+    terminal.talk("tiny")
+    assert "Ctrl-D or /quit leaves." in capsys.readouterr().err
+
+
+def test_a_saved_conversation_trains_on_what_was_said(terminal, monkeypatch, tmp_path, capsys):
+    conversation = terminal.conversation
+    box = "<ref>total</ref><box>(1,2),(30,40)</box>"
+    scripted(conversation, monkeypatch, "A receipt.", box, "Again.")
+    near = tmp_path / "data" / "near.png"
+    near.parent.mkdir()
+    Image.new("RGB", (30, 20), "red").save(near)
+    conversation.system = "Be short."
+    lines = [f"/image {IMAGES[0]}", f"/image {near}", "What are these?", "Where?", "/save data/rows.jsonl"]
+    typed(terminal, monkeypatch, *lines, "/new", "Again?", "/save data/rows.jsonl")
+    assert "data/rows.jsonl, row 2" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "data" / "rows.jsonl").read_text().splitlines()]
+    assert rows[0]["images"] == [f"rows_images/{IMAGES[0].name}", "near.png"]
+    assert (tmp_path / "data" / "rows_images" / IMAGES[0].name).read_bytes() == IMAGES[0].read_bytes()
+
+    samples = Samples([Source(path=str(tmp_path / "data" / "rows.jsonl"), format="messages")])
+    image = {"type": "image"}
+    said = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": [image, image, {"type": "text", "text": "What are these?"}]},
+        {"role": "assistant", "content": "A receipt."},
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": box, "grounding": True},
+    ]
+    tokenizer = conversation.tokenizer
+    assert render_chat(samples[0].messages, tokenizer).ids == render_chat(said, tokenizer).ids
+    sources = render_chat(samples[0].messages, tokenizer).images
+    assert sources == [str(tmp_path / "data" / name) for name in rows[0]["images"]]
+    assert samples[1].messages[1]["content"] == "Again?"
+
+
+def test_saved_images_of_one_name_stay_apart(tmp_path):
+    for folder, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / folder / "x.png")
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "r.jsonl").write_text('{"messages": []}')  # its last line is not ended
+
+    def said(*folders):
+        parts = [{"type": "image", "image": str(tmp_path / folder / "x.png")} for folder in folders]
+        return [{"role": "user", "content": parts}, {"role": "assistant", "content": "Yes."}]
+
+    assert append_row(rows / "r.jsonl", said("a", "b")) == 2
+    assert append_row(rows / "r.jsonl", said("b")) == 3
+    written = [json.loads(line) for line in (rows / "r.jsonl").read_text().splitlines()]
+    assert [row.get("images") for row in written] == [
+        None,
+        ["r_images/x.png", "r_images/x-2.png"],
+        ["r_images/x-2.png"],
+    ]
+
+
+def test_text_only_and_unreadable_images(conversation, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"\x89PNG no")
+    with pytest.raises(ImageError):
+        conversation.add_image(tmp_path / "x.png")
+    conversation.image_processor = None
+    with pytest.raises(UserError, match="text-only"):
+        conversation.add_image(IMAGES[0])
+
+
+def test_pieces_are_whole_characters(published_tokenizer):
+    text = "naïve 👩‍💻 图中有什么？𒀀𓀀 \u0928\u092e\u0938\u094d\u0924\u0947"
+    pieces = []
+    stream = _Stream(published_tokenizer, (published_tokenizer.im_end_id,), pieces.append)
+    stream.put(torch.tensor([[1, 2, 3]]))
+    for token in published_tokenizer.encode_text(text):
+        stream.put(torch.tensor([token]))
+    stream.put(torch.tensor([published_tokenizer.im_end_id]))
+    assert stream.ended and "".join(pieces) == text and len(pieces) > 5 and "\ufffd" not in "".join(pieces)
+    broken = published_tokenizer.encode_text("𓀀")[:1]
+    stream.put(torch.tensor(broken))
+    stream.end()
+    assert pieces[-1].startswith("\ufffd")

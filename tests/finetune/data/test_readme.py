@@ -1,0 +1,177 @@
+"""finetune/data/README.md: its examples are read as they stand there, its errors are those that a user gets."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from PIL import Image
+
+from finetune.data.checking import check_samples
+from finetune.data.sample import DataError
+from finetune.data.samples import Samples
+from finetune.recipe.sections import Source
+from qwenvl.text.chat import render_chat
+
+PAGE = (Path(__file__).parents[3] / "finetune" / "data" / "README.md").read_text()
+SECTIONS = dict(re.findall(r"^### (.+?)\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL))
+BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def data_folder(tmp_path, monkeypatch):
+    """An empty folder with the images that the page's examples name."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
+    monkeypatch.chdir(tmp_path)
+    datasets.disable_progress_bars()
+    (tmp_path / "data" / "scans").mkdir(parents=True)
+    for name in ("receipt.png", "photo.jpg", "scans/1.png", "scans/2.png"):
+        Image.new("RGB", (640, 480), "teal").save(tmp_path / "data" / name)
+    return tmp_path
+
+
+def sources_of(section: str) -> list[Source]:
+    """The sources of a section, after its files were written and its Python was run."""
+    sources = []
+    for language, name, text in BLOCK.findall(SECTIONS[section]):
+        if language == "yaml":
+            given = yaml.safe_load(text)["data"]["train"]
+            sources += [Source(**one) for one in (given if isinstance(given, list) else [given])]
+        elif language == "python":
+            exec(compile(text, section, "exec"), {})
+        else:
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).write_text(text)
+    return sources
+
+
+def shown(messages) -> list[str]:
+    """Turns as the page shows them: `user: [image] What?`."""
+    lines = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts = ["[image]" if part["type"] == "image" else part["text"] for part in parts]
+        lines.append(f"{message['role']}: {' '.join(text.strip() for text in texts)}")
+    return lines
+
+
+LOCAL = [name for name in SECTIONS if name != "Hub"]
+
+
+@pytest.mark.parametrize("section", LOCAL)
+def test_examples_are_read(section, tiny_processor):
+    samples = Samples(sources_of(section))
+    found = check_samples(samples, tiny_processor.tokenizer, max_length=2048, n_queries=4, show_progress=False)
+    assert found.total == len(found.kept) >= 1
+    says = re.findall(r"^\s*-> (.+)$", SECTIONS[section], re.MULTILINE)
+    assert says == [" / ".join(shown(sample.messages)) for sample in samples]
+    for sample in samples:
+        assert render_chat(sample.messages, tiny_processor.tokenizer, n_queries=4).images
+
+
+def test_the_hub_example(monkeypatch):
+    asked = []
+    features = {
+        "image": datasets.Image(),
+        "question": datasets.Value("string"),
+        "answers": datasets.List(datasets.Value("string")),
+    }
+    rows = [{"image": {"bytes": b"x", "path": None}, "question": "Q", "answers": ["A"]}]
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+
+    class Builder:
+        hash = "1"
+
+        def as_streaming_dataset(self, split):
+            asked.append(("streamed", split))
+            return load_dataset("", None, split).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: Builder())
+    samples = Samples(sources_of("Hub"))
+    assert [shown(sample.messages) for sample in samples] == [["user: [image] Q Answer:", "assistant: A"]] * 2
+    assert asked[0] == ("HuggingFaceM4/DocumentVQA", None, "train") and ("streamed", "train") in asked
+
+
+def test_every_format_and_kind_of_file_has_an_example():
+    sources = [source for section in SECTIONS for source in sources_of(section)]
+    formats = {"messages", "qwen_json", "llava", "vqa", "grounding", "caption"}
+    assert {source.format for source in sources} == formats
+    kinds = {Path(source.path).suffix for source in sources if Path(source.path).is_file()}
+    assert kinds == {".json", ".jsonl", ".parquet", ".csv"}
+    assert any(Path(source.path).is_dir() for source in sources) and any(source.streaming for source in sources)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+ASKED = {"role": "user", "content": "What is the total?"}
+TOLD = {"role": "assistant", "content": "$ 12.40"}
+
+
+def rows(*given, name="train.jsonl", **source):
+    Path("data", name).write_text("".join(json.dumps(row) + "\n" for row in given))
+    return {"path": f"data/{name}", "format": "messages", **source}
+
+
+def text(name, data, **source):
+    Path("data", name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return {"path": f"data/{name}", "format": "messages", **source}
+
+
+VQA = {"image": "receipt.png", "question": "What is the total?", "answers": ["$ 12.40"]}
+FOUND = {"image": "photo.jpg", "phrase": "the car", "box": [400, 300, 320, 240]}
+MARKED = {**TOLD, "content": "<ref>it</ref><box>(1,2),(3,4000)</box>", "grounding": True}
+
+MISTAKES = {
+    "image path is wrong": lambda: rows({"messages": [ASKED, TOLD], "images": ["scan.png"]}),
+    "image lies outside the data file's folder": lambda: rows(
+        {"messages": [ASKED, TOLD], "images": ["../outside.png"]}
+    ),
+    "image is a web address": lambda: rows({"messages": [ASKED, TOLD], "images": ["https://host.example/a.png"]}),
+    "more images than places": lambda: rows(
+        {"messages": [{**ASKED, "content": [{"type": "image"}]}, TOLD], "images": ["receipt.png", "photo.jpg"]}
+    ),
+    "no reply to learn": lambda: rows({"messages": [ASKED]}),
+    "conversation is longer than `max_length`": lambda: rows(
+        {"messages": [{**ASKED, "content": "long " * 3000}, TOLD]}
+    ),
+    "column has another name": lambda: rows({"image": "receipt.png", "query": "?", "answers": "x"}, format="vqa"),
+    "answers are hidden, as in public test splits": lambda: rows({**VQA, "answers": [""]}, format="vqa"),
+    "LLaVA's roles in format `qwen_json`": lambda: rows(
+        {"conversations": [{"from": "human", "value": "Hi"}]}, format="qwen_json"
+    ),
+    "boxes are xywh, the recipe says xyxy": lambda: rows(FOUND, format="grounding", box_form="xyxy"),
+    "a box's numbers are not in [0, 1000)": lambda: rows({"messages": [ASKED, MARKED]}),
+    "a line of JSON Lines is cut off": lambda: text("train.jsonl", '{"messages": [{"role": "user", "con\n'),
+    "a comma too many in a JSON file": lambda: text("train.json", '[\n  {"messages": []},\n]'),
+    "the rows are inside an object": lambda: text("train.json", '{"version": 1, "data": [{"messages": []}]}'),
+    "the file is UTF-16 (PowerShell's `>`)": lambda: text("train.jsonl", '{"messages": []}'.encode("utf-16")),
+    "a field of a CSV file holds a comma": lambda: text(
+        "train.csv", "image,question,answers\nreceipt.png,Date, please?,May\n", format="vqa"
+    ),
+    "a table as Excel stores it": lambda: text("train.xlsx", b"PK"),
+    "`streaming` for a file": lambda: rows({"messages": [ASKED, TOLD]}, streaming=True),
+}
+
+
+def error_of(mistake: str, tokenizer) -> str:
+    """What a user gets for it; of an error of rows, the line of the first row."""
+    Path("outside.png").touch()
+    with pytest.raises(DataError) as caught:
+        samples = Samples([Source(**MISTAKES[mistake]())])
+        check_samples(samples, tokenizer, max_length=2048, n_queries=256, show_progress=False)
+    error = str(caught.value.problems[0] if caught.value.problems else caught.value)
+    return error.replace(f"{Path.cwd()}/", "")
+
+
+def test_errors_are_as_told(tiny_processor):
+    told = dict(re.findall(r"^\| (.+?) \| (data/.+) \|$", PAGE, re.MULTILINE))
+    assert list(told) == list(MISTAKES)
+    for mistake in MISTAKES:
+        assert error_of(mistake, tiny_processor.tokenizer) == told[mistake]

@@ -1,0 +1,122 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from finetune.files.checkpoint_folder import copy_companions, dtype_settings
+from qwenvl import QwenVLConfig
+
+EXTRA = {
+    "modeling_qwen.py": "raise SystemExit('published code was run')",
+    "SimSun.ttf": "a font",
+    "LICENSE": "Tongyi Qianwen LICENSE AGREEMENT",
+    "NOTICE.txt": "a notice",
+    "special_tokens_map.json": "{}",
+    "preprocessor_config.json": '{"size": 112}',
+}
+NOT_KEPT = {
+    "README.md": "about the base",
+    "model.safetensors.index.json": "{}",
+    "pytorch_model-00001-of-00002.bin": "weights",
+    "training_args.bin": "pickle",
+    "notes.txt": "notes",
+    "optimizer.pt": "state",
+}
+
+
+@pytest.fixture
+def source(tmp_path, tiny_folder):
+    folder = tmp_path / "source"
+    shutil.copytree(tiny_folder, folder)
+    for name, text in (EXTRA | NOT_KEPT).items():
+        (folder / name).write_text(text)
+    (folder / "assets").mkdir()
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path):
+    (tmp_path / "made").mkdir()
+    return tmp_path / "made"
+
+
+def test_everything_but_weights_and_notes_is_copied_byte_for_byte(source, made):
+    names = copy_companions(source, made)
+    published = {"config.json", "generation_config.json", "qwen.tiktoken", "tokenizer_config.json"}
+    assert set(names) == {path.name for path in made.iterdir()} == published | EXTRA.keys()
+    assert all((made / name).read_bytes() == (source / name).read_bytes() for name in names)
+
+
+def test_the_config_keeps_what_is_not_changed(source, made):
+    copy_companions(source, made, config={"torch_dtype": "bfloat16", "bf16": True, "transformers_version": None})
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, made))
+    assert after == {key: value for key, value in before.items() if key != "transformers_version"} | {
+        "torch_dtype": "bfloat16",
+        "bf16": True,
+    }
+    assert list(after) == [key for key in before if key != "transformers_version"]
+    assert after["onnx_safe"] is None
+    assert QwenVLConfig.from_pretrained(made).dtype == torch.bfloat16
+
+
+def test_the_type_is_said_in_the_keys_that_are_there(source):
+    config = json.loads((source / "config.json").read_text())
+    assert dtype_settings(config, torch.bfloat16) == {
+        "torch_dtype": "bfloat16",
+        "bf16": True,
+        "fp16": False,
+        "fp32": False,
+    }
+    assert dtype_settings({"dtype": "float32"}, torch.float16) == {"dtype": "float16"}
+    assert dtype_settings({}, torch.float16) == {"torch_dtype": "float16"}
+
+
+def test_chat_format_brings_where_replies_end(source, made):
+    raw = {"chat_format": "raw", "eos_token_id": 512, "do_sample": True, "top_p": 0.01, "max_new_tokens": 512, "x": 1}
+    (source / "generation_config.json").write_text(json.dumps(raw))
+    copy_companions(source, made, generation={"chat_format": "chatml"})
+    after = json.loads((made / "generation_config.json").read_text())
+    # <|im_end|>, <|im_start|>, <|endoftext|>
+    assert after == raw | {"chat_format": "chatml", "eos_token_id": [514, 513, 512], "pad_token_id": 512}
+
+
+def test_sampling_settings_beside_greedy_decoding_are_left_out_with_chat_format(source, made):
+    copy_companions(source, made, generation={"chat_format": "chatml"})
+    after = json.loads((made / "generation_config.json").read_text())
+    assert after["do_sample"] is False
+    assert not {"top_p", "top_k"} & after.keys()
+
+
+def test_a_generation_config_is_made_where_there_is_none(source, made):
+    (source / "generation_config.json").unlink()
+    assert "generation_config.json" in copy_companions(source, made, generation={"chat_format": "chatml"})
+    after = json.loads((made / "generation_config.json").read_text())
+    assert after == {"chat_format": "chatml", "eos_token_id": [514, 513, 512], "pad_token_id": 512}
+
+
+def test_a_hub_id_is_found_in_the_cache(source, made, tmp_path, monkeypatch):
+    repository = tmp_path / "cache" / "models--owner--name"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    for path in source.iterdir():
+        if path.is_file():
+            shutil.copy(path, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert "qwen.tiktoken" in copy_companions("owner/name", made)
+    assert (made / "SimSun.ttf").read_text() == "a font"
+
+
+def test_what_is_not_there_is_named(made, tmp_path):
+    with pytest.raises(FileNotFoundError, match="owner/unknown: no folder here, and as a hub id it cannot be had"):
+        copy_companions("owner/unknown", made)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json here"):
+        copy_companions(made, tmp_path)
+
+
+def test_a_config_that_is_not_json_is_named(source, made):
+    (source / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        copy_companions(source, made)

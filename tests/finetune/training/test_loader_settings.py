@@ -1,0 +1,71 @@
+"""Loader workers: the same batches as without, uint8, made ahead of the step."""
+
+import pytest
+import torch
+from recipes_for_tests import write_recipe
+
+from finetune.recipe import load_recipe
+from finetune.run.folder import RunFolder
+from finetune.training.arguments import loader_settings
+from finetune.training.interrupts import StopOnSignal
+from finetune.training.train import _Road
+
+
+def make_trainer(folder, workers):
+    evaluation = {"data": {"path": str(folder / "eval.jsonl"), "format": "messages"}, "predictions": 0}
+    file = write_recipe(folder, data__workers=workers, evaluate=evaluation, train__per_device_train_batch_size=3)
+    recipe = load_recipe(file)
+    road = _Road(recipe, RunFolder(folder / "run"), True, lambda line: None, StopOnSignal())
+    road.find_base()
+    road.read_data()
+    road.find_last_checkpoint()
+    road.choose_budget()
+    return road.make_trainer(road.load_model())
+
+
+def two_epochs(trainer):
+    """Batches of two epochs, and of an evaluation after each, as the trainer gets them."""
+    loader = trainer.get_train_dataloader()
+    batches = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        batches += list(loader)
+        batches += list(trainer.get_eval_dataloader())
+    return loader, batches
+
+
+def test_batches_are_the_same_with_workers(tmp_path):
+    _, wanted = two_epochs(make_trainer(tmp_path / "0", 0))
+    loader, batches = two_epochs(make_trainer(tmp_path / "2", 2))
+    assert (loader.num_workers, loader.persistent_workers, loader.prefetch_factor) == (2, True, 2)
+    assert len(batches) == len(wanted) == 2 * (5 + 1)
+    for batch, other in zip(batches, wanted, strict=True):
+        assert batch.keys() == other.keys()
+        for name, tensor in batch.items():
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=0)
+            assert tensor.dtype == other[name].dtype
+    with_images = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
+    assert with_images and {pixels.dtype for pixels in with_images} == {torch.uint8}
+    orders = [torch.cat([batch["samples"] for batch in wanted[start : start + 5]]).tolist() for start in (0, 6)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(14)) and orders[0] != orders[1]
+
+
+@pytest.mark.parametrize(("workers", "accumulation", "ahead"), [(2, 1, 2), (2, 16, 8), (3, 16, 6), (8, 8, 2)])
+def test_the_next_optimizer_step_is_made_ahead(workers, accumulation, ahead):
+    settings = loader_settings(workers, accumulation)
+    assert settings["dataloader_prefetch_factor"] == ahead
+    assert ahead * workers >= accumulation
+    assert settings["dataloader_persistent_workers"] is True
+    assert "dataloader_prefetch_factor" not in loader_settings(0, accumulation)
+
+
+def test_a_recipe_may_say_otherwise(tmp_path):
+    file = write_recipe(tmp_path, data__workers=2, train__dataloader_prefetch_factor=5)
+    road = _Road(load_recipe(file), RunFolder(tmp_path / "run"), True, lambda line: None, StopOnSignal())
+    road.find_base()
+    road.read_data()
+    road.find_last_checkpoint()
+    road.choose_budget()
+    arguments = road.trainer_arguments(torch.nn.Linear(1, 1))
+    assert (arguments.dataloader_prefetch_factor, arguments.dataloader_num_workers) == (5, 2)
+    assert arguments.dataloader_pin_memory is torch.cuda.is_available()
