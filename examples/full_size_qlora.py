@@ -35,8 +35,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from finetune.files.disk_space import NotEnoughDiskSpace, check_disk_space
 from finetune.quantities import format_bytes
-from finetune.run.folder import NotEnoughDiskSpace, RunFolder, check_disk_space
+from finetune.run.folder import RunFolder
 from qwenvl.checkpoint.checkpoint_files import stored_tensors
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ from finetune.bench.table import OURS, PUBLISHED, SAMPLES, Row, as_json, in_word
 from finetune.bench.workload import draw_lengths
 from finetune.files.atomic_writes import make_folder, write_text
 from finetune.recipe import Recipe
-from finetune.run.folder import describe_environment
+from finetune.run.environment import describe_environment
 
 JSON_FILE, MARKDOWN_FILE = "bench.json", "bench.md"
 

@@ -31,11 +31,13 @@ from finetune.data.summary import count_rows, describe_data, lines_left_out
 from finetune.errors import UserError
 from finetune.evaluation.tasks import CONVERSATIONS
 from finetune.files.atomic_writes import clean_partials, make_folder, write_text
+from finetune.files.disk_space import check_disk_space
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from finetune.recipe.sections import source_names
 from finetune.recipe.yaml_file import write_yaml
-from finetune.run.folder import RunFolder, check_disk_space, compare_runs
+from finetune.run.folder import RunFolder
+from finetune.run.identity import compare_runs
 from qwenvl import QwenVLProcessor
 from qwenvl.loading import find_source
 

@@ -43,7 +43,8 @@ from finetune.model.computing import choose_dtype, is_random, own_device
 from finetune.recipe.sections import NamedSource, source_names
 from finetune.replies.replies import BATCH_TOKENS, Decoding, generate_replies, plan_replies, stop_ids_of
 from finetune.replies.task_replies import Style
-from finetune.run.folder import RunFolder, describe_environment
+from finetune.run.environment import describe_environment
+from finetune.run.folder import RunFolder
 from qwenvl import ImageAccess, load_model, load_processor
 
 

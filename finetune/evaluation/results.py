@@ -26,7 +26,7 @@ from finetune.evaluation.tasks import Task
 from finetune.files.atomic_writes import make_folder, write_text
 from finetune.quantities import format_duration, format_loss
 from finetune.replies.replies import Reply
-from finetune.run.folder import compare_runs
+from finetune.run.identity import compare_runs
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from finetune.export.tensors import (
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.byte_progress import byte_progress
 from finetune.files.checkpoint_folder import CONFIG, companion_folder, copy_companions, dtype_settings, read_json
+from finetune.files.disk_space import NotEnoughDiskSpace, check_disk_space
 from finetune.files.tensor_files import SHARD_BYTES, SINGLE_NAME, write_tensors
 from finetune.quantities import format_bytes
-from finetune.run.folder import NotEnoughDiskSpace, check_disk_space
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
 from qwenvl.checkpoint.fingerprint import weights_fingerprint

@@ -18,9 +18,9 @@ from finetune.errors import Failed, UserError
 from finetune.export.model_card import is_hub_id, write_card
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.checkpoint_folder import CONFIG, companion_folder, copy_companions, dtype_settings, read_json
+from finetune.files.disk_space import check_disk_space
 from finetune.files.tensor_files import Planned, tensor_bytes, write_tensors
 from finetune.quantities import format_bytes
-from finetune.run.folder import check_disk_space
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, load_model
 from qwenvl.checkpoint.checkpoint_files import stored_tensors
 from qwenvl.checkpoint.fingerprint import own_fingerprint, weights_fingerprint, write_base

@@ -16,6 +16,7 @@ from finetune.export.model_card import CARD, write_card
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.byte_progress import byte_progress
 from finetune.files.checkpoint_folder import companion_folder, copy_companions, dtype_settings, read_json
+from finetune.files.disk_space import NotEnoughDiskSpace, check_disk_space
 from finetune.files.tensor_files import SHARD_BYTES, file_hash, write_tensors
 from finetune.merge.adapter_weights import AdapterWeights, read_adapter
 from finetune.merge.check import check_merge, measure_rounding_to_4bit
@@ -23,7 +24,7 @@ from finetune.merge.folder import is_done, write_merge
 from finetune.merge.sources import Sources, find_sources
 from finetune.merge.tensors import MergedTensor, merged_pieces
 from finetune.quantities import format_bytes
-from finetune.run.folder import NotEnoughDiskSpace, check_disk_space, describe_environment
+from finetune.run.environment import describe_environment
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
 from qwenvl.loading import DTYPES
 

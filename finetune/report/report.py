@@ -45,7 +45,7 @@ from finetune.report.page import flatten, page, show, table, tiles
 from finetune.report.phases import phases_table
 from finetune.report.predictions import pair_rows, predictions_section
 from finetune.report.scores import score_charts, score_title, scores_section
-from finetune.run.folder import NON_FINITE
+from finetune.run.json_values import NON_FINITE
 
 REPORT = "report.html"
 LARGEST_STEP = 10**12  # beyond any run

@@ -23,6 +23,7 @@ from finetune.errors import Interrupted, UserError
 from finetune.evaluation.predictions import write_predictions
 from finetune.evaluation.task_evaluation import TaskEvaluation, score_line
 from finetune.files.atomic_writes import write_text
+from finetune.files.disk_space import check_disk_space
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.out_of_memory import NoteBudgets
 from finetune.memory.run_plan import SWITCHES, plan_run, settled
@@ -32,7 +33,9 @@ from finetune.model.computing import choose_computing, choose_dtype, is_random, 
 from finetune.recipe import Recipe
 from finetune.report.report import write_report
 from finetune.run.checkpoints import Found, clean_partials, find_last_good, writing
-from finetune.run.folder import RunFolder, check_disk_space, compare_runs, describe_environment
+from finetune.run.environment import describe_environment
+from finetune.run.folder import RunFolder
+from finetune.run.identity import compare_runs
 from finetune.training.arguments import loader_settings, sft_config
 from finetune.training.best_checkpoint import Patience, SaveBest, pick_best
 from finetune.training.interrupts import StopOnSignal

@@ -50,7 +50,7 @@ ONE_OF_ONE = """
 import sys
 import torch.distributed as dist
 from finetune.recipe import load_recipe
-from finetune.train import train
+from finetune.training.train import train
 
 open_group, opened = dist.init_process_group, []
 dist.init_process_group = lambda *args, **kwargs: (opened.append(True), open_group(*args, **kwargs))

@@ -20,8 +20,9 @@ from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.errors import Interrupted, UserError
 from finetune.evaluation.task_evaluation import TaskEvaluation
+from finetune.files.disk_space import NotEnoughDiskSpace
 from finetune.recipe import Recipe, load_recipe
-from finetune.run.folder import NotEnoughDiskSpace, RunFolder
+from finetune.run.folder import RunFolder
 from finetune.training.train import train
 from qwenvl import QwenVLProcessor
 from qwenvl.images.images import ImageAccess, load_image

@@ -12,8 +12,8 @@ from finetune.cli import main
 from finetune.errors import Failed, UserError
 from finetune.export import nf4 as module
 from finetune.export.nf4 import export_nf4, stored_bytes
+from finetune.files.disk_space import NotEnoughDiskSpace
 from finetune.recipe import load_recipe
-from finetune.run.folder import NotEnoughDiskSpace
 from finetune.training.train import train
 from qwenvl import load_model, load_processor
 from qwenvl.checkpoint.fingerprint import check_base, own_fingerprint, weights_fingerprint

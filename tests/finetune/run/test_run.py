@@ -13,14 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run.folder import (
-    NotEnoughDiskSpace,
-    RunFolder,
-    RunLocked,
-    check_disk_space,
-    compare_runs,
-    describe_environment,
-)
+from finetune.files.disk_space import NotEnoughDiskSpace, check_disk_space
+from finetune.run.environment import describe_environment
+from finetune.run.folder import RunFolder
+from finetune.run.identity import compare_runs
+from finetune.run.lock import RunLocked
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,7 +38,8 @@ def not_distributed(monkeypatch):
 
 HOLD = """
 import sys
-from finetune.run import RunFolder, RunLocked
+from finetune.run.folder import RunFolder
+from finetune.run.lock import RunLocked
 
 try:
     with RunFolder(sys.argv[1]).lock():
@@ -55,7 +53,7 @@ except RunLocked as error:
 # A child that outlives its killed parent, as a loader worker may.
 HOLD_WITH_CHILD = """
 import os, sys, time
-from finetune.run import RunFolder
+from finetune.run.folder import RunFolder
 
 with RunFolder(sys.argv[1]).lock():
     if os.fork() == 0:
@@ -149,7 +147,7 @@ def test_the_lock_ends_with_the_block(run):
 
 def test_a_holder_who_has_not_written_yet(run, monkeypatch):
     """Between the taking of the lock and the writing of the name the file is empty, or names someone dead."""
-    monkeypatch.setattr("finetune.run.folder.HOLDER_WAIT", 0.05)
+    monkeypatch.setattr("finetune.run.lock.HOLDER_WAIT", 0.05)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     for text in ("", json.dumps({"pid": ended.pid, "host": socket.gethostname(), "since": "then", "command": "x"})):

@@ -377,7 +377,7 @@ def test_an_interrupted_program_leaves_a_clean_terminal(tmp_path):
 import sys
 from types import SimpleNamespace
 from transformers import TrainerState
-from finetune.progress import Progress
+from finetune.training.progress import Progress
 progress = Progress()
 args, state = SimpleNamespace(max_steps=9, num_train_epochs=1), TrainerState(max_steps=9, global_step=0, epoch=0.0)
 progress.on_train_begin(args, state, None)
