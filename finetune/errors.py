@@ -1,9 +1,39 @@
 """What ends a command other than by finishing; each has its exit code in `finetune.cli`."""
 
+import importlib.util
 import signal
+import sys
+from importlib.machinery import PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 
-class UserError(Exception):
+def _import_without_its_package(name: str) -> ModuleType:
+    """Import a module, but not the package around it.
+
+    `import qwenvl` registers the model with Transformers and so imports torch, which takes seconds. A mistyped key of
+    a recipe is to be answered at once.
+    """
+    if name not in sys.modules:
+        package = importlib.util.find_spec(name.partition(".")[0])
+        assert package is not None
+        spec = PathFinder.find_spec(name, package.submodule_search_locations)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+if TYPE_CHECKING:
+    from qwenvl.errors import InputError, MissingFileError
+else:
+    _errors = _import_without_its_package("qwenvl.errors")
+    InputError, MissingFileError = _errors.InputError, _errors.MissingFileError
+
+__all__ = ["Failed", "InputError", "Interrupted", "MissingFileError", "UserError"]
+
+
+class UserError(InputError):
     """Something in the recipe, the arguments or their surroundings that the user can put right. Exit code 2."""
 
 

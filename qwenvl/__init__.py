@@ -4,6 +4,8 @@ Importing this package registers the family (model type `qwen`) with Transformer
 folders load through them with no remote code.
 """
 
+from qwenvl import errors as errors  # whoever imported it before the package finds it here as well
+from qwenvl.errors import InputError, MissingFileError
 from qwenvl.images.image_processor import QwenVLImageProcessor
 from qwenvl.images.images import ImageAccess, ImageError, load_image
 from qwenvl.loading import load_model, load_processor
@@ -18,6 +20,8 @@ register()
 __all__ = [
     "ImageAccess",
     "ImageError",
+    "InputError",
+    "MissingFileError",
     "QwenVLConfig",
     "QwenVLForConditionalGeneration",
     "QwenVLImageProcessor",

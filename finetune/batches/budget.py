@@ -10,6 +10,19 @@ import torch.distributed as dist
 
 from finetune.recipe import Data
 
+REPLY_BATCH_TOKENS = 8192
+"""Most tokens of a batch of replies, with padding and new ones: 4 GB of keys and values in the published model in 16
+bits."""
+
+REPLY_BATCH_ROWS = 64
+"""Most replies in one batch."""
+
+ENCODED_TOGETHER = 8
+"""Images that the vision tower encodes at once; with more, a tower of the published size is no faster."""
+
+KEPT_FEATURE_BYTES = 256_000_000
+"""Image features that are kept while replies are made: 120 images of the published model in 16 bits."""
+
 NOTES = "out_of_memory"
 """Entry of run.json: the budgets that were lowered, and from which step on."""
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from finetune.batches.image_request import ImageRequest, read_pixels
+from finetune.batches.image_request import ImageRequest, VisionCache, read_pixels
 from finetune.batches.images import image_columns
 from finetune.data.checking import Rules
 from finetune.data.shortening import Fitted, OnLong
-from finetune.vision_cache.cache import VisionCache
 from qwenvl import QwenVLImageProcessor, QwenVLTokenizer
 from qwenvl.text.chat import IGNORED, LabelRule
 

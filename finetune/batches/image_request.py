@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,19 @@ class ImageRequest(NamedTuple):
     source: Any
     access: ImageAccess
     name: str
+
+
+class VisionCache(Protocol):
+    """Looks up what images were encoded to; `finetune.vision_cache.cache` has the one that is used in training."""
+
+    def get(self, request: ImageRequest) -> torch.Tensor:
+        """(n_queries, hidden) features of an image, or (3, S, S) uint8 pixels where it was not encoded.
+
+        Raises:
+            UserError: the image or its features are not what they were when the run began.
+            ImageError: an image that was not encoded cannot be read.
+        """
+        ...
 
 
 def image_key(source: Any, access: ImageAccess) -> str:

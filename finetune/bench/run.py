@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
+from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.bench.arithmetic import Trained
 from finetune.bench.card_speed import Peak
 from finetune.bench.flops import executed_flops, packs_of, published_flops, useful_flops
@@ -24,7 +25,7 @@ from finetune.data.checking import Checked
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.free_memory import USABLE, free_device_memory
-from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, attempt
+from finetune.memory.out_of_memory import DoesNotFit
 from finetune.memory.plan import plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload

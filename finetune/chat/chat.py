@@ -12,11 +12,11 @@ from transformers import GenerationConfig
 
 from finetune.chat.conversation import Answer, ChatImage, Conversation
 from finetune.chat.conversation_rows import append_row
-from finetune.chat.terminal_text import terminal_line, terminal_text
 from finetune.errors import Failed, UserError
 from finetune.quantities import format_count
 from finetune.replies.replies import without_adapter
 from finetune.replies.task_replies import Style
+from finetune.terminal import terminal_line, terminal_text
 from qwenvl import QwenVLConfig, QwenVLTokenizer, load_image, load_model, load_processor
 from qwenvl.images.drawing import save_grounding
 from qwenvl.loading import find_source

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from finetune.data.checking import Checked
+from finetune.data.formats.names import CONVERSATIONS
+from finetune.data.prepared_rows import JPEG_QUALITY, try_row, write_shard
 from finetune.data.reading import read_checked
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadRow, DataError
 from finetune.data.samples import Samples
-from finetune.data.sources.prepared_rows import JPEG_QUALITY, try_row, write_shard
 from finetune.data.summary import count_rows, describe_data, lines_left_out
 from finetune.errors import UserError
-from finetune.evaluation.tasks import CONVERSATIONS
 from finetune.files.atomic_writes import clean_partials, make_folder, write_text
 from finetune.files.disk_space import check_disk_space
 from finetune.quantities import format_bytes

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.errors import UserError
 from qwenvl.images.images import ImageAccess
 
 SHOWN_PROBLEMS = 20
@@ -43,7 +44,7 @@ class Sample:
     access: ImageAccess = field(default_factory=ImageAccess)
 
 
-class BadField(ValueError):
+class BadField(UserError):
     """A field of a row that no sample can be made of. A format raises it; who read the row adds where that was.
 
     Attributes: `field`, as in the row (`images[0]`, `messages[1].content`), and `reason`.
@@ -57,7 +58,7 @@ class BadField(ValueError):
         return f"{self.field}: {self.reason}"
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
     """A row that cannot be trained on: `train.jsonl, row 31, images[0]: there is no file '...'`.
 
     Attributes: `origin`, `field`, `reason`.
@@ -71,7 +72,7 @@ class BadRow(ValueError):
         return f"{self.origin}, {self.field}: {self.reason}"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used: a source as a whole, or rows of it, of which `problems` has all.
 
     Attributes: `problems`.

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from transformers.utils import logging as transformers_logging
 
+from finetune.batches.budget import REPLY_BATCH_TOKENS
 from finetune.evaluation.evaluated_model import default_folder, model_fingerprint, style_of
 from finetune.evaluation.page import write_evaluation_page
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
@@ -41,7 +42,7 @@ from finetune.evaluation.tasks import Task
 from finetune.files.atomic_writes import write_text
 from finetune.model.computing import choose_dtype, is_random, own_device
 from finetune.recipe.sections import NamedSource, source_names
-from finetune.replies.replies import BATCH_TOKENS, Decoding, generate_replies, plan_replies, stop_ids_of
+from finetune.replies.replies import Decoding, generate_replies, plan_replies, stop_ids_of
 from finetune.replies.task_replies import Style
 from finetune.run.environment import describe_environment
 from finetune.run.folder import RunFolder
@@ -103,7 +104,7 @@ class Evaluation:
     shots: int = 0
     dtype: str = "auto"
     quantization: str | None = None
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int = REPLY_BATCH_TOKENS
     grounding: bool = False
     on_bad_row: Literal["error", "skip"] = "error"
     on_bad_image: Literal["refuse", "wrong"] = "refuse"

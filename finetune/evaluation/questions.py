@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.formats.row_format import COLUMNS, RowFormat
 from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.row_progress import RowProgress
@@ -26,7 +27,7 @@ from finetune.data.sources.sources import Source, read_source
 from finetune.errors import UserError
 from finetune.evaluation.question import Question
 from finetune.evaluation.task_rows import Asked, RowReader
-from finetune.evaluation.tasks import CONVERSATIONS, Task, check_prompt
+from finetune.evaluation.tasks import Task, check_prompt
 from finetune.recipe.problems import nearest
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import Trainer
 
+from finetune.batches.image_request import VisionCache
 from finetune.data.shown_rows import choose_shown, document_of
 from finetune.errors import UserError
 from finetune.evaluation.predictions import PREDICTIONS, keep_images, replace_records
@@ -31,7 +32,6 @@ from finetune.quantities import format_loss
 from finetune.recipe import Recipe
 from finetune.recipe.sections import source_names
 from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies, stop_ids_of
-from finetune.vision_cache.cache import VisionCache
 from qwenvl import ImageAccess, QwenVLProcessor
 
 BATCH_TOKENS = 4096  # beside gradients and optimizer states; too much for the memory halves it

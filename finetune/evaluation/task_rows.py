@@ -12,10 +12,11 @@ from typing import Any
 from finetune.data.formats import fields
 from finetune.data.formats.grounding import PLACEHOLDER, grounding
 from finetune.data.formats.messages import Message
+from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.sample import BadField
 from finetune.evaluation.predictions import split_last_reply
-from finetune.evaluation.tasks import CONVERSATIONS, Task
+from finetune.evaluation.tasks import Task
 from finetune.metrics import first_box
 from finetune.metrics.choices import LETTERS
 from finetune.replies.task_replies import Style

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from finetune.data.formats.names import CONVERSATIONS
 from finetune.errors import UserError
 from finetune.metrics import (
     anls,
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 Metric = Literal[
     "anls", "relaxed_accuracy", "vqa_score", "exact_match", "multiple_choice", "grounding", "click", "cider_d"
 ]
-CONVERSATIONS = ("messages", "qwen_json", "llava")
-"""Formats whose rows bring what is asked; the gold answer is the last reply."""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ import errno
 import shutil
 from pathlib import Path
 
+from finetune.errors import UserError
 from finetune.quantities import format_bytes
 
 
-class NotEnoughDiskSpace(OSError):
+class NotEnoughDiskSpace(UserError, OSError):
     """Free space would not hold what is about to be written."""
 
     def __init__(self, message: str):

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from torch import nn
 
+from finetune.batches.budget import ENCODED_TOGETHER, KEPT_FEATURE_BYTES, REPLY_BATCH_ROWS, REPLY_BATCH_TOKENS
 from finetune.memory.activations import BACKWARD, LANGUAGE, LOSS, VISION, VISION_BACKWARD, Step, step_of_shapes
 from finetune.memory.switches import Switches
 from finetune.memory.weights import WeightBytes, model_of_shapes, state_bytes, weight_bytes, weights_dtype
@@ -16,8 +17,6 @@ from finetune.memory.workload import Workload
 from finetune.model.recomputation import Checkpointing
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
-from finetune.replies.image_features import ENCODED_TOGETHER, KEPT_BYTES
-from finetune.replies.replies import BATCH_ROWS, BATCH_TOKENS
 from qwenvl import QwenVLConfig
 
 
@@ -214,7 +213,7 @@ class _Plan:
         if not replies:
             return [Phase("evaluate", kept | loss, host=self.host())]
         row = self.workload.sequence_length + evaluate.max_new_tokens
-        rows = max(1, min(BATCH_TOKENS // row, BATCH_ROWS, replies))
+        rows = max(1, min(REPLY_BATCH_TOKENS // row, REPLY_BATCH_ROWS, replies))
         many, one = (self._replies(count, row, replies) for count in (rows, 1))
         need = max(sum(loss.values()), sum(one.values()))
         made = many if sum(many.values()) >= need else loss
@@ -266,7 +265,7 @@ class _Plan:
         }
         if config.visual is not None and not self.cached:
             features = config.n_queries * config.hidden_size * value
-            made["image features"] = min(KEPT_BYTES, replies * features)
+            made["image features"] = min(KEPT_FEATURE_BYTES, replies * features)
             encoding = self._encoding(min(ENCODED_TOGETHER, replies))
             made["forward of prompts"] = max(made["forward of prompts"], encoding)
         return made

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from finetune.errors import UserError
+
 
 @dataclass(frozen=True)
 class Place:
@@ -39,7 +41,7 @@ class Problem:
         return f"{where}: {self.reason}; {self.remedy}" if self.remedy else f"{where}: {self.reason}"
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot be used; the message has a line for each problem, all of them.
 
     Args:

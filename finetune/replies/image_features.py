@@ -6,14 +6,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from finetune.batches.image_request import ImageRequest, read_pixels
-from finetune.vision_cache.cache import VisionCache
+from finetune.batches.budget import ENCODED_TOGETHER, KEPT_FEATURE_BYTES
+from finetune.batches.image_request import ImageRequest, VisionCache, read_pixels
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor
 from qwenvl.images.images import ImageError
 
 READERS = 4  # threads that decode; Pillow decodes and resizes without holding the interpreter's lock
-ENCODED_TOGETHER = 8  # images; beyond that a tower of this size is busy anyway
-KEPT_BYTES = 256_000_000  # of features: 120 images of the published model in 16 bits
 
 
 class ImageStore:
@@ -30,7 +28,7 @@ class ImageStore:
         self,
         model: QwenVLForConditionalGeneration,
         image_processor: QwenVLImageProcessor,
-        keep_bytes: int = KEPT_BYTES,
+        keep_bytes: int = KEPT_FEATURE_BYTES,
         cache: VisionCache | None = None,
     ):
         self._model, self._image_processor, self._keep_bytes = model, image_processor, keep_bytes

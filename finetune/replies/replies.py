@@ -16,20 +16,17 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, StoppingCriteria
 
-from finetune.batches.image_request import ImageRequest, image_key
+from finetune.batches.attempt import OutOfMemory, attempt
+from finetune.batches.budget import KEPT_FEATURE_BYTES, REPLY_BATCH_ROWS, REPLY_BATCH_TOKENS
+from finetune.batches.image_request import ImageRequest, VisionCache, image_key
 from finetune.errors import Failed
-from finetune.memory.out_of_memory import OutOfMemory, attempt
-from finetune.replies.image_features import KEPT_BYTES, ImageStore
+from finetune.replies.image_features import ImageStore
 from finetune.replies.shared_prefix import PrefixedBatch, cut_prefixes, generate_from_prefixes
 from finetune.replies.task_replies import Style
-from finetune.vision_cache.cache import VisionCache
 from qwenvl import ImageAccess, QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer
 from qwenvl.images.images import ImageError
 
 logger = logging.getLogger(__name__)
-
-BATCH_TOKENS = 8192  # 4 GB of keys and values in the published model in 16 bits
-BATCH_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,8 @@ class Decoding:
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     stop_texts: tuple[str, ...] = ()
-    batch_tokens: int = BATCH_TOKENS
-    batch_rows: int = BATCH_ROWS
+    batch_tokens: int = REPLY_BATCH_TOKENS
+    batch_rows: int = REPLY_BATCH_ROWS
 
 
 @dataclass
@@ -164,7 +161,7 @@ def generate_replies(
     decoding: Decoding,
     *,
     on_bad_image: Literal["refuse", "wrong"] = "refuse",
-    keep_bytes: int = KEPT_BYTES,
+    keep_bytes: int = KEPT_FEATURE_BYTES,
     vision_cache: VisionCache | None = None,
 ) -> Iterator[Reply]:
     """Reply to every prompt; replies come batch by batch, each prompt's once.

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from finetune.errors import UserError
+
 # `clean_partials` is a part of resuming: callers find it here.
 from finetune.files.atomic_writes import clean_partials as clean_partials
 from finetune.files.atomic_writes import moved_aside, remove, writing_folder
@@ -26,7 +28,7 @@ HASHING_THREADS = 2
 BLOCK = 4 << 20  # bytes read at a time while hashing
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(UserError):
     """A checkpoint that is not what was saved.
 
     Attributes:

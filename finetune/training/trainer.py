@@ -22,17 +22,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
+from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.batches.collate import Collator
 from finetune.batches.packing import split_batch
 from finetune.data.worker_processes import ended_by_the_trainer_alone
 from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskEvaluation, TaskScore
-from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt
+from finetune.memory.out_of_memory import DoesNotFit, PackBudget
 from finetune.model.adapters import parameter_groups
 from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.training.processes import average_gradients
+from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl.text.chat import IGNORED
 

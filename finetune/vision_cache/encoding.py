@@ -23,6 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
+from finetune.batches.budget import ENCODED_TOGETHER
 from finetune.batches.image_request import read_pixels
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import SHOWN_PROBLEMS
@@ -32,7 +33,7 @@ from finetune.memory.free_memory import free_host_memory
 from finetune.model.computing import own_device
 from finetune.quantities import format_bytes, format_count, format_duration
 from finetune.recipe import Data
-from finetune.replies.image_features import ENCODED_TOGETHER, READERS
+from finetune.replies.image_features import READERS
 from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, content_key, preprocessing_of, settle
 from finetune.vision_cache.run_images import Entry, RunImages, find_images
 from finetune.vision_cache.store import FEATURES, Damaged, FeatureStore, Record

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qwenvl.errors import InputError
 from qwenvl.images.image_decoding import Refused, check_pixels, decode, rgb_from_image
 from qwenvl.images.image_urls import IPAddress, UrlError, display_url, fetch, is_public_address
 
@@ -31,7 +32,7 @@ _OPEN_FILE = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "
 _OPEN_FOLDER = sum(getattr(os, flag, 0) for flag in ("O_PATH", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC"))
 
 
-class ImageError(ValueError):
+class ImageError(InputError):
     """An image could not be had. The message names the image, the reason and the remedy.
 
     Attributes: `image`, `reason`, `remedy`.

@@ -148,12 +148,11 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
 
 def _matrix_of(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor | None:
     """(vocabulary, hidden) of a head that is a matrix and nothing else, here and now; None of any other."""
-    from peft.utils import ModulesToSaveWrapper
-
     if getattr(head, "bias", None) is not None or not hasattr(head, "weight"):
         return None
-    # Of a head with LoRA, `weight` would be the base's alone.
-    if type(head) is not nn.Linear and not isinstance(head, ModulesToSaveWrapper):
+    # With LoRA on a head, `weight` is the base's alone. PEFT's ModulesToSaveWrapper, around a head that is trained
+    # beside an adapter, gives the copy in use; it is known by its attribute, so that the model does not need PEFT.
+    if type(head) is not nn.Linear and not isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
         return None
     weight = head.weight
     # Until its module is called: on the meta device (offloaded), empty (ZeRO-3), or a piece (FSDP2).

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from finetune.data.formats import caption, grounding, llava, messages, qwen_json, vqa
 from finetune.data.formats.grounding import ImageSize
 from finetune.data.formats.messages import Message
 from finetune.data.sample import DataError
-
-FormatName = Literal["messages", "qwen_json", "llava", "vqa", "grounding", "caption"]
 
 # Each format is the module of its name; here is what of it a recipe can name.
 COLUMNS: dict[str, tuple[str, ...]] = {

@@ -14,10 +14,10 @@ from finetune.chat import chat as chat_module
 from finetune.chat.chat import _Terminal, chat_style, open_conversation
 from finetune.chat.conversation import _Stream
 from finetune.chat.conversation_rows import append_row
-from finetune.chat.terminal_text import terminal_text
 from finetune.data.samples import Samples
 from finetune.errors import UserError
 from finetune.recipe.sections import Source
+from finetune.terminal import terminal_text
 from qwenvl import ImageError, load_model, load_processor
 from qwenvl.text.chat import render_chat, render_prompt
 

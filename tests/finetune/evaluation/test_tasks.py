@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from finetune.data.formats import caption, grounding
+from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.formats.row_format import COLUMNS
 from finetune.data.sample import Origin
 from finetune.errors import UserError
 from finetune.evaluation.question import Question
-from finetune.evaluation.tasks import CONVERSATIONS, TASKS, Scores, check_prompt, custom_task, find_task
+from finetune.evaluation.tasks import TASKS, Scores, check_prompt, custom_task, find_task
 from qwenvl import ImageAccess
 
 

@@ -10,9 +10,11 @@ from memory_for_tests import SmallMemory
 from recipes_for_tests import write_recipe
 from safetensors.torch import load_file
 
+from finetune.batches.attempt import OutOfMemory, attempt, is_out_of_memory
 from finetune.errors import Failed, Interrupted
-from finetune.memory.out_of_memory import DoesNotFit, OutOfMemory, PackBudget, StepInPacks, attempt, is_out_of_memory
+from finetune.memory.out_of_memory import DoesNotFit, PackBudget
 from finetune.recipe import load_recipe
+from finetune.training.step_in_packs import StepInPacks
 from finetune.training.train import train
 
 # The rows have some 30, 300 and 600 tokens in turn (an image takes 258), a batch of four some 1,000 to 1,600.

@@ -6,9 +6,10 @@ import pytest
 import torch
 from recipes_for_tests import IMAGES
 
+from finetune.batches.budget import ENCODED_TOGETHER
 from finetune.batches.image_request import ImageRequest, image_key
 from finetune.errors import Failed
-from finetune.replies.image_features import ENCODED_TOGETHER, ImageStore
+from finetune.replies.image_features import ImageStore
 from finetune.replies.replies import Decoding, Plan, Prompt, _stop_place, generate_replies, plan_replies, stop_ids_of
 from qwenvl import ImageAccess
 from qwenvl.images.images import ImageError
