@@ -231,13 +231,13 @@ class TaskEvaluation:
         return choose_shown(parts, lambda number: document_of(self.questions[number].images), count)
 
 
-def score_line(score: Mapping[str, Any]) -> str:
-    """`anls        0.3100 -> 0.8200 on 200 questions`, from what `run.json` says of the score.
+def score_line(score: Mapping[str, Any]) -> tuple[str, str]:
+    """Label and text of a line: `anls`, `0.3100 -> 0.8200 on 200 questions`, from the score in `run.json`.
 
     With several sources ` (boarding 0.0200 -> 0.8900 on 100, before 0.9700 -> 0.9500 on 100)` follows.
     """
     each = [f"{name} {_course(part)}" for name, part in score.get("sources", {}).items()]
-    return f"{score['metric']:<11} {_course(score)} questions" + (f" ({', '.join(each)})" if each else "")
+    return score["metric"], f"{_course(score)} questions" + (f" ({', '.join(each)})" if each else "")
 
 
 def _course(score: Mapping[str, Any]) -> str:

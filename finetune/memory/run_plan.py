@@ -1,7 +1,7 @@
 """Before a run loads weights: what its recipe leaves open is settled, its memory planned, and shown or refused."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from finetune.memory.switches import Switches
 from finetune.memory.weights import settle_embeddings
 from finetune.memory.workload import Workload, different_rows, worst_workload
 from finetune.recipe import Recipe
+from finetune.terminal import Say
 from qwenvl import QwenVLConfig
 
 SWITCHES = "switches"
@@ -52,7 +53,7 @@ def plan_run(
     checked: Checked,
     budget: int | None,
     stored: Mapping[str, Any] | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Switches:
     """Settle, plan, and say so.
 
@@ -68,7 +69,7 @@ def plan_run(
     """
     found = look_at_memory(recipe, base, checked, budget, stored)
     for number, line in enumerate(found.lines()):
-        say(f"{'' if number else 'memory':<11} {line}")
+        say("" if number else "memory", line)
     if found.refusal:
         raise UserError(found.refusal)
     return found.switches

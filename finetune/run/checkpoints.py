@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or not there, and that tell when a byte of them is no longer what was saved.
+"""Checkpoints that are complete or absent, and whose damage is detected.
 
 A checkpoint is a folder `checkpoints/step-N` with a `manifest.json`: every file's size and SHA-256. It is written
-under a hidden name and renamed when all of it is on the disk (`atomic_writes`). Before a resume reads one it is
-compared with its manifest; a damaged one is reported and passed over for the one before.
+under a hidden name and renamed when all of it is on the disk (`atomic_writes`). Before a resume reads a checkpoint it
+compares it with the manifest; a damaged one is reported, and the one before is used.
 """
 
 import errno
@@ -44,13 +44,13 @@ class DamagedCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint to resume from.
+    """The newest checkpoint that is not damaged.
 
     Attributes:
-        path: None where there is no good one. After a process was killed in the middle of replacing a checkpoint this
-            can be a hidden name, until `clean_partials` has moved it back.
-        step: optimizer steps done; 0 where there is no good one.
-        damaged: newer ones that were passed over, newest first, each with the reason. To be shown to the user.
+        path: None where there is none. After a process was killed while it replaced a checkpoint this can be a hidden
+            name, until `clean_partials` has moved it back.
+        step: optimizer steps done; 0 where there is none.
+        damaged: newer checkpoints that are damaged, newest first, each with the reason. To be shown to the user.
     """
 
     path: Path | None = None
@@ -129,10 +129,10 @@ def find_last_good(checkpoints: str | Path) -> Found:
     checkpoints = Path(checkpoints)
     if not checkpoints.is_dir():
         return Found()
-    candidates = [(step_of(path), path) for path in checkpoints.iterdir()]
-    candidates += [(step_of(final), aside) for final, aside in moved_aside(checkpoints)]
+    named = [(path, path) for path in checkpoints.iterdir()] + list(moved_aside(checkpoints))
+    candidates = [(step, path) for final, path in named if (step := step_of(final)) is not None]
     damaged = []
-    for step, path in sorted((found for found in candidates if found[0] is not None), reverse=True):
+    for step, path in sorted(candidates, reverse=True):
         try:
             verify(path)
         except DamagedCheckpoint as error:
@@ -158,21 +158,22 @@ def prune(checkpoints: str | Path, keep: int, also_keep: Collection[str | Path] 
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the last checkpoint has to stay")
     checkpoints = Path(checkpoints)
-    by_step = sorted((path for path in checkpoints.iterdir() if step_of(path) is not None), key=step_of)
+    steps = [(step, path) for path in checkpoints.iterdir() if (step := step_of(path)) is not None]
+    by_step = [path for _, path in sorted(steps)]
     kept = {Path(path).resolve() for path in also_keep}
-    doomed = [path for path in by_step[:-keep] if path.resolve() not in kept]
-    if not doomed:
+    surplus = [path for path in by_step[:-keep] if path.resolve() not in kept]
+    if not surplus:
         return []
     last_good = find_last_good(checkpoints).path
     if last_good is None:
         return []
-    doomed = [path for path in doomed if path != last_good]
-    for path in doomed:
+    surplus = [path for path in surplus if path != last_good]
+    for path in surplus:
         remove(path)
-    return doomed
+    return surplus
 
 
-def _write_manifest(folder: Path, step: int | None):
+def _write_manifest(folder: Path, step: int | None) -> None:
     names = _file_names(folder)
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         digests = list(pool.map(lambda name: _sha256(folder / name), names))

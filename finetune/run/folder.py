@@ -1,8 +1,10 @@
 """The run folder: what a run writes about itself."""
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from finetune.files.atomic_writes import make_folder, write_text
 from finetune.run import metrics_file
@@ -62,6 +64,10 @@ class RunFolder:
             return with_floats(json.loads(text))
         except ValueError as error:
             raise ValueError(f"{self.run_file} is not JSON ({error}): restore it, or start the run anew") from None
+
+    def update_run(self, changes: Mapping[str, Any]) -> None:
+        """Replace entries of `run.json`, or add them; the others stay."""
+        self.write_run({**(self.read_run() or {}), **changes})
 
     def append_metrics(self, record: dict):
         """Add a line to `metrics.jsonl`; see `metrics_file.append_metrics`."""

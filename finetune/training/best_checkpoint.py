@@ -1,17 +1,20 @@
-"""The best evaluation so far: its checkpoint is kept for the end, and so many without a better one stop the training.
+"""The best evaluation so far: its checkpoint is kept, and a number of evaluations without a better one stops training.
 
-Both count the evaluations in the trainer's log, which checkpoints hold: a resumed run decides as an uninterrupted one,
-and every process has the same.
+Both count the evaluations in the trainer's log, which is part of each checkpoint: a resumed run decides like an
+uninterrupted one, and all processes decide alike.
 """
 
-from transformers import TrainerCallback, TrainerState
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig
 
 
-def pick_best(arguments: SFTConfig, metric: str):
-    """Make the best checkpoint by `metric` (as logged) the result, unless the arguments say what is.
+def pick_best(arguments: SFTConfig, metric: str) -> None:
+    """Make the best checkpoint by `metric` (as logged) the result, unless the arguments name another metric.
 
-    With `SaveBest`, whatever else is saved when: Transformers' own way saves at evaluations only.
+    `SaveBest` saves these checkpoints, so that `save_steps` can be anything; Transformers alone would need it to be a
+    multiple of `eval_steps`.
     """
     if arguments.metric_for_best_model is None:
         arguments.metric_for_best_model = metric
@@ -23,38 +26,44 @@ def pick_best(arguments: SFTConfig, metric: str):
 class SaveBest(TrainerCallback):
     """Saves a checkpoint at each evaluation that is better than all before."""
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
         values = _values(args, state)
-        if values and evaluations_since_best(values, greater_is_better=args.greater_is_better) == 0:
+        if values and evaluations_since_best(values, greater_is_better=bool(args.greater_is_better)) == 0:
             control.should_save = True
         return control
 
 
 class Patience(TrainerCallback):
-    """Stops after so many evaluations in a row without a better `metric_for_best_model`.
+    """Stops after a number of evaluations without a better `metric_for_best_model`.
 
     Args:
-        evaluations: in a row; counted from the best so far.
+        evaluations: counted from the best so far.
     """
 
     def __init__(self, evaluations: int):
         self.evaluations = evaluations
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        since = evaluations_since_best(_values(args, state), greater_is_better=args.greater_is_better)
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        since = evaluations_since_best(_values(args, state), greater_is_better=bool(args.greater_is_better))
         if since >= self.evaluations:
             control.should_training_stop = True
         return control
 
 
-def _values(args: SFTConfig, state: TrainerState) -> list[float]:
+def _values(args: TrainingArguments, state: TrainerState) -> list[float]:
+    assert args.metric_for_best_model is not None, "pick_best sets it"
     key = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
     return [record[key] for record in state.log_history if key in record]
 
 
 def evaluations_since_best(values: list[float], *, greater_is_better: bool) -> int:
-    """How many of the values come after the first of the best ones; NaN is never better."""
-    best, since = None, 0
+    """Count the values after the first of the best ones; NaN is never better."""
+    best: float | None = None
+    since = 0
     for value in values:
         is_better = value == value and (best is None or (value > best if greater_is_better else value < best))
         best, since = (value, 0) if is_better else (best, since + 1)

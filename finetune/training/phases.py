@@ -1,11 +1,11 @@
-"""Where the seconds of a run go: one phase after the other from its first line to its last, none left out."""
+"""The seconds of a run by phase; the phases follow one another without a gap."""
 
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class Phases(TrainerCallback):
@@ -23,14 +23,14 @@ class Phases(TrainerCallback):
     | checkpoint | writing the state to resume from |
     | save | writing the result |
 
-    Seconds are those of this process. A GPU works behind it, and what one phase asks for can end in the next: over
-    many steps the sums are right where a phase waits for the device, as the check of each forward's loss does.
+    Seconds are those of this process. A GPU runs asynchronously, so what one phase launches can end in the next. Over
+    many steps the sums are right, because each step waits for the device when it checks the loss.
 
-    It goes behind the callbacks that decide about evaluating and saving.
+    In the trainer's list it comes after the callbacks that decide about evaluating and saving.
 
     Args:
         first: the phase that begins at once.
-        clock: seconds from any beginning.
+        clock: returns seconds, from any start.
     """
 
     def __init__(self, first: str, clock: Callable[[], float] = time.monotonic):
@@ -41,8 +41,8 @@ class Phases(TrainerCallback):
         self._since = 0.0
         self.begin(first)
 
-    def begin(self, name: str):
-        """End the phase there is and begin this one; what has begun already goes on."""
+    def begin(self, name: str) -> None:
+        """End the current phase and begin this one; a phase that has begun already goes on."""
         if name == self._current:
             return
         self._count()
@@ -50,8 +50,8 @@ class Phases(TrainerCallback):
         self._phases.setdefault(name, {"seconds": 0.0, "times": 0, "began": self._since})["times"] += 1
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """For `run.json`, up to now: of each phase `seconds` in all, the `times` that it took place, when it `began`
-        first and `ended` last (ISO 8601, to the millisecond).
+        """Return what `run.json` has: for each phase its `seconds` in all, how many `times` it took place, when it
+        first `began` and last `ended` (ISO 8601, to the millisecond).
         """
         self._count()
         return {
@@ -64,8 +64,8 @@ class Phases(TrainerCallback):
             for name, phase in self._phases.items()
         }
 
-    def _count(self):
-        """Add the time that has gone by to the phase there is."""
+    def _count(self) -> None:
+        """Add the time since the last call to the current phase."""
         now = self._clock()
         if self._current is not None:
             phase = self._phases[self._current]
@@ -78,26 +78,36 @@ class Phases(TrainerCallback):
 
     # --- what the trainer calls --------------------------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.begin("batches")
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.begin("forward_backward")
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.begin("optimizer")
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.begin("evaluate" if control.should_evaluate else _without_evaluation(control))
 
     on_epoch_end = on_step_end
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.begin(_without_evaluation(control))
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.begin("batches")
 
 
-def _without_evaluation(control) -> str:
+def _without_evaluation(control: TrainerControl) -> str:
     return "checkpoint" if control.should_save else "batches"

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from finetune.quantities import (
@@ -90,42 +90,62 @@ class Progress(TrainerCallback):
 
     # --- what the trainer calls --------------------------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero:
             return
         self._pace = _Pace(self._clock)
         self._latest, self._evaluated_batches = {}, 0
         # A resumed run brings the log of its first part along, and with it the best evaluation.
         for record in state.log_history:
-            self._note_best(record, record.get("step", 0))
+            self._note_best(record, int(record.get("step", 0)))
         if self._stream.isatty() and os.environ.get("TERM") != "dumb":
             self._open()
         if state.global_step:
             self._say(f"resumed at {_step(state)}")
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self._pace.step()
             self._redraw(args, state)
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero:
             self._evaluated_batches += 1
             self._redraw(args, state, batches=_length(eval_dataloader))
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             self._evaluated_batches = 0
             self._pace.pause_ended()
             self._redraw(args, state, always=True)
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._pace.pause_ended()
             where = "" if self._checkpoints is None else f": {checkpoint_path(self._checkpoints, state.global_step)}"
             self._say(f"{_step(state)}{SEPARATOR}checkpoint saved{where}")
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not state.is_world_process_zero:
             return
         numbers = {key: value for key, value in (logs or {}).items() if is_number(value)}
@@ -141,7 +161,9 @@ class Progress(TrainerCallback):
             else:
                 self._redraw(args, state, always=True)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero:
             return
         self._redraw(args, state, always=True)
@@ -183,7 +205,9 @@ class Progress(TrainerCallback):
         else:
             self._live.console.print(Text(line), soft_wrap=True)
 
-    def _redraw(self, args, state, *, batches: int | None = None, always: bool = False) -> None:
+    def _redraw(
+        self, args: TrainingArguments, state: TrainerState, *, batches: int | None = None, always: bool = False
+    ) -> None:
         now = self._clock()
         if self._live is None or (now - self._drawn_at < REDRAW_SECONDS and not always):
             return
@@ -201,10 +225,10 @@ class Progress(TrainerCallback):
 
     # --- what the lines say ------------------------------------------------------------------------------------------
 
-    def _fields(self, args, state) -> dict[str, str]:
+    def _fields(self, args: TrainingArguments, state: TrainerState) -> dict[str, str]:
         """The training line, piece by piece."""
         fields = {"step": _step(state)}
-        if is_number(state.epoch) and math.isfinite(state.epoch):
+        if state.epoch is not None and math.isfinite(state.epoch):
             # With max_steps the run ends by steps, and the number of epochs is what comes out of it.
             of = "" if args.max_steps > 0 else f"/{args.num_train_epochs:g}"
             fields["epoch"] = f"epoch {state.epoch:.2f}{of}"
@@ -281,7 +305,7 @@ def _lowered_budget(numbers: Mapping[str, float]) -> str:
     return f"{too_many} of evaluation: at most {numbers['evaluation_tokens_per_batch']:,} from now on"
 
 
-def _step(state) -> str:
+def _step(state: TrainerState) -> str:
     return f"step {state.global_step}/{state.max_steps}" if state.max_steps > 0 else f"step {state.global_step}"
 
 
@@ -310,8 +334,8 @@ def summary(
     run: str | os.PathLike,
     tokens: int | None = None,
     images: int | None = None,
-) -> list[str]:
-    """The lines at the end of a run: a label in 11 columns, a space, what it says. What is not known has no line.
+) -> dict[str, str]:
+    """The lines at the end of a run: label -> text. What is not known has no line.
 
         steps       1000 in 2h 04m
         trained on  12.3M tokens (1.8M supervised), 48.2k images
@@ -359,7 +383,7 @@ def summary(
     if "peak_memory_bytes" in series:
         lines["peak memory"] = format_bytes(max(value for _, value in series["peak_memory_bytes"]))
     lines["run"] = os.fspath(run)
-    return [f"{label:<11} {text}" for label, text in lines.items()]
+    return lines
 
 
 def _first_to_last(values: list[tuple[int, float]]) -> str:
@@ -376,7 +400,7 @@ def _first_to_best(values: list[tuple[int, float]]) -> str:
     return text if values[-1][0] == best_step else f"{text}, {format_loss(values[-1][1])} at the end"
 
 
-def drop_own_printers(trainer: Trainer):
-    """Transformers' printers would speak beside `Progress`."""
+def drop_own_printers(trainer: Trainer) -> None:
+    """Remove Transformers' printers, which would print beside `Progress`."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)

@@ -1,12 +1,12 @@
-"""Out of memory in the middle of a run: smaller packs from there on, and the same loss and gradients.
+"""An optimizer step that runs out of memory is repeated in smaller packs, with the same loss and gradients.
 
-The loss is a sum over supervised tokens, and so are gradients: how a batch is cut into packs changes neither. What is
-at stake is what a failed backward leaves behind: it has added to the gradients of some parameters and not to those of
-others. To put that right a copy of all gradients would have to be made before every pack (0.45 GB for the published
-LoRA), in case it fails. Running the optimizer step anew from its beginning needs nothing in advance: gradients were
-empty there, its batches are still in memory (the trainer reads all of a step before it runs the first), and with the
-random state put back it becomes the step that it would have been with the lower budget from its start. A failure costs
-at most one step's time, and there are only a few before the budget is low enough.
+The loss is a sum over supervised tokens, and so are the gradients: how a batch is cut into packs changes neither. But
+a backward that fails has added to the gradients of some parameters and not of others. To undo that, all gradients
+would have to be copied before every pack (0.45 GB for the published LoRA), in case it fails. Repeating the optimizer
+step from its start needs nothing in advance: gradients were empty then, the step's batches are still in memory (the
+trainer reads all of them before it runs the first), and with the random state restored it becomes the step that it
+would have been with the lower budget. A failure costs at most one step's time, and few of them lower the budget
+enough.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,15 +21,15 @@ from finetune.memory.out_of_memory import Batch, PackBudget
 
 
 class StepInPacks:
-    """The optimizer step under way: its batches run pack by pack, and all of them anew when a pack does not fit.
+    """The current optimizer step: its batches are run pack by pack, and all of them again when a pack does not fit.
 
     Args:
         budget: of a pack.
-        run_pack: forward and backward of a pack, told whether it is the last one so far; returns the pack's share of
-            the step's loss.
-        empty_gradients: as they are at the beginning of a step.
-        refuse: is called with a pack that does not fit and nothing can be done about; raises what is to be said.
-        can_run_anew: whether this process can do so by itself; not where a forward waits for other processes.
+        run_pack: runs forward and backward of a pack, told whether it is the last one; returns the pack's part of the
+            step's loss.
+        empty_gradients: sets the gradients to what they are at the start of a step.
+        refuse: called with a pack that does not fit and cannot be made smaller; raises.
+        can_repeat: whether this process can repeat a step by itself; False where the model is sharded.
         device: of the model.
     """
 
@@ -40,46 +40,46 @@ class StepInPacks:
         run_pack: Callable[[Batch, bool], torch.Tensor],
         empty_gradients: Callable[[], None],
         refuse: Callable[[Batch, OutOfMemory], NoReturn],
-        can_run_anew: bool = True,
+        can_repeat: bool = True,
         device: torch.device,
     ):
         self.budget = budget
         self._run_pack, self._empty_gradients, self._refuse = run_pack, empty_gradients, refuse
-        self._can_run_anew = can_run_anew
+        self._can_repeat = can_repeat
         self._device = device
         self._random = RandomState(device)
         self._batches: list[Batch] = []
-        self._told = torch.zeros((), device=device)  # of the step's loss
+        self._returned = torch.zeros((), device=device)  # of the step's loss
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """Forward and backward of the step's next batch.
+        """Run forward and backward of the step's next batch.
 
         Returns:
-            Its share of the step's loss, () in float32. If the batches before it were run anew, what that changed of
-            their shares is in it: the sum over the step is the one of the gradients.
+            Its part of the step's loss, () in float32. If earlier batches were run again, the change of their parts is
+            included: the parts add up to the loss that the gradients belong to.
         """
         self._batches.append(batch)
-        total = self._told.clone()
+        total = self._returned.clone()
         missing: Sequence[Batch] = [batch]
         while isinstance(added := self._run_packs(missing), OutOfMemory):
             self._empty_gradients()
-            self._random.put_back()
+            self._random.restore()
             total.zero_()
             missing = self._batches
         total += added
-        share = total - self._told
-        self._told = total
-        return share
+        part = total - self._returned
+        self._returned = total
+        return part
 
     def _run_packs(self, batches: Sequence[Batch]) -> torch.Tensor | OutOfMemory:
-        """The share of these batches; or that a pack did not fit, and the budget is lower."""
+        """Return the part of these batches; or that a pack did not fit, and the budget is lower now."""
         total = torch.zeros((), device=self._device)
         packs = [pack for batch in batches for pack in split_batch(batch, self.budget.tokens)]
         for number, pack in enumerate(packs, start=1):
             result = attempt(partial(self._run_pack, pack, number == len(packs)))
             if isinstance(result, OutOfMemory):
                 lengths = pack["sequence_lengths"]
-                if len(lengths) == 1 or not self._can_run_anew:
+                if len(lengths) == 1 or not self._can_repeat:
                     self._refuse(pack, result)
                 longest = max(int(batch["sequence_lengths"].max()) for batch in self._batches)
                 self.budget.lower(int(lengths.sum()), longest)
@@ -89,14 +89,15 @@ class StepInPacks:
 
 
 class RandomState:
-    """The state of the generators that dropout draws from, on the host and on the device, as of now."""
+    """The state of the generators that dropout uses, on the host and on the device, when this object was made."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._host = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
-    def put_back(self):
+    def restore(self) -> None:
+        """Set the generators back to that state."""
         torch.set_rng_state(self._host)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)

@@ -1,5 +1,6 @@
-"""How much is trained in how much time, and the memory that it takes."""
+"""Tokens and images per second, and the peak memory."""
 
+import sys
 import time
 
 import torch
@@ -8,14 +9,14 @@ from qwenvl.text.chat import IGNORED
 
 
 class Throughput:
-    """Tokens and images since the last log, for the figures of the live line."""
+    """Counts tokens and images since the last log."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.tokens = self.images = self.supervised = 0
         self.all_tokens = self.all_images = 0
         self.since = time.monotonic()
 
-    def count(self, batch: dict[str, torch.Tensor]):
+    def count(self, batch: dict[str, torch.Tensor]) -> None:
         """Add one collated batch of this process."""
         tokens, images = batch["input_ids"].numel(), int(batch["sequence_images"].sum())
         self.tokens += tokens
@@ -25,9 +26,9 @@ class Throughput:
         self.supervised += int((batch["labels"] != IGNORED).sum())
 
     def since_last(self, processes: int, device: torch.device) -> dict[str, float]:
-        """Rates over all processes (taken to be alike) since the last call, and the peak memory so far."""
+        """Return rates since the last call and the peak memory. All processes are taken to be equally fast."""
         seconds = max(time.monotonic() - self.since, 1e-9)
-        figures = {
+        figures: dict[str, float] = {
             "tokens_per_second": round(self.tokens * processes / seconds, 1),
             "images_per_second": round(self.images * processes / seconds, 2),
             "supervised_tokens": self.supervised * processes,
@@ -39,11 +40,10 @@ class Throughput:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the accelerator where there is one, else of this process."""
+    """Peak memory in bytes: of the accelerator where there is one, else of this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -16,10 +16,10 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import RandomSampler, SequentialSampler
-from transformers import Trainer
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from finetune.batches.attempt import OutOfMemory, attempt
@@ -28,7 +28,7 @@ from finetune.batches.packing import split_batch
 from finetune.data.worker_processes import ended_by_the_trainer_alone
 from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskEvaluation, TaskScore
-from finetune.memory.out_of_memory import DoesNotFit, PackBudget
+from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
 from finetune.model.adapters import parameter_groups
 from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
@@ -36,38 +36,41 @@ from finetune.run.folder import RunFolder
 from finetune.training.processes import average_gradients
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
+from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.text.chat import IGNORED
+
+TrainableModel = QwenVLForConditionalGeneration | PeftModel
 
 
 class NonFiniteLoss(Failed):
-    """The loss is NaN or infinite; the message names the samples it came from."""
+    """The loss is NaN or infinite; the message names the samples."""
 
 
 class QwenVLTrainer(SFTTrainer):
-    """Trains on samples by index: they are rendered, decoded and packed as they are needed.
+    """TRL's trainer over samples that are rendered, decoded and packed when they are needed.
 
     One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
-    the sum over all their supervised tokens divided by their number, however they are cut into packs.
+    the sum over all their supervised tokens divided by the number of these, however the samples are cut into packs.
 
     Args:
-        model: the model, with what shall be trained requiring gradients.
+        model: its trained parameters require gradients.
         args: TRL's configuration.
         collators: for "train" and, where there is evaluation, "eval".
         indices: for the same names, the samples to use, as indices into the collator's samples.
-        run: where checkpoints go.
-        tokens_per_batch: tokens of one forward; None runs every sequence by itself. A pack that the memory does not
-            hold lowers it (see `out_of_memory`).
-        out_of_memory: what earlier parts of a resumed run noted in run.json of packs that were too much.
+        run: the folder that checkpoints are written to.
+        tokens_per_batch: tokens of one forward; None runs every sequence by itself. A pack that does not fit into the
+            memory lowers it (see `step_in_packs`).
+        out_of_memory: what earlier parts of a resumed run noted in run.json about packs that did not fit.
         learning_rates, vision_layer_decay: see `adapters.parameter_groups`.
-        shuffle: draw the order of the training samples anew each epoch.
-        task_evaluation: scores replies at each evaluation, besides the loss; None does not.
+        shuffle: draw a new order of the training samples in each epoch.
+        task_evaluation: scores replies at each evaluation, besides the loss; None evaluates the loss alone.
         callbacks: Transformers' callbacks, besides its own.
         optimizer: in place of the one that `args.optim` names.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TrainableModel,
         args: SFTConfig,
         *,
         collators: dict[str, Collator],
@@ -79,13 +82,13 @@ class QwenVLTrainer(SFTTrainer):
         vision_layer_decay: float | None = None,
         shuffle: bool = True,
         task_evaluation: TaskEvaluation | None = None,
-        callbacks: Sequence[Any] = (),
+        callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
     ):
         self.collators = collators
         self.run = run
         self.train_budget = PackBudget("tokens_per_batch", tokens_per_batch, out_of_memory)
-        # Evaluation keeps no activations, and where it fails that need not slow training down.
+        # Evaluation keeps no activations. If it runs out of memory, training need not have smaller packs.
         self.eval_budget = PackBudget("evaluation_tokens_per_batch", tokens_per_batch, out_of_memory)
         self.step_in_packs: StepInPacks | None = None
         self.learning_rates = learning_rates or {}
@@ -94,7 +97,8 @@ class QwenVLTrainer(SFTTrainer):
         self.task_evaluation = task_evaluation
         self.throughput = Throughput()
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
-        use_cache = model.config.use_cache
+        config = self._config_of(model)
+        use_cache = config.use_cache
         super().__init__(
             model=model,
             args=args,
@@ -105,15 +109,22 @@ class QwenVLTrainer(SFTTrainer):
             callbacks=list(callbacks),
             optimizers=(optimizer, None),
         )
-        # Transformers turns it off here, and a model that is saved would reply without a cache ever after.
-        model.config.use_cache = use_cache
+        # Transformers turns it off, and a saved model would then generate without a cache.
+        config.use_cache = use_cache
 
-    def _send_telemetry(self):
-        """Nothing is sent: a run makes no connection that its recipe does not ask for."""
+    @staticmethod
+    def _config_of(model: nn.Module) -> QwenVLConfig:
+        config = model.config
+        assert isinstance(config, QwenVLConfig)
+        return config
 
-    def train(self, *args, **kwargs):
-        # Transformers aligns the model's stop tokens with the tokenizer's one; a reply has three.
+    def _send_telemetry(self) -> None:
+        """Sends nothing: a run makes no connection that its recipe does not ask for."""
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Transformers sets the model's stop tokens to the tokenizer's one; a reply has three.
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        assert isinstance(model, QwenVLForConditionalGeneration)
         settings = copy.deepcopy(model.generation_config)
         self.step_in_packs = None
         try:
@@ -121,21 +132,22 @@ class QwenVLTrainer(SFTTrainer):
         finally:
             model.generation_config = settings
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        assert isinstance(dataset, Dataset)
         if not self.shuffle:
             return SequentialSampler(dataset)
-        # Accelerate replaces its generator by one seeded from seed and epoch, on every process alike.
+        # Accelerate replaces its generator by one seeded from the seed and the epoch, the same on every process.
         return RandomSampler(dataset)
 
-    def _get_dataloader(self, *args, **kwargs):
-        loader = super()._get_dataloader(*args, **kwargs)
-        of_workers = loader.base_dataloader  # what Accelerate has made around it starts none itself
-        of_workers.worker_init_fn = partial(ended_by_the_trainer_alone, then=of_workers.worker_init_fn)
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader: Any = super()._get_dataloader(*args, **kwargs)
+        with_workers = loader.base_dataloader  # Accelerate's wrapper starts no workers itself
+        with_workers.worker_init_fn = partial(ended_by_the_trainer_alone, then=with_workers.worker_init_fn)
         return loader
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        # Each sample once: processes with fewer do not get others' again, as they would in training.
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        # Each sample once: processes with fewer samples do not repeat others, as they do in training.
         loading = self.accelerator.dataloader_config
         before = self.data_collator, loading.even_batches
         self.data_collator, loading.even_batches = self.collators["eval"], False
@@ -144,8 +156,9 @@ class QwenVLTrainer(SFTTrainer):
         finally:
             self.data_collator, loading.even_batches = before
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
+        assert model is not None
         if self.optimizer is None:
             decaying = set(self.get_decay_parameter_names(model))
             groups = parameter_groups(
@@ -156,14 +169,20 @@ class QwenVLTrainer(SFTTrainer):
                 weight_decay=self.args.weight_decay,
                 no_decay={name for name, _ in model.named_parameters()} - decaying,
             )
-            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(
+                self.args,
+                model,  # type: ignore[arg-type]  # what is wrapped for FSDP is no PreTrainedModel
+            )
             self.optimizer = optimizer_class(groups, **arguments)
+        assert self.optimizer is not None
         return self.optimizer
 
     # Loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward of one batch, pack by pack; returns its share of the step's loss."""
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of one batch, pack by pack; returns its part of the step's loss."""
         model.train()
         if self.step_in_packs is None:
             self.train_budget.reach(self.state.global_step + 1)
@@ -172,7 +191,7 @@ class QwenVLTrainer(SFTTrainer):
                 run_pack=partial(self._forward_backward, model, num_items_in_batch),
                 empty_gradients=model.zero_grad,
                 refuse=partial(self._refuse_out_of_memory, "train"),
-                can_run_anew=not self._is_sharded,
+                can_repeat=not self._is_sharded,
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
@@ -183,31 +202,40 @@ class QwenVLTrainer(SFTTrainer):
         self.throughput.count(inputs)
         return total
 
-    def _forward_backward(self, model, num_items_in_batch, pack: dict[str, torch.Tensor], is_last: bool):
-        """Of one pack; returns its share of the step's loss."""
-        wait = contextlib.nullcontext()
+    def _forward_backward(
+        self, model: nn.Module, num_items_in_batch: torch.Tensor | int | None, pack: Batch, is_last: bool
+    ) -> torch.Tensor:
+        """Forward and backward of one pack; returns its part of the step's loss."""
+        without_sync: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if isinstance(model, DistributedDataParallel):
-            # Past the wrapper, which would exchange gradients during the backward: see `gradient_exchange`.
+            # Not through the wrapper, which would all-reduce during the backward: see `processes.average_gradients`.
             model = model.module
         elif not (is_last and self.accelerator.sync_gradients):
-            wait = self.accelerator.no_sync(model)
+            without_sync = self.accelerator.no_sync(model)
         pack = self._prepare_inputs(pack)
-        with wait, self.maybe_activation_offload_context:
+        with without_sync, self.maybe_activation_offload_context:
             loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
             self._refuse_non_finite(loss, pack)
             self.accelerator.backward(loss)
         return loss.detach()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy summed over the supervised tokens, divided by `num_items_in_batch` (of all processes)."""
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the cross-entropy summed over the supervised tokens, divided by `num_items_in_batch` (of all
+        processes); with `return_outputs` a pair of it and the model's output."""
         outputs = forward_with_loss(model, self.accelerator.unwrap_model(self.model), inputs, num_items_in_batch)
         loss = outputs.loss
-        if num_items_in_batch is not None and self.model.training:
-            # The items are those of all processes, and gradients are averaged over them.
+        if num_items_in_batch is not None and model.training:
+            # The items are counted over all processes, and gradients are averaged over processes.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _refuse_non_finite(self, loss: torch.Tensor, pack: dict[str, torch.Tensor]):
+    def _refuse_non_finite(self, loss: torch.Tensor, pack: Batch) -> None:
         if torch.isfinite(loss):
             return
         raise NonFiniteLoss(
@@ -215,12 +243,12 @@ class QwenVLTrainer(SFTTrainer):
             "at these rows; if they are fine, lower train.learning_rate, or use model.dtype: bfloat16 or float32"
         )
 
-    def _origins(self, name: str, pack: dict[str, torch.Tensor]) -> str:
+    def _origins(self, name: str, pack: Batch) -> str:
         """File and row of each sample of a pack."""
         samples = self.collators[name].samples
         return "; ".join(str(samples[index].origin) for index in pack["samples"].tolist())
 
-    def _refuse_out_of_memory(self, name: str, pack: dict[str, torch.Tensor], failure: OutOfMemory) -> NoReturn:
+    def _refuse_out_of_memory(self, name: str, pack: Batch, failure: OutOfMemory) -> NoReturn:
         images = int(pack["sequence_images"].sum())
         raise DoesNotFit(
             what=f"{self._origins(name, pack)} ({pack['input_ids'].numel():,} tokens, {images} images)",
@@ -234,24 +262,27 @@ class QwenVLTrainer(SFTTrainer):
 
     # Evaluation
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `_evaluate_in_place`, and training goes on as if there had been none: a loader alone draws a number."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `_evaluate_in_place`, with the random state put back: even making a data loader draws a number."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             return self._evaluate_in_place(eval_dataset, metric_key_prefix)
 
-    def _evaluate_in_place(self, eval_dataset, metric_key_prefix: str) -> dict[str, float]:
-        """Mean loss over all supervised tokens of the evaluation samples, and the task's score where there is one.
+    def _evaluate_in_place(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
+        """Return the mean loss over all supervised tokens of the evaluation samples, and the task's score if any.
 
-        In eval mode the model stretches positions beyond `seq_length` (see `model.rotary`), which training does not:
+        In eval mode the model stretches positions beyond `seq_length` (see `model.rotary`); in training it does not.
         `eval_long_samples` counts the samples on which this loss is therefore not the training objective.
         """
         start = time.monotonic()
+        assert self.model is not None
         model = self._wrap_model(self.model, training=False)
         model.eval()
         # Sum of losses, supervised tokens, samples, samples beyond seq_length.
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
-        beyond = self.model.config.seq_length
+        beyond = self._config_of(self.model).seq_length
         for batch in self.get_eval_dataloader(eval_dataset):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             for pack, loss in self._losses(model, batch):
@@ -267,14 +298,14 @@ class QwenVLTrainer(SFTTrainer):
             f"{metric_key_prefix}_long_samples": int(sums[3]),
         }
         if self.task_evaluation is not None:
-            metrics |= self._task_score().metrics()
+            metrics |= self._task_score(self.task_evaluation).metrics()
         metrics[f"{metric_key_prefix}_seconds"] = round(time.monotonic() - start, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _losses(self, model, batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """A batch pack by pack, each with its summed loss, in smaller packs where they do not fit."""
+    def _losses(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """Yield the packs of a batch, each with its summed loss; smaller packs where they do not fit."""
         budget = self.eval_budget
         budget.reach(self.state.global_step)
         packs = split_batch(batch, budget.tokens)
@@ -291,51 +322,49 @@ class QwenVLTrainer(SFTTrainer):
             budget.lower(int(lengths.sum()), max(int(one["sequence_lengths"].max()) for one in packs))
             packs = [smaller for larger in packs for smaller in split_batch(larger, budget.tokens)]
 
-    def _loss_of_pack(self, model, pack: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _loss_of_pack(self, model: nn.Module, pack: Batch) -> torch.Tensor:
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(pack), num_items_in_batch=1)
 
-    def _task_score(self) -> TaskScore:
+    def _task_score(self, task: TaskEvaluation) -> TaskScore:
         model = self.accelerator.unwrap_model(self.model)
-        step = self.state.global_step
-        return self.task_evaluation.evaluate(model, self.accelerator, step, bar=False, tick=self._tick)
+        return task.evaluate(model, self.accelerator, self.state.global_step, bar=False, tick=self._tick)
 
-    def _tick(self):
+    def _tick(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        # A step is done, and nothing is saved of it yet.
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # The step is done and not saved yet.
         self._log_lowered(self.train_budget)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _log_lowered(self, budget: PackBudget):
+    def _log_lowered(self, budget: PackBudget) -> None:
         news = budget.take_news(self.args.device)
         if news is not None:
-            # A log takes the place of the step's own, which is still to come.
-            is_to_come = self.control.should_log
+            # A log clears the flag that asks for the step's own log.
+            should_log = self.control.should_log
             self.log(news)
-            self.control.should_log = is_to_come
+            self.control.should_log = should_log
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether every forward waits for the other processes, which have parts of the model."""
+        """Whether the model is sharded over processes, so that every forward waits for the others."""
         return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.throughput.since_last(self.accelerator.num_processes, self.args.device)
-        # Past SFTTrainer's, which adds figures of its own loss.
+        # Not SFTTrainer's, which adds figures of its own loss.
         Trainer.log(self, logs, start_time)
 
     # Checkpoints
 
-    def _save_checkpoint(self, model, trial):
-        """As the base class's, but complete or not there: written beside, synced, hashed, then renamed."""
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the base class's, but complete or absent: written under another name, synced, hashed, then renamed."""
         step = self.state.global_step
         final = checkpoint_path(self.run.checkpoints, step)
         with contextlib.ExitStack() as stack:
-            partial = stack.enter_context(writing(final)) if self.args.should_save else None
-            partial = self._from_main_process(partial)
+            partial = self._from_main_process(stack.enter_context(writing(final)) if self.args.should_save else None)
             stack.callback(setattr, self.args, "output_dir", self.args.output_dir)
             self.args.output_dir = str(partial)
             # Not SFTTrainer's: it writes a model card into the output folder first.
@@ -354,8 +383,8 @@ class QwenVLTrainer(SFTTrainer):
                 prune(self.run.checkpoints, keep, {Path(best)} if best else set())
         self.accelerator.wait_for_everyone()
 
-    def _name_best_checkpoint(self, state_file: Path):
-        """The best checkpoint by the name that it has, or will have, in the run folder."""
+    def _name_best_checkpoint(self, state_file: Path) -> None:
+        """Write the best checkpoint's final name, in the run folder, into a saved trainer state."""
         best = self.state.best_global_step
         self.state.best_model_checkpoint = str(checkpoint_path(self.run.checkpoints, best)) if best else None
         state = json.loads(state_file.read_text())

@@ -34,6 +34,7 @@ from finetune.model.computing import own_device
 from finetune.quantities import format_bytes, format_count, format_duration
 from finetune.recipe import Data
 from finetune.replies.image_features import READERS
+from finetune.terminal import Say
 from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, content_key, preprocessing_of, settle
 from finetune.vision_cache.run_images import Entry, RunImages, find_images
 from finetune.vision_cache.store import FEATURES, Damaged, FeatureStore, Record
@@ -50,7 +51,7 @@ def encode_images(
     images: RunImages,
     image_processor: QwenVLImageProcessor,
     data: Data,
-    say: Callable[[str], None],
+    say: Say,
 ) -> VisionCache:
     """Encode what is not in the cache yet, on all processes of the run together.
 
@@ -89,7 +90,7 @@ class _Encoding:
     store: FeatureStore
     handles: ImageHandles
     device: torch.device
-    say: Callable[[str], None]
+    say: Say
     encoded: int = 0
     found: int = 0
 
@@ -184,21 +185,21 @@ class _Encoding:
         size = format_bytes(missing * self.store.record.nbytes)
         where = "memory" if self.store.folder is None else self.store.folder
         plan = f"{missing:,} of {images:,} images to encode into {where} ({size})"
-        self.say(f"{'vision':<11} {plan if missing else f'the features of {images:,} images are in {where}'}")
+        self.say("vision", f"{plan if missing else f'the features of {images:,} images are in {where}'}")
         if damaged:
-            self.say(f"{'':<11} {len(damaged):,} are damaged there and encoded anew, such as {damaged[0]}")
+            self.say("", f"{len(damaged):,} are damaged there and encoded anew, such as {damaged[0]}")
         if allowed < missing:
             bound = self.data.vision_cache_gb
             limit = "half of the free memory" if bound is None else f"data.vision_cache_gb: {bound:g}"
-            self.say(f"{'':<11} {allowed:,} of them fit into {limit}")
+            self.say("", f"{allowed:,} of them fit into {limit}")
 
     def _say_result(self, seconds: float, left_out: int):
         encoded, found = (sum(_gather([count])) for count in (self.encoded, self.found))
         if encoded:
             rate = f"{format_count(encoded / max(seconds, 1e-9))} images/s"
-            self.say(f"{'':<11} {encoded:,} images encoded in {format_duration(seconds)}, {rate}")
+            self.say("", f"{encoded:,} images encoded in {format_duration(seconds)}, {rate}")
         if found:
-            self.say(f"{'':<11} {found:,} were there under another name or an earlier date")
+            self.say("", f"{found:,} were there under another name or an earlier date")
         if left_out:
             self.say(
                 f"{'':<11} {left_out:,} are left out for the bound: they are encoded at each step, as without a cache"

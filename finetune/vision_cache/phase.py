@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,7 @@ from finetune.model.computing import choose_dtype
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from finetune.replies.replies import without_adapter
+from finetune.terminal import Say
 from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, preprocessing_of
 from finetune.vision_cache.encoding import encode_images
 from finetune.vision_cache.run_images import find_images, images_of_run
@@ -33,7 +34,7 @@ def cache_images(
     samples: Mapping[str, Samples],
     checked: Mapping[str, Checked],
     task: TaskEvaluation | None,
-    say: Callable[[str], None],
+    say: Say,
 ) -> VisionCache | None:
     """Encode the images of a run, and let the vision side go if nothing needs it any more.
 
@@ -64,12 +65,12 @@ def cache_images(
     with parked(model) if isinstance(model, PeftModel) else contextlib.nullcontext():
         cache = encode_images(base, images, processor.image_processor, recipe.data, say)
         if note := _never_trained_on(recipe, checked["train"]):
-            say(f"{'':<11} {note}")
+            say("", note)
         if task is not None:
             task.vision_cache = cache
         if cache.complete and isinstance(model, PeftModel):
             let_tower_go(base)
-            say(f"{'':<11} the vision side has left the model, and its memory is free")
+            say("", "the vision side has left the model, and its memory is free")
     return cache
 
 

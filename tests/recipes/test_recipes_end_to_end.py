@@ -10,6 +10,7 @@ from datasets import Dataset, Image
 from huggingface_hub import constants
 from PIL import Image as PILImage
 from recipes_for_tests import IMAGES, ROOT, TINY
+from said import collect
 
 from finetune.recipe import load_recipe
 from finetune.training.train import train
@@ -185,7 +186,7 @@ def test_a_recipe_end_to_end(name, tmp_path, monkeypatch):
         f"output={tmp_path / 'run'}",
     ]
     said = []
-    run = train(load_recipe(RECIPES / f"{name}.yaml", overrides), say=said.append)
+    run = train(load_recipe(RECIPES / f"{name}.yaml", overrides), say=collect(said))
     assert (run / "report.html").is_file()
     description = json.loads((run / "run.json").read_text())
     assert description["status"] == "finished" and description["rows"]["train"]["bad"] == 0

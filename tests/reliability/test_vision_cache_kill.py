@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from PIL import Image
 from recipes_for_tests import finetune, write_recipe
 from safetensors.torch import load_file
+from said import collect
 
 from finetune.recipe import load_recipe
 from finetune.training.train import train
@@ -51,7 +52,7 @@ def images_there(home: Path) -> int:
 def run(file: Path, *overrides: str) -> str:
     """A run in this process; what it said."""
     said: list[str] = []
-    train(load_recipe(file, overrides), say=said.append)
+    train(load_recipe(file, overrides), say=collect(said))
     return "\n".join(said)
 
 

@@ -13,6 +13,7 @@ from recipes_for_tests import ROOT, finetune, write_recipe, write_rows
 from safetensors.torch import load_file
 
 from finetune.recipe import load_recipe
+from finetune.terminal import say_nothing
 from finetune.training.processes import average_gradients
 from finetune.training.train import train
 
@@ -75,7 +76,7 @@ def recipe_of(folder: Path, **changes) -> Path:
 def test_one_process_runs_out_of_memory(tmp_path, tokens, accumulation, rank):
     one = recipe_of(tmp_path / "one", train__gradient_accumulation_steps=2 * accumulation)
     two = recipe_of(tmp_path / "two", train__gradient_accumulation_steps=accumulation)
-    train(load_recipe(one), lambda line: None)
+    train(load_recipe(one), say_nothing)
     done = in_small_memory(two, tokens, "backward", rank)
     assert done.returncode == 0, done.stdout + done.stderr
     ours = results(tmp_path / "two")
@@ -97,7 +98,7 @@ def test_a_batch_without_images_leaves_the_vision_side_without_gradients(tmp_pat
     settings = SETTINGS | {"freeze": {"resampler": False}, "train__per_device_train_batch_size": 1}
     one = write_recipe(tmp_path / "one", **settings, train__gradient_accumulation_steps=2)
     two = write_recipe(tmp_path / "two", **settings, train__gradient_accumulation_steps=1)
-    train(load_recipe(one), lambda line: None)
+    train(load_recipe(one), say_nothing)
     finetune(two, env=environment(), launcher=TORCHRUN)
     ours, theirs = (results(tmp_path / name) for name in ("two", "one"))
     assert any("attn_pool" in name for name in ours[0])

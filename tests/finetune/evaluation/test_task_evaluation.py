@@ -8,6 +8,7 @@ import pytest
 import torch
 from recipes_for_tests import IMAGES, finetune, write_recipe
 from safetensors.torch import load_file
+from said import collect
 
 from finetune.errors import Interrupted, UserError
 from finetune.evaluation import task_evaluation
@@ -38,7 +39,7 @@ def recipe(folder: Path, evaluate: dict | None = None, **changes) -> Path:
 
 def run(file: Path, *overrides: str) -> tuple[Path, list[str]]:
     said: list[str] = []
-    return train(load_recipe(file, overrides), say=said.append), said
+    return train(load_recipe(file, overrides), say=collect(said)), said
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from recipes_for_tests import IMAGES, ROOT, TINY, write_recipe
+from said import collect
 
 from finetune.errors import UserError
 from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 from finetune.evaluation.tasks import custom_task
 from finetune.recipe import load_recipe
+from finetune.terminal import say_nothing
 from finetune.training.train import train
 
 NEW = 4
@@ -62,7 +64,7 @@ def run(tmp_path_factory):
     new = write_questions(folder / "new.jsonl", 5, images=5)
     sources = [{"path": str(new), "format": "vqa", "name": "boarding"}, {"path": str(old), "format": "vqa"}]
     said: list[str] = []
-    done = train(load_recipe(recipe(folder, sources, sample=10)), say=said.append)
+    done = train(load_recipe(recipe(folder, sources, sample=10)), say=collect(said))
     return done, said, folder
 
 
@@ -152,7 +154,7 @@ def test_another_source_may_pick_the_best_checkpoint(tmp_path):
     old = write_questions(tmp_path / "old.jsonl", 3, images=3)
     file = recipe(tmp_path, [{"path": str(path), "format": "vqa"} for path in (new, old)])
     said: list[str] = []
-    done = train(load_recipe(file, ["train.metric_for_best_model=eval_anls_old"]), say=said.append)
+    done = train(load_recipe(file, ["train.metric_for_best_model=eval_anls_old"]), say=collect(said))
     description = json.loads((done / "run.json").read_text())
     # All scores are 0, and of equal ones the first counts.
     assert description["best_checkpoint"].endswith("step-1") and description["steps"] == 2
@@ -167,7 +169,7 @@ def test_a_source_called_like_a_group_is_refused_before_training(tmp_path):
     sources = [{"path": str(file), "format": "vqa", "columns": columns} for file in files]
     file = recipe(tmp_path, sources, task="chartqa", metric=None)
     with pytest.raises(UserError, match="human is the name of a source and of a group: rename the source"):
-        train(load_recipe(file), say=silent)
+        train(load_recipe(file), say=say_nothing)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -188,7 +190,7 @@ def test_without_a_task_the_rows_shown_are_of_different_documents_too(tmp_path):
     sources = [{"path": str(tmp_path / f"{name}.jsonl"), "format": "messages"} for name in "ab"]
     section = {"data": sources, "predictions": 5, "max_new_tokens": 2}
     file = write_recipe(tmp_path, evaluate=section, train__max_steps=1, data__images_root=str(ROOT))
-    done = train(load_recipe(file), say=silent)
+    done = train(load_recipe(file), say=say_nothing)
     asked = [record["question"] for record in records(done, "predictions.jsonl") if record["when"] == "before"]
     # Four documents, the sources in turn; then the first of the others.
     assert asked == ["What is 0 in a?", "What is 0 in b?", "What is 3 in a?", "What is 1 in b?", "What is 1 in a?"]

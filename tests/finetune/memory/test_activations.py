@@ -15,6 +15,7 @@ from finetune.memory.switches import Switches
 from finetune.memory.weights import model_of_shapes
 from finetune.memory.workload import Workload
 from finetune.recipe import load_recipe
+from finetune.terminal import say_nothing
 from finetune.training.train import train
 from finetune.training.trainer import QwenVLTrainer
 from qwenvl import QwenVLConfig
@@ -123,7 +124,7 @@ def test_a_run_takes_what_is_planned(tmp_path, monkeypatch):
         write_recipe(tmp_path, train__gradient_checkpointing=True, adapter__train_embeddings=False),
         ["train.gradient_accumulation_steps=2", "train.max_steps=1", "evaluate=null"],
     )
-    train(recipe, say=lambda line: None)
+    train(recipe, say=say_nothing)
     assert len(packs) > 1
     switches = Switches("varlen", "torch", "full", "adamw_torch_fused", "off", device_type="cpu")
     for pack, peak in list(zip(packs, peaks, strict=True))[1:]:

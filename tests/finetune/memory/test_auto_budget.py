@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from recipes_for_tests import TINY, write_recipe
+from said import collect
 
 from finetune.check.findings import look_before_training
 from finetune.data.checking import Checked
@@ -15,6 +16,7 @@ from finetune.memory.free_memory import USABLE
 from finetune.memory.plan import plan_memory
 from finetune.memory.workload import worst_workload
 from finetune.recipe import load_recipe
+from finetune.terminal import say_nothing
 from finetune.training.train import train
 from qwenvl import QwenVLConfig
 
@@ -82,7 +84,7 @@ def test_a_run_keeps_its_budget(tmp_path, monkeypatch):
     changes = {"data__tokens_per_batch": "auto", "train__per_device_train_batch_size": 4, "train__max_steps": 1}
     recipe = load_recipe(write_recipe(tmp_path, **changes, train__gradient_accumulation_steps=1))
     said = []
-    train(recipe, said.append)
+    train(recipe, collect(said))
     (line,) = [line for line in said if line.startswith("packing ")]
     assert "all of a batch fits" in line
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -111,4 +113,4 @@ def test_what_cannot_be_is_refused_with_remedies(tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.memory.auto_budget.free_device_memory", lambda: 1_000_000)
     monkeypatch.setattr("finetune.memory.run_plan.host_memory", lambda: 1_000_000)
     with pytest.raises(UserError, match="the run needs"):
-        train(recipe, lambda line: None)
+        train(recipe, say_nothing)

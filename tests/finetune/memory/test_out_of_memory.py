@@ -9,11 +9,13 @@ import torch
 from memory_for_tests import SmallMemory
 from recipes_for_tests import write_recipe
 from safetensors.torch import load_file
+from said import collect
 
 from finetune.batches.attempt import OutOfMemory, attempt, is_out_of_memory
 from finetune.errors import Failed, Interrupted
 from finetune.memory.out_of_memory import DoesNotFit, PackBudget
 from finetune.recipe import load_recipe
+from finetune.terminal import say_nothing
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.train import train
 
@@ -35,7 +37,7 @@ def run(folder, *overrides, **changes):
     """Train; what was said, the adapter, the records of metrics.jsonl and run.json."""
     said = []
     recipe = load_recipe(write_recipe(folder, **{**BATCHES, **changes}), overrides)
-    train(recipe, said.append)
+    train(recipe, collect(said))
     return said, *results(folder)
 
 
@@ -129,7 +131,7 @@ def test_a_resumed_run_keeps_the_lower_budget(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "earlier" / "checkpoints" / "step-2")
     for name in ("run", "earlier"):
         # There is memory for everything now.
-        train(load_recipe(tmp_path / "recipe.yaml", [f"output={tmp_path / name}"]), lambda line: None)
+        train(load_recipe(tmp_path / "recipe.yaml", [f"output={tmp_path / name}"]), say_nothing)
         resumed, resumed_records, described = results(tmp_path, name)
         assert_equal(resumed, uninterrupted)
         assert losses(resumed_records) == losses(records)
@@ -173,7 +175,7 @@ def test_evaluation_goes_on_in_smaller_packs(tmp_path, monkeypatch, capsys):
     _, adapter, records, _ = run(tmp_path, **changes)
     output = f"output={tmp_path / 'small' / 'run'}"
     memory = SmallMemory(650, mode="eval").install(monkeypatch)
-    train(load_recipe(tmp_path / "recipe.yaml", [output]), lambda line: None)
+    train(load_recipe(tmp_path / "recipe.yaml", [output]), say_nothing)
     ours, small, described = results(tmp_path / "small")
     assert memory.failures
     evaluations = [[r["eval_loss"] for r in all_of if "eval_loss" in r] for all_of in (small, records)]

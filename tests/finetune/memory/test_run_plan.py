@@ -6,6 +6,7 @@ import torch
 from plans_for_tests import real_batch, real_model, recipe_of
 from recipes_for_tests import write_recipe
 from rich.console import Console
+from said import collect
 
 from finetune.check.findings import look_before_training
 from finetune.check.page import check_page
@@ -15,6 +16,7 @@ from finetune.memory import run_plan
 from finetune.memory.run_plan import host_memory, is_sharded
 from finetune.memory.workload import Workload
 from finetune.recipe import load_recipe
+from finetune.terminal import say_nothing
 from finetune.training.train import train
 
 
@@ -26,10 +28,10 @@ def small_gpu(monkeypatch, free: int):
 
 def test_a_run_that_cannot_fit_the_gpu_is_refused_before_weights_load(tmp_path, monkeypatch):
     small_gpu(monkeypatch, 32_000_000)
-    monkeypatch.setattr("finetune.training.train.load_model", None)
+    monkeypatch.setattr("finetune.training.trained_model.load_model", None)
     said = []
     with pytest.raises(UserError, match=r"the run needs .* can be used of what is free on the GPU") as refused:
-        train(load_recipe(write_recipe(tmp_path), ["train.gradient_checkpointing=false"]), say=said.append)
+        train(load_recipe(write_recipe(tmp_path), ["train.gradient_checkpointing=false"]), say=collect(said))
     assert any(line.startswith("memory ") for line in said)
     remedy = str(refused.value).splitlines()[-1].strip()
     assert "=" in remedy, refused.value
@@ -65,7 +67,7 @@ def test_host_memory_that_is_taken_meanwhile_refuses_nothing(tmp_path, monkeypat
 
 def test_a_resumed_run_keeps_its_optimizer(tmp_path, monkeypatch):
     recipe = load_recipe(write_recipe(tmp_path), ["train.optim=auto", "train.max_steps=2", "evaluate=null"])
-    run = train(recipe, say=lambda line: None)
+    run = train(recipe, say=say_nothing)
     stored = json.loads((run / "run.json").read_text())
     assert stored["switches"] == {"optim": "adamw_torch"}
     stored["switches"]["optim"] = "sgd"

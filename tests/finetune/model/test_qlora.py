@@ -8,12 +8,14 @@ import pytest
 import torch
 from recipes_for_tests import TINY, write_recipe
 from safetensors.torch import load_file
+from said import collect
 
 from finetune.errors import UserError
 from finetune.model.adapters import put_lora
 from finetune.model.components import count_parameters
 from finetune.recipe import load_recipe
 from finetune.recipe.sections import Adapter, Freeze
+from finetune.terminal import say_nothing
 from finetune.training.train import train
 from qwenvl import load_model
 from qwenvl.checkpoint.fingerprint import trained_parts
@@ -100,7 +102,7 @@ def test_parameters_are_counted_as_if_not_quantized():
 
 def run(folder: Path, *overrides: str, **changes) -> Path:
     recipe = write_recipe(folder, model__quantization="nf4", **changes)
-    return train(load_recipe(recipe, overrides), say=lambda line: None)
+    return train(load_recipe(recipe, overrides), say=say_nothing)
 
 
 def test_a_run_resumed_is_bit_identical(tmp_path):
@@ -124,7 +126,7 @@ def test_a_run_resumed_is_bit_identical(tmp_path):
     shutil.rmtree(finished / "checkpoints" / "step-8")
     (finished / "run.json").write_text(json.dumps(description | {"status": "running"}))
     said = []
-    train(load_recipe(tmp_path / "recipe.yaml"), say=said.append)
+    train(load_recipe(tmp_path / "recipe.yaml"), say=collect(said))
     assert any("from step 6" in line for line in said)
     assert (finished / "adapter" / "adapter_model.safetensors").read_bytes() == result
     model = load_model(finished, quantization="nf4")

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from recipes_for_tests import IMAGES, TINY, write_recipe
+from said import collect
 
 from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 from finetune.evaluation.tasks import custom_task
@@ -32,7 +33,7 @@ def test_only_random_weights_are_noted_as_such(tmp_path, trained):
     for base in (TINY, trained):
         file = write_recipe(tmp_path / base.name, train__max_steps=1, model__path=str(base))
         said: list[str] = []
-        run = train(load_recipe(file), say=said.append)
+        run = train(load_recipe(file), say=collect(said))
         out = evaluate(
             Evaluation(str(run), custom_task("anls", max_new_tokens=2), (source,), images_root="/"), say=said.append
         )

@@ -5,6 +5,7 @@ import pytest
 import torch
 from plans_for_tests import KINDS, THREE, real_batch, real_model, recipe_of, tiny_config
 from recipes_for_tests import write_recipe
+from said import collect
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -150,7 +151,7 @@ def test_runs_compute_the_same(tmp_path):
         file.write_text("\n".join(lines) + "\n")
         overrides = [f"train.checkpointing={kind}"] if kind else ["train.gradient_checkpointing=true"]
         said = []
-        run = train(load_recipe(file, ["train.max_steps=2", "evaluate=null", *overrides]), say=said.append)
+        run = train(load_recipe(file, ["train.max_steps=2", "evaluate=null", *overrides]), say=collect(said))
         metrics = (run / "metrics.jsonl").read_text().splitlines()
         losses[kind] = [line.split('"loss": ')[1].split(",")[0] for line in metrics if '"loss"' in line]
         if kind == "auto":

@@ -4,23 +4,44 @@ import pytest
 import torch
 from recipes_for_tests import write_recipe
 
+from finetune.model.base import find_base
+from finetune.model.computing import choose_computing
 from finetune.recipe import load_recipe
 from finetune.run.folder import RunFolder
-from finetune.training.arguments import loader_settings
+from finetune.terminal import say_nothing
+from finetune.training import trainer_setup
+from finetune.training.arguments import loader_settings, trainer_arguments
 from finetune.training.interrupts import StopOnSignal
-from finetune.training.train import _Road
+from finetune.training.phases import Phases
+from finetune.training.progress import Progress
+from finetune.training.trained_model import load_trained_model
+from finetune.training.training_data import read_data
+from finetune.training.training_plan import plan_training
 
 
 def make_trainer(folder, workers):
     evaluation = {"data": {"path": str(folder / "eval.jsonl"), "format": "messages"}, "predictions": 0}
     file = write_recipe(folder, data__workers=workers, evaluate=evaluation, train__per_device_train_batch_size=3)
     recipe = load_recipe(file)
-    road = _Road(recipe, RunFolder(folder / "run"), True, lambda line: None, StopOnSignal())
-    road.find_base()
-    road.read_data()
-    road.find_last_checkpoint()
-    road.choose_budget()
-    return road.make_trainer(road.load_model())
+    base = find_base(recipe.model)
+    data = read_data(recipe, base.processor, say_nothing, show_progress=False)
+    plan = plan_training(recipe, base.path, data.checked["train"], None, say_nothing)
+    computing = choose_computing(recipe.model)
+    trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say_nothing)
+    return trainer_setup.make_trainer(
+        recipe,
+        RunFolder(folder / "run"),
+        base,
+        data,
+        plan,
+        trained,
+        None,
+        stop=StopOnSignal(),
+        progress=Progress(),
+        phases=Phases("load"),
+        optimizer=None,
+        is_main=True,
+    )
 
 
 def two_epochs(trainer):
@@ -61,11 +82,10 @@ def test_the_next_optimizer_step_is_made_ahead(workers, accumulation, ahead):
 
 def test_a_recipe_may_say_otherwise(tmp_path):
     file = write_recipe(tmp_path, data__workers=2, train__dataloader_prefetch_factor=5)
-    road = _Road(load_recipe(file), RunFolder(tmp_path / "run"), True, lambda line: None, StopOnSignal())
-    road.find_base()
-    road.read_data()
-    road.find_last_checkpoint()
-    road.choose_budget()
-    arguments = road.trainer_arguments(torch.nn.Linear(1, 1))
+    recipe = load_recipe(file)
+    base = find_base(recipe.model)
+    data = read_data(recipe, base.processor, say_nothing, show_progress=False)
+    plan = plan_training(recipe, base.path, data.checked["train"], None, say_nothing)
+    arguments = trainer_arguments(recipe, plan.switches, None)
     assert (arguments.dataloader_prefetch_factor, arguments.dataloader_num_workers) == (5, 2)
     assert arguments.dataloader_pin_memory is torch.cuda.is_available()

@@ -9,6 +9,7 @@ from recipes_for_tests import write_recipe
 
 from finetune.errors import UserError
 from finetune.recipe import load_recipe
+from finetune.terminal import say_nothing
 from finetune.training.phases import Phases
 from finetune.training.train import train
 
@@ -93,7 +94,7 @@ def test_the_events_of_the_trainer(clock):
 def test_a_run_notes_them(tmp_path):
     evaluate = {"data": {"path": str(tmp_path / "eval.jsonl"), "format": "messages"}, "predictions": 1}
     recipe = write_recipe(tmp_path, evaluate=evaluate, train__eval_strategy="steps", train__eval_steps=4)
-    run = train(load_recipe(recipe), say=lambda line: None)
+    run = train(load_recipe(recipe), say=say_nothing)
     description = json.loads((run / "run.json").read_text())
     phases = description["phases"]
     assert list(phases)[:4] == ["read", "load", "evaluate", "batches"] and list(phases)[-1] == "save"
@@ -110,11 +111,11 @@ def test_a_run_notes_them(tmp_path):
 
 
 def test_a_run_that_fails_notes_them_too(tmp_path, monkeypatch):
-    def fail(self, trainer):
+    def fail(*_, **__):
         raise UserError("no")
 
-    monkeypatch.setattr("finetune.training.train._Road.save_result", fail)
+    monkeypatch.setattr("finetune.training.train.save_result", fail)
     with pytest.raises(UserError):
-        train(load_recipe(write_recipe(tmp_path, train__max_steps=1)), say=lambda line: None)
+        train(load_recipe(write_recipe(tmp_path, train__max_steps=1)), say=say_nothing)
     description = json.loads((tmp_path / "run" / "run.json").read_text())
     assert description["status"] == "failed" and "forward_backward" in description["phases"]

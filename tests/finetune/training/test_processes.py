@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from finetune.errors import Failed, Interrupted
-from finetune.training.processes import parting_at_the_end
+from finetune.training.processes import closing_process_group
 
 
 @pytest.fixture
@@ -22,13 +22,13 @@ def open_group():
 
 
 def test_closed_when_all_is_done(open_group):
-    with parting_at_the_end():
+    with closing_process_group():
         open_group()
     assert not dist.is_initialized()
 
 
 def test_closed_when_stopped_with_the_state_saved(open_group):
-    with pytest.raises(Interrupted), parting_at_the_end():
+    with pytest.raises(Interrupted), closing_process_group():
         open_group()
         raise Interrupted(15, saved=True)
     assert not dist.is_initialized()
@@ -36,7 +36,7 @@ def test_closed_when_stopped_with_the_state_saved(open_group):
 
 @pytest.mark.parametrize("error", [Failed("a disk is full"), Interrupted(15, saved=False)])
 def test_left_to_the_launcher_when_something_failed(open_group, error):
-    with pytest.raises(type(error)), parting_at_the_end():
+    with pytest.raises(type(error)), closing_process_group():
         open_group()
         raise error
     assert dist.is_initialized()
@@ -44,6 +44,6 @@ def test_left_to_the_launcher_when_something_failed(open_group, error):
 
 def test_the_callers_own_group_stays(open_group):
     open_group()
-    with parting_at_the_end():
+    with closing_process_group():
         pass
     assert dist.is_initialized()

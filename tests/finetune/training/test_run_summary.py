@@ -2,7 +2,12 @@
 
 import math
 
+from finetune.terminal import labelled
 from finetune.training.progress import summary
+
+
+def lines(history, **about) -> list[str]:
+    return [labelled(label, text) for label, text in summary(history, **about).items()]
 
 
 def test_summary_of_a_run(tmp_path):
@@ -13,7 +18,7 @@ def test_summary_of_a_run(tmp_path):
         {"step": 20, "eval_loss": 0.9876, "eval_anls": 0.7831, "eval_seconds": 3.0},
         {"step": 24, "eval_loss": 0.9912},
     ]
-    assert summary(history, wall_seconds=7478.0, run=tmp_path, tokens=123_456, images=950) == [
+    assert lines(history, wall_seconds=7478.0, run=tmp_path, tokens=123_456, images=950) == [
         "steps       24 in 2h 04m",
         "trained on  123k tokens (9.0k supervised), 950 images",
         "loss        2.3104 -> 0.8412",
@@ -25,7 +30,7 @@ def test_summary_of_a_run(tmp_path):
 
 
 def test_summary_of_a_run_that_logged_nothing():
-    assert summary([], wall_seconds=3.0, run="runs/a") == ["steps       0 in 3s", "run         runs/a"]
+    assert lines([], wall_seconds=3.0, run="runs/a") == ["steps       0 in 3s", "run         runs/a"]
 
 
 def test_summary_with_losses_that_are_not_numbers():
@@ -33,7 +38,7 @@ def test_summary_with_losses_that_are_not_numbers():
         {"step": 1, "loss": math.nan, "eval_loss": math.nan, "supervised_tokens": 10},
         {"step": 2, "loss": None, "eval_loss": math.nan},
     ]
-    assert summary(history, wall_seconds=3.0, run="a") == [
+    assert lines(history, wall_seconds=3.0, run="a") == [
         "steps       2 in 3s",
         "trained on  10 supervised tokens",
         "loss        nan",
@@ -44,4 +49,4 @@ def test_summary_with_losses_that_are_not_numbers():
 
 def test_scores_of_sources_stand_behind_that_of_all():
     history = [{"step": step, "eval_anls": step / 10, "eval_anls_old": 1 - step / 10} for step in (0, 5)]
-    assert "eval anls   0.0000 -> 0.5000 (old 1.0000 -> 0.5000)" in summary(history, wall_seconds=3.0, run="a")
+    assert "eval anls   0.0000 -> 0.5000 (old 1.0000 -> 0.5000)" in lines(history, wall_seconds=3.0, run="a")

@@ -7,16 +7,18 @@ import pytest
 import torch
 from recipes_for_tests import TINY, finetune, write_recipe, write_rows
 from safetensors.torch import load_file
+from said import collect
 
 from finetune.cli import main
 from finetune.errors import UserError
 from finetune.recipe import load_recipe
+from finetune.terminal import say_nothing
 from finetune.training.train import train
 
 
 def run(folder: Path, *overrides: str, **changes) -> tuple[Path, list[str]]:
     said: list[str] = []
-    return train(load_recipe(write_recipe(folder, **changes), overrides), say=said.append), said
+    return train(load_recipe(write_recipe(folder, **changes), overrides), say=collect(said)), said
 
 
 def with_evaluation(folder: Path, **evaluate) -> dict:
@@ -115,7 +117,7 @@ def test_an_optimizer_of_ones_own_takes_the_place_of_the_recipes(tmp_path):
         return made[0]
 
     recipe = load_recipe(write_recipe(tmp_path, train__max_steps=2))
-    finished = train(recipe, lambda line: None, optimizer=optimizer)
+    finished = train(recipe, say_nothing, optimizer=optimizer)
     assert made[0].param_groups[0]["params"][0].grad is None  # the trainer stepped it and emptied its gradients
     lora_b = [tensor for name, tensor in adapter_of(finished / "adapter").items() if "lora_B" in name]
     assert lora_b and not any(tensor.any() for tensor in lora_b)
@@ -127,7 +129,7 @@ def test_dropped_and_bad_rows_are_counted_and_listed(tmp_path):
     rows[3] = json.dumps({"messages": [{"role": "user", "content": "?"}], "images": ["nowhere.png"]})
     (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
     said: list[str] = []
-    finished = train(load_recipe(recipe, ["train.max_steps=1"]), say=said.append)
+    finished = train(load_recipe(recipe, ["train.max_steps=1"]), say=collect(said))
     counts = json.loads((finished / "run.json").read_text())["rows"]["train"]
     assert counts["total"] == 8 and counts["bad"] == 1 and counts["too_long"] > 0
     assert counts["kept"] == 8 - counts["bad"] - counts["too_long"]

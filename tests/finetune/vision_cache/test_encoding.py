@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
+from said import collect
 
 from finetune.batches.image_request import ImageRequest, read_pixels
 from finetune.errors import UserError
@@ -70,7 +71,7 @@ class Tower:
         self.said, self.encoded = [], 0
         settings = Data(train={"path": "-", "format": "messages"}, vision_cache=kind, **{"workers": 0, **data})
         images = RunImages([requests(sources)])
-        return encode_images(self.model, images, QwenVLImageProcessor(size), settings, self.said.append)
+        return encode_images(self.model, images, QwenVLImageProcessor(size), settings, collect(self.said))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from recipes_for_tests import IMAGES, TINY, write_recipe
 from rich.console import Console
 from safetensors.torch import load_file
+from said import collect
 
 from finetune.batches.image_request import ImageRequest
 from finetune.check.check import check
@@ -21,7 +22,8 @@ from finetune.errors import Failed, UserError
 from finetune.recipe import RecipeError, load_recipe
 from finetune.recipe.sections import Data
 from finetune.replies.replies import without_adapter
-from finetune.training import train as train_module
+from finetune.terminal import say_nothing
+from finetune.training import sample_replies
 from finetune.training.train import train
 from finetune.vision_cache.cache import cache_folder
 from finetune.vision_cache.encoding import encode_images
@@ -54,7 +56,7 @@ def settings(folder: Path, **changes):
 
 def run(file: Path, *overrides: str) -> tuple[Path, str]:
     said: list[str] = []
-    return train(load_recipe(file, overrides), say=said.append), "\n".join(said)
+    return train(load_recipe(file, overrides), say=collect(said)), "\n".join(said)
 
 
 def logged(folder: Path, key: str) -> list[float]:
@@ -71,9 +73,11 @@ def predictions(folder: Path) -> list[tuple]:
 def seen_models(monkeypatch) -> list[torch.nn.Module]:
     """The models that reply before and after training, as they are then."""
     models = []
-    write = train_module.write_predictions
+    write = sample_replies.write_predictions
     monkeypatch.setattr(
-        train_module, "write_predictions", lambda model, *args, **kw: models.append(model) or write(model, *args, **kw)
+        sample_replies,
+        "write_predictions",
+        lambda model, *args, **kw: models.append(model) or write(model, *args, **kw),
     )
     return models
 
@@ -113,7 +117,7 @@ def test_loss_and_gradients_are_those_of_a_run_without(make_trainer, samples, ti
                     ]
                     for sample in samples
                 ]
-                cache = encode_images(base, RunImages([images]), tiny_processor.image_processor, data, lambda _: None)
+                cache = encode_images(base, RunImages([images]), tiny_processor.image_processor, data, say_nothing)
                 assert cache.complete != bounded
                 if not bounded:
                     let_tower_go(base)
@@ -213,7 +217,7 @@ def test_prepared_data_is_known_by_its_bytes(tmp_path):
     few = settings(tmp_path / "run", train__max_steps=1)
     file = write_recipe(tmp_path / "run", **few, data__vision_cache="disk")
     first, _ = run(file)
-    prepare(load_recipe(file), tmp_path / "prepared", say=lambda line: None)
+    prepare(load_recipe(file), tmp_path / "prepared", say=say_nothing)
     sources = [
         f"data.train.0.path={tmp_path / 'prepared' / 'train'}",
         f"evaluate.data.0.path={tmp_path / 'prepared' / 'eval'}",
@@ -229,7 +233,7 @@ def test_prepared_data_is_known_by_its_bytes(tmp_path):
 def test_streamed_data_is_cached_as_any_other(tmp_path, monkeypatch):
     """Its rows are fetched before the run looks at them, and lie in files from then on."""
     file = write_recipe(tmp_path / "run", **settings(tmp_path / "run"), data__vision_cache="disk")
-    prepare(load_recipe(file), tmp_path / "prepared", say=lambda line: None)
+    prepare(load_recipe(file), tmp_path / "prepared", say=say_nothing)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     load = datasets.load_dataset_builder
     monkeypatch.setattr(
@@ -265,7 +269,7 @@ def test_recipes_that_are_refused(tmp_path, overrides, told):
 def test_a_vision_side_that_is_trained_is_refused(tmp_path, tiny_model, tiny_processor):
     recipe = load_recipe(write_recipe(tmp_path, data__vision_cache="disk"))
     with pytest.raises(UserError, match="the vision side is trained"):
-        cache_images(recipe, tiny_model, tiny_processor, {}, {}, None, lambda line: None)
+        cache_images(recipe, tiny_model, tiny_processor, {}, {}, None, say_nothing)
 
 
 def test_an_absent_tower_says_so(tiny_model):

@@ -139,7 +139,7 @@ def test_a_file_that_changed_is_an_error_of_its_rows(tmp_path):
     ],
 )
 def test_a_list_inside_an_object(tmp_path, text, remedy):
-    from test_data_sources import read
+    from tests.finetune.data.sources.test_sources import read
 
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError) as caught:

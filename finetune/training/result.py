@@ -1,0 +1,79 @@
+"""The result of a run: the adapter or the model, the report, and the lines at the end."""
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from finetune.evaluation.task_evaluation import TaskEvaluation, score_line
+from finetune.model.base import Base
+from finetune.recipe import Recipe
+from finetune.report.report import write_report
+from finetune.run.checkpoints import writing
+from finetune.run.folder import RunFolder
+from finetune.terminal import Say
+from finetune.training.progress import summary
+from finetune.training.trainer import QwenVLTrainer
+from qwenvl.checkpoint.fingerprint import write_base
+
+
+def save_result(
+    trainer: QwenVLTrainer,
+    recipe: Recipe,
+    run: RunFolder,
+    base: Base,
+    base_fingerprint: str,
+    *,
+    is_main: bool,
+) -> Path:
+    """Write the adapter in PEFT's format with its base noted beside it; or, trained in full, the whole checkpoint.
+
+    Returns:
+        Its folder.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    result = run.adapter if isinstance(model, PeftModel) else run.path / "model"
+    if is_main:
+        with writing(result) as partial:
+            model.save_pretrained(partial)
+            if isinstance(model, PeftModel):
+                write_base(partial, recipe.model.path, base_fingerprint, quantize=base.quantized)
+            else:
+                base.processor.save_pretrained(partial)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def report_result(
+    trainer: QwenVLTrainer, run: RunFolder, result: Path, task: TaskEvaluation | None, seconds: float, say: Say
+) -> None:
+    """Write the report, and say what came of the run and what can be done next."""
+    report = write_report(run.path)
+    history = trainer.state.log_history
+    lines = summary(
+        history if task is None else task.without_scores(history),
+        wall_seconds=seconds,
+        run=run.path,
+        tokens=trainer.throughput.all_tokens,
+        images=trainer.throughput.all_images,
+    )
+    for label, text in lines.items():
+        say(label, text)
+    if task is not None:
+        say(*score_line((run.read_run() or {})["score"]))
+    is_adapter = result == run.adapter
+    say("adapter" if is_adapter else "model", f"{result}{_of_which_step(trainer)}")
+    say("report", report)
+    say("Next:")
+    say("  look", "open the report in a browser")
+    say("  use", f"finetune chat {run.path} --image IMAGE")
+    if is_adapter:
+        say("  merge", f"finetune merge {run.path} --to MODEL")
+    say("  go on", "copy the recipe, put your own data and checkpoint in, and run it the same way")
+
+
+def _of_which_step(trainer: QwenVLTrainer) -> str:
+    """`, of step 800: the best eval_loss`; empty where the result is the last step's."""
+    state, arguments = trainer.state, trainer.args
+    if not arguments.load_best_model_at_end or state.best_global_step in (None, state.global_step):
+        return ""
+    return f", of step {state.best_global_step}: the best {arguments.metric_for_best_model}"

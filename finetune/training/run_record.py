@@ -1,0 +1,94 @@
+"""What `run.json` says of a training run, from its start to its end."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune.data.summary import count_rows, lines_left_out
+from finetune.errors import Interrupted
+from finetune.evaluation.task_evaluation import TaskScore
+from finetune.files.atomic_writes import write_text
+from finetune.memory.run_plan import SWITCHES
+from finetune.memory.switches import Switches
+from finetune.model.base import Base
+from finetune.recipe import Recipe
+from finetune.run.environment import describe_environment
+from finetune.run.folder import RunFolder
+from finetune.training.phases import Phases
+from finetune.training.trained_model import TrainedModel
+from finetune.training.training_data import TrainingData
+
+LEFT_OUT = "left_out.jsonl"
+
+
+def begin_record(
+    run: RunFolder,
+    recipe: Recipe,
+    identity: Mapping[str, Any],
+    base: Base,
+    data: TrainingData,
+    switches: Switches,
+    trained: TrainedModel,
+    score: Mapping[str, Any] | None,
+) -> None:
+    """Write recipe.yaml, run.json and the list of rows left out, when the run is ready to train.
+
+    Args:
+        score: of the parts of the run before this one; None of a new run.
+    """
+    run.write_recipe(recipe.to_yaml())
+    run.write_run(
+        {
+            "status": "running",
+            "started": _now(),
+            "model": recipe.model.path,
+            "quantized": list(base.quantized),
+            "identity": dict(identity),
+            "environment": describe_environment(),
+            "parameters": {
+                name: {"trained": count.trained, "total": count.total} for name, count in trained.parameters.items()
+            },
+            "rows": {name: count_rows(checked) for name, checked in data.checked.items()},
+            "notes": list(trained.notes),
+            SWITCHES: {"optim": switches.optim},
+            **({"score": dict(score)} if score else {}),
+        }
+    )
+    left_out = [line for checked in data.checked.values() for line in lines_left_out(checked)]
+    write_text(run.path / LEFT_OUT, "".join(left_out))
+
+
+@contextmanager
+def record_failure(run: RunFolder, phases: Phases) -> Iterator[None]:
+    """Note in run.json that a run was interrupted or failed."""
+    try:
+        yield
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        run.update_run({"status": status, "phases": phases.record()})
+        raise
+
+
+def record_score(run: RunFolder, score: TaskScore, when: str) -> None:
+    """Add the task's score `before` or `after` the training."""
+    so_far = (run.read_run() or {}).get("score", {})
+    run.update_run({"score": score.added_to(so_far, when)})
+
+
+def finish_record(run: RunFolder, phases: Phases, *, seconds: float, steps: int, best_checkpoint: str | None) -> None:
+    """Note that the run is finished: its result is there."""
+    run.update_run(
+        {
+            "status": "finished",
+            "finished": _now(),
+            "wall_seconds": round(seconds, 1),
+            "phases": phases.record(),
+            "steps": steps,
+            "best_checkpoint": best_checkpoint,
+        }
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,105 @@
+"""Where a run stands: it starts at step 0, resumes from a checkpoint, or is finished."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.data.samples import Samples
+from finetune.errors import UserError
+from finetune.recipe import Recipe
+from finetune.run.checkpoints import clean_partials, find_last_good
+from finetune.run.folder import RunFolder
+from finetune.run.identity import compare_runs
+from finetune.terminal import Say
+
+FREE_TO_CHANGE = (
+    # The base is known by its fingerprint, wherever it is stored.
+    *("model.path", "output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
+    "data.tokens_per_batch",  # changes rounding, and which inputs dropout zeroes
+    *("data.vision_cache", "data.vision_cache_gb", "model.attention", "model.kernels"),  # change rounding
+    "train.checkpointing",
+    *(f"train.{key}" for key in ("logging_steps", "logging_strategy", "save_steps", "save_total_limit", "report_to")),
+)
+"""Keys of a recipe that may change when a run is resumed: they do not change what is computed."""
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Training starts at step 0."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Training goes on from a checkpoint."""
+
+    checkpoint: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run has its result already."""
+
+
+Start = Fresh | Resume | Finished
+
+
+def run_identity(recipe: Recipe, samples: Mapping[str, Samples], base_fingerprint: str) -> dict[str, Any]:
+    """What must be the same for a resume to continue a run: recipe, data and the base's weights."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "data": {name: part.fingerprint() for name, part in samples.items()},
+        "base": base_fingerprint,
+    }
+
+
+def find_start(
+    run: RunFolder,
+    recipe: Recipe,
+    identity: Mapping[str, Any],
+    stored: Mapping[str, Any] | None,
+    say: Say,
+    *,
+    is_main: bool,
+) -> Start:
+    """Find where a run stands, and clear what a killed process left behind.
+
+    Args:
+        identity: of the run about to start, see `run_identity`.
+        stored: what run.json says; None where there is none.
+        is_main: whether this is the process that writes into the run folder.
+
+    Raises:
+        UserError: the folder holds a run of another recipe, other data or another base, or resume is never.
+    """
+    if is_main:
+        clean_partials(run.path)
+        clean_partials(run.checkpoints)
+    if stored is None or "identity" not in stored:
+        return Fresh()
+    differences = compare_runs(
+        dict(stored["identity"]), dict(identity), ignore=tuple(f"recipe.{key}" for key in FREE_TO_CHANGE)
+    )
+    if differences:
+        raise UserError(
+            f"{run.path} holds a run that this one would not continue:\n  "
+            + "\n  ".join(differences)
+            + "\nGive another output, or remove that folder"
+        )
+    if recipe.resume == "never":
+        raise UserError(
+            f"{run.path} holds a run already, and resume is never\nGive another output, or remove that folder"
+        )
+    if stored.get("status") == "finished":
+        return Finished()
+    last = find_last_good(run.checkpoints)
+    for folder, reason in last.damaged:
+        say("resume", f"{folder.name} is damaged ({reason}): going back to the one before")
+    if is_main:
+        # A run that starts again logs its scores of step 0 again.
+        run.forget_metrics_after(last.step if last.path is not None else -1)
+    if last.path is None:
+        return Fresh()
+    say("resume", f"from step {last.step}")
+    return Resume(last.path, last.step)

@@ -1,0 +1,72 @@
+"""The model of a run: loaded, with the adapter on it or its parts unfrozen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peft import PeftModel
+from transformers import set_seed
+
+from finetune.data.checking import Checked
+from finetune.memory.switches import Switches
+from finetune.model.base import Base, make_trainable, refuse_untaught
+from finetune.model.components import Count, count_parameters, table_of_parameters
+from finetune.model.computing import Computing, choose_dtype, is_random, own_device, quantization_arguments
+from finetune.recipe import Recipe
+from finetune.terminal import Say
+from qwenvl import QwenVLForConditionalGeneration, load_model
+from qwenvl.model.kernels import use_kernels
+
+RANDOM_WEIGHTS = "The checkpoint's weights are random: it can show that training works, not that it reads."
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model ready for training.
+
+    Attributes:
+        model: what is trained requires gradients.
+        parameters: trained and all, by component.
+        notes: what a reader of the run has to know about the checkpoint.
+    """
+
+    model: QwenVLForConditionalGeneration | PeftModel
+    parameters: Mapping[str, Count]
+    notes: tuple[str, ...]
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(count.trained for count in self.parameters.values())
+
+
+def load_trained_model(
+    recipe: Recipe, base: Base, computing: Computing, switches: Switches, checked: Checked, say: Say
+) -> TrainedModel:
+    """Load a recipe's checkpoint and prepare it for training.
+
+    Args:
+        checked: the training data.
+
+    Raises:
+        InputError: what the recipe wants trained cannot be, or the checkpoint is damaged.
+    """
+    set_seed(recipe.seed)
+    loaded = load_model(
+        recipe.model.path,
+        dtype=choose_dtype(recipe.model.dtype),
+        device_map=own_device() if base.quantized else None,
+        embeddings_on_cpu=recipe.model.embeddings_on_cpu,
+        **quantization_arguments(recipe.model),
+    )
+    loaded.set_attn_implementation(computing.attention)
+    use_kernels(loaded, computing.kernels)
+    assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
+    notes = (RANDOM_WEIGHTS,) if is_random(loaded) else ()
+    model = make_trainable(loaded, recipe)
+    switches.prepare(model, recipe.train)
+    refuse_untaught(model, checked)
+    parameters = count_parameters(model)
+    for number, line in enumerate(table_of_parameters(parameters)):
+        say("trained" if number == 0 else "", line)
+    for note in notes:
+        say("note", note)
+    return TrainedModel(model, parameters, notes)

@@ -1,0 +1,128 @@
+"""The trainer of a run, with its batches, callbacks and vision cache."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+from finetune.batches.collate import Collator
+from finetune.batches.image_request import VisionCache
+from finetune.files.disk_space import check_disk_space
+from finetune.model.base import Base
+from finetune.recipe import Recipe
+from finetune.run.folder import RunFolder
+from finetune.terminal import Say
+from finetune.training.arguments import KEPT_CHECKPOINTS, trainer_arguments
+from finetune.training.best_checkpoint import Patience, SaveBest
+from finetune.training.budget_notes import NoteBudgets
+from finetune.training.interrupts import StopOnSignal
+from finetune.training.metrics_log import WriteMetrics
+from finetune.training.phases import Phases
+from finetune.training.progress import Progress, drop_own_printers
+from finetune.training.trained_model import TrainedModel
+from finetune.training.trainer import QwenVLTrainer
+from finetune.training.training_data import TrainingData
+from finetune.training.training_plan import TrainingPlan
+from finetune.vision_cache.phase import cache_images
+
+OwnOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
+
+
+def encode_images(
+    recipe: Recipe, base: Base, data: TrainingData, trained: TrainedModel, phases: Phases, say: Say
+) -> VisionCache | None:
+    """Encode the images of the run, where the recipe has a vision cache."""
+    phases.begin("load" if recipe.data.vision_cache == "off" else "encode")
+    cache = cache_images(recipe, trained.model, base.processor, data.samples, data.checked, data.task, say)
+    phases.begin("load")
+    return cache
+
+
+def make_trainer(
+    recipe: Recipe,
+    run: RunFolder,
+    base: Base,
+    data: TrainingData,
+    plan: TrainingPlan,
+    trained: TrainedModel,
+    cache: VisionCache | None,
+    *,
+    stop: StopOnSignal,
+    progress: Progress,
+    phases: Phases,
+    optimizer: OwnOptimizer | None,
+    is_main: bool,
+) -> QwenVLTrainer:
+    """Put together everything that a training needs.
+
+    Args:
+        cache: has the features of images that were encoded before; None where there is none.
+        stop, progress, phases: callbacks.
+        optimizer: makes the optimizer, in place of the one that the recipe names.
+
+    Raises:
+        NotEnoughDiskSpace: the checkpoints would not fit.
+    """
+    arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
+    if data.task is not None:
+        data.task.note_stop_ids(trained.model)
+    if is_main:
+        check_disk_space(run.path, checkpoint_bytes(trained, arguments), "the checkpoints")
+    budget = plan.budget.of_all_processes(arguments.device)
+    limits = {"eval": None if recipe.evaluate is None else recipe.evaluate.limit}
+    trainer = QwenVLTrainer(
+        trained.model,
+        arguments,
+        collators={
+            name: Collator(
+                samples,
+                base.processor.tokenizer,
+                base.processor.image_processor,
+                recipe.data.labels,
+                recipe.data.grounding,
+                base.processor.n_queries,
+                recipe.data.max_length,
+                recipe.data.on_long,
+                cache,
+            )
+            for name, samples in data.samples.items()
+        },
+        indices={
+            name: checked.weighted_indices(recipe.seed)[: limits.get(name)] for name, checked in data.checked.items()
+        },
+        run=run,
+        tokens_per_batch=budget.tokens,
+        out_of_memory=budget.lowered,
+        learning_rates=recipe.train.learning_rates and recipe.train.learning_rates.model_dump(),
+        vision_layer_decay=recipe.train.vision_layer_decay,
+        shuffle=recipe.data.shuffle,
+        task_evaluation=data.task,
+        callbacks=[
+            stop,
+            progress,
+            WriteMetrics(run),
+            *_deciding_callbacks(recipe, arguments),
+            phases,  # behind the callbacks that decide about evaluating and saving
+            NoteBudgets(run, budget),
+        ],
+        optimizer=optimizer and optimizer(trained.model),
+    )
+    drop_own_printers(trainer)
+    return trainer
+
+
+def _deciding_callbacks(recipe: Recipe, arguments: SFTConfig) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = []
+    if recipe.evaluate is not None and recipe.evaluate.patience is not None:
+        callbacks.append(Patience(recipe.evaluate.patience))
+    if arguments.load_best_model_at_end:
+        callbacks.append(SaveBest())
+    return callbacks
+
+
+def checkpoint_bytes(trained: TrainedModel, arguments: SFTConfig) -> int:
+    """Bytes of all checkpoints that are there at a time: weights and AdamW's two moments in float32, for each that is
+    kept and the one being written."""
+    kept = (arguments.save_total_limit or KEPT_CHECKPOINTS) + 1 + arguments.load_best_model_at_end
+    return trained.trained_parameters * 12 * kept

@@ -1,0 +1,81 @@
+"""Where a run stands: fresh, resumed at a step, or finished; and what may not be resumed."""
+
+import pytest
+from recipes_for_tests import write_recipe
+from said import collect
+
+from finetune.errors import UserError
+from finetune.recipe import load_recipe
+from finetune.run.checkpoints import checkpoint_path, writing
+from finetune.run.folder import RunFolder
+from finetune.terminal import say_nothing
+from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return load_recipe(write_recipe(tmp_path))
+
+
+@pytest.fixture
+def run(recipe) -> RunFolder:
+    return RunFolder(recipe.output)
+
+
+def start_of(run, recipe, identity=None, **stored):
+    identity = run_identity(recipe, {}, "base") if identity is None else identity
+    if stored:
+        run.write_run({"identity": run_identity(recipe, {}, "base"), **stored})
+    return find_start(run, recipe, identity, run.read_run(), say_nothing, is_main=True)
+
+
+def save(run: RunFolder, step: int):
+    run.checkpoints.mkdir(exist_ok=True)
+    with writing(checkpoint_path(run.checkpoints, step)) as partial:
+        (partial / "state").write_text(str(step))
+
+
+def test_an_empty_folder(run, recipe):
+    assert start_of(run, recipe) == Fresh()
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint(run, recipe):
+    assert start_of(run, recipe, status="running") == Fresh()
+
+
+def test_a_run_with_checkpoints(run, recipe):
+    run.write_run({})
+    save(run, 2)
+    save(run, 10)
+    run.append_metrics({"step": 10, "loss": 1.0})
+    run.append_metrics({"step": 12, "loss": 0.5})
+    assert start_of(run, recipe, status="interrupted") == Resume(run.checkpoints / "step-10", 10)
+    assert [record["step"] for record in run.read_metrics()] == [10]  # the steps after it are trained again
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, recipe):
+    run.write_run({})
+    save(run, 2)
+    save(run, 4)
+    (run.checkpoints / "step-4" / "state").write_text("5")
+    run.write_run({"identity": run_identity(recipe, {}, "base"), "status": "running"})
+    said: list[str] = []
+    start = find_start(run, recipe, run_identity(recipe, {}, "base"), run.read_run(), collect(said), is_main=True)
+    assert start == Resume(run.checkpoints / "step-2", 2)
+    assert "step-4 is damaged" in said[0] and said[1] == "resume      from step 2"
+
+
+def test_a_finished_run(run, recipe):
+    assert start_of(run, recipe, status="finished") == Finished()
+
+
+def test_another_base_is_refused(run, recipe):
+    other = run_identity(recipe, {}, "another base")
+    with pytest.raises(UserError, match=r'would not continue:\n  base: "base" -> "another base"\nGive another output'):
+        start_of(run, recipe, other, status="finished")
+
+
+def test_resume_never_is_refused(tmp_path, run):
+    recipe = load_recipe(write_recipe(tmp_path), ["resume=never"])
+    with pytest.raises(UserError, match="holds a run already, and resume is never"):
+        start_of(run, recipe, status="running")
