@@ -1,13 +1,13 @@
-"""What a person sees while a model trains, and the lines at the end.
+"""The live line while a model trains, and the summary at the end.
 
-On a terminal one live line, redrawn in place, and a line that stays for every evaluation and checkpoint:
+On a terminal there is one live line, redrawn in place, and a permanent line for every evaluation and checkpoint:
 
     step 100/1000 | eval loss 0.9876, best so far | eval anls 0.4550 (boarding 0.0200, before 0.8900)
     step 100/1000 | checkpoint saved
     step 120/1000 | epoch 0.48/3 | loss 1.2345 | lr 1.00e-04 | 1.2k tok/s | 3.1 img/s | peak 5.3 GB | 2h 04m left
 
-Anywhere else (a file, a pipe, a job's log) the same lines, one for each log event, without a control character.
-Only the main process speaks.
+Elsewhere (a file, a pipe, a job's log) the same lines are printed, one for each log event, without control characters.
+Only the main process prints.
 """
 
 import atexit
@@ -38,9 +38,9 @@ from finetune.report.logged_scores import is_score, parts_of_scores
 from finetune.run.checkpoints import checkpoint_path
 
 SEPARATOR = " | "
-REDRAW_SECONDS = 0.1  # the least time between two redraws that bring no news; faster cannot be read
+REDRAW_SECONDS = 0.1  # the least time between two redraws without new values; faster cannot be read
 
-# How a logged number is written, in the order of the line.
+# How a logged number is formatted, in the order of the line.
 _LOGGED = {
     "loss": lambda value: f"loss {format_loss(value)}",
     "learning_rate": lambda value: f"lr {format_learning_rate(value)}",
@@ -48,8 +48,8 @@ _LOGGED = {
     "images_per_second": lambda value: f"{format_count(value)} img/s",
     "peak_memory_bytes": lambda value: f"peak {format_bytes(value)}",
 }
-# What a narrow terminal does without, first to go first. The step always stays.
-_DISPENSABLE = (
+# The fields that a narrow terminal leaves out, in this order. The step always stays.
+_OPTIONAL = (
     *("images_per_second", "peak_memory_bytes", "epoch", "tokens_per_second"),
     *("learning_rate", "left", "loss", "evaluating"),
 )
@@ -58,17 +58,17 @@ _DISPENSABLE = (
 class Progress(TrainerCallback):
     """The live line, or plain lines where there is no terminal.
 
-    It reads these keys of `logs`, each left out of the line where it is missing: loss, learning_rate,
-    tokens_per_second, images_per_second, peak_memory_bytes (bytes), epoch, eval_loss and other eval_* scores; and,
-    where a pack did not fit into the memory, out_of_memory_tokens with (evaluation_)tokens_per_batch.
+    It reads these keys of `logs`, and leaves out those that are missing: loss, learning_rate, tokens_per_second,
+    images_per_second, peak_memory_bytes (bytes), epoch, eval_loss and other eval_* scores; and, after a pack did not
+    fit into the memory, out_of_memory_tokens with (evaluation_)tokens_per_batch.
 
-    Call `close()` when training ends with an exception, to hand the terminal back. At the end of training and at the
-    interpreter's exit that happens by itself.
+    Call `close()` when training ends with an exception, to restore the terminal. At the end of training and at the
+    interpreter's exit it is called automatically.
 
     Args:
         stream: where to write; standard output by default.
-        checkpoints: the folder of the checkpoints; None leaves the place out of a checkpoint's line.
-        clock: seconds from any beginning, for the time left.
+        checkpoints: the folder of the checkpoints; None leaves it out of a checkpoint's line.
+        clock: returns seconds, from any start; for the time left.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Progress(TrainerCallback):
             return
         self._pace = _Pace(self._clock)
         self._latest, self._evaluated_batches = {}, 0
-        # A resumed run brings the log of its first part along, and with it the best evaluation.
+        # The log of a resumed run holds its first part, and with it the best evaluation so far.
         for record in state.log_history:
             self._note_best(record, int(record.get("step", 0)))
         if self._stream.isatty() and os.environ.get("TERM") != "dumb":
@@ -175,7 +175,7 @@ class Progress(TrainerCallback):
     # --- the terminal ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Leave the live line as it stands, the cursor below it, standard streams as they were. Twice does no harm."""
+        """Keep the live line as it is, put the cursor below it and restore the standard streams. May be called twice."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
@@ -183,7 +183,7 @@ class Progress(TrainerCallback):
 
     def _open(self) -> None:
         self.close()
-        # What other code prints or warns goes above the line; what it writes into a redirected stream stays there.
+        # What other code prints goes above the line; what it writes into a redirected stream stays there.
         on_screen = self._stream is sys.stdout
         console = Console(file=self._stream, force_terminal=True, highlight=False, markup=False, emoji=False)
         self._live = Live(
@@ -194,12 +194,12 @@ class Progress(TrainerCallback):
             redirect_stderr=on_screen and sys.stderr.isatty(),
         )
         self._live.start(refresh=True)
-        # A run that is killed outright has no time to bring a hidden cursor back.
+        # A killed run could not show a hidden cursor again.
         console.show_cursor(True)
         atexit.register(self.close)
 
     def _say(self, line: str) -> None:
-        """Write a line that stays."""
+        """Print a permanent line."""
         if self._live is None:
             print(line, file=self._stream, flush=True)
         else:
@@ -223,13 +223,13 @@ class Progress(TrainerCallback):
             line.append(field)
         self._live.update(line, refresh=True)
 
-    # --- what the lines say ------------------------------------------------------------------------------------------
+    # --- the text of the lines ---------------------------------------------------------------------------------------
 
     def _fields(self, args: TrainingArguments, state: TrainerState) -> dict[str, str]:
-        """The training line, piece by piece."""
+        """The fields of the training line."""
         fields = {"step": _step(state)}
         if state.epoch is not None and math.isfinite(state.epoch):
-            # With max_steps the run ends by steps, and the number of epochs is what comes out of it.
+            # With max_steps, the number of epochs follows from the steps and is not known in advance.
             of = "" if args.max_steps > 0 else f"/{args.num_train_epochs:g}"
             fields["epoch"] = f"epoch {state.epoch:.2f}{of}"
         fields |= {key: _LOGGED[key](value) for key, value in self._latest.items()}
@@ -239,7 +239,7 @@ class Progress(TrainerCallback):
         return fields
 
     def _scores(self, numbers: Mapping[str, float], step: int) -> list[str]:
-        """An evaluation's scores, its loss first and set beside the best one."""
+        """The scores of an evaluation, the loss first and compared with the best one."""
         scores = []
         loss = numbers.get("eval_loss")
         if loss is not None:
@@ -262,11 +262,11 @@ class Progress(TrainerCallback):
 
 
 class _Pace:
-    """Time left, from the last steps of this session.
+    """Estimates the time left from the last steps of this process.
 
-    The first step does not count: it waits for the first batch, compiles and fills caches. Evaluations and checkpoints
-    are kept apart from the steps and spread over all of them, so that one does not make the steps after it look slow.
-    A mean and not a median: a GPU runs behind the program, which then waits in one step for the work of several.
+    The first step does not count: it waits for the first batch, compiles and fills caches. The time of evaluations and
+    checkpoints is counted apart and spread over all steps, so that one does not make the steps after it look slow. The
+    estimate is a mean and not a median: a GPU runs asynchronously, and one step may wait for the work of several.
     """
 
     STEPS = 50
@@ -290,7 +290,7 @@ class _Pace:
         self._mark = now
 
     def seconds_left(self, steps: int) -> float | None:
-        """For so many steps; None before the second one."""
+        """Seconds that a number of steps will take; None before the second step."""
         if len(self._ends) < 2 or steps < 0:
             return None
         each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
@@ -298,7 +298,7 @@ class _Pace:
 
 
 def _lowered_budget(numbers: Mapping[str, float]) -> str:
-    """That a pack did not fit into the memory (see `out_of_memory.PackBudget`), and what follows."""
+    """Say that a pack did not fit into the memory (see `out_of_memory.PackBudget`), and the new budget."""
     too_many = f"out of memory with {numbers['out_of_memory_tokens']:,} tokens in one forward"
     if "tokens_per_batch" in numbers:
         return f"{too_many}: at most {numbers['tokens_per_batch']:,} from now on, with the same loss and gradients"
@@ -310,9 +310,9 @@ def _step(state: TrainerState) -> str:
 
 
 def _fit(fields: dict[str, str], width: int) -> dict[str, str]:
-    """The fields that fit a line of `width` columns, the least needed left out."""
+    """The fields that fit into a line of `width` columns."""
     fields = dict(fields)
-    for key in _DISPENSABLE:
+    for key in _OPTIONAL:
         if len(SEPARATOR.join(fields.values())) <= width:
             break
         fields.pop(key, None)
@@ -320,7 +320,7 @@ def _fit(fields: dict[str, str], width: int) -> dict[str, str]:
 
 
 def _length(dataloader: Any) -> int | None:
-    """Batches; None for a stream that does not know."""
+    """The number of batches; None where it is not known."""
     try:
         return len(dataloader)
     except TypeError:
@@ -391,7 +391,7 @@ def _first_to_last(values: list[tuple[int, float]]) -> str:
 
 
 def _first_to_best(values: list[tuple[int, float]]) -> str:
-    """Losses of (step, loss): where they began, the lowest, and the last if that is another."""
+    """The first loss, the lowest, and the last if it is another; of pairs (step, loss)."""
     finite = [(step, value) for step, value in values if math.isfinite(value)]
     if len(values) == 1 or not finite:
         return _first_to_last(values)
