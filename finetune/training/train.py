@@ -27,15 +27,16 @@ from finetune.files.disk_space import check_disk_space
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.out_of_memory import NoteBudgets
 from finetune.memory.run_plan import SWITCHES, plan_run, settled
-from finetune.model.base import find_base, make_trainable, refuse_untaught
+from finetune.model.base import find_base, make_trainable, refuse_text_only_samples
 from finetune.model.components import count_parameters, table_of_parameters
-from finetune.model.computing import choose_computing, choose_dtype, is_random, own_device, quantization_arguments
+from finetune.model.computing import choose_backends, choose_dtype, is_random, own_device, quantization_arguments
 from finetune.recipe import Recipe
 from finetune.report.report import write_report
 from finetune.run.checkpoints import Found, clean_partials, find_last_good, writing
 from finetune.run.environment import describe_environment
 from finetune.run.folder import RunFolder
 from finetune.run.identity import compare_runs
+from finetune.terminal import labelled
 from finetune.training.arguments import loader_settings, sft_config
 from finetune.training.best_checkpoint import Patience, SaveBest, pick_best
 from finetune.training.interrupts import StopOnSignal
@@ -121,6 +122,9 @@ class _Road:
         self.description: dict[str, Any] = {}
         self.phases = Phases("read")
 
+    def say_labelled(self, label: str, text: object = "", /) -> None:
+        self.say(labelled(label, text))
+
     def walk(self):
         started = time.monotonic()
         self.find_base()
@@ -156,7 +160,7 @@ class _Road:
     def find_base(self):
         base = find_base(self.recipe.model)
         self.base, self.quantized, self.processor = base.path, base.quantized, base.processor
-        self.computing = choose_computing(self.recipe.model)
+        self.computing = choose_backends(self.recipe.model)
         self.say(f"model       {self.recipe.model.path}: {self.computing}")
 
     def read_data(self):
@@ -226,7 +230,7 @@ class _Road:
         if self.budget.reason:
             self.say(f"packing     {self.budget}")
         data, tokens = self.checked["train"], self.budget.tokens
-        self.switches = plan_run(self.recipe, self.base, data, tokens, self.stored, self.say)
+        self.switches = plan_run(self.recipe, self.base, data, tokens, self.stored, self.say_labelled)
 
     def describe_run(self):
         if not self.is_main:
@@ -271,7 +275,7 @@ class _Road:
             )
         model = make_trainable(model, recipe)
         self.switches.prepare(model, recipe.train)
-        refuse_untaught(model, self.checked["train"])
+        refuse_text_only_samples(model, self.checked["train"])
         self.parameters = count_parameters(model)
         for number, line in enumerate(table_of_parameters(self.parameters)):
             self.say(f"{'trained' if number == 0 else '':<11} {line}")
@@ -285,7 +289,7 @@ class _Road:
         recipe, data = self.recipe, self.recipe.data
         arguments = self.trainer_arguments(model)
         self.phases.begin("load" if data.vision_cache == "off" else "encode")
-        cache = cache_images(recipe, model, self.processor, self.samples, self.checked, self.task, self.say)
+        cache = cache_images(recipe, model, self.processor, self.samples, self.checked, self.task, self.say_labelled)
         self.phases.begin("load")
         collators = {
             name: Collator(
