@@ -17,9 +17,9 @@ finetune bench recipes/docvqa_lora.yaml --lengths mix --profiles ours data.token
 LENGTHS = "384,512,1024,2048,mix"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; its data is not read")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="any key of the recipe, overridden")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="any key of the recipe, set anew")
     parser.add_argument(
         "--lengths",
         type=read_lengths,
@@ -55,12 +55,12 @@ def read_lengths(text: str) -> tuple[str, ...]:
     return lengths
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace):
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     to = arguments.to or Path("runs", f"bench-{arguments.recipe.stem}")
     if to.exists() and not to.is_dir():
         raise UserError(f"--to: {to} is a file; give a folder")
-    # Imported late: it loads PyTorch, and a wrong recipe should be refused at once.
+    # Only now, with a recipe known to be right, is anything heavy imported.
     from finetune.bench.bench import Bench, bench
 
     bench(
