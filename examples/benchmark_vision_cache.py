@@ -31,7 +31,7 @@ from finetune.recipe.sections import Adapter, Data, Freeze, Source
 from finetune.terminal import say_nothing
 from finetune.vision_cache.cache import VisionCache
 from finetune.vision_cache.encoding import encode_images
-from finetune.vision_cache.phase import let_tower_go
+from finetune.vision_cache.phase import remove_vision_tower
 from finetune.vision_cache.run_images import RunImages
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, load_processor
 from qwenvl.text.chat import IGNORED
@@ -130,7 +130,7 @@ def main():
         cache = encode_images(base, RunImages([requests]), image_processor, data, say_nothing)
         encoding = time.perf_counter() - started
         freed = sum(tensor.nbytes for tensor in base.transformer.visual.state_dict().values())
-        let_tower_go(base)
+        remove_vision_tower(base)
         cached = seconds(lambda rows: step(model, collator(cache), rows), arguments.steps)
     size = format_bytes(cache.store.record.nbytes)
     print(f"  with pixels     {without:8.3f} s a step")

@@ -1,13 +1,13 @@
-"""`finetune bench`: memory and time of a recipe's optimizer steps, beside the published settings, on this device.
+"""`finetune bench`: memory and time of a recipe's optimizer steps, and of the published settings, on this device.
 
-Every row trains a fresh model with random weights for some steps, by the trainer that a run has, on made-up samples of
+Every row trains a new model with random weights for some steps, with the trainer of a run, on synthetic samples of
 known lengths. No data and no weights are read.
 """
 
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,27 +22,30 @@ from finetune.bench.subject import Subject, find_subject, own_torch_device, ways
 from finetune.bench.table import OURS, PUBLISHED, SAMPLES, Row, as_json, in_words, markdown, terminal_table
 from finetune.bench.workload import draw_lengths
 from finetune.files.atomic_writes import make_folder, write_text
+from finetune.files.path_errors import path_errors
 from finetune.recipe import Recipe
 from finetune.run.environment import describe_environment
+from finetune.terminal import Say, say
 
 JSON_FILE, MARKDOWN_FILE = "bench.json", "bench.md"
+GIVE_ANOTHER = "Give another folder by --to"
 
 WARM_UP = 2
-"""Steps before those that are measured."""
+"""Steps before the measured ones."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured.
+    """What to measure.
 
     Attributes:
         recipe: the resolved recipe.
         name: of the recipe, for the reader.
-        lengths: the rows of each way to train: tokens of a sample, or "mix".
-        steps: that are measured.
+        lengths: one row each for every way to train: tokens of a sample, or "mix".
+        steps: to be measured.
         size: "recipe", or "full" for the published sizes.
-        settings: of ours and published.
-        both: LoRA and Q-LoRA, whichever the recipe says.
+        settings: ours, published, or both.
+        both: measure LoRA and Q-LoRA, whichever the recipe has.
     """
 
     recipe: Recipe
@@ -54,49 +57,51 @@ class Bench:
     both: bool = False
 
 
-def bench(wanted: Bench, to: Path, say: Callable[[str], None] = print) -> list[Row]:
-    """Measure, and write `bench.json` and `bench.md` into a folder, anew after each row.
+def bench(wanted: Bench, to: Path, say: Say = say) -> list[Row]:
+    """Measure all rows; after each one, rewrite `bench.json` and `bench.md` with the rows so far.
 
     Args:
-        to: the folder; created if need be.
-        say: prints a line.
+        to: the folder of these files; created if it does not exist.
+        say: prints a labelled line.
 
     Returns:
-        The rows, those that did not fit into the memory too.
+        The rows, including those that did not fit into memory.
 
     Raises:
-        UserError, ValueError, FileNotFoundError: the input is wrong (see the message).
+        InputError: the recipe, the lengths or the folder are wrong.
     """
     transformers_logging.set_verbosity_error()
     recipe = wanted.recipe
     subject = find_subject(recipe, wanted.size)
-    for samples in wanted.lengths:  # what is wrong is told before the first of them is run
+    for samples in wanted.lengths:  # refuse wrong lengths before the first row is run
         draw_lengths(samples, 1, subject.config, most=longest_sample(recipe, subject.config))
     device = own_torch_device()
     peak = find_peak(device, subject.dtype(recipe))
     ways = make_ways(wanted, subject, device, peak)
     facts = describe(wanted, subject, device, peak)
     for what, fact in facts.items():
-        say(f"{what:<11} {fact}")
-    make_folder(to.absolute())
+        say(what, fact)
+    with path_errors(to, "create the folder", GIVE_ANOTHER):
+        make_folder(to.absolute())
     rows: list[Row] = []
     count = len(ways) * len(wanted.lengths)
     for way in ways:
         for samples in wanted.lengths:
             row = run_row(way, samples, warm_up=WARM_UP, steps=wanted.steps)
             rows.append(row)
-            say(f"{f'row {len(rows)}/{count}':<11} {in_words(row)}")
+            say(f"row {len(rows)}/{count}", in_words(row))
             record = {"facts": facts, "environment": describe_environment(facts["device"]), "rows": as_json(rows)}
-            write_text(to / JSON_FILE, json.dumps({**record, "recipe": recipe.to_yaml()}, indent=2) + "\n")
-            write_text(to / MARKDOWN_FILE, markdown(f"finetune bench {wanted.name}", facts, rows))
+            with path_errors(to, "write the results to", GIVE_ANOTHER):
+                write_text(to / JSON_FILE, json.dumps({**record, "recipe": recipe.to_yaml()}, indent=2) + "\n")
+                write_text(to / MARKDOWN_FILE, markdown(f"finetune bench {wanted.name}", facts, rows))
     for line in ["", *terminal_table(rows), ""]:
         say(line)
-    say(f"{'results':<11} {to / MARKDOWN_FILE}, {to / JSON_FILE}")
+    say("results", f"{to / MARKDOWN_FILE}, {to / JSON_FILE}")
     return rows
 
 
 def make_ways(wanted: Bench, subject: Subject, device: torch.device, peak: Peak) -> list[Way]:
-    """The ways to train that are measured, one after the other."""
+    """The ways to train to be measured, in order."""
     ways = []
     for weights, recipe in ways_to_train(wanted.recipe, wanted.both):
         for settings in wanted.settings:
@@ -106,7 +111,7 @@ def make_ways(wanted: Bench, subject: Subject, device: torch.device, peak: Peak)
 
 
 def describe(wanted: Bench, subject: Subject, device: torch.device, peak: Peak) -> dict[str, str]:
-    """What is measured where, for the first lines."""
+    """What is measured on which device, for the first lines."""
     dtype = str(subject.dtype(wanted.recipe)).removeprefix("torch.")
     versions = describe_environment()["versions"]
     return {
@@ -120,7 +125,7 @@ def describe(wanted: Bench, subject: Subject, device: torch.device, peak: Peak) 
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU as its driver calls it; of a CPU the threads that compute."""
+    """A GPU's name as its driver gives it; a CPU's name and the threads that compute."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.processor() or platform.machine()}), {torch.get_num_threads()} threads of {os.cpu_count()}"

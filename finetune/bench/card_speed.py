@@ -1,4 +1,4 @@
-"""What a device computes at most: dense 16-bit matrix products with float32 sums, by data sheet or measured here."""
+"""A device's peak arithmetic: dense 16-bit matrix products accumulated in float32, from data sheets or measured."""
 
 import re
 import time
@@ -33,27 +33,27 @@ DATA_SHEETS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("3090",), 71),
     (("3080",), 59.5),
 )
-"""Words of a device's name -> TFLOP/s in bfloat16 and float16, dense (data sheets like to print twice as much, for
-matrices half of zeros), from NVIDIA's data sheets and architecture whitepapers. The first line that fits counts."""
+"""Words of a device's name -> dense TFLOP/s in bfloat16 and float16, from NVIDIA's data sheets and architecture
+whitepapers. (Data sheets often print the double, which holds for 2:4 sparse matrices.) The first match counts."""
 
 OTHER_CARDS = {"Laptop", "Max", "Mobile", "D", "MIG", "SUPER", "Ti"}
-"""Words by which a card is slower, or faster, than the one whose name it bears."""
+"""Words that mark a faster or slower variant of a card."""
 
 SIDE = {"cuda": 8192, "cpu": 1024}
-"""Of the square matrices that are multiplied where there is no data sheet."""
+"""Rows and columns of the matrices that are multiplied if there is no data sheet."""
 
 REPEATS = 10
 
 
 class Peak(NamedTuple):
-    """Most operations a second, and where the number is from."""
+    """Most floating point operations per second, and the source of the number."""
 
     flops: float
     source: str
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """Of a GPU computing in 16 bits its data sheet's where that is known; of anything else what is measured."""
+    """The data sheet's peak for a known GPU computing in 16 bits; for anything else a measurement."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         known = data_sheet(torch.cuda.get_device_name(device))
         if known is not None:
@@ -64,7 +64,7 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def data_sheet(name: str) -> float | None:
-    """TFLOP/s of a card by its name as the driver gives it; None where it is not in the table.
+    """TFLOP/s of a card by its name as the driver gives it; None if it is not in the table.
 
     >>> data_sheet("NVIDIA A100-SXM4-80GB")
     312
@@ -77,7 +77,7 @@ def data_sheet(name: str) -> float | None:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product."""
+    """Operations per second of a large matrix product, the best of `REPEATS`."""
     side = SIDE[device.type]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -90,7 +90,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
-def synchronize(device: torch.device):
-    """Wait until the device has done what it was asked for."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

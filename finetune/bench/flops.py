@@ -1,4 +1,4 @@
-"""Operations of the bench's optimizer steps: what the samples need, and what is done for them."""
+"""Floating point operations of the bench's optimizer steps: those that samples need, and those that are executed."""
 
 from collections.abc import Sequence
 
@@ -23,10 +23,10 @@ def packs_of(lengths: Sequence[Lengths], budget: int | None, batch: int) -> list
 
 
 def useful_flops(config: QwenVLConfig, trained: Trained, lengths: Sequence[Lengths], *, encodes: bool = True) -> int:
-    """On real tokens, forward and backward once: attention to what is before a token, logits where one is trained.
+    """Operations that real tokens need: forward and backward, causal attention, logits at supervised positions.
 
     Args:
-        encodes: whether the vision tower sees the images; with a vision cache it does not.
+        encodes: whether the vision tower encodes the images; false with a vision cache.
     """
     return training_flops(config, trained, _causal(lengths, encodes))
 
@@ -40,7 +40,7 @@ def executed_flops(
     checkpointing: str,
     encodes: bool = True,
 ) -> int:
-    """With what the settings do beside: masked attention, and what is computed again.
+    """Operations that our settings execute: with attention to masked positions, and what is computed again.
 
     Args:
         packs: the samples of each forward.
@@ -49,8 +49,7 @@ def executed_flops(
     executed = 0
     for members in packs:
         forward = _causal(members, encodes)
-        # A mask is applied to pairs that were computed; only a causal kernel leaves them out, of one sequence or, with
-        # varlen, of several.
+        # With a mask all pairs are computed. Only causal kernels skip some, of one sequence or (varlen) of several.
         if attention == "eager" or (attention == "sdpa" and len(members) > 1):
             forward = Forward(forward.tokens, forward.tokens**2, forward.scored, forward.images)
         executed += training_flops(
@@ -67,7 +66,7 @@ def executed_flops(
 def published_flops(
     config: QwenVLConfig, trained: Trained, packs: Sequence[Sequence[Lengths]], *, padded_to: int
 ) -> int:
-    """Of the published settings: every position padded, attended to and given logits, layers computed again."""
+    """Operations that the published settings execute: on padding too, with all pairs, all logits and checkpointing."""
     executed = 0
     for members in packs:
         images = sum(sample.images for sample in members)

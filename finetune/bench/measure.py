@@ -1,30 +1,32 @@
-"""What is measured while the trainer runs: the time of each optimizer step, and the most memory that steps hold."""
+"""Measure the time of each optimizer step and the peak memory of the steps while the trainer runs."""
 
 import gc
 import time
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from torch._subclasses import FakeTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.bench.card_speed import synchronize
 from finetune.memory.live_bytes import LiveBytes
 
 
 class StepMeter(TrainerCallback):
-    """Times the optimizer steps after the first ones, with all that is between them, and notes their peak memory.
+    """Times optimizer steps after a warm-up, each from the end of the one before, and records peak memory.
 
-    On CUDA the peak is the allocator's, over all steps. The CPU has no such counter: there every tensor of the last
-    step before the timed ones is counted (`live_bytes`), which makes that step slow.
+    On CUDA the peak is the allocator's, over all steps. The CPU has no such counter: there the tensors of the last
+    warm-up step are counted (`live_bytes`), which makes that step slow.
 
     Args:
         device: of the model.
-        warm_up: steps before the timed ones, 2 at least; the first makes the optimizer's states and fills caches.
-        steps: to time.
+        warm_up: steps before the timed ones, at least 2; the first one allocates optimizer states and fills caches.
+        steps: to be timed.
 
     Attributes:
         seconds: of each timed step.
         peak: most bytes in tensors on the device.
-        reserved: most bytes that the allocator held; None on the CPU.
+        reserved: most bytes that the allocator reserved; None on the CPU.
     """
 
     def __init__(self, device: torch.device, *, warm_up: int, steps: int):
@@ -40,25 +42,29 @@ class StepMeter(TrainerCallback):
 
     @property
     def all_steps(self) -> range:
-        """That the trainer takes, from 0."""
+        """All steps of the training, counted from 0."""
         return range(self.warm_up + self.steps)
 
     @property
     def counted_steps(self) -> range:
-        """Those whose memory is measured, from 0."""
+        """The steps whose memory is measured, counted from 0."""
         return self.all_steps if self.device.type == "cuda" else range(self.warm_up - 1, self.warm_up)
 
     @property
     def timed_steps(self) -> range:
-        """From 0."""
+        """The steps that are timed, counted from 0."""
         return range(self.warm_up, self.warm_up + self.steps)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what making the model has left would count as reserved
+            torch.cuda.empty_cache()  # memory cached while the model was made would count as reserved
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         synchronize(self.device)
         if state.global_step > self.warm_up:
             self.seconds.append(time.perf_counter() - self._last)
@@ -74,8 +80,8 @@ class StepMeter(TrainerCallback):
             self.reserved = torch.cuda.max_memory_reserved(self.device)
         self._last = time.perf_counter()
 
-    def close(self):
-        """End counting. Twice does no harm."""
+    def close(self) -> None:
+        """End counting; a second call does nothing."""
         counting, self._counting = self._counting, None
         if counting is not None:
             counting.__exit__(None, None, None)
@@ -83,10 +89,13 @@ class StepMeter(TrainerCallback):
 
 
 def bytes_of_tensors() -> int:
-    """Of all tensors of this process in host memory, views counted once."""
+    """Bytes of all tensors of this process in host memory, each storage once."""
     storages = {}
     for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu" and found.layout == torch.strided:
+        # FakeTensors, left by torch.compile (bitsandbytes uses it), have no memory.
+        if not issubclass(type(found), torch.Tensor) or issubclass(type(found), FakeTensor):
+            continue
+        if found.device.type == "cpu" and found.layout == torch.strided:
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -1,17 +1,17 @@
 """The published settings on our model: what the published fine-tuning script does, with our trainer around it.
 
 The script (`finetune.py` of the published project with `finetune_lora_single_gpu.sh`) pads every conversation to
-`model_max_length`, one a batch and 8 batches a step; runs the vision tower on every image of every step; computes
-attention without fused kernels, and logits for all positions, padding too, which its loss widens to float32; keeps
-of each layer only the input (gradient checkpointing); and steps PyTorch's AdamW. Q-LoRA holds the language model's
-linears in 4 bits, and nothing else.
+`model_max_length` and accumulates 8 batches of one; runs the vision tower on every image of every step; computes
+attention without fused kernels; computes logits for all positions, padding included, and casts them to float32 for the
+loss; uses gradient checkpointing and PyTorch's AdamW. Q-LoRA has only the language model's linears in 4 bits.
 
-Different from it, in favour of neither: 4-bit weights are NF4 and not GPTQ's, and the loss is divided by the
-supervised tokens of the step and not of each batch, so that both settings have the same gradients.
+Two differences favour neither side: 4-bit weights are NF4 instead of GPTQ, and the loss is divided by the supervised
+tokens of the step instead of each batch, so that both settings have the same gradients.
 """
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from finetune.memory.switches import Switches
@@ -21,7 +21,7 @@ from qwenvl.text.chat import IGNORED
 
 
 def published_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with all that decides on memory and speed as published; what is trained, and on what, stays."""
+    """The recipe with all settings that decide memory and speed as published; what is trained on which data stays."""
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(
@@ -44,7 +44,7 @@ PUBLISHED_ARGUMENTS: dict[str, Any] = {
     "gradient_checkpointing_kwargs": None,
     "activation_offloading": False,
 }
-"""Of `SFTConfig`."""
+"""Fields of `SFTConfig`."""
 
 PUBLISHED_SWITCHES = Switches(
     attention="eager", kernels="torch", checkpointing="full", optim="adamw_torch", vision_cache="off"
@@ -54,8 +54,14 @@ PUBLISHED_SWITCHES = Switches(
 class PublishedTrainer(QwenVLTrainer):
     """The trainer with the published loss. Its batches are those of `workload.PaddedCollator`."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy summed over the supervised tokens, of float32 logits at every position."""
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy summed over the supervised tokens, from float32 logits of every position."""
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -64,7 +70,7 @@ class PublishedTrainer(QwenVLTrainer):
         )
         logits = outputs.logits[:, :-1].contiguous()
         targets = inputs["labels"][:, 1:].contiguous()
-        # Under autocast, as the script runs, cross-entropy is given a copy in float32.
+        # The script runs under autocast, which casts the logits to float32 for cross-entropy.
         total = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )

@@ -1,7 +1,7 @@
-"""A model of any size with random weights, made in place on its device: what values are changes no time and no memory.
+"""A model of any size with random weights, made directly on its device. Values affect neither time nor memory.
 
-Weights that will be in 4 bits are made and quantised one linear at a time, so the most that is held meanwhile is the
-finished model and one linear in 16 bits: the published model never is there in its 19.3 GB.
+4-bit weights are made and quantised one linear at a time, so the peak is the finished model and one linear in 16 bits;
+the 19.3 GB of the published 16-bit model are never allocated.
 """
 
 import copy
@@ -20,7 +20,7 @@ from qwenvl.model.quantization import nf4_config, require_bitsandbytes
 from qwenvl.model.resampler import Resampler, sine_cosine_grid
 
 SPREAD = 0.02
-"""Standard deviation of all weights but norms: the published `initializer_range`."""
+"""Standard deviation of all weights except norms: the published `initializer_range`."""
 
 
 def make_random_model(
@@ -32,17 +32,17 @@ def make_random_model(
     embeddings_on_cpu: bool = False,
     seed: int = 0,
 ) -> QwenVLForConditionalGeneration:
-    """The model as `load_model` gives it, in eval mode, with weights that were never trained.
+    """Make a model as `load_model` returns it, in eval mode, with random weights.
 
     Args:
         config: its sizes; not changed.
-        device: where it is made and stays.
-        dtype: of what is not in 4 bits, and what is computed in.
-        parts: those in NF4 (see `quantization.PARTS`); none for a 16- or 32-bit model.
+        device: where the model is made.
+        dtype: of all weights that are not in 4 bits, and of computation.
+        parts: in NF4 (see `quantization.PARTS`); none for a 16- or 32-bit model.
         embeddings_on_cpu: keep the token embeddings in host memory.
 
     Raises:
-        ValueError: `parts`, and no bitsandbytes.
+        InputError: `parts` without bitsandbytes.
     """
     if parts:
         require_bitsandbytes()
@@ -68,8 +68,8 @@ def make_random_model(
     return model.eval()
 
 
-def _fill(module: nn.Module, dtype: torch.dtype, generator: torch.Generator):
-    """Give the module's own parameters and buffers values, on the generator's device; its children's are theirs."""
+def _fill(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Give the module's own parameters and buffers, not those of its children, values on the generator's device."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         values = torch.empty(parameter.shape, dtype=dtype, device=generator.device)
         if name == "weight" and isinstance(module, nn.LayerNorm | RMSNorm):
@@ -87,9 +87,10 @@ def _fill(module: nn.Module, dtype: torch.dtype, generator: torch.Generator):
         module.pos_embed = sine_cosine_grid(isqrt(queries), output_dim).to(generator.device)
 
 
-def _put_in_4bit(linear: nn.Linear, values: torch.Tensor):
-    from bitsandbytes.nn import Params4bit
+def _put_in_4bit(linear: nn.Module, values: torch.Tensor) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
+    assert isinstance(linear, Linear4bit), "no other module has a 4-bit weight"
     codes, state = quantize(values)
     linear.weight = Params4bit(codes, quant_state=state, quant_type="nf4", module=linear, bnb_quantized=True)
     linear.quant_state = state

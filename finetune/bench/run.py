@@ -1,4 +1,4 @@
-"""One row of the bench: the trainer as a run has it, on batches of known lengths, and what it took."""
+"""Measure one row of the bench: train with a run's trainer on batches of known lengths."""
 
 import base64
 import gc
@@ -6,11 +6,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from peft import PeftModel
 
 from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.bench.arithmetic import Trained
@@ -29,19 +28,21 @@ from finetune.memory.out_of_memory import DoesNotFit
 from finetune.memory.plan import plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload
-from finetune.model.computing import choose_computing
-from finetune.model.recomputation import checkpoint_blocks
+from finetune.model.adapters import TrainableModel, without_adapter
+from finetune.model.computing import choose_backends
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.training.arguments import loader_settings, sft_config
 from finetune.training.progress import drop_own_printers
 from finetune.training.trainer import QwenVLTrainer
-from finetune.vision_cache.phase import let_tower_go
+from finetune.vision_cache.phase import remove_vision_tower
 from qwenvl import QwenVLConfig, QwenVLTokenizer
 from qwenvl.model.kernels import use_kernels
 
-BESIDE_THE_STEPS: dict[str, Any] = {
+T = TypeVar("T")
+
+STEPS_ONLY: dict[str, Any] = {
     "eval_strategy": "no",
     "eval_on_start": False,
     "save_strategy": "no",
@@ -51,7 +52,7 @@ BESIDE_THE_STEPS: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "warmup_steps": 0,
 }
-"""Of `SFTConfig`: nothing is evaluated, saved or logged, and the learning rate stays."""
+"""Fields of `SFTConfig`: nothing is evaluated, saved or logged, and the learning rate is constant."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Way:
     Attributes:
         weights: lora, qlora or full.
         settings: ours or published.
-        recipe: says the rest; of the published settings that of `published.published_recipe`.
+        recipe: all else; for the published settings, that of `published.published_recipe`.
         subject: the model.
         device: where it trains.
-        peak: what the device can do at most.
+        peak: the device's peak arithmetic.
     """
 
     weights: str
@@ -76,7 +77,7 @@ class Way:
 
     @property
     def batch(self) -> int:
-        """Samples of one batch: the recipe's number where it divides those of a step, else all of a step."""
+        """Samples of one batch: the recipe's number if it divides `SAMPLES`, else all samples of a step."""
         if self.settings == PUBLISHED:
             return PUBLISHED_ARGUMENTS["per_device_train_batch_size"]
         wished = self.recipe.train.per_device_train_batch_size
@@ -84,50 +85,56 @@ class Way:
 
 
 def longest_sample(recipe: Recipe, config: QwenVLConfig) -> int:
-    """Tokens that a sample of the mix has at most, and that the published settings pad it to: `data.max_length`, or
-    the model's training context (2048, the published script's number) where that is less."""
+    """Most tokens of a sample of the mix, to which the published settings pad: `data.max_length`, or the model's
+    training context (2048, as in the published script) if that is less.
+    """
     return min(recipe.data.max_length or config.seq_length, config.seq_length)
 
 
 def run_row(way: Way, samples: str, *, warm_up: int, steps: int) -> Row:
-    """Train a fresh model for some steps on samples of one kind, and measure them.
+    """Train a new model for some steps on samples of one kind, and measure them.
 
     Args:
         samples: see `workload.draw_lengths`.
-        warm_up, steps: before the measured ones, and measured.
+        warm_up: steps before the measured ones.
+        steps: to be measured.
 
     Raises:
-        UserError: `samples` are too short for an image, or the recipe's limit for the mix.
-        ValueError: what is to be trained cannot be.
+        UserError: `samples` are too short for an image, the recipe's limit is too short for the mix, or the model
+            cannot be trained as the recipe says.
     """
     row = _Row(way, samples, StepMeter(way.device, warm_up=warm_up, steps=steps))
     return row.measured()
 
 
 class _Row:
-    """What a row is made of."""
+    """A row that is being measured.
+
+    Attributes:
+        padded_to: tokens that the published settings pad to; None for ours.
+        budget: tokens of one forward; None is one conversation at a time.
+    """
 
     def __init__(self, way: Way, samples: str, meter: StepMeter):
         self.way, self.samples, self.meter = way, samples, meter
-        self.is_published = way.settings == PUBLISHED
         self.config = way.subject.config
         self.recipe = way.subject.settled(_with_batch(way.recipe, way.batch))
         most = longest_sample(self.recipe, self.config)
         count = len(meter.all_steps) * SAMPLES
         self.lengths = draw_lengths(samples, count, self.config, most=most, seed=self.recipe.seed)
-        self.padded_to = None
-        if self.is_published:
+        self.padded_to: int | None = None
+        if way.settings == PUBLISHED:
             self.padded_to = most if samples == MIX else int(samples)
-        self.budget = None if self.is_published else self._budget()
+        self.budget = self._budget() if self.padded_to is None else None
         self.switches = self._switches()
 
     def measured(self) -> Row:
         row = Row(self.way.weights, self.way.settings, self.samples, self.padded_to)
         plan = self._plan()
-        if not self.is_published:
+        if self.padded_to is None:
             row = replace(row, plan=plan, switches=_described(self.switches, self.budget, self.way.batch))
         if self.way.device.type == "cpu" and plan > (free := free_device_memory()):
-            # The system would not refuse the memory, but end the process that takes it.
+            # The system would not refuse the allocation but kill the process.
             return replace(row, note=f"not tried: it needs {format_bytes(plan)}, and {format_bytes(free)} are free")
         outcome = _fitting(self._train)
         if isinstance(outcome, OutOfMemory):
@@ -135,7 +142,7 @@ class _Row:
         trained, budget = outcome
         note = ""
         if budget != self.budget:
-            note = f"packs of up to {self.budget:,} tokens did not fit: up to {budget:,} from there on"
+            note = f"packs of up to {self.budget:,} tokens did not fit: up to {budget:,} from then on"
         lengths = self._samples_of(self.meter.timed_steps)
         packs = packs_of(lengths, budget, self.way.batch)
         return replace(
@@ -153,11 +160,11 @@ class _Row:
 
     @property
     def _encodes(self) -> bool:
-        """Whether the vision tower sees the images."""
+        """Whether the vision tower encodes the images."""
         return self.switches.vision_cache == "off"
 
     def _executed(self, trained: Trained, packs: Sequence[Sequence[Lengths]]) -> int:
-        if self.is_published:
+        if self.padded_to is not None:
             return published_flops(self.config, trained, packs, padded_to=self.padded_to)
         return executed_flops(
             self.config,
@@ -171,18 +178,18 @@ class _Row:
     # --- before ------------------------------------------------------------------------------------------------------
 
     def _budget(self) -> int | None:
-        """Tokens of one forward, as a run of the recipe on such samples has it."""
+        """Tokens of one forward, as in a run of the recipe on such samples."""
         return choose_budget(self.recipe, self.config, _checked(self.lengths)).tokens
 
     def _samples_of(self, steps: range) -> list[Lengths]:
         return self.lengths[steps.start * SAMPLES : steps.stop * SAMPLES]
 
     def _workload(self, steps: range) -> Workload:
-        """The fullest forward of these steps, in each respect."""
+        """The largest forward of these steps, in each respect."""
         lengths = self._samples_of(steps)
-        if self.is_published:
+        if self.padded_to is not None:
             images = max(sample.images for sample in lengths)
-            # It has logits at every position, as if every token were trained.
+            # Logits are computed at every position, as if every token were supervised.
             return Workload(self.padded_to, self.padded_to - 1, 1, images, self.padded_to)
         packs = packs_of(lengths, self.budget, self.way.batch)
         return Workload(
@@ -195,18 +202,18 @@ class _Row:
 
     def _switches(self) -> Switches:
         kind = self.way.device.type
-        if self.is_published:
+        if self.padded_to is not None:
             return replace(PUBLISHED_SWITCHES, device_type=kind)
         capacity = int(free_device_memory() * USABLE)
         workload = self._workload(self.meter.all_steps)
         switches = choose_switches(self.recipe, self.config, workload, capacity, device_type=kind)
-        computing = choose_computing(self.recipe.model)
-        return replace(switches, attention=computing.attention, kernels=computing.kernels)
+        backends = choose_backends(self.recipe.model)
+        return replace(switches, attention=backends.attention, kernels=backends.kernels)
 
     def _plan(self) -> int:
-        """Bytes of the steps whose memory is measured, by the memory plan.
+        """Bytes that the memory plan predicts for the steps whose memory is measured.
 
-        The plan knows our loss and not the published one, of whose steps this is less than they take.
+        The plan assumes our loss: it is too low for the published settings.
         """
         workload = self._workload(self.meter.counted_steps)
         return plan_memory(self.recipe, self.config, workload, switches=self.switches)["train"].total
@@ -214,7 +221,7 @@ class _Row:
     # --- training ----------------------------------------------------------------------------------------------------
 
     def _train(self) -> tuple[Trained, int | None]:
-        """What was trained, and the packing budget at the end."""
+        """Train; return what was trained and the packing budget at the end."""
         way, recipe = self.way, self.recipe
         model = way.subject.make_model(recipe, way.device)
         trained = Trained.of(model)
@@ -226,38 +233,36 @@ class _Row:
                 self.meter.close()
         return trained, trainer.train_budget.tokens
 
-    def _make_trainer(self, model: torch.nn.Module, folder: Path) -> QwenVLTrainer:
+    def _make_trainer(self, model: TrainableModel, folder: Path) -> QwenVLTrainer:
         way, recipe, switches = self.way, self.recipe, self.switches
         given = {
             **recipe.train_arguments(),
             **switches.train_arguments,
-            **BESIDE_THE_STEPS,
+            **STEPS_ONLY,
             **loader_settings(0, SAMPLES // way.batch),
             "dataloader_prefetch_factor": None,
             "dataloader_persistent_workers": False,
             "max_steps": len(self.meter.all_steps),
-            **(PUBLISHED_ARGUMENTS if self.is_published else {}),
+            **(PUBLISHED_ARGUMENTS if self.padded_to is not None else {}),
         }
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = without_adapter(model)
         base.set_attn_implementation(switches.attention)
         use_kernels(base, switches.kernels)
-        if recipe.train.checkpointing is not None:  # TRL's own keys are the trainer's to follow
-            checkpoint_blocks(model, switches.checkpointing)
+        switches.prepare(model, recipe.train)
         features = None
         if not self._encodes:
             features = way.subject.dtype(recipe)
-            let_tower_go(base)
+            remove_vision_tower(base)
         tokenizer = _byte_tokenizer(folder)
-        if self.is_published:
+        trainer_class: type[QwenVLTrainer] = QwenVLTrainer
+        collator = BenchCollator(self.lengths, self.config, tokenizer, features)
+        if self.padded_to is not None:
             trainer_class = PublishedTrainer
             collator = PaddedCollator(self.lengths, self.config, tokenizer, padded_to=self.padded_to)
-        else:
-            trainer_class = QwenVLTrainer
-            collator = BenchCollator(self.lengths, self.config, tokenizer, features)
         trainer = trainer_class(
             model,
             sft_config(given, output=str(folder), seed=recipe.seed),
-            collators={"train": collator},
+            collators={"train": collator},  # type: ignore[dict-item]  # it takes the place of `collate.Collator`
             indices={"train": range(len(self.lengths))},
             run=RunFolder(folder),
             tokens_per_batch=self.budget,
@@ -270,8 +275,8 @@ class _Row:
         return trainer
 
 
-def _fitting(work: Callable[[], Any]) -> Any | OutOfMemory:
-    """As `out_of_memory.attempt`, also where the trainer has given up on a conversation by itself."""
+def _fitting(work: Callable[[], T]) -> T | OutOfMemory:
+    """As `batches.attempt.attempt`, also if the trainer has given up on a conversation."""
     try:
         return attempt(work)
     except DoesNotFit as error:
@@ -289,7 +294,7 @@ def _with_batch(recipe: Recipe, batch: int) -> Recipe:
 
 
 def _checked(lengths: Sequence[Lengths]) -> Checked:
-    """The samples as a look at data would have found them."""
+    """The samples as `checking.look_at` would describe them."""
     tokens, supervised, images = (np.array(column, dtype=np.int64) for column in zip(*lengths, strict=True))
     numbers = np.arange(len(lengths))
     return Checked(
@@ -307,7 +312,7 @@ def _checked(lengths: Sequence[Lengths]) -> Checked:
 
 
 def _described(switches: Switches, budget: int | None, batch: int) -> dict[str, Any]:
-    """What was settled, for the reader."""
+    """What was settled, for the row's `switches`."""
     return {
         "attention": switches.attention,
         "kernels": switches.kernels,
@@ -321,7 +326,7 @@ def _described(switches: Switches, budget: int | None, batch: int) -> dict[str, 
 
 
 def _byte_tokenizer(folder: Path) -> QwenVLTokenizer:
-    """One of single bytes: TRL wants to see a tokenizer, and nothing is tokenised."""
+    """A tokenizer of single bytes: TRL requires one, though nothing is tokenised."""
     file = folder / "qwen.tiktoken"
     file.write_text("".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256)))
     return QwenVLTokenizer(str(file))

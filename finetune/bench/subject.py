@@ -1,4 +1,4 @@
-"""What the bench measures: a recipe's model by its sizes alone, as LoRA or Q-LoRA, without a weight being read."""
+"""What the bench measures: a model of the sizes of a recipe's checkpoint, as LoRA or Q-LoRA, without its weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 from finetune.bench.random_model import make_random_model
 from finetune.errors import UserError
 from finetune.memory.free_memory import device_type
-from finetune.model.adapters import trains_embeddings
-from finetune.model.base import make_trainable
+from finetune.model.adapters import TrainableModel, trains_embeddings
+from finetune.model.base import make_trainable, read_generation_config
 from finetune.model.computing import choose_dtype
 from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -19,7 +19,7 @@ from qwenvl.loading import DTYPES, find_source
 from qwenvl.model.quantization import quantized_parts
 
 PUBLISHED_CHECKPOINTS = {"Qwen/Qwen-VL": "raw", "Qwen/Qwen-VL-Chat": "chatml"}
-"""Their sizes are the defaults of `QwenVLConfig`, and this is their chat format: nothing has to be fetched."""
+"""Checkpoints with their chat formats; their sizes are the defaults of `QwenVLConfig`, so nothing is downloaded."""
 
 LORA, QLORA, FULL = "lora", "qlora", "full"
 
@@ -31,7 +31,7 @@ class Subject:
     Attributes:
         name: for the reader.
         config: its sizes.
-        generation_config: says whether it is a base or a chat model.
+        generation_config: tells base and chat models apart (`chat_format`).
         stored_dtype: of the checkpoint's weights.
     """
 
@@ -41,32 +41,32 @@ class Subject:
     stored_dtype: torch.dtype
 
     def dtype(self, recipe: Recipe) -> torch.dtype:
-        """What is computed in, as a run of the recipe would on this device."""
+        """The dtype that a run of the recipe computes in on this device."""
         chosen = choose_dtype(recipe.model.dtype)
         return self.stored_dtype if chosen == "auto" else DTYPES[chosen]
 
     def parameters(self) -> int:
-        """All values of a checkpoint, whatever is trained."""
+        """The number of a checkpoint's parameters and buffers, trained or not."""
         with torch.device("meta"):
             model = QwenVLForConditionalGeneration(self.config)
         return sum(tensor.numel() for tensor in model.state_dict().values())
 
     def settled(self, recipe: Recipe) -> Recipe:
-        """The recipe with what its `adapter.train_embeddings: auto` comes to.
+        """The recipe with `adapter.train_embeddings: auto` settled.
 
         Raises:
-            ValueError: the checkpoint does not say what it is.
+            UserError: the checkpoint does not say whether it is a base or a chat model.
         """
         if recipe.adapter is None:
             return recipe
-        trained = trains_embeddings(recipe.adapter.train_embeddings, self)
+        trained = trains_embeddings(recipe.adapter.train_embeddings, self.generation_config)
         return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"train_embeddings": trained})})
 
-    def make_model(self, recipe: Recipe, device: torch.device):
-        """With random weights, on the device, and with what the recipe trains ready to be trained.
+    def make_model(self, recipe: Recipe, device: torch.device) -> TrainableModel:
+        """Make the model with random weights on the device, ready to be trained as the recipe says.
 
         Raises:
-            ValueError: what is to be trained cannot be.
+            UserError: the model cannot be trained as the recipe says.
         """
         parts = recipe.model.quantize if recipe.model.quantization == "nf4" else ()
         model = make_random_model(
@@ -82,14 +82,13 @@ class Subject:
 
 
 def find_subject(recipe: Recipe, size: str) -> Subject:
-    """Find the config of a recipe's checkpoint; of the two published ones it is at hand.
+    """Find the config of a recipe's checkpoint; for the two published ones without a download.
 
     Args:
-        size: "recipe", or "full" for the published sizes whatever the recipe's checkpoint is.
+        size: "recipe", or "full" for the published sizes with any checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        UserError: it is an adapter.
+        InputError: there is no such checkpoint (`MissingFileError`), or it is an adapter.
     """
     path = recipe.model.path
     if path in PUBLISHED_CHECKPOINTS and not Path(path).exists():
@@ -98,24 +97,24 @@ def find_subject(recipe: Recipe, size: str) -> Subject:
     source = find_source(path)
     if source.adapter is not None:
         raise UserError(f"model.path: {path} is an adapter. The bench takes a checkpoint: give its base {source.base}")
-    try:
-        settings = GenerationConfig.from_pretrained(source.base)
-    except OSError:  # it has none: where that matters, it will be said
-        settings = GenerationConfig()
+    settings = read_generation_config(source.base)
     if size == "full":
         return Subject("the published sizes", QwenVLConfig(), settings, torch.bfloat16)
     config = QwenVLConfig.from_pretrained(source.base)
     if quantized_parts(config):
-        del config.quantization_config  # it is made anew
+        del config.quantization_config  # the random model gets its own
     stored = getattr(torch, str(config.dtype).removeprefix("torch.")) if config.dtype is not None else torch.bfloat16
     return Subject(f"{path}'s sizes", config, settings, stored)
 
 
 def ways_to_train(recipe: Recipe, both: bool) -> Iterator[tuple[str, Recipe]]:
-    """The recipe as it is; with `both`, LoRA and Q-LoRA.
+    """The recipe as it is; with `both`, its LoRA and its Q-LoRA.
+
+    Yields:
+        (`LORA`, `QLORA` or `FULL`, the recipe).
 
     Raises:
-        UserError: both, and the recipe trains without an adapter.
+        UserError: `both`, and the recipe trains without an adapter.
     """
     if recipe.adapter is None:
         if both:
@@ -132,5 +131,5 @@ def ways_to_train(recipe: Recipe, both: bool) -> Iterator[tuple[str, Recipe]]:
 
 
 def own_torch_device() -> torch.device:
-    """Where the bench runs, and a run would."""
+    """The device that the bench, like a run, computes on."""
     return torch.device(device_type(), 0) if device_type() == "cuda" else torch.device("cpu")

@@ -1,6 +1,6 @@
-"""The rows of the bench: what was measured, what follows from it, and the table in Markdown and for the terminal."""
+"""The rows of the bench: measurements, figures derived from them, and the table in Markdown and for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ from finetune.quantities import format_bytes, format_count
 
 OURS, PUBLISHED = "ours", "published"
 SAMPLES = 8
-"""Of one optimizer step."""
+"""In one optimizer step."""
 
 NOT_MEASURED = "-"
 
@@ -21,16 +21,16 @@ class Row:
         weights: lora, qlora or full.
         settings: ours or published.
         samples: "mix", or the tokens of each.
-        padded_to: tokens that each sample is padded to; None where none is.
+        padded_to: tokens that each sample is padded to; None without padding.
         tokens: of all measured steps, without padding.
         forwards: of all measured steps.
         seconds: of each measured step.
         peak: most bytes in tensors during the steps.
-        reserved: most bytes that the allocator held for them.
-        plan: bytes that the memory plan said for the steps.
-        useful, executed: operations of all measured steps; see `flops`.
-        peak_flops: operations a second that the device can do at most.
-        note: what is to be known of this row.
+        reserved: most bytes that the allocator reserved for them.
+        plan: bytes that the memory plan predicts for the steps.
+        useful, executed: floating point operations of all measured steps; see `flops`.
+        peak_flops: floating point operations per second that the device can do at most.
+        note: why a row was not measured, or what changed during it.
         switches: what the recipe left open, as it was settled, and why.
     """
 
@@ -57,11 +57,11 @@ class Row:
 
     @property
     def forwards_per_step(self) -> float | None:
-        return self.forwards / len(self.seconds) if self.seconds else None
+        return self.forwards / len(self.seconds) if self.seconds and self.forwards is not None else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        return self.tokens / sum(self.seconds) if self.seconds else None
+        return self.tokens / sum(self.seconds) if self.seconds and self.tokens is not None else None
 
     @property
     def useful_share(self) -> float | None:
@@ -73,7 +73,7 @@ class Row:
 
     @property
     def plan_error(self) -> float | None:
-        """By how much of the measured peak the plan is above it; below where negative."""
+        """The plan's relative error: positive if it is above the measured peak."""
         return self.plan / self.peak - 1 if self.plan and self.peak else None
 
     def _share(self, flops: int | None) -> float | None:
@@ -85,12 +85,13 @@ class Row:
 
 
 def speed_up(row: Row, rows: Sequence[Row]) -> float | None:
-    """How many times faster than the published settings on the same samples; None of these themselves."""
+    """How many times faster than the published settings on the same samples; None for the published row itself."""
     if row.settings == PUBLISHED:
         return None
     for other in rows:
         if (other.weights, other.samples, other.settings) == (row.weights, row.samples, PUBLISHED):
-            return other.seconds_per_step / row.seconds_per_step if other.seconds and row.seconds else None
+            theirs, ours = other.seconds_per_step, row.seconds_per_step
+            return theirs / ours if theirs and ours else None
     return None
 
 
@@ -110,17 +111,14 @@ COLUMNS = {
     "error": "of the plan: above (+) or below (-) the measured peak",
     "speed-up": "over the published settings on the same samples",
 }
-"""Of the table, with what each is."""
+"""Columns of the table, and what each means."""
 
 WORDS = 3
-"""Columns of words, before those of numbers."""
+"""Columns of text; the others hold numbers."""
 
 
 def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     """A line of the table."""
-
-    def shown(value, form) -> str:
-        return NOT_MEASURED if value is None else form(value)
 
     def percent(share: float) -> str:
         return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
@@ -129,21 +127,25 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
         row.weights,
         row.settings,
         row.samples,
-        shown(row.forwards_per_step, lambda forwards: f"{forwards:.3g}"),
-        shown(row.peak, format_bytes),
-        shown(row.reserved, format_bytes),
-        shown(row.seconds_per_step, format_seconds),
-        shown(row.tokens_per_second, format_count),
-        shown(row.useful_share, percent),
-        shown(row.executed_share, percent),
-        shown(row.plan, format_bytes),
-        shown(row.plan_error, lambda error: f"{100 * error:+.1f} %"),
-        shown(speed_up(row, rows), lambda factor: f"{factor:.2f}x"),
+        _shown(row.forwards_per_step, lambda forwards: f"{forwards:.3g}"),
+        _shown(row.peak, format_bytes),
+        _shown(row.reserved, format_bytes),
+        _shown(row.seconds_per_step, format_seconds),
+        _shown(row.tokens_per_second, format_count),
+        _shown(row.useful_share, percent),
+        _shown(row.executed_share, percent),
+        _shown(row.plan, format_bytes),
+        _shown(row.plan_error, lambda error: f"{100 * error:+.1f} %"),
+        _shown(speed_up(row, rows), lambda factor: f"{factor:.2f}x"),
     ]
 
 
+def _shown(value: float | None, form: Callable[[float], str]) -> str:
+    return NOT_MEASURED if value is None else form(value)
+
+
 def terminal_table(rows: Sequence[Row]) -> list[str]:
-    """Aligned columns, and the notes below."""
+    """The table in aligned columns, with the notes below."""
     lines = [list(COLUMNS), *(cells(row, rows) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = []
@@ -155,7 +157,7 @@ def terminal_table(rows: Sequence[Row]) -> list[str]:
 
 
 def settled(rows: Sequence[Row]) -> list[str]:
-    """What the recipe left open, as it was settled, for all rows for which it was the same."""
+    """What the recipe left open, as it was settled: one line for all rows with equal settings."""
     samples: dict[str, list[str]] = {}
     for row in rows:
         if row.switches:
@@ -173,13 +175,13 @@ def name(row: Row) -> str:
 
 
 def in_words(row: Row) -> str:
-    """A row as it is done."""
+    """A finished row as one line."""
     if not row.seconds:
         return f"{name(row)}: {row.note}"
     told = [
-        format_bytes(row.peak),
-        f"{format_seconds(row.seconds_per_step)} s for {SAMPLES} samples",
-        f"{format_count(row.tokens_per_second)} tokens/s",
+        _shown(row.peak, format_bytes),
+        f"{_shown(row.seconds_per_step, format_seconds)} s for {SAMPLES} samples",
+        f"{_shown(row.tokens_per_second, format_count)} tokens/s",
     ]
     return f"{name(row)}: {', '.join(told)}"
 
@@ -189,12 +191,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows with all that follows from what was measured; null where something was not."""
+    """The rows with all derived figures; null for what was not measured."""
     return [{**row.as_json(), "speed_up": speed_up(row, rows)} for row in rows]
 
 
 def markdown(title: str, facts: dict[str, str], rows: Sequence[Row]) -> str:
-    """The page: what was measured where, the table, and what its columns are."""
+    """The Markdown page: what was measured where, the table, and the meaning of its columns."""
     lines = [f"# {title}", "", *(f"- {what}: {value}" for what, value in facts.items()), ""]
     lines += [_markdown_line(list(COLUMNS)), _markdown_line(["---"] * WORDS + ["---:"] * (len(COLUMNS) - WORDS))]
     lines += [_markdown_line(cells(row, rows)) for row in rows]

@@ -1,15 +1,15 @@
-"""What the bench trains on: conversations of known lengths made of random tokens, and the batches of both settings.
+"""What the bench trains on: conversations of known lengths made of random tokens, batched for either setting.
 
 Two kinds of samples, one image each:
 
 | name | tokens | supervised |
 |---|---|---|
-| a length, such as 512 | exactly so many | half of the text: long replies |
+| a length, such as 512 | exactly that many | half of the text: long replies |
 | mix | as in question answering on documents, 310 on average | the answer and the token that ends it |
 
-Of the mix: an image is 258 tokens, system turn, turn markers and prompt are `TURNS`, the question is drawn around
-`QUESTION` and the answer around `ANSWER` tokens, both log-normal, as lengths of texts are: none below 1, most below
-the mean, a few long. No data set was counted for it: it is the published description, an image and two short lines.
+In the mix an image is 258 tokens; system turn, turn markers and prompt are `TURNS` tokens; question and answer have
+means of `QUESTION` and `ANSWER` tokens. Both are log-normal, as lengths of texts are: at least 1, most below the mean,
+a few long. No data set was measured for these numbers: they follow the published description of the task.
 """
 
 import math
@@ -27,17 +27,17 @@ from qwenvl.text.chat import IGNORED
 
 MIX = "mix"
 TURNS = 28
-"""Tokens that every such conversation has: system turn, turn markers, `Picture 1:`, `Answer:`."""
+"""Tokens that every conversation of the mix has: system turn, turn markers, `Picture 1:`, `Answer:`."""
 QUESTION, QUESTION_SPREAD = 15, 0.4
-"""Mean tokens of a question, and the standard deviation of their logarithm."""
+"""Mean tokens of a question, and the standard deviation of the logarithm."""
 ANSWER, ANSWER_SPREAD = 8, 0.7
-"""The same of an answer, without the token that ends it."""
+"""The same for an answer, without the token that ends it."""
 LEAST_TEXT = 8
-"""Fewest tokens beside the image."""
+"""Fewest tokens besides the image."""
 
 
 class Lengths(NamedTuple):
-    """Of one sample: tokens in all, of these supervised, images."""
+    """A sample's tokens, how many of them are supervised, and its images."""
 
     tokens: int
     supervised: int
@@ -45,7 +45,7 @@ class Lengths(NamedTuple):
 
 
 class BenchSample(NamedTuple):
-    """A sample as the trainer's messages name it."""
+    """A sample, for the trainer's messages."""
 
     origin: str
 
@@ -56,10 +56,10 @@ def draw_lengths(name: str, count: int, config: QwenVLConfig, *, most: int, seed
     Args:
         name: "mix", or a number of tokens.
         count: samples.
-        most: longest conversation that the recipe takes; those of the mix are cut to it.
+        most: tokens of the longest conversation that the recipe takes; longer ones of the mix are cut.
 
     Raises:
-        UserError: fewer tokens than an image and a few words.
+        UserError: fewer tokens than an image and a few words take.
     """
     images = 0 if config.visual is None else 1
     span = images * (config.n_queries + 2)
@@ -81,20 +81,19 @@ def draw_lengths(name: str, count: int, config: QwenVLConfig, *, most: int, seed
 
 
 def _draw(draws: np.random.Generator, mean: float, spread: float) -> int:
-    """A log-normal length with that mean: its logarithm is around log(mean) - spread^2 / 2."""
+    """Draw a log-normal length with this mean; its logarithm has the mean log(mean) - spread^2 / 2."""
     return max(1, round(draws.lognormal(math.log(mean) - spread**2 / 2, spread)))
 
 
 class BenchCollator:
-    """Stands where `collate.Collator` does, and gives batches of the same form; nothing is rendered or decoded.
+    """Takes the place of `collate.Collator`: makes batches of the same form without rendering or decoding anything.
 
-    Ids and images are random, drawn by the sample's number: a sample is the same in every batch, and under both
-    settings.
+    Ids and images are random, seeded by the sample's number: a sample is the same in every batch and setting.
 
     Args:
         lengths: of each sample.
-        tokenizer: what the trainer wants to see one of.
-        features: type of the image features to give, as a vision cache does; None gives pixels to encode.
+        tokenizer: not used here; the trainer requires one.
+        features: dtype of image features, for batches as with a vision cache; None gives pixels to encode.
     """
 
     def __init__(
@@ -104,34 +103,35 @@ class BenchCollator:
         self.config = config
         self.tokenizer = tokenizer
         self.samples = [BenchSample(f"sample {number}") for number in range(1, len(lengths) + 1)]
-        self._image = None if config.visual is None else self._make_image(features)
+        self._images = [] if config.visual is None else [self._make_image(config.visual["image_size"], features)]
 
-    def _make_image(self, features: torch.dtype | None) -> torch.Tensor:
-        """The image that all samples show, (3, S, S) uint8, or its features; what is in it changes no time."""
+    def _make_image(self, side: int, features: torch.dtype | None) -> torch.Tensor:
+        """The image of all samples, (3, side, side) uint8, or its (n_queries, hidden) features."""
         draws = torch.Generator().manual_seed(0)
         if features is not None:
             return torch.randn(self.config.n_queries, self.config.hidden_size, generator=draws).to(features)
-        side = self.config.visual["image_size"]
         return torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=draws)
 
     def tokens_of(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of a sample, (tokens,) each: image, question, reply."""
         tokens, supervised, images = self.lengths[number]
         config = self.config
+        image_ids: list[int] = []
         words = config.vocab_size
         if images:
+            start, pad, end = config.image_start_id, config.image_token_id, config.image_end_id
+            assert start is not None and pad is not None and end is not None, "a model that takes images has these ids"
+            image_ids = [start, *[pad] * config.n_queries, end]
             # Below the control tokens, which begin with <|endoftext|>.
-            words = config.image_start_id - IMAGE_START_AFTER_END_OF_TEXT
+            words = start - IMAGE_START_AFTER_END_OF_TEXT
         ids = torch.randint(0, words, (tokens,), generator=torch.Generator().manual_seed(number))
-        if images:
-            end = 2 + config.n_queries
-            ids[1], ids[2:end], ids[end] = config.image_start_id, config.image_token_id, config.image_end_id
+        ids[1 : 1 + len(image_ids)] = torch.tensor(image_ids, dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
         labels[tokens - supervised :] = ids[tokens - supervised :]
         return ids, labels
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
-        """As `collate.Collator`: (1, tokens of all rows), end to end."""
+        """As `collate.Collator`: (1, tokens of all rows), concatenated."""
         numbers = [row["sample"] for row in rows]
         drawn = [self.tokens_of(number) for number in numbers]
         lengths = [len(ids) for ids, _ in drawn]
@@ -143,14 +143,14 @@ class BenchCollator:
             "sequence_images": torch.tensor([self.lengths[number].images for number in numbers]),
             "samples": torch.tensor(numbers),
         }
-        return {**image_columns([self._image] * int(batch["sequence_images"].sum())), **batch}
+        return {**image_columns(self._images * int(batch["sequence_images"].sum())), **batch}
 
 
 class PaddedCollator(BenchCollator):
-    """One sample a batch, padded at its end to a fixed length, with an attention mask: as published.
+    """Batches of the published settings: one sample, padded at its end to a fixed length, with an attention mask.
 
     Args:
-        padded_to: tokens.
+        padded_to: tokens of every batch.
     """
 
     def __init__(self, lengths: Sequence[Lengths], config: QwenVLConfig, tokenizer: Any, *, padded_to: int):
@@ -159,7 +159,7 @@ class PaddedCollator(BenchCollator):
         self.padded_to = padded_to
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
-        """(1, padded_to), with `attention_mask` beside what `BenchCollator` gives."""
+        """(1, padded_to), with the columns of `BenchCollator` and `attention_mask`."""
         assert len(rows) == 1
         batch = super().__call__(rows)
         tokens = batch["input_ids"].shape[1]

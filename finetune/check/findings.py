@@ -12,7 +12,7 @@ from finetune.errors import UserError
 from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.run_plan import RunPlan, look_at_memory, settled
-from finetune.model.base import Base, build_without_weights, find_base, refuse_untaught
+from finetune.model.base import Base, build_without_weights, find_base, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters
 from finetune.recipe import Recipe
 from finetune.vision_cache.phase import describe_phase
@@ -84,7 +84,7 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         model = build_without_weights(recipe, base)
         findings.parameters = count_parameters(model)
         if training is not None:
-            refuse_untaught(model, training)
+            refuse_text_only_samples(model, training)
     except (UserError, ValueError) as error:
         findings.refusals.append(("model", str(error)))
     if training is not None and len(training.kept):

@@ -121,7 +121,7 @@ def _memory(findings: Findings) -> str:
         return ""
     plan = findings.memory.plan
     head, *rows = plan.table()
-    said = "".join(f"<p>{show(line)}</p>" for line in (*findings.memory.lines(), describe_cards(plan)))
+    said = "".join(f"<p>{show(line)}</p>" for line in (*findings.memory.lines(), describe_cards(plan.peak)))
     counted = table(rows, head=head, numeric=range(1, len(head)))
     return f'<h2>Memory</h2><div class="panel">{counted}{said}</div>'
 

@@ -103,7 +103,7 @@ def _memory(findings: Findings) -> Iterator[str]:
     if findings.memory.plan is not None:
         for name, *sizes in findings.memory.plan.table():
             yield f"{'':<11} {name:<24}{''.join(f'{size:>10}' for size in sizes)}"
-        yield f"{'':<11} {describe_cards(findings.memory.plan)}"
+        yield f"{'':<11} {describe_cards(findings.memory.plan.peak)}"
 
 
 def _distributions(findings: Findings) -> Iterator[Text]:

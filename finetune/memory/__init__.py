@@ -1,1 +1,1 @@
-"""The memory of a run: planned before it begins, shared out while it goes, and lowered where it was not enough."""
+"""Memory of a run: planned before it, divided among packs during it, and lowered after an out-of-memory error."""

@@ -1,7 +1,7 @@
-"""Bytes that a step makes and holds: forward, loss and backward run on shapes alone, at a depth of a few layers.
+"""Bytes that a step allocates: forward, loss and backward are run on the meta device, with a few layers only.
 
-What is run is the model's own code with the trainer's own loss, so that what autograd, checkpointing and PEFT keep is
-counted as they keep it. Layers are alike: from a model of two layers and one of three follows one of any number.
+The model's own code and the trainer's own loss are run, so what autograd, recomputation and PEFT keep is counted as
+they keep it. All layers but the first are alike, so the bytes of any depth follow from those of two and three layers.
 """
 
 import contextlib
@@ -11,88 +11,90 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from finetune.memory.kernels import fused_shapes, kernels_of, own_bytes
 from finetune.memory.live_bytes import META, LiveBytes, Moment
 from finetune.memory.workload import Workload
-from finetune.model.adapters import trains_vision
-from finetune.model.recomputation import Checkpointing, checkpoint_blocks
+from finetune.model.adapters import TrainableModel, trains_vision, without_adapter
+from finetune.model.recomputation import Recomputation, set_recomputation
 from finetune.model.step_loss import forward_with_loss
-from qwenvl import QwenVLConfig
+from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.text.chat import IGNORED
 
 FEWEST = 2
-"""Layers that are run of more. The first is unlike the others: what comes before it may need no gradient."""
+"""Layers that are run. The first is unlike the others: its input may need no gradient."""
 
-# What a step consists of; bytes are counted under the stage in which they came into being.
+# Stages of a step; bytes are counted under the stage that allocated them.
 VISION, LANGUAGE, LOSS, BACKWARD, VISION_BACKWARD = "vision", "language", "loss", "backward", "vision backward"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward, and its backward where there is one.
+    """One forward, with its backward if there is one.
 
     Attributes:
-        fullest: the fullest moment of each stage.
-        host: bytes that went to host memory meanwhile.
+        fullest: of each stage, the moment at which most bytes are held.
+        host: bytes that are moved to host memory.
     """
 
     fullest: dict[str, Moment]
     host: int = 0
 
     def peak(self, *stages: str) -> Moment:
-        """The fullest moment of these stages, or of all."""
+        """The fullest moment of these stages, or of all stages."""
         moments = [self.fullest[stage] for stage in stages or self.fullest if stage in self.fullest]
         return max(moments, key=lambda moment: moment.total, default=Moment())
 
 
 def step_of_shapes(
-    model: nn.Module,
+    model: TrainableModel,
     workload: Workload,
-    checkpointing: Checkpointing | None,
+    checkpointing: Recomputation | None,
     device_type: str,
     *,
     kernels: str = "torch",
     features: bool = False,
     input_gradient: bool = False,
 ) -> Step:
-    """A step of a model of shapes, whatever its depth; gradients are there from forwards before it.
+    """Count a step of a model on the meta device, of any depth. Gradients of an earlier forward are there already.
 
     Args:
         model: as it is trained (`weights.model_of_shapes`).
-        kernels: torch or liger.
         checkpointing: None is a forward without gradients, in eval mode.
-        features: images come as features, encoded before.
+        device_type: see `count_step`.
+        kernels: torch or liger.
+        features: images come as features that were encoded before.
         input_gradient: see `count_step`.
     """
-    batch = batch_of_shapes(model.config, workload, features)
+    config = without_adapter(model).config
+    batch = batch_of_shapes(config, workload, features)
 
     def run(layers: dict[str, int]) -> Step:
         with _only(model, layers), fused_shapes(model, kernels):
             return count_step(model, batch, checkpointing, device_type, input_gradient=input_gradient)
 
-    return _of_all_layers(model.config, run, trains_vision=checkpointing is not None and trains_vision(model))
+    return _of_all_layers(config, run, trains_vision=checkpointing is not None and trains_vision(model))
 
 
 def count_step(
-    model: nn.Module,
+    model: TrainableModel,
     batch: dict[str, Any],
-    checkpointing: Checkpointing | None,
+    checkpointing: Recomputation | None,
     device_type: str,
     *,
     input_gradient: bool = False,
 ) -> Step:
-    """Run a step and count its bytes, of a model of shapes or a real one. Gradients are there, as after a forward.
+    """Run a step and count its bytes, with real tensors or on the meta device; gradients are allocated before it.
 
     Args:
         batch: as the collator makes it.
         checkpointing: None runs a forward without gradients, in eval mode.
-        device_type: whose kernels compute on shapes.
-        input_gradient: embeddings get a gradient that nobody reads, as TRL's `gradient_checkpointing` has it.
+        device_type: cuda or cpu: whose kernels the meta device stands for.
+        input_gradient: the embeddings' output requires gradients though nothing needs them, as with TRL's
+            `gradient_checkpointing`.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     trains = checkpointing is not None
     model.train(trains)
     for parameter in model.parameters():
@@ -100,43 +102,43 @@ def count_step(
             parameter.grad = torch.zeros_like(parameter)
     counted, host = LiveBytes(own_bytes(device_type)), _HostMemory()
     counted.stage = LANGUAGE
-    checkpoint_blocks(model, checkpointing or "none", lambda: host.hooks(counted))
+    set_recomputation(model, checkpointing or "none", lambda: host.hooks(counted))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_stages(base, counted, input_gradient and trains))
         stack.enter_context(kernels_of(device_type))
         stack.enter_context(torch.set_grad_enabled(trains))
         stack.enter_context(counted)
         loss = forward_with_loss(model, model, batch, items=1).loss
-        if loss.requires_grad:  # it does not where the vision side alone is trained, on text
+        if loss.requires_grad:  # not if only the vision side is trained and the batch is text
             counted.stage = BACKWARD
             torch.autograd.backward([loss])
     return Step(counted.fullest, host.bytes)
 
 
 class _HostMemory:
-    """Where offloaded tensors go: on shapes, and on a CPU, there is no other memory to move them to."""
+    """Stands for host memory in offloading: the meta device and the CPU have no other memory."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bytes = 0
 
     def hooks(self, counted: LiveBytes) -> torch.autograd.graph.saved_tensors_hooks:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            there = tensor.clone()
-            counted.leave_out(there)
-            self.bytes += there.nbytes
-            return there
+            moved = tensor.clone()
+            counted.leave_out(moved)
+            self.bytes += moved.nbytes
+            return moved
 
         return torch.autograd.graph.saved_tensors_hooks(pack, torch.clone)
 
 
 @contextlib.contextmanager
-def _stages(base: nn.Module, counted: LiveBytes, input_gradient: bool) -> Iterator[None]:
-    """Tell the count where a step stands."""
+def _stages(base: QwenVLForConditionalGeneration, counted: LiveBytes, input_gradient: bool) -> Iterator[None]:
+    """Inside, set `counted.stage` as the model's forward and backward go on."""
 
-    def enter(stage: str):
+    def enter(stage: str) -> None:
         counted.stage = stage
 
-    def after_vision(module, args, output):
+    def after_vision(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         enter(LANGUAGE)
         if output.requires_grad:
             output.register_hook(lambda gradient: enter(VISION_BACKWARD))
@@ -158,7 +160,7 @@ def _stages(base: nn.Module, counted: LiveBytes, input_gradient: bool) -> Iterat
 
 
 def batch_of_shapes(config: QwenVLConfig, workload: Workload, features: bool = False) -> dict[str, Any]:
-    """A pack of this size: ids, positions and labels are real, pixels and features are shapes.
+    """A pack of this size: ids, positions and labels are real, pixels and features are on the meta device.
 
     Raises:
         ValueError: more image tokens, trained tokens or sequences than tokens.
@@ -169,10 +171,9 @@ def batch_of_shapes(config: QwenVLConfig, workload: Workload, features: bool = F
         raise ValueError(f"no such forward: {workload}, {span} tokens an image")
     lengths = sequence_lengths(workload)
     ids = torch.zeros(1, tokens, dtype=torch.long)
-    for place in range(0, images * span, span):
-        ids[0, place] = config.image_start_id
-        ids[0, place + 1 : place + span - 1] = config.image_token_id
-        ids[0, place + span - 1] = config.image_end_id
+    if images:
+        image_ids = torch.tensor([config.image_start_id, *[config.image_token_id] * (span - 2), config.image_end_id])
+        ids[0, : images * span] = image_ids.repeat(images)
     labels = torch.full_like(ids, IGNORED)
     labels[0, tokens - workload.supervised :] = 0
     batch = {
@@ -182,6 +183,7 @@ def batch_of_shapes(config: QwenVLConfig, workload: Workload, features: bool = F
         "sequence_lengths": torch.tensor(lengths),
     }
     if images and not features:
+        assert config.visual is not None, "a model without a vision side takes no images"
         side = config.visual["image_size"]
         batch["pixel_values"] = torch.empty(images, 3, side, side, dtype=torch.uint8, device=META)
     elif images:
@@ -192,7 +194,7 @@ def batch_of_shapes(config: QwenVLConfig, workload: Workload, features: bool = F
 
 
 def sequence_lengths(workload: Workload) -> list[int]:
-    """The longest first, the others alike."""
+    """Tokens of each sequence: the longest first, the others of equal length."""
     others = workload.sequences - 1
     if not others:
         return [workload.tokens]
@@ -202,12 +204,12 @@ def sequence_lengths(workload: Workload) -> list[int]:
 
 
 def _of_all_layers(config: QwenVLConfig, run: Callable[[dict[str, int]], Step], *, trains_vision: bool) -> Step:
-    """A step of the whole model from steps of `FEWEST` layers and one more."""
+    """Extrapolate a step of the whole model from steps of `FEWEST` layers and of one more."""
     depths = {LANGUAGE: config.num_hidden_layers, VISION: config.visual["layers"] if config.visual else 0}
     few = {part: min(depth, FEWEST) for part, depth in depths.items()}
     step = shallow = run(few)
     for part, depth in depths.items():
-        # What the vision transformer keeps grows with its layers only where something in it is trained.
+        # The vision transformer keeps nothing per layer unless something in it is trained.
         if depth > few[part] and (part == LANGUAGE or trains_vision):
             more = run(few | {part: few[part] + 1})
             step = _add_depth(step, shallow, more, depth - few[part])
@@ -215,7 +217,7 @@ def _of_all_layers(config: QwenVLConfig, run: Callable[[dict[str, int]], Step], 
 
 
 def _add_depth(step: Step, shallow: Step, more: Step, layers: int) -> Step:
-    """`step` with the difference that a layer makes, so many times."""
+    """Add `layers` times the difference between `more`, which has one layer more, and `shallow`."""
     fullest = {}
     for stage, moment in step.fullest.items():
         less, one_more = shallow.fullest[stage], more.fullest[stage]
@@ -227,8 +229,8 @@ def _add_depth(step: Step, shallow: Step, more: Step, layers: int) -> Step:
 
 @contextlib.contextmanager
 def _only(model: nn.Module, layers: dict[str, int]) -> Iterator[None]:
-    """Inside, the model has the first so many layers."""
-    lists = []
+    """Inside, cut the model down to its first layers, as many as `layers` says for each part."""
+    lists: list[tuple[nn.Module, str, nn.ModuleList]] = []
     for module in model.modules():
         for name, part in (("h", LANGUAGE), ("resblocks", VISION)):
             blocks = module._modules.get(name)

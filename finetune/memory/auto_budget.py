@@ -1,4 +1,7 @@
-"""`data.tokens_per_batch: auto`: the largest packing budget that the memory plan has room for."""
+"""The packing budget of a run: the recipe's, or the largest that the memory plan has room for.
+
+The second is `data.tokens_per_batch: auto`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,46 +17,16 @@ from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig
 
 
-def auto_budget(
-    recipe: Recipe, config: QwenVLConfig, checked: Checked, *, free: int, device_type: str
-) -> ChosenBudget:
-    """The largest packing budget that the memory plan has room for.
-
-    A pack is made of the conversations of one batch of one process, so with the tokens of its longest ones all that
-    there can be is in one forward: more would change nothing. It is never below the longest conversation, which has to
-    be run in any case: whether that fits, the run's plan says.
-
-    Args:
-        recipe: as it is planned (`run_plan.settled`).
-        free: bytes on the device, before anything is loaded.
-        device_type: cuda or cpu.
-    """
-    batch = recipe.train.per_device_train_batch_size
-    longest = int(checked.lengths.max())
-    rows = different_rows(checked, recipe.seed, batch)
-    capacity = int(free * USABLE)
-    # What else says auto (checkpointing above all) is settled for packs of the usual size; this fills what is left.
-    usual = worst_workload(**rows, budget=packing_budget(recipe.data, checked.lengths), batch=batch)
-    switches = choose_switches(recipe, config, usual, capacity, device_type=device_type)
-    fitting = largest_budget(recipe, config, capacity, **rows, switches=switches)
-    where = f"the {format_bytes(free)} free on this {'GPU' if device_type == 'cuda' else 'machine'}"
-    if fitting is None:
-        return ChosenBudget(longest, f"the longest conversation (more does not fit into {where})")
-    if fitting >= sum(sorted(rows["lengths"])[-batch:]):
-        return ChosenBudget(fitting, f"all of a batch fits into {where}")
-    return ChosenBudget(fitting, f"what fits into {where}")
-
-
 def choose_budget(
     recipe: Recipe, config: QwenVLConfig, checked: Checked, stored: Mapping[str, Any] | None = None
 ) -> ChosenBudget:
-    """The budget of a run; to be called before its weights are loaded, which the plan counts.
+    """Choose the budget of a run. To be called before its weights are loaded: the plan counts them.
 
     Args:
         recipe: as it is planned (`run_plan.settled`).
         checked: of the training data; at least one sample is kept.
-        stored: run.json of the run that this one goes on with. It keeps the budget it had, so that it computes what it
-            would have computed without the interruption; unless the recipe's own number has changed.
+        stored: run.json of the run that is resumed. It keeps its budget, so that it computes what it would have
+            computed without the interruption, unless the recipe's own number has changed.
     """
     data = recipe.data
     is_auto = data.tokens_per_batch == "auto" and data.packing
@@ -65,3 +38,34 @@ def choose_budget(
     if not is_auto:
         return ChosenBudget(packing_budget(data, checked.lengths))
     return auto_budget(recipe, config, checked, free=free_device_memory(), device_type=device_type())
+
+
+def auto_budget(
+    recipe: Recipe, config: QwenVLConfig, checked: Checked, *, free: int, device_type: str
+) -> ChosenBudget:
+    """The largest packing budget that the memory plan has room for.
+
+    A process packs the conversations of one batch, so no budget above the tokens of its longest possible batch changes
+    anything. The budget is never below the longest conversation, which must be run in any case; whether that fits is
+    for the run's plan to say.
+
+    Args:
+        recipe: as it is planned (`run_plan.settled`).
+        free: bytes on the device before anything is loaded.
+        device_type: cuda or cpu.
+    """
+    batch = recipe.train.per_device_train_batch_size
+    longest = int(checked.lengths.max())
+    rows = different_rows(checked, recipe.seed, batch)
+    capacity = int(free * USABLE)
+    # Other keys that say auto (mainly checkpointing) are settled for packs of the usual size. The budget then fills
+    # the memory that is left.
+    usual = worst_workload(**rows, budget=packing_budget(recipe.data, checked.lengths), batch=batch)
+    switches = choose_switches(recipe, config, usual, capacity, device_type=device_type)
+    fitting = largest_budget(recipe, config, capacity, **rows, switches=switches)
+    where = f"the {format_bytes(free)} free on this {'GPU' if device_type == 'cuda' else 'machine'}"
+    if fitting is None:
+        return ChosenBudget(longest, f"the longest conversation (more does not fit into {where})")
+    if fitting >= sum(sorted(rows["lengths"])[-batch:]):
+        return ChosenBudget(fitting, f"all of a batch fits into {where}")
+    return ChosenBudget(fitting, f"what fits into {where}")

@@ -1,4 +1,4 @@
-"""What of a recipe says `auto`, settled by the memory plan: checkpointing and optimizer, with the reason in words."""
+"""Settle the recipe's keys that say `auto` by the memory plan: recomputation and optimizer, with the reason."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +8,7 @@ from finetune.memory.plan import plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload
 from finetune.model.computing import settled_attention
-from finetune.model.recomputation import LEAST_FIRST, Checkpointing
+from finetune.model.recomputation import LEAST_FIRST, Recomputation
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe, Train
 from qwenvl import QwenVLConfig
@@ -27,19 +27,19 @@ def choose_switches(
 ) -> Switches:
     """Settle every key of the recipe that says `auto`.
 
-    Of checkpointing and optimizer, the first that fit are taken: exact moments before moments in 8 bits, and of these
-    the least that is computed again. Where nothing fits, what takes least.
+    Of recomputation and optimizer, the first pair that fits is taken: full-precision optimizer states before 8-bit
+    states, and the least recomputation with either. Where nothing fits, it is the pair that takes least.
 
     Args:
         workload: the largest forward of the run.
-        device_capacity: bytes that the run can plan with; None takes the choices of a device that holds everything.
+        device_capacity: bytes that the run can plan with; None, where nothing is planned, takes the first pair.
         device_type: cuda or cpu.
 
     Raises:
-        ValueError: what is to be trained cannot be.
+        UserError: the model cannot be trained as the recipe says.
     """
     switches = Switches(
-        # What cannot run here is for the run to refuse (`computing`): another place is planned for too.
+        # Backends that cannot run here are refused by the run (`computing`): this may plan for another machine.
         attention=settled_attention(recipe.model),
         kernels=_kernels(recipe.model.kernels, device_type),
         checkpointing=given_checkpointing(recipe.train) or "none",
@@ -59,8 +59,8 @@ def choose_switches(
     return switches
 
 
-def given_checkpointing(train: Train) -> Checkpointing | None:
-    """The checkpointing that a recipe sets, by our key or by TRL's; None where ours says auto."""
+def given_checkpointing(train: Train) -> Recomputation | None:
+    """The recomputation that a recipe sets, by our key or by TRL's; None if ours is auto."""
     if train.checkpointing is not None:
         return None if train.checkpointing == "auto" else train.checkpointing
     wanted = train.gradient_checkpointing if train.activation_checkpointing is None else train.activation_checkpointing
@@ -79,24 +79,25 @@ def _first_that_fits(
     switches: Switches,
     autos: list[str],
 ) -> tuple[Switches, str]:
-    tried = None
-    for choice in _choices(switches, autos):
-        if capacity is None:
-            return choice, "as there is memory for everything"
+    choices = list(_choices(switches, autos))
+    if capacity is None:
+        return choices[0], "the memory of a model that processes share is not planned"
+    tried = ""
+    for choice in choices:
         plan = plan_memory(recipe, config, workload, switches=choice)
         peak = format_bytes(plan.peak)
         if plan.fits(capacity):
             before = f"; {tried} would take more" if tried else ""
             return choice, f"by the plan: {peak} of {format_bytes(capacity)}{before}"
         tried = " and ".join(f"{getattr(choice, key)}" for key in autos)
-    return choice, f"which takes least, and by the plan does not fit: {peak} of {format_bytes(capacity)}"
+    return choices[-1], f"which takes least, and by the plan does not fit: {peak} of {format_bytes(capacity)}"
 
 
 def _choices(switches: Switches, autos: list[str]) -> Iterator[Switches]:
     on_gpu = switches.device_type == "cuda"
-    kinds: tuple[Checkpointing, ...] = (switches.checkpointing,)
+    kinds: tuple[Recomputation, ...] = (switches.checkpointing,)
     if "checkpointing" in autos:
-        # Without a GPU what is kept lies in host memory already.
+        # Without a GPU activations are in host memory already.
         kinds = LEAST_FIRST if on_gpu else LEAST_FIRST[:-1]
     optims = [switches.optim]
     if "optim" in autos:
@@ -105,7 +106,7 @@ def _choices(switches: Switches, autos: list[str]) -> Iterator[Switches]:
             optims.append(PAGED)
     for optim in optims:
         for kind in kinds:
-            # Moments in 8 bits cost less than carrying every layer's input to the host and back.
+            # 8-bit states cost less time than moving every layer's input to the host and back.
             if kind == "offload" and optim != optims[-1] and len(kinds) > 1:
                 continue
             yield replace(switches, optim=optim, checkpointing=kind)

@@ -1,8 +1,10 @@
-"""What fits: the largest packing budget, and the settings that would make a run fit that does not."""
+"""What fits into memory: the largest packing budget, and settings with which a run would fit that does not."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
+from finetune.errors import InputError
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.plan import MemoryPlan, plan_memory
 from finetune.memory.switches import Switches
@@ -12,9 +14,9 @@ from finetune.recipe import Recipe, RecipeError, parse_recipe
 from qwenvl import QwenVLConfig
 
 STEP = 32
-"""Tokens: budgets are multiples of it, but for the longest conversation and a whole batch."""
+"""Tokens. Budgets are multiples of it, except the longest conversation and a whole batch."""
 
-# Settings that make a run smaller, those first that change least of what it computes.
+# Settings that make a run smaller, in the order of how little they change what it computes.
 REMEDIES = (
     ("train.checkpointing=full",),
     ("train.gradient_checkpointing=true",),
@@ -27,6 +29,7 @@ REMEDIES = (
     ("model.quantization=nf4", "model.quantize=[language, vision, head]"),
     ("adapter.r=16",),
 )
+NEED_BITSANDBYTES = ("train.optim=paged_adamw_8bit", "model.quantization=nf4")
 
 
 def largest_budget(
@@ -39,14 +42,14 @@ def largest_budget(
     images: Sequence[int],
     switches: Switches,
 ) -> int | None:
-    """The largest packing budget, in tokens, that fits; None where not even the longest conversation does.
+    """The largest packing budget, in tokens, that fits; None if not even the longest conversation does.
 
     Args:
         capacity: bytes that the run can plan with.
-        lengths, supervised, images: of each conversation (see `memory.worst_workload`).
+        lengths, supervised, images: of each conversation (see `workload.worst_workload`).
 
     Returns:
-        At least the longest conversation; at most the tokens of the longest that a batch can bring together.
+        At least the tokens of the longest conversation; at most those of the longest possible batch.
     """
     batch = recipe.train.per_device_train_batch_size
 
@@ -63,7 +66,13 @@ def largest_budget(
 
 
 def _last_that_fits(spare: Callable[[int], int], fits: int, room: int, too_much: int, lack: int) -> int:
-    """Between a budget that fits and one that does not: by halves, and by where a straight line would be at zero."""
+    """Search between a budget that fits and one that does not, by bisection and regula falsi in turn.
+
+    Args:
+        spare: bytes that a budget leaves; negative if it does not fit.
+        fits, room: a budget that fits, and what it leaves.
+        too_much, lack: a larger one that does not, and what it leaves (negative).
+    """
     by_line = True
     while too_much - fits > STEP:
         share = room / (room - lack) if by_line else 0.5
@@ -82,16 +91,18 @@ def _last_that_fits(spare: Callable[[int], int], fits: int, room: int, too_much:
 def remedies(
     recipe: Recipe, config: QwenVLConfig, workload: Workload, capacity: int, *, switches: Switches
 ) -> list[str]:
-    """Settings with which a run fits that does not, each as it is written on the command line; each tried by planning.
+    """Settings with which a run would fit that does not, as they are written on the command line.
+
+    Each is tried by planning the run with it.
 
     Args:
-        recipe: as it is, `adapter.train_embeddings` settled.
-        workload: its largest forward.
+        recipe: with `adapter.train_embeddings` settled.
+        workload: the run's largest forward.
         capacity: bytes that the run can plan with.
         switches: as they were chosen.
 
     Returns:
-        Those that help by themselves; where none does, a set of which each is needed; nothing where none is known.
+        The settings that suffice alone; if none does, one combination that needs each of its parts; else nothing.
     """
     trials = _Trials(recipe, config, workload, capacity, switches)
     useful = [remedy for remedy in trials.remedies() if trials.peak(remedy) < trials.before]
@@ -102,17 +113,23 @@ def remedies(
     for remedy in useful:
         together.append(remedy)
         if trials.peak(_joined(together)) <= capacity:
-            return [" ".join(_joined(trials.without_idle(together)))]
+            return [" ".join(_joined(trials.needed(together)))]
     return []
 
 
 def _joined(several: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """All of them; of two for one key the last counts."""
+    """All settings of several remedies; of two for one key the last."""
     by_key = {setting.partition("=")[0]: setting for remedy in several for setting in remedy}
     return tuple(by_key.values())
 
 
 class _Trials:
+    """Plans a run with remedies, each combination once.
+
+    Attributes:
+        before: bytes that the run needs without any.
+    """
+
     def __init__(self, recipe: Recipe, config: QwenVLConfig, workload: Workload, capacity: int, switches: Switches):
         self.recipe, self.config, self.workload = recipe, config, workload
         self.capacity, self.switches = capacity, switches
@@ -121,21 +138,25 @@ class _Trials:
         self.known: dict[tuple[str, ...], float] = {}
 
     def remedies(self) -> Iterator[tuple[str, ...]]:
+        """Those of `REMEDIES` that can be taken here."""
         budget = max(self.workload.sequence_length, self.recipe.data.max_length or 0)
+        has_bitsandbytes = find_spec("bitsandbytes") is not None
         for remedy in REMEDIES:
+            if remedy[0] in NEED_BITSANDBYTES and not has_bitsandbytes:
+                continue
             if "{budget}" not in remedy[0]:
                 yield remedy
             elif budget < self.workload.tokens:
                 yield (remedy[0].format(budget=budget),)
 
     def peak(self, remedy: tuple[str, ...]) -> float:
-        """Bytes that the run needs with it; infinite where the recipe would be wrong."""
+        """Bytes that the run needs with it; infinite if the recipe is invalid with it."""
         if remedy not in self.known:
             self.known[remedy] = self._peak(remedy)
         return self.known[remedy]
 
-    def without_idle(self, together: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        """Remedies that fit together, without those that it fits without; those that change most go first."""
+    def needed(self, together: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Drop remedies that are not needed from some that suffice together, those that change most first."""
         needed = list(together)
         for remedy in reversed(together):
             others = [one for one in needed if one != remedy]
@@ -153,11 +174,11 @@ class _Trials:
         try:
             switches = choose_switches(recipe, self.config, workload, self.capacity, device_type=device_type)
             return plan_memory(recipe, self.config, workload, switches=switches).peak
-        except ValueError:
+        except InputError:
             return float("inf")
 
     def _workload(self, recipe: Recipe) -> Workload:
-        """The largest forward with another packing budget: as much less of everything."""
+        """The largest forward with another packing budget: everything in proportion."""
         budget = recipe.data.tokens_per_batch
         if not isinstance(budget, int) or budget >= self.workload.tokens:
             return self.workload
@@ -175,7 +196,7 @@ class _Trials:
 def what_does_not_fit(
     recipe: Recipe, plan: MemoryPlan, config: QwenVLConfig, capacity: int, *, switches: Switches
 ) -> str:
-    """Why a run cannot be, and what would make it possible, for a `UserError`."""
+    """The message for a run that does not fit: what it needs, and settings with which it would fit."""
     workload, fullest = plan.workload, plan.fullest
     lines = [
         f"the run needs {format_bytes(plan.peak)} ({fullest.name}), and {format_bytes(capacity)} can be used "

@@ -1,13 +1,14 @@
-"""Kernels of a device, as shapes: which one computes an attention there, what it keeps, and what it takes for itself.
+"""The kernels of a CUDA device or CPU, imitated on the meta device: what they keep for backward and their workspaces.
 
-On the meta device PyTorch would compute attention by single operations, with all weights of each head, and the mask
-of a dropout would have the values' type, where on a GPU a byte is enough. Of the weight that bitsandbytes makes from
-4 bits for a product nothing is seen on any device.
+Without this, the meta device would compute attention by single operations that keep all attention weights, keep the
+mask of a dropout in the values' dtype where CUDA keeps one byte a value, and run none of liger's fused kernels. What a
+kernel allocates inside itself (the 16-bit weight that bitsandbytes makes for a 4-bit product) is seen on no device and
+is told by `own_bytes`.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -22,14 +23,16 @@ from qwenvl.model.rotary import Positions, scale_by_log_n
 
 aten = torch.ops.aten
 
-# Kernels that take packs of sequences without a mask.
+# Attention implementations that take packs of sequences without a mask.
 WITHOUT_MASK = ("varlen", "flash_attention_2")
-MASK_ALIGNMENT = 8  # values: CUDA's kernel reads rows of a mask that begin at multiples of it
+MASK_ALIGNMENT = 8  # values: CUDA's kernel needs rows of a mask to begin at multiples of it
+
+# --- attention and dropout -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def kernels_of(device_type: str) -> Iterator[None]:
-    """Inside, attention and dropout on the meta device take the kernels that they would take on the device."""
+    """Inside, attention and dropout on the meta device run the kernels that a cuda or cpu device would run."""
     plain = nn.functional.scaled_dot_product_attention
     nn.functional.scaled_dot_product_attention = _sdpa_of(device_type, plain)
     dropout = nn.functional.dropout
@@ -51,15 +54,28 @@ def kernels_of(device_type: str) -> Iterator[None]:
 
 
 def _fused_dropout(
-    plain: Callable, values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    plain: Callable[..., torch.Tensor],
+    values: torch.Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
 ) -> torch.Tensor:
     if not (values.is_meta and training and 0 < p < 1) or inplace:
         return plain(values, p, training, inplace)
     return aten.native_dropout(values, p, training)[0]
 
 
-def _sdpa_of(device_type: str, plain: Callable) -> Callable:
-    def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
+def _sdpa_of(device_type: str, plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def sdpa(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         if not query.is_meta:
             return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
         mask = None if attn_mask is None else _additive(attn_mask, query.dtype)
@@ -78,7 +94,7 @@ def _sdpa_of(device_type: str, plain: Callable) -> Callable:
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As PyTorch makes a mask of yes and no into one that is added, anew in each layer."""
+    """A boolean mask as the additive one that PyTorch allocates from it in each layer."""
     return torch.zeros(mask.shape, dtype=dtype, device="meta") if mask.dtype == torch.bool else mask
 
 
@@ -88,23 +104,34 @@ def _aligned(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _attention_without_mask(
-    module, query, key, value, attention_mask, *, scaling, dropout=0.0, sequences=None, **kwargs
-):
+    module: Attention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """(batch, heads, length, head_dim) -> (batch, length, heads, head_dim), as the kernels of `WITHOUT_MASK`."""
     causal = module.is_causal and query.shape[2] > 1
     output = aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, scale=scaling)[0]
     return output.transpose(1, 2), None
 
 
-def own_bytes(device_type: str) -> Callable[[Any, tuple], int]:
-    """For `live_bytes.LiveBytes`: what operations take for themselves on the device while they run."""
+# --- workspaces ------------------------------------------------------------------------------------------------------
 
-    def own(operation: Any, arguments: tuple) -> int:
+
+def own_bytes(device_type: str) -> Callable[[Any, tuple[Any, ...]], int]:
+    """For `live_bytes.LiveBytes`: the workspace of an operation, allocated inside its kernel while it runs."""
+
+    def own(operation: Any, arguments: tuple[Any, ...]) -> int:
         name = operation._schema.name
         if name == "bitsandbytes::gemm_4bit":
             return _of_gemm_4bit(*arguments)
         if device_type == "cuda" and name in _ATTENTION_BACKWARDS:
-            # The queries' gradient is summed up in float32, and a number for each query.
+            # The queries' gradient accumulates in float32, beside one float32 for each query.
             query = arguments[1]
             return 4 * (query.numel() + prod(query.shape[:-1]))
         return 0
@@ -119,53 +146,58 @@ _ATTENTION_BACKWARDS = (
 )
 
 
-def _of_gemm_4bit(values, codes, shape, absmax, blocksize, *others) -> int:
-    """The weight in 16 bits and its blocks' magnitudes in 32: where no kernel multiplies by the codes themselves."""
+def _of_gemm_4bit(
+    values: torch.Tensor, codes: torch.Tensor, shape: Sequence[int], absmax: torch.Tensor, blocksize: int, *others: Any
+) -> int:
+    """The dequantised weight and its blocks' magnitudes in float32, where no kernel multiplies by the codes."""
     size = prod(shape)
     return size * values.dtype.itemsize + 4 * (size // blocksize)
 
 
+# --- liger's fused kernels -------------------------------------------------------------------------------------------
+
+
 class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
         ctx.save_for_backward(x, weight, scales)
         return torch.empty_like(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, weight, _ = ctx.saved_tensors
-        # The weight's comes from partial sums, one for each of the GPU's multiprocessors: 2 MB, which are left out.
+        # Left out: the weight's partial sums, one for each of the GPU's multiprocessors, 2 MB in all.
         return torch.zeros_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 class _RopeFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _tokens_first(query), _tokens_first(key)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_query: torch.Tensor, grad_key: torch.Tensor):
+    def backward(ctx: Any, grad_query: torch.Tensor, grad_key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _tokens_first(grad_query), _tokens_first(grad_key)
 
 
 def _tokens_first(heads: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, length, head_dim): copied where tokens are not what comes first in memory, or else in place."""
+    """(batch, heads, length, head_dim), as a copy unless the length is outermost in memory already."""
     return heads.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class _SwiGLUFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, value)
         return torch.empty_like(gate)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
-        return ctx.saved_tensors  # their gradients are written over them
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ctx.saved_tensors  # gradients overwrite them in place
 
 
 class FusedRMSNorm(RMSNorm):
@@ -186,12 +218,12 @@ class FusedMLP(MLP):
         return _SwiGLUFunction.apply(self.w2(x), self.w1(x))
 
 
-FUSED = {RMSNorm: FusedRMSNorm, Attention: FusedAttention, MLP: FusedMLP}
+FUSED: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: FusedRMSNorm, Attention: FusedAttention, MLP: FusedMLP}
 
 
 @contextlib.contextmanager
 def fused_shapes(model: nn.Module, kernels: str) -> Iterator[None]:
-    """Inside, a model of shapes runs as it would with these kernels (see `qwenvl.model.kernels`)."""
+    """Inside, a model on the meta device runs as with these kernels (see `qwenvl.model.kernels`)."""
     plain = {module: type(module) for module in model.modules() if kernels == "liger" and type(module) in FUSED}
     for module, kind in plain.items():
         module.__class__ = FUSED[kind]

@@ -1,4 +1,4 @@
-"""Bytes that operations make and that are still held: counted at each operation, on real tensors as on shapes alone.
+"""Count the bytes of live tensors after each operation, of real tensors and on the meta device alike.
 
     with LiveBytes() as counted:
         loss = model(...)
@@ -6,9 +6,9 @@
         loss.backward()
     counted.fullest["backward"].total
 
-On the meta device an operation makes shapes and no values, so a step of a model of any size can be run there in a
-second. What decides how such a step goes on are integers: ids, positions, which tokens are trained. Those stay real:
-integers that are to be made on the meta device, or moved there, are made on the CPU.
+Operations on the meta device make shapes without values, so a step of a model of any size runs there in a second.
+The control flow of a step depends on integers: ids, positions, which tokens are trained. Those stay real: integer
+tensors that would be created on the meta device, or moved there, are created on the CPU.
 """
 
 import weakref
@@ -24,15 +24,16 @@ from torch.utils._pytree import tree_map
 aten = torch.ops.aten
 META = torch.device("meta")
 OWN = "own"
-"""What an operation takes for itself while it runs, among the bytes held at a moment."""
+"""The key of an operation's own workspace among the bytes held at a moment."""
 
 
 @dataclass
 class Moment:
-    """The fullest moment of a stage.
+    """The moment of a stage at which most bytes are held.
 
     Attributes:
-        held: bytes by the stage in which they came into being, and `OWN`.
+        held: bytes by the stage that allocated them, and `OWN`.
+        total: their sum.
     """
 
     held: Counter[str] = field(default_factory=Counter)
@@ -40,30 +41,32 @@ class Moment:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages that come into being inside it, for as long as they live.
+    """Counts storages that are allocated inside it, for as long as they live.
 
-    A storage counts once, however many views there are, and not at all if it was there before (weights, inputs).
-    What a kernel takes for itself while it runs is not seen; `own` says what is known of it.
+    A storage counts once, however many views of it there are; those from before (weights, inputs) do not count. A
+    kernel's internal workspace is invisible to PyTorch's dispatcher: `own` tells its size where it is known.
 
     Args:
-        own: bytes that an operation takes for itself, by the operation and its arguments.
+        own: bytes of an operation's workspace, by the operation and its arguments.
 
     Attributes:
-        stage: what comes next.
-        live: bytes held now, by the stage in which they came into being.
+        stage: to be set as the work goes on; new storages are counted under it.
+        live: bytes held now, by the stage that allocated them.
         fullest: of each stage, the moment at which most was held.
     """
 
-    def __init__(self, own: Callable[[Any, tuple], int] = lambda operation, arguments: 0):
+    def __init__(self, own: Callable[[Any, tuple[Any, ...]], int] = lambda operation, arguments: 0) -> None:
         super().__init__()
         self._own = own
-        self._forget: dict[int, Callable] = {}
+        self._forget: dict[int, Callable[[], None]] = {}
         self._total = 0
         self.stage = ""
         self.live: Counter[str] = Counter()
         self.fullest: dict[str, Moment] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         given = list(_tensors((*args, *kwargs.values())))
         if kwargs.get("device") == META or any(tensor.is_meta for tensor in given):
@@ -84,18 +87,18 @@ class LiveBytes(TorchDispatchMode):
                 self._count(storage, key)
         return result
 
-    def leave_out(self, tensor: torch.Tensor):
-        """Count a tensor no longer: it is elsewhere, such as in host memory."""
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Stop counting a tensor that stands for one elsewhere, such as in host memory."""
         forget = self._forget.get(tensor.untyped_storage()._cdata)
         if forget is not None:
             forget()
 
-    def _count(self, storage: torch.UntypedStorage, key: int):
+    def _count(self, storage: torch.UntypedStorage, key: int) -> None:
         size, stage = storage.nbytes(), self.stage
         if not size:
             return
 
-        def forget():
+        def forget() -> None:
             if self._forget.get(key) is forget:
                 del self._forget[key]
                 self.live[stage] -= size
@@ -107,7 +110,7 @@ class LiveBytes(TorchDispatchMode):
         self._total += size
         self._note(0)
 
-    def _note(self, own: int):
+    def _note(self, own: int) -> None:
         moment = self.fullest.setdefault(self.stage, Moment())
         if self._total + own > moment.total:
             moment.total = self._total + own
@@ -123,11 +126,11 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _without_values(func, given: list[torch.Tensor], args: tuple, kwargs: dict) -> Any:
-    """An operation on the meta device, or that is to give a tensor there: integers stay real, all else is shapes."""
+def _without_values(func: Any, given: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation that has or gives tensors on the meta device; integers it creates are real, on the CPU."""
     if any(tensor.is_meta for tensor in given):
         if func is aten._to_copy.default and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
-            return aten.alias.default(args[0])  # a move from one device to another, of which there is one here
+            return aten.alias.default(args[0])  # a move between devices, which are one here
         if not all(tensor.is_meta for tensor in given):
             args, kwargs = tree_map(_shape, args), tree_map(_shape, kwargs)
         if "device" in kwargs:
@@ -142,13 +145,15 @@ def _without_values(func, given: list[torch.Tensor], args: tuple, kwargs: dict) 
     return func(*args, **kwargs)
 
 
-# PyTorch works shapes out in Python, which takes longest here, and layers ask for the same again and again.
-_MADE: dict[tuple, tuple] = {}
+# Shape inference in Python is what takes longest here, and layers repeat the same operations: results are cached.
+_MADE: dict[tuple[Any, ...], tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]] = {}
 _MOST_MADE = 20_000
 
 
-def _made_before(func, args: tuple, kwargs: dict) -> tuple | torch.Tensor | None:
-    """New tensors of the shapes that the operation gave for arguments like these; None if it is not known."""
+def _made_before(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, ...] | torch.Tensor | None:
+    """New tensors of the shapes that the operation gave for arguments like these; None if they are not cached."""
     like = _MADE.get((func, _like(args), _like(tuple(kwargs.items()))))
     if like is None:
         return None
@@ -156,13 +161,13 @@ def _made_before(func, args: tuple, kwargs: dict) -> tuple | torch.Tensor | None
     return made[0] if len(made) == 1 else made
 
 
-def _make(func, args: tuple, kwargs: dict) -> Any:
+def _make(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the operation, and cache its shapes unless it gives views or writes in place."""
     key = (func, _like(args), _like(tuple(kwargs.items())))
     result = func(*args, **kwargs)
     made = result if isinstance(result, tuple) else (result,)
     if all(isinstance(one, torch.Tensor) and one.is_meta for one in made):
         before = {one.untyped_storage()._cdata for one in _tensors((*args, *kwargs.values()))}
-        # Not views, nor what was changed in place.
         storages = {one.untyped_storage()._cdata for one in made}
         if not before & storages and len(storages) == len(made) and not func._schema.is_mutable:
             if len(_MADE) >= _MOST_MADE:
@@ -174,7 +179,7 @@ def _make(func, args: tuple, kwargs: dict) -> Any:
 def _like(values: Any) -> Any:
     if isinstance(values, torch.Tensor):
         return values.shape, values.stride(), values.dtype
-    # With its type: 1, 1.0 and True are equal, and do not give the same.
+    # With the type: 1, 1.0 and True are equal but give different results.
     return tuple(map(_like, values)) if isinstance(values, tuple | list) else (type(values), values)
 
 

@@ -1,4 +1,4 @@
-"""Bytes of optimizer states, for each name of TRL's `optim`, as the optimizers allocate them."""
+"""Bytes of optimizer states, for each value of TRL's `optim`, as the optimizers allocate them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from math import ceil, prod
 
 import torch
 
-# bitsandbytes: tensors below this keep their states in float32, and below the other they are not paged.
+# bitsandbytes: tensors of fewer values have float32 states, and states that are not paged.
 LEAST_8BIT = 4096
 LEAST_PAGED = 100_000
 BLOCK_8BIT = 256
 CODES_8BIT = 256 * 4  # a table of 256 float32, one for signed and one for unsigned states
 
-# States of a parameter's shape and type, beside the step's number.
+# States of a parameter's shape and dtype, beside the step count.
 FULL_STATES = {
     "adamw_torch": 2,
     "adamw_torch_fused": 2,
@@ -28,7 +28,7 @@ FULL_STATES = {
     "adagrad": 1,
     "rmsprop": 1,
     "lomo": 0,
-    # Low-rank states of the linears are at most those of Adam; the rest has Adam's.
+    # An upper bound: states of the linears are low-rank, all others are Adam's.
     "galore_adamw": 2,
     "galore_adamw_layerwise": 2,
     "apollo_adamw": 2,
@@ -39,7 +39,7 @@ FULL_STATES = {
 BITSANDBYTES_STATES = {"adam": 2, "ademamix": 3, "lion": 1, "rmsprop": 1}
 
 FACTORED = ("adafactor", "galore_adafactor", "galore_adafactor_layerwise", "adalomo")
-# torchao's AdamW, two states: bytes of a value, and values that share a scale.
+# torchao's AdamW, two states: bytes per value, and values that share a scale.
 TORCHAO = {"adamw_torch_4bit": (0.5, 128), "adamw_torch_8bit": (1.0, 256)}
 COUNTS_STEPS_ON_DEVICE = ("adamw_torch_fused", "adamw_torch_npu_fused")
 COUNTS_STEPS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_npu_fused", "adagrad", "rmsprop", "stable_adamw")
@@ -47,11 +47,11 @@ COUNTS_STEPS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_npu_fused", "ad
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of an optimizer.
+    """Bytes that an optimizer allocates.
 
     Attributes:
-        device: where the parameters are.
-        host: in host memory; paged states too, which come to the device while there is room.
+        device: on the parameters' device.
+        host: in host memory, with paged states, which move to the device while it has room.
         working: on the device, during a step only.
     """
 
@@ -68,15 +68,15 @@ def optimizer_states(optim: str, trained: Iterable[torch.Tensor], device_type: s
 
     Args:
         optim: as in TRL's `SFTConfig`.
-        trained: the parameters; only shape and type count.
-        device_type: cuda or cpu: on the CPU bitsandbytes pages nothing.
+        trained: the parameters; only shape and dtype matter.
+        device_type: cuda or cpu; on the CPU bitsandbytes pages nothing.
     """
     trained = list(trained)
     states = sum((_states(optim, parameter, device_type) for parameter in trained), StateBytes())
     if _of_bitsandbytes(optim) and "8bit" in optim and any(one.numel() >= LEAST_8BIT for one in trained):
         states += StateBytes(device=CODES_8BIT * (1 if "lion" in optim or "rmsprop" in optim else 2))
     if optim in ("adamw_torch", "stable_adamw", "adagrad", "rmsprop") and device_type == "cuda":
-        # PyTorch steps all tensors together there, with a list of denominators as large as the parameters.
+        # PyTorch's foreach implementation holds the denominators of all parameters at once.
         states += StateBytes(working=sum(one.nbytes for one in trained))
     return states
 
@@ -93,7 +93,7 @@ def _states(optim: str, parameter: torch.Tensor, device_type: str) -> StateBytes
     if optim in TORCHAO:
         value, block = TORCHAO[optim]
         return StateBytes(device=2 * (ceil(size * value) + 4 * ceil(size / block)))
-    # The number of steps, a float32: fused kernels read it on the device.
+    # The step count, a float32; fused kernels read it on the device.
     step = 4 if optim in COUNTS_STEPS else 0
     on_device = device_type == "cpu" or optim in COUNTS_STEPS_ON_DEVICE
     full = FULL_STATES.get(optim, 2) * parameter.nbytes

@@ -1,20 +1,19 @@
-"""The memory plan of a run: what it holds on the device in each of its phases, from recipe and config alone.
+"""The memory plan of a run: bytes on the device in each of its phases, from recipe and config alone.
 
-What is held throughout (weights, gradients, optimizer states) is exact; what a step makes is counted by running it on
-shapes (`activations`). Not planned: models that processes share, by FSDP or DeepSpeed, each with a part.
+Weights, gradients and optimizer states are exact; what a step allocates is counted by running it on the meta device
+(`activations`). Models that processes share (FSDP, DeepSpeed) are not planned.
 """
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-
-from torch import nn
 
 from finetune.batches.budget import ENCODED_TOGETHER, KEPT_FEATURE_BYTES, REPLY_BATCH_ROWS, REPLY_BATCH_TOKENS
 from finetune.memory.activations import BACKWARD, LANGUAGE, LOSS, VISION, VISION_BACKWARD, Step, step_of_shapes
 from finetune.memory.switches import Switches
 from finetune.memory.weights import WeightBytes, model_of_shapes, state_bytes, weight_bytes, weights_dtype
 from finetune.memory.workload import Workload
-from finetune.model.recomputation import Checkpointing
+from finetune.model.adapters import TrainableModel, without_adapter
+from finetune.model.recomputation import Recomputation
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig
@@ -22,28 +21,30 @@ from qwenvl import QwenVLConfig
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a run, at its fullest moment.
+    """A phase of a run, at the moment at which it holds most.
 
     Attributes:
         name: load, encode, train, evaluate or save.
         parts: bytes on the device, by what they are.
-        gives_way: of these, what the run does with less of by itself where there is no room: it replies to fewer
-            prompts at a time.
-        host: bytes in host memory, where that is not the device.
+        reducible: of these, bytes that the run saves by itself where memory is short: it generates fewer replies at a
+            time.
+        host: bytes in host memory, unless that is the device.
     """
 
     name: str
     parts: dict[str, int]
-    gives_way: int = 0
+    reducible: int = 0
     host: int = 0
 
     @property
     def total(self) -> int:
+        """All bytes on the device."""
         return sum(self.parts.values())
 
     @property
     def needed(self) -> int:
-        return self.total - self.gives_way
+        """Bytes without which the phase cannot run."""
+        return self.total - self.reducible
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class MemoryPlan:
 
     Attributes:
         phases: in the order of the run.
-        workload: the forward that it was made for.
+        workload: the forward that was planned.
     """
 
     phases: tuple[Phase, ...]
     workload: Workload
     _by_name: dict[str, Phase] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {phase.name: phase for phase in self.phases})
 
     def __getitem__(self, name: str) -> Phase:
@@ -72,34 +73,35 @@ class MemoryPlan:
 
     @property
     def fullest(self) -> Phase:
+        """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.needed)
 
     @property
     def host(self) -> int:
-        """Bytes in host memory, where that is not the device."""
+        """Bytes in host memory, unless that is the device."""
         return max(phase.host for phase in self.phases)
 
     def fits(self, capacity_bytes: int) -> bool:
         return self.peak <= capacity_bytes
 
     def lines(self, capacity: int | None = None) -> list[str]:
-        """For the first lines of a run: what it needs, where, and of what that consists.
+        """What the run needs in each phase, and what the fullest phase consists of, in words.
 
         Args:
-            capacity: bytes that there are.
+            capacity: bytes that can be used; None leaves them out.
         """
-        there = "" if capacity is None else f" of {format_bytes(capacity)} that can be used"
+        usable = "" if capacity is None else f" of {format_bytes(capacity)} that can be used"
         phases = ", ".join(f"{phase.name} {self._show(phase.needed)}" for phase in self.phases)
         host = f", and {format_bytes(self.host)} of host memory" if self.host else ""
-        parts = [(name, size) for name, size in self.fullest.parts.items() if size >= self.fullest.total / 500]
-        parts = ", ".join(f"{name} {self._show(size)}" for name, size in parts)
+        large = [(name, size) for name, size in self.fullest.parts.items() if size >= self.fullest.total / 500]
+        parts = ", ".join(f"{name} {self._show(size)}" for name, size in large)
         return [
-            f"{format_bytes(self.peak)} at most{there}{host} ({self._unit}: {phases})",
+            f"{format_bytes(self.peak)} at most{usable}{host} ({self._unit}: {phases})",
             f"in {self.fullest.name}: {parts}",
         ]
 
     def table(self) -> list[tuple[str, ...]]:
-        """Rows of what there is in each phase: the unit and the phases, each kind of bytes, the sum."""
+        """Rows of a table: the unit and the phases' names, each kind of bytes, the totals."""
         names = dict.fromkeys(name for phase in self.phases for name in phase.parts)
         return [
             (self._unit, *(phase.name for phase in self.phases)),
@@ -116,21 +118,24 @@ class MemoryPlan:
 
 
 def plan_memory(recipe: Recipe, config: QwenVLConfig, workload: Workload, *, switches: Switches) -> MemoryPlan:
-    """What a run will hold, without its weights.
+    """Plan a run without loading its weights.
 
     `adapter.train_embeddings: auto` counts as false: see `weights.settle_embeddings`.
 
     Args:
-        workload: the largest forward of the run (`worst_workload`).
-        switches: what the run does; none of it auto.
+        workload: the largest forward of the run (`workload.worst_workload`).
+        switches: what the run computes with.
 
     Raises:
-        ValueError: what is to be trained cannot be, or there is no such forward.
+        UserError: the model cannot be trained as the recipe says.
+        ValueError: no forward has the sizes of `workload`.
     """
     return _Plan(recipe, config, workload, switches).make()
 
 
 class _Plan:
+    """Makes the phases of one plan."""
+
     def __init__(self, recipe: Recipe, config: QwenVLConfig, workload: Workload, switches: Switches):
         self.recipe, self.config, self.workload, self.switches = recipe, config, workload, switches
         self.device_type = switches.device_type
@@ -138,19 +143,19 @@ class _Plan:
         self.model = model_of_shapes(recipe, config, self.device_type)
         self.weights: WeightBytes = weight_bytes(self.model)
         self.states = state_bytes(self.model, switches.optim, self.device_type)
-        # Images are encoded before training. The vision side has left by then, but for a training without adapter,
-        # whose checkpoints hold its weights.
+        # With a vision cache images are encoded before training, and the vision side is removed then, unless the model
+        # is trained without an adapter: its checkpoints contain the vision side.
         self.cached = switches.vision_cache != "off" and config.visual is not None
-        self.tower_leaves = self.cached and recipe.adapter is not None
+        self.removes_vision = self.cached and recipe.adapter is not None
 
     def make(self) -> MemoryPlan:
         phases = [self.load(), *self.encode(), self.train(), *self.evaluate(), self.save()]
         return MemoryPlan(tuple(phases), self.workload)
 
     def kept(self, *, training: bool, vision: bool = True) -> dict[str, int]:
-        """What is there throughout: weights; with `training`, gradients and optimizer states."""
-        away = () if vision else ("vision", "resampler")
-        parts = {name: size for name, size in self.weights.device.items() if name not in away}
+        """What a phase holds throughout: weights, optimizer states and, with `training`, gradients."""
+        removed = () if vision else ("vision", "resampler")
+        parts = {name: size for name, size in self.weights.device.items() if name not in removed}
         if self.on_host and self.weights.host:
             parts["embeddings"] = parts.get("embeddings", 0) + self.weights.host
         if training:
@@ -161,17 +166,17 @@ class _Plan:
     def host(self, offloaded: int = 0) -> int:
         return 0 if self.on_host else self.weights.host + self.states.host + offloaded
 
-    # Phases
+    # --- phases ------------------------------------------------------------------------------------------------------
 
     def load(self) -> Phase:
         parts = {name: size for name, size in self.weights.device.items() if name != "adapter"}
         quantized = self.weights.staged > 0
         if quantized:
-            # bitsandbytes takes 16 bytes a value while it quantises on the CPU.
+            # bitsandbytes needs 16 bytes per value while it quantises on the CPU.
             parts["one weight in 16 bits"] = self.weights.staged * (8 if self.on_host else 1)
         if self.on_host and self.weights.host:
             parts["embeddings"] = parts.get("embeddings", 0) + self.weights.host
-        # 16-bit weights are read into host memory and moved when they are all there; 4-bit ones come one by one.
+        # 16-bit weights are all read into host memory before they are moved; 4-bit weights are moved one by one.
         staged = self.weights.largest if quantized else sum(self.weights.device.values())
         return Phase("load", parts, host=0 if self.on_host else staged + self.weights.host)
 
@@ -182,7 +187,7 @@ class _Plan:
             parts = dict(self.weights.device)
             host = self.host()
             if not self.on_host and self.recipe.adapter is not None:
-                # What is trained waits in host memory meanwhile (`parking`).
+                # Trained parameters are in host memory meanwhile (`phase.trained_parameters_on_host`).
                 host += parts.pop("adapter")
             parts["encoding images"] = self._encoding(ENCODED_TOGETHER)
             return [Phase("encode", parts, host=host)]
@@ -190,7 +195,7 @@ class _Plan:
         return [Phase("encode", parts, host=self.host())]
 
     def train(self) -> Phase:
-        kept = self.kept(training=True, vision=not self.tower_leaves)
+        kept = self.kept(training=True, vision=not self.removes_vision)
         step = self._step()
         fullest = step.peak(LANGUAGE, LOSS, BACKWARD, VISION_BACKWARD)
         activations = fullest.held[VISION] + fullest.held[LANGUAGE]
@@ -200,14 +205,14 @@ class _Plan:
             "working memory": fullest.total - activations - fullest.held[LOSS],
         }
         if self.states.working > fullest.total:
-            made = {"working memory": self.states.working}  # the optimizer's step is what takes most
+            made = {"working memory": self.states.working}  # the optimizer's step is the fullest moment
         return Phase("train", kept | made, host=self.host(step.host))
 
     def evaluate(self) -> list[Phase]:
         evaluate = self.recipe.evaluate
         if evaluate is None:
             return []
-        kept = self.kept(training=False, vision=not self.tower_leaves)
+        kept = self.kept(training=False, vision=not self.removes_vision)
         loss = {"loss of the data": self._step(trains=False).peak().total}
         replies = evaluate.sample if evaluate.task is not None else evaluate.predictions
         if not replies:
@@ -217,19 +222,19 @@ class _Plan:
         many, one = (self._replies(count, row, replies) for count in (rows, 1))
         need = max(sum(loss.values()), sum(one.values()))
         made = many if sum(many.values()) >= need else loss
-        return [Phase("evaluate", kept | made, gives_way=sum(made.values()) - need, host=self.host())]
+        return [Phase("evaluate", kept | made, reducible=sum(made.values()) - need, host=self.host())]
 
     def save(self) -> Phase:
-        return Phase("save", self.kept(training=False, vision=not self.tower_leaves), host=self.host())
+        return Phase("save", self.kept(training=False, vision=not self.removes_vision), host=self.host())
 
-    # What is made
+    # --- what steps allocate -----------------------------------------------------------------------------------------
 
     def _step(self, *, trains: bool = True) -> Step:
         switches = self.switches
-        kind: Checkpointing | None = switches.checkpointing if trains else None
+        kind: Recomputation | None = switches.checkpointing if trains else None
         if kind == "offload" and self.on_host:
-            kind = "full"  # what is kept is in host memory already
-        # TRL's own key makes the embeddings' output need a gradient; ours does without.
+            kind = "full"  # inputs of layers are in host memory already
+        # TRL's own key makes the embeddings' output require gradients; ours does not need that.
         by_trl = self.recipe.train.checkpointing is None and self.recipe.adapter is not None and kind != "none"
         return _step(
             self.model,
@@ -243,24 +248,30 @@ class _Plan:
         )
 
     def _encoding(self, images: int) -> int:
-        """Bytes of encoding so many images without gradients."""
+        """Bytes that encoding this many images at once allocates, without gradients."""
         tokens = images * (self.config.n_queries + 2) + 1
         return self._forward(Workload(tokens, 1, 1, images, tokens)).peak(VISION).total
 
     def _forward(self, workload: Workload) -> Step:
-        """Without gradients."""
+        """A forward without gradients."""
         return _step(self.model, workload, None, self.device_type, self.switches.attention, self.switches.kernels)
 
     def _replies(self, rows: int, row: int, replies: int) -> dict[str, int]:
-        """Bytes of replying to so many prompts at once, each with its reply of so many tokens."""
+        """Bytes that a batch of replies allocates.
+
+        Args:
+            rows: prompts in the batch.
+            row: tokens of a prompt with its reply.
+            replies: prompts in all.
+        """
         config, value = self.config, weights_dtype(self.recipe, self.config, self.device_type).itemsize
         tokens = rows * row
         layer = tokens * 2 * config.num_attention_heads * config.kv_channels * value
         forward = self._forward(Workload(tokens, 1, 1, 0, tokens))
         made = {
-            # One layer's are copied as they grow.
+            # One layer's are copied whenever they grow.
             "keys and values": layer * (config.num_hidden_layers + 1),
-            # Padding makes a mask, as yes and no and as what is added.
+            # Padding needs a mask, both boolean and additive.
             "forward of prompts": forward.peak(LANGUAGE, LOSS).total + rows * row * row * (1 + value),
         }
         if config.visual is not None and not self.cached:
@@ -273,9 +284,9 @@ class _Plan:
 
 @lru_cache(maxsize=128)
 def _step(
-    model: nn.Module,
+    model: TrainableModel,
     workload: Workload,
-    checkpointing: Checkpointing | None,
+    checkpointing: Recomputation | None,
     device_type: str,
     attention: str,
     kernels: str,
@@ -283,7 +294,7 @@ def _step(
     features: bool = False,
     input_gradient: bool = False,
 ) -> Step:
-    model.config._attn_implementation = attention
+    without_adapter(model).config._attn_implementation = attention
     return step_of_shapes(
         model,
         workload,

@@ -1,31 +1,31 @@
-"""The choices of a run that decide its memory and speed, settled: what the plan counts by."""
+"""The settled choices that decide a run's memory and speed."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from finetune.model.recomputation import Checkpointing, checkpoint_blocks
+from finetune.model.recomputation import Recomputation, set_recomputation
 from finetune.recipe import Train
 
 
 @dataclass(frozen=True)
 class Switches:
-    """Checkpointing, optimizer and what else there is to choose, none of them `auto`.
+    """What a run computes with; nothing says `auto` any more.
 
     Attributes:
         attention: varlen, sdpa, eager or flash_attention_2.
         kernels: torch or liger.
-        checkpointing: see `checkpointing`.
-        optim: a name of TRL's `optim`.
+        checkpointing: see `finetune.model.recomputation`.
+        optim: a value of TRL's `optim`.
         vision_cache: off, memory or disk.
-        reasons: what was settled by the plan, in words; nothing where the recipe says it all.
-        device_type: cuda or cpu: where the run is.
+        reasons: what the plan settled and why, in words; empty if the recipe leaves nothing open.
+        device_type: cuda or cpu, where the run computes.
     """
 
     attention: str
     kernels: str
-    checkpointing: Checkpointing
+    checkpointing: Recomputation
     optim: str
     vision_cache: str
     reasons: tuple[str, ...] = ()
@@ -33,10 +33,10 @@ class Switches:
 
     @property
     def train_arguments(self) -> dict[str, Any]:
-        """What of TRL's `SFTConfig` follows from them."""
+        """The fields of TRL's `SFTConfig` that follow from them."""
         return {"optim": self.optim}
 
-    def prepare(self, model: nn.Module, train: Train):
-        """Set the checkpointing of a model's layers, where our key says it; TRL's keys are TRL's to follow."""
+    def prepare(self, model: nn.Module, train: Train) -> None:
+        """Set the recomputation of a model's layers if the recipe has our key; the trainer follows TRL's keys."""
         if train.checkpointing is not None:
-            checkpoint_blocks(model, self.checkpointing)
+            set_recomputation(model, self.checkpointing)

@@ -1,23 +1,28 @@
-"""Bytes of what a run holds throughout: weights, what is trained, gradients, optimizer states. Exact, by shapes."""
+"""Exact bytes of weights, gradients and optimizer states, from the shapes of the model as it is trained."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from finetune.errors import UserError
 from finetune.memory.optimizer import StateBytes, optimizer_states
-from finetune.model.adapters import trains_embeddings
+from finetune.model.adapters import TrainableModel, trains_embeddings
 from finetune.model.base import shape_model
 from finetune.model.components import component_of, published_name
-from finetune.recipe import Recipe
+from finetune.recipe import Adapter, Freeze, Recipe
 from qwenvl import QwenVLConfig
 from qwenvl.loading import DTYPES
 from qwenvl.model.host_embedding import HostEmbedding
 from qwenvl.model.nf4_weights import is_quantized
 from qwenvl.model.quantization import quantized_parts
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,10 @@ class WeightBytes:
     """Bytes of a model.
 
     Attributes:
-        device: by component (`components.COMPONENTS`), on the device.
-        host: that stay in host memory.
-        gradients: of all that is trained.
-        staged: of the largest weight that comes in 16 bits and is then made 4-bit, the head apart; 0 where none is.
+        device: on the device, by component (`components.COMPONENTS`, with the head apart).
+        host: of embeddings that stay in host memory.
+        gradients: of all trained parameters.
+        staged: of the largest weight that is read in 16 bits and quantised on the device, the head apart; 0 for none.
         largest: of the largest tensor.
     """
 
@@ -40,7 +45,7 @@ class WeightBytes:
 
 
 def weights_dtype(recipe: Recipe, config: QwenVLConfig, device_type: str) -> torch.dtype:
-    """What weights are loaded in: as `model_choices.choose_dtype`, and bfloat16 on any CUDA device."""
+    """The dtype that weights are loaded in: as `computing.choose_dtype`, but bfloat16 on every CUDA device."""
     if recipe.model.dtype != "auto":
         return DTYPES[recipe.model.dtype]
     if device_type == "cuda":
@@ -49,59 +54,57 @@ def weights_dtype(recipe: Recipe, config: QwenVLConfig, device_type: str) -> tor
 
 
 def settle_embeddings(recipe: Recipe, generation_config: GenerationConfig | None) -> Recipe:
-    """The recipe with what its `adapter.train_embeddings: auto` comes to; where the checkpoint does not say: false."""
+    """Settle `adapter.train_embeddings: auto`; false if the generation config does not say."""
     if recipe.adapter is None or recipe.adapter.train_embeddings != "auto":
         return recipe
-    holder = nn.Module()
-    holder.generation_config = generation_config
     try:
-        trained = trains_embeddings("auto", holder)
-    except ValueError:
+        trained = trains_embeddings("auto", generation_config)
+    except UserError:
         trained = False
     return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"train_embeddings": trained})})
 
 
-def model_of_shapes(recipe: Recipe, config: QwenVLConfig, device_type: str) -> nn.Module:
-    """The model as it will be trained, on the meta device; one that was made before for the same is given again.
+def model_of_shapes(recipe: Recipe, config: QwenVLConfig, device_type: str) -> TrainableModel:
+    """The model as it will be trained, on the meta device. Models are cached by what decides their shapes.
 
     Raises:
-        ValueError: what is to be trained cannot be.
+        UserError: the model cannot be trained as the recipe says.
     """
     recipe = settle_embeddings(recipe, None)
     parts = quantized_parts(config) or (recipe.model.quantize if recipe.model.quantization == "nf4" else ())
     dtype = weights_dtype(recipe, config, device_type)
-    key = (recipe.model.embeddings_on_cpu, recipe.adapter, recipe.freeze, parts, dtype, config.to_json_string())
-    return _model_of_shapes(_Key(key, recipe, config))
+    embeddings_on_cpu, config_json = recipe.model.embeddings_on_cpu, config.to_json_string()
+    return _model_of_shapes(
+        _Wanted(embeddings_on_cpu, recipe.adapter, recipe.freeze, tuple(parts), dtype, config_json, recipe, config)
+    )
 
 
 @dataclass(frozen=True)
-class _Key:
-    """What decides a model's shapes, and what it is made of."""
+class _Wanted:
+    """What decides a model's shapes, and `recipe` and `config` to make it from."""
 
-    key: tuple
-    recipe: Recipe
-    config: QwenVLConfig
-
-    def __eq__(self, other) -> bool:
-        return self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
+    embeddings_on_cpu: bool
+    adapter: Adapter | None
+    freeze: Freeze
+    parts: tuple[str, ...]
+    dtype: torch.dtype
+    config_json: str
+    recipe: Recipe = field(compare=False)
+    config: QwenVLConfig = field(compare=False)
 
 
 @lru_cache(maxsize=8)
-def _model_of_shapes(wanted: _Key) -> nn.Module:
-    _, _, _, parts, dtype, _ = wanted.key
-    # A config of its own: which attention computes is set there.
+def _model_of_shapes(wanted: _Wanted) -> TrainableModel:
+    # A copy: the plan sets the attention implementation in it.
     config = QwenVLConfig.from_dict(wanted.config.to_dict())
-    return shape_model(wanted.recipe, config, tuple(parts), dtype=dtype)
+    return shape_model(wanted.recipe, config, wanted.parts, dtype=wanted.dtype)
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
-    """Bytes of a model as it is trained, real or of shapes; each storage once.
+    """Bytes of a model as it is trained, with values or on the meta device. Shared tensors count once.
 
-    4-bit weights with all that bitsandbytes holds beside their codes: the blocks' magnitudes, in 8 bits, with those
-    of their own blocks, and three small tables.
+    4-bit weights count with bitsandbytes' quantisation state: the 8-bit magnitudes of blocks, the magnitudes of blocks
+    of these, and three small tables.
     """
     device: Counter[str] = Counter()
     host = gradients = staged = largest = 0
@@ -123,18 +126,15 @@ def weight_bytes(model: nn.Module) -> WeightBytes:
             seen.add(id(module))
             state = module.weight.quant_state
             device[_component(f"{name}.weight")] += _bytes_of_state(state)
-            if published_name(name) != "lm_head":  # the first that is read, when there is nothing else yet
+            if published_name(name) != "lm_head":  # it is read first, when nothing else is on the device yet
                 staged = max(staged, state.shape.numel() * state.dtype.itemsize)
     return WeightBytes(device, host, gradients, staged, largest)
 
 
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 def state_bytes(model: nn.Module, optim: str, device_type: str) -> StateBytes:
-    """Of the optimizer over all that is trained."""
-    return optimizer_states(optim, trained_parameters(model), device_type)
+    """Bytes of the optimizer over all trained parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return optimizer_states(optim, trained, device_type)
 
 
 def _component(name: str) -> str:
@@ -142,7 +142,7 @@ def _component(name: str) -> str:
     return "head" if component == "embeddings" and published_name(name).startswith("lm_head.") else component
 
 
-def _bytes_of_state(state) -> int:
+def _bytes_of_state(state: "QuantState") -> int:
     tensors = [state.absmax, state.code, state.offset]
     nested = _bytes_of_state(state.state2) if state.state2 is not None else 0
     return nested + sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -1,4 +1,4 @@
-"""What one forward is, as the plan counts it; and the largest that conversations can make."""
+"""The size of one forward, and the largest forward that conversations can be packed into."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from finetune.data.checking import Checked
 
 @dataclass(frozen=True)
 class Workload:
-    """One forward: a pack of conversations.
+    """The size of one forward of packed conversations.
 
     Attributes:
-        tokens: of all of them.
-        supervised: tokens that are trained.
+        tokens: of all conversations.
+        supervised: tokens with a label.
         sequences: conversations.
-        images: of all of them.
-        sequence_length: tokens of the longest.
+        images: of all conversations.
+        sequence_length: tokens of the longest conversation.
     """
 
     tokens: int
@@ -35,12 +35,12 @@ def worst_workload(
     budget: int | None,
     batch: int,
 ) -> Workload:
-    """No pack of these conversations is larger in any respect: at most `batch` of them and `budget` tokens.
+    """A bound, in each respect, on packs of at most `batch` conversations and `budget` tokens.
 
-    Of trained tokens and images as many are counted as the conversations that are densest in them would bring.
+    Supervised tokens and images are bounded each by the conversations with most of them per token.
 
     Args:
-        lengths, supervised, images: of each conversation, as `data.checking.Checked` has them; at least one.
+        lengths, supervised, images: of each conversation (see `data.checking.Checked`); at least one.
         budget: tokens of one forward (`packing.pack`); None is one conversation at a time.
         batch: conversations that are packed together.
     """
@@ -58,7 +58,7 @@ def worst_workload(
 
 
 def _densest(values: Sequence[int], lengths: Sequence[int], tokens: int, most: int) -> int:
-    """Most of `values` that so many tokens of so many conversations can bring, a part of the last included."""
+    """A bound on the sum of `values` over at most `most` conversations and `tokens` tokens (fractional knapsack)."""
     by_size = sum(sorted(values)[-most:])
     left, brought = tokens, 0.0
     for value, length in sorted(zip(values, lengths, strict=True), key=lambda pair: -pair[0] / pair[1]):
@@ -71,6 +71,7 @@ def _densest(values: Sequence[int], lengths: Sequence[int], tokens: int, most: i
 
 
 def _most_sequences(lengths: Sequence[int], tokens: int, most: int) -> int:
+    """How many conversations fit into `tokens`, the shortest first, at most `most`."""
     count, left = 0, tokens
     for length in sorted(lengths)[:most]:
         left -= length
@@ -81,9 +82,10 @@ def _most_sequences(lengths: Sequence[int], tokens: int, most: int) -> int:
 
 
 def different_rows(checked: Checked, seed: int, batch: int) -> dict[str, list[int]]:
-    """`lengths`, `supervised` and `images` of an epoch's conversations, as the plan takes them.
+    """`lengths`, `supervised` and `images` of an epoch's conversations, for `worst_workload`.
 
-    Of conversations that are alike in all three as many as a batch can have: of a million there are some thousands.
+    Conversations with equal values are listed `batch` times at most, as a pack has no more of them. This leaves some
+    thousands of a million.
     """
     places = np.searchsorted(checked.kept, checked.weighted_indices(seed))
     columns = np.stack([values[places] for values in (checked.lengths, checked.supervised, checked.images)])

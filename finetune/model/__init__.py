@@ -1,1 +1,1 @@
-"""The model that a run trains: its base, adapters, trained parts, attention and kernels, recomputation, loss."""
+"""The model that a run trains: base, adapter, trained components, backends, recomputation, loss."""

@@ -1,11 +1,13 @@
-"""What is trained: LoRA matrices, components in full, embeddings; and at which learning rates."""
+"""Put a LoRA adapter on the model or train components in full; group what is trained by learning rate."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import GenerationConfig
 
+from finetune.errors import UserError
 from finetune.model.components import component_of, published_name
 from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.model.host_embedding import HostEmbedding
@@ -17,21 +19,33 @@ if TYPE_CHECKING:
 LANGUAGE, VISION = "transformer.h.", "transformer.visual."
 EMBEDDINGS = ("wte", "lm_head")
 
+TrainableModel = QwenVLForConditionalGeneration | PeftModel
+"""A model with or without an adapter around it."""
 
-def trains_embeddings(setting: bool | str, model: QwenVLForConditionalGeneration) -> bool:
-    """Whether embeddings and head are trained beside the adapter; "auto" reads it from the checkpoint.
 
-    The base model never saw the ChatML tokens, so its rows for them mean nothing yet. Which of the two a checkpoint is
-    stands in its generation config (`chat_format`: "raw" or "chatml"), not in its path.
+def without_adapter(model: TrainableModel) -> QwenVLForConditionalGeneration:
+    """Return the model inside PEFT's wrapper. LoRA layers that PEFT put into it stay."""
+    if not isinstance(model, PeftModel):
+        return model
+    base = model.get_base_model()
+    assert isinstance(base, QwenVLForConditionalGeneration), "adapters are put on nothing else"
+    return base
+
+
+def trains_embeddings(setting: bool | str, generation_config: GenerationConfig | None) -> bool:
+    """Whether embeddings and head are trained beside the adapter.
+
+    "auto" trains them for a base model, which never saw the ChatML tokens: its rows for them are untrained. Base and
+    chat models are told apart by `chat_format` ("raw" or "chatml") in the generation config, not by their path.
 
     Raises:
-        ValueError: "auto", and the checkpoint does not say.
+        UserError: "auto", and the checkpoint does not say.
     """
     if setting != "auto":
         return bool(setting)
-    chat_format = getattr(model.generation_config, "chat_format", None)
+    chat_format = getattr(generation_config, "chat_format", None)
     if chat_format not in ("raw", "chatml"):
-        raise ValueError(
+        raise UserError(
             "adapter.train_embeddings: auto, but the checkpoint does not say whether it is a base or chat model (its "
             "generation_config.json has no chat_format). Set it: true for a base model, false for a chat model"
         )
@@ -42,11 +56,11 @@ def train_in_full(model: QwenVLForConditionalGeneration, freeze: "Freeze") -> Qw
     """Without an adapter: train the components that are not frozen, embeddings with the language model.
 
     Raises:
-        ValueError: everything is frozen.
+        UserError: everything is frozen.
     """
     frozen = {"vision": freeze.vision, "resampler": freeze.resampler, "language": freeze.language}
     if all(frozen.values()):
-        raise ValueError("nothing to train: there is no adapter, and freeze holds vision, resampler and language")
+        raise UserError("nothing to train: there is no adapter, and freeze holds vision, resampler and language")
     frozen["embeddings"] = freeze.language
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen[component_of(name)])
@@ -56,27 +70,30 @@ def train_in_full(model: QwenVLForConditionalGeneration, freeze: "Freeze") -> Qw
 def put_lora(
     model: QwenVLForConditionalGeneration, adapter: "Adapter", freeze: "Freeze", *, embeddings: bool
 ) -> PeftModel:
-    """Put a fresh LoRA adapter on the model; what is trained in full beside it is saved in the adapter too.
+    """Put a new LoRA adapter on the model. Components trained in full beside it are saved with the adapter.
 
-    Adapter weights and the components trained beside them are float32, whatever the base is in: 4 bits (Q-LoRA) too.
+    All trained weights are float32, whatever the base is stored in, 4 bits (Q-LoRA) included.
 
     Raises:
-        ValueError: a target that matches nothing (with what there is), the language model trained twice, or
-            embeddings to train that are in 4 bits or in host memory.
+        UserError: a target that matches nothing (the message lists what there is), a component trained both by LoRA
+            and in full, embeddings to be trained that are in 4 bits or in host memory, or an initialisation that
+            `adapter.r` does not go with.
     """
     if not freeze.language:
-        raise ValueError(
+        raise UserError(
             "freeze.language: false trains the language model in full, but the adapter trains it by LoRA: set "
             "freeze.language: true, or adapter: null"
         )
     if adapter.vision_targets and not freeze.vision:
-        raise ValueError(
+        raise UserError(
             "adapter.vision_targets trains the vision tower by LoRA, and freeze.vision: false in full: choose one"
         )
+    if adapter.init == "orthogonal" and adapter.r % 2:
+        raise UserError(f"adapter.init: orthogonal needs an even adapter.r, not {adapter.r}")
     targets = find_targets(model, adapter.targets, LANGUAGE, "adapter.targets")
     targets += find_targets(model, adapter.vision_targets, VISION, "adapter.vision_targets")
     if embeddings:
-        _refuse_frozen_embeddings(model, adapter)
+        _refuse_untrainable_embeddings(model, adapter)
     beside = list(EMBEDDINGS) if embeddings else []
     if not freeze.vision:
         beside.append("visual")
@@ -84,7 +101,7 @@ def put_lora(
         beside.append("attn_pool")
     config = LoraConfig(
         r=adapter.r,
-        lora_alpha=adapter.alpha,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT declares int, and only divides it
         lora_dropout=adapter.dropout,
         target_modules=_shortest(model, [*adapter.targets, *adapter.vision_targets], targets),
         modules_to_save=beside or None,
@@ -98,14 +115,14 @@ def put_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
         if freeze.resampler and component_of(name) == "resampler":
-            # It is part of the copy of the vision side that PEFT trains and saves.
+            # PEFT's trained copy of the vision side contains it.
             parameter.requires_grad_(False)
-    # By this TRL knows a 4-bit base, and would round to bfloat16 all that is trained. PEFT asks the base itself.
-    adapted.is_loaded_in_4bit = False
+    # TRL casts all trained weights to bfloat16 where this is set; PEFT reads it from the base model instead.
+    adapted.is_loaded_in_4bit = False  # type: ignore[assignment]  # torch: a Module's are Tensor | Module
     return adapted
 
 
-def _refuse_frozen_embeddings(model: QwenVLForConditionalGeneration, adapter: "Adapter"):
+def _refuse_untrainable_embeddings(model: QwenVLForConditionalGeneration, adapter: "Adapter") -> None:
     reason = None
     if is_quantized(model.lm_head):
         reason = "the output head is in 4 bits (model.quantize: head), which cannot be trained in full"
@@ -113,19 +130,19 @@ def _refuse_frozen_embeddings(model: QwenVLForConditionalGeneration, adapter: "A
         reason = "the embeddings are to stay in host memory (model.embeddings_on_cpu)"
     if reason:
         auto = " (a base model: it never saw ChatML's tokens)" if adapter.train_embeddings == "auto" else ""
-        raise ValueError(
+        raise UserError(
             f"adapter.train_embeddings: {str(adapter.train_embeddings).lower()} trains embeddings and head{auto}, but "
             f"{reason}. Take that out, or set adapter.train_embeddings: false"
         )
 
 
 def trains_vision(model: nn.Module) -> bool:
-    """Whether anything of the vision side is trained, LoRA included."""
+    """Whether the vision side has trained parameters, LoRA included."""
     return any(published_name(name).startswith(VISION) for name in _trained(model))
 
 
 def trains_vision_only(model: nn.Module) -> bool:
-    """Whether all that is trained, LoRA included, belongs to the vision side: text alone gives it no gradient."""
+    """Whether all trained parameters, LoRA included, belong to the vision side: text alone gives them no gradient."""
     return all(published_name(name).startswith(VISION) for name in _trained(model))
 
 
@@ -134,10 +151,10 @@ def _trained(model: nn.Module) -> list[str]:
 
 
 def find_targets(model: nn.Module, targets: Sequence[str], inside: str, key: str) -> list[str]:
-    """Names of the linears under `inside` that the targets match: a name's end, from a dot on.
+    """Names of the linears under `inside` that end in one of the targets, whole dotted parts compared.
 
     Raises:
-        ValueError: a target that matches none; the error lists what there is.
+        UserError: a target that matches none; the message lists what there is.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     linears = [name for name in linears if name.startswith(inside)]
@@ -146,7 +163,7 @@ def find_targets(model: nn.Module, targets: Sequence[str], inside: str, key: str
         matched = [name for name in linears if _matches(name, target)]
         if not matched:
             there = sorted({".".join(name.split(".")[-2:]) for name in linears})
-            raise ValueError(f"{key}: {target!r} matches nothing under {inside[:-1]}. There are: {', '.join(there)}")
+            raise UserError(f"{key}: {target!r} matches nothing under {inside[:-1]}. There are: {', '.join(there)}")
         found += [name for name in matched if name not in found]
     return found
 
@@ -159,15 +176,15 @@ def parameter_groups(
     vision_layer_decay: float | None,
     weight_decay: float,
     no_decay: set[str],
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Optimizer groups: one for each learning rate, with and without weight decay, named for logs.
 
     Args:
         model: its trainable parameters are grouped.
-        learning_rate: of every component that `learning_rates` does not name.
+        learning_rate: of every component that `learning_rates` leaves out.
         learning_rates: per component (see `components.COMPONENTS`).
         vision_layer_decay: factor from each vision layer to the one below it (the paper: 0.95 in its first two
-            stages); the last layer and what comes after it have the full rate, the patch embedding the lowest.
+            stages). What follows the last layer has the full rate, the patch embedding the lowest.
         weight_decay: of the parameters that are not in `no_decay`.
         no_decay: names of parameters without weight decay (norms, biases).
 
@@ -175,7 +192,7 @@ def parameter_groups(
         `{"params", "lr", "weight_decay", "component"}` for each group.
     """
     layers = _vision_layers(model)
-    groups: dict[tuple, list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -195,7 +212,7 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _shortest(model: nn.Module, given: Sequence[str], wanted: list[str]) -> list[str]:
-    """The targets as given where PEFT, which looks in the whole model, finds just the wanted ones; else full names."""
+    """The targets as given, or full names where PEFT, which searches the whole model, would match more."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     everywhere = {name for name in linears for target in given if _matches(name, target)}
     return list(given) if everywhere == set(wanted) else wanted

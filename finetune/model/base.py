@@ -1,15 +1,14 @@
-"""The model that training starts from, and what of it is trained: with its weights, or from its config alone."""
+"""The checkpoint that training starts from, and the model made trainable: with weights, or on the meta device."""
 
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from finetune.data.checking import Checked
 from finetune.errors import UserError
-from finetune.model.adapters import put_lora, train_in_full, trains_embeddings, trains_vision_only
+from finetune.model.adapters import TrainableModel, put_lora, train_in_full, trains_embeddings, trains_vision_only
 from finetune.model.computing import quantization_arguments
 from finetune.recipe import Model, Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
@@ -25,7 +24,7 @@ class Base:
 
     Attributes:
         path: folder or hub id.
-        quantized: the parts that will be in 4 bits.
+        quantized: parts that will be in 4 bits.
         processor: of the checkpoint.
     """
 
@@ -35,11 +34,11 @@ class Base:
 
 
 def find_base(model: Model) -> Base:
-    """Find a recipe's checkpoint and load what it has beside weights.
+    """Find a recipe's checkpoint and load its processor.
 
     Raises:
-        FileNotFoundError: there is none.
-        UserError, ValueError: it is an adapter, or in 4 bits of which the recipe does not know.
+        InputError: there is no checkpoint (`MissingFileError`), it is an adapter, or it is stored in 4 bits and the
+            recipe says otherwise.
     """
     source = find_source(model.path)
     if source.adapter is not None:
@@ -58,23 +57,38 @@ def find_base(model: Model) -> Base:
     return Base(source.base, quantized, QwenVLProcessor.from_pretrained(source.base))
 
 
-def make_trainable(
-    model: QwenVLForConditionalGeneration, recipe: Recipe
-) -> QwenVLForConditionalGeneration | PeftModel:
-    """Put the recipe's adapter on a model, or train its parts in full; the rest is frozen.
+def read_generation_config(base: str) -> GenerationConfig:
+    """A checkpoint's generation config; without settings where the checkpoint has none.
+
+    Args:
+        base: folder or hub id.
+    """
+    try:
+        return GenerationConfig.from_pretrained(base)
+    except OSError:  # a missing `chat_format` is refused where it matters: see `adapters.trains_embeddings`
+        return GenerationConfig()
+
+
+def make_trainable(model: QwenVLForConditionalGeneration, recipe: Recipe) -> TrainableModel:
+    """Put the recipe's adapter on a model, or train components in full; freeze the rest.
 
     Raises:
-        ValueError: what is to be trained cannot be.
+        UserError: the model cannot be trained as the recipe says.
     """
     if recipe.adapter is None:
         return train_in_full(model, recipe.freeze)
-    embeddings = trains_embeddings(recipe.adapter.train_embeddings, model)
+    embeddings = trains_embeddings(recipe.adapter.train_embeddings, model.generation_config)
     return put_lora(model, recipe.adapter, recipe.freeze, embeddings=embeddings)
 
 
-def refuse_untaught(model: QwenVLForConditionalGeneration | PeftModel, checked: Checked):
-    """Raises:
-    UserError: only the vision side is trained, and samples have no image.
+def refuse_text_only_samples(model: TrainableModel, checked: Checked) -> None:
+    """Refuse samples without an image where only the vision side is trained: they give it no gradient.
+
+    Args:
+        checked: of the training data.
+
+    Raises:
+        UserError: there are such samples.
     """
     without_images = int((checked.images == 0).sum())
     if without_images and trains_vision_only(model):
@@ -84,14 +98,14 @@ def refuse_untaught(model: QwenVLForConditionalGeneration | PeftModel, checked: 
         )
 
 
-def build_without_weights(recipe: Recipe, base: Base) -> QwenVLForConditionalGeneration | PeftModel:
-    """The model as it will be trained, of the right shapes and without values (on the meta device).
+def build_without_weights(recipe: Recipe, base: Base) -> TrainableModel:
+    """The model as it will be trained, on the meta device: shapes without values.
 
     Raises:
-        ValueError: what is to be trained cannot be.
+        UserError: the model cannot be trained as the recipe says.
     """
     config = QwenVLConfig.from_pretrained(base.path)
-    return shape_model(recipe, config, base.quantized, _generation_config(base.path))
+    return shape_model(recipe, config, base.quantized, read_generation_config(base.path))
 
 
 def shape_model(
@@ -100,21 +114,21 @@ def shape_model(
     quantized: tuple[str, ...],
     generation_config: GenerationConfig | None = None,
     dtype: torch.dtype | None = None,
-) -> QwenVLForConditionalGeneration | PeftModel:
-    """As `build_without_weights`, of any config.
+) -> TrainableModel:
+    """As `build_without_weights`, from any config.
 
     Args:
-        quantized: the parts in 4 bits.
-        generation_config: for what `adapter.train_embeddings: auto` comes to.
-        dtype: of the weights that are loaded; what is trained beside an adapter is in float32 all the same.
+        quantized: parts in 4 bits.
+        generation_config: settles `adapter.train_embeddings: auto`.
+        dtype: of the frozen weights; with an adapter, trained weights are float32.
 
     Raises:
-        ValueError: what is to be trained cannot be.
+        UserError: the model cannot be trained as the recipe says.
     """
     with torch.device("meta"):
         model = QwenVLForConditionalGeneration(config)
         if recipe.model.embeddings_on_cpu:
-            # Behind the other modules, as `keep_embeddings_on_cpu` puts it.
+            # After the other modules, in the order that `keep_embeddings_on_cpu` gives.
             del model.transformer.wte
             model.transformer.wte = HostEmbedding(config.vocab_size, config.hidden_size)
     if dtype is not None:
@@ -125,18 +139,12 @@ def shape_model(
         linear = linear_4bit(getattr(model.get_submodule(holder), name))
         linear.compute_dtype, linear.compute_type_is_set = dtype, dtype is not None
         setattr(model.get_submodule(holder), name, linear)
-    model.is_loaded_in_4bit = bool(quantized)  # by which PEFT knows them
+    # PEFT reads it to choose its layers.
+    model.is_loaded_in_4bit = bool(quantized)  # type: ignore[assignment]  # torch: a Module's are Tensor | Module
     if generation_config is not None:
         model.generation_config = generation_config
     if recipe.adapter is not None:
-        # Where LoRA starts does not change its size, and some starts are computed from the weights.
+        # Initialisation does not change sizes, and some kinds are computed from the weights.
         recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"init": "default"})})
     with torch.device("meta"):
         return make_trainable(model, recipe)
-
-
-def _generation_config(base: str) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(base)
-    except OSError:  # it has none: that is for who needs it to say
-        return GenerationConfig()

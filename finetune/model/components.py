@@ -1,4 +1,4 @@
-"""The parts of the model by the names a practitioner uses: vision, resampler, language, embeddings, adapter."""
+"""Components of the model, told by parameter names: vision, resampler, language, embeddings, adapter."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from torch import nn
 
 COMPONENTS = ("vision", "resampler", "language", "embeddings", "adapter")
 
-# What PEFT puts before a module's name, and around a module that it trains a copy of.
+# Prefix and infixes that PEFT adds to parameter names; the latter for modules that it trains a copy of.
 _PEFT_PREFIX = "base_model.model."
 _PEFT_COPIES = (".modules_to_save.default", ".original_module")
 
 
 def published_name(parameter: str) -> str:
-    """A parameter's name as in the checkpoint, without what PEFT adds to it."""
+    """A parameter's name as in the checkpoint, without PEFT's additions."""
     parameter = parameter.removeprefix(_PEFT_PREFIX)
     for copy in _PEFT_COPIES:
         parameter = parameter.replace(copy, "")
@@ -56,7 +56,7 @@ def count_parameters(model: nn.Module) -> dict[str, Count]:
 
 
 def table_of_parameters(counts: dict[str, Count]) -> Iterable[str]:
-    """Lines that say what is trained: component, trained, all."""
+    """One line for each component: its name, trained parameters, all parameters."""
     for component, count in counts.items():
         state = f"{count.trained:>15,} trained" if count.trained else f"{'frozen':>15}        "
         yield f"{component:<11} {state} of {count.total:,}"

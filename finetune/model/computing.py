@@ -1,4 +1,8 @@
-"""What a run computes attention and layers with: `auto` settled, what cannot run refused, before weights are read."""
+"""How a recipe's model is loaded and computed on this machine.
+
+Loading: dtype, device and 4-bit arguments, as `qwenvl.load_model` takes them. Computing: the attention implementation
+and the layers' kernels, with `auto` settled, and refused before weights are read where this machine cannot run them.
+"""
 
 import os
 from dataclasses import dataclass
@@ -13,12 +17,43 @@ from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.model.kernels import liger_runs, require_liger
 from qwenvl.model.varlen_attention import VARLEN
 
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def choose_dtype(setting: str) -> str:
+    """Settle `model.dtype`: "auto" is bfloat16 on a GPU that supports it, float16 on any other GPU, and stays "auto"
+    (the checkpoint's own dtype) on the CPU.
+    """
+    if setting != "auto" or not torch.cuda.is_available():
+        return setting
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def quantization_arguments(model: Model) -> dict[str, Any]:
+    """The recipe's 4-bit settings as arguments of `load_model`."""
+    return {} if model.quantization == "none" else {"quantization": model.quantization, "quantize": model.quantize}
+
+
+def own_device() -> dict[str, int | str]:
+    """A `device_map` that puts all of the model on this process's GPU, or on the CPU where there is none."""
+    return {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
+
+
+def is_random(model: QwenVLForConditionalGeneration) -> bool:
+    """Whether a checkpoint's config says that its weights were never trained (`random_weights`)."""
+    return bool(getattr(model.config, "random_weights", False))
+
+
+# --- computing -------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Computing:
-    """Attributes:
-    attention: a name that Transformers knows, varlen included; see `qwenvl.model.varlen_attention`.
-    kernels: see `qwenvl.model.kernels.use_kernels`.
+class ComputeBackends:
+    """What attention and layers are computed with.
+
+    Attributes:
+        attention: an implementation registered with Transformers; "varlen" is `qwenvl.model.varlen_attention`.
+        kernels: "torch" or "liger"; see `qwenvl.model.kernels.use_kernels`.
     """
 
     attention: str
@@ -29,18 +64,29 @@ class Computing:
         return f"{names.get(self.attention, f'{self.attention} attention')}, {self.kernels} kernels"
 
 
+def choose_backends(model: Model) -> ComputeBackends:
+    """Settle `model.attention` and `model.kernels` for this machine.
+
+    Raises:
+        UserError: the recipe names a backend that cannot run here.
+    """
+    return ComputeBackends(choose_attention(model), choose_kernels(model))
+
+
 def settled_attention(model: Model) -> str:
-    """auto is varlen everywhere: on a GPU in one kernel, on the CPU one sequence after the other, where it takes 20 to
-    60 % off a step of a small model. What is not a pack goes through sdpa with it.
+    """`model.attention`, where "auto" is varlen on every device.
+
+    On a GPU varlen is one kernel. On the CPU it computes one sequence after the other, which makes a step of a small
+    model 20 to 60 % faster. Batches that are not packed are computed by sdpa all the same.
     """
     return VARLEN if model.attention == "auto" else model.attention
 
 
 def choose_attention(model: Model) -> str:
-    """As `settled_attention`, for this machine.
+    """As `settled_attention`, checked against this machine.
 
     Raises:
-        UserError: flash_attention_2 where it cannot be.
+        UserError: flash_attention_2 where it cannot run.
     """
     if model.attention == "flash_attention_2" and not (torch.cuda.is_available() and is_flash_attn_2_available()):
         raise UserError(
@@ -51,7 +97,7 @@ def choose_attention(model: Model) -> str:
 
 
 def choose_kernels(model: Model) -> str:
-    """auto is liger where it is installed and runs, else torch.
+    """`model.kernels`, where "auto" is liger if it is installed and runs here, else torch.
 
     Raises:
         UserError: liger where it cannot run.
@@ -64,32 +110,3 @@ def choose_kernels(model: Model) -> str:
     if model.kernels == "auto":
         return "liger" if liger_runs() else "torch"
     return model.kernels
-
-
-def choose_computing(model: Model) -> Computing:
-    """Raises:
-    UserError: the recipe names what cannot run here.
-    """
-    return Computing(choose_attention(model), choose_kernels(model))
-
-
-def choose_dtype(setting: str) -> str:
-    """ "auto" is bfloat16 on a GPU that has it, float16 on one that has not, and as stored on the CPU."""
-    if setting != "auto" or not torch.cuda.is_available():
-        return setting
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-
-
-def quantization_arguments(model: Model) -> dict[str, Any]:
-    """What a recipe says of 4 bits, for `load_model`."""
-    return {} if model.quantization == "none" else {"quantization": model.quantization, "quantize": model.quantize}
-
-
-def own_device() -> dict[str, int | str]:
-    """A device_map for all of the model: 4-bit weights are made on the GPU of each process, and stay there."""
-    return {"": int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"}
-
-
-def is_random(model: QwenVLForConditionalGeneration) -> bool:
-    """Whether a checkpoint says of itself that its weights were never trained (`random_weights` in its config)."""
-    return bool(getattr(model.config, "random_weights", False))

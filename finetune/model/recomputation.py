@@ -1,14 +1,14 @@
-"""How much of a forward is computed anew on the way back instead of kept: `train.checkpointing`.
+"""Activation recomputation (gradient checkpointing) of the model's layers: `train.checkpointing`.
 
-| | kept of each layer | done anew |
+| | kept of each layer | computed again in the backward pass |
 |---|---|---|
-| none | everything that the way back reads | nothing |
-| selective | its input, what attention gives | all but attention |
+| none | all activations that backward needs | nothing |
+| selective | its input and the attention's output | all but attention |
 | full | its input | all |
-| offload | nothing: its input goes to host memory and comes back | all |
+| offload | nothing on the device: its input is moved to host memory and back | all |
 
-It is put on the layers here, not by the trainer: with an adapter around the model, what TRL does for `selective`
-reaches the layers in some versions of Transformers only, and its offloading of activations needs a GPU.
+The layers are set up here and not by the trainer: with an adapter around the model, TRL's `selective` reaches the
+layers in some versions of Transformers only, and its offloading of activations needs a GPU.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl.model.vision import VisionTransformer
 
-Checkpointing = Literal["none", "selective", "full", "offload"]
+Recomputation = Literal["none", "selective", "full", "offload"]
 
-LEAST_FIRST: tuple[Checkpointing, ...] = ("none", "selective", "full", "offload")
-"""By what is computed or moved again."""
+LEAST_FIRST: tuple[Recomputation, ...] = ("none", "selective", "full", "offload")
+"""By how much is recomputed or moved."""
 
 ATTENTION_KERNELS = (
     "aten::_scaled_dot_product_flash_attention",
@@ -38,16 +38,17 @@ ATTENTION_KERNELS = (
 )
 
 
-def checkpoint_blocks(
-    model: nn.Module, kind: Checkpointing, to_host: Callable[[], AbstractContextManager] | None = None
+def set_recomputation(
+    model: nn.Module, kind: Recomputation, to_host: Callable[[], AbstractContextManager[Any]] | None = None
 ) -> None:
-    """Make the layers of a model in training forget what they can compute anew.
+    """Choose which activations the layers of a model in training keep; gradients are the same for every kind.
 
-    Gradients are the same. The layers of a frozen vision transformer keep nothing in any case, and are left alone.
+    The layers of a frozen vision transformer keep no activations in any case and are left alone.
 
     Args:
         model: with or without adapter.
-        to_host: a context that moves what is kept inside it to host memory and back; None is PyTorch's.
+        to_host: for "offload", a context inside which saved tensors are moved to host memory; None is PyTorch's
+            `save_on_cpu`.
     """
     frozen = {
         id(layer)
@@ -55,36 +56,47 @@ def checkpoint_blocks(
         if isinstance(tower, VisionTransformer) and not _trains_layers(tower)
         for layer in tower.modules()
     }
-    compute_anew = None
-    if kind != "none":
-        # Without reentrance: gradients reach the trained weights of a layer whose input needs none.
-        compute_anew = partial(checkpoint, use_reentrant=False)
-    if kind == "selective":
-        compute_anew = partial(compute_anew, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention))
-    if kind == "offload":
-        compute_anew = partial(_offloaded, compute_anew, to_host or _to_pinned_memory)
+    recompute = None if kind == "none" else _recompute(kind, to_host or _to_pinned_memory)
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = compute_anew is not None and id(layer) not in frozen
+            layer.gradient_checkpointing = recompute is not None and id(layer) not in frozen
             if layer.gradient_checkpointing:
-                layer._gradient_checkpointing_func = compute_anew
+                layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]  # torch: Tensor | Module
+
+
+def _recompute(kind: Recomputation, to_host: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    """What calls a layer's forward so that its activations are recomputed."""
+    # Not the reentrant variant, which gives a layer no gradients if its input needs none.
+    recompute = partial(checkpoint, use_reentrant=False)
+    if kind == "selective":
+        return partial(recompute, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention))
+    if kind == "offload":
+        return partial(_offloaded, recompute, to_host)
+    return recompute
 
 
 def _trains_layers(tower: VisionTransformer) -> bool:
-    behind = ("attn_pool.", "ln_post.", "proj")
-    return any(parameter.requires_grad for name, parameter in tower.named_parameters() if not name.startswith(behind))
+    after_layers = ("attn_pool.", "ln_post.", "proj")
+    return any(
+        parameter.requires_grad for name, parameter in tower.named_parameters() if not name.startswith(after_layers)
+    )
 
 
-def _keep_attention(context, operation, *args, **kwargs) -> CheckpointPolicy:
-    name = getattr(operation, "_schema", None)
-    kept = name is not None and (name.name in ATTENTION_KERNELS or "flash_attn" in name.name)
+def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    schema = getattr(operation, "_schema", None)
+    kept = schema is not None and (schema.name in ATTENTION_KERNELS or "flash_attn" in schema.name)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _offloaded(compute_anew: Callable, to_host: Callable[[], AbstractContextManager], forward: Callable, *args) -> Any:
+def _offloaded(
+    recompute: Callable[..., Any],
+    to_host: Callable[[], AbstractContextManager[Any]],
+    forward: Callable[..., Any],
+    *args: Any,
+) -> Any:
     with to_host():
-        return compute_anew(forward, *args)
+        return recompute(forward, *args)
 
 
-def _to_pinned_memory() -> AbstractContextManager:
+def _to_pinned_memory() -> AbstractContextManager[Any]:
     return save_on_cpu(pin_memory=torch.cuda.is_available())

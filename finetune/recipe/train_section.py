@@ -182,7 +182,7 @@ class OwnTrainKeys(Section):
         wanted = (self.model_fields_set | set(DECIDING)) - set(OwnTrainKeys.model_fields)
         values = self.model_dump(mode="json")
         if self.checkpointing is not None:
-            # The layers are set by `checkpointing.checkpoint_blocks`.
+            # The layers are set by `model.recomputation.set_recomputation`.
             wanted, values = wanted | {"gradient_checkpointing"}, values | {"gradient_checkpointing": False}
         return {name: values[name] for name in FIELDS if name in wanted and values[name] != "auto"}
 

@@ -175,7 +175,7 @@ class Progress(TrainerCallback):
     # --- the terminal ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Keep the live line as it is, put the cursor below it and restore the standard streams. May be called twice."""
+        """Keep the live line, put the cursor below it and restore the standard streams. May be called twice."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from finetune.model.base import find_base
-from finetune.model.computing import choose_computing
+from finetune.model.computing import choose_backends
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.terminal import Say, say, say_nothing
@@ -55,7 +55,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         began, phases = time.monotonic(), Phases("read")
 
         base = find_base(recipe.model)
-        computing = choose_computing(recipe.model)
+        computing = choose_backends(recipe.model)
         say("model", f"{recipe.model.path}: {computing}")
         data = read_data(recipe, base.processor, say, show_progress=is_main)
 

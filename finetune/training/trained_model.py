@@ -8,12 +8,13 @@ from transformers import set_seed
 
 from finetune.data.checking import Checked
 from finetune.memory.switches import Switches
-from finetune.model.base import Base, make_trainable, refuse_untaught
+from finetune.model.adapters import TrainableModel
+from finetune.model.base import Base, make_trainable, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters, table_of_parameters
-from finetune.model.computing import Computing, choose_dtype, is_random, own_device, quantization_arguments
+from finetune.model.computing import ComputeBackends, choose_dtype, is_random, own_device, quantization_arguments
 from finetune.recipe import Recipe
 from finetune.terminal import Say
-from qwenvl import QwenVLForConditionalGeneration, load_model
+from qwenvl import load_model
 from qwenvl.model.kernels import use_kernels
 
 RANDOM_WEIGHTS = "The checkpoint's weights are random: it can show that training works, not that it reads."
@@ -29,7 +30,7 @@ class TrainedModel:
         notes: what a reader of the run has to know about the checkpoint.
     """
 
-    model: QwenVLForConditionalGeneration | PeftModel
+    model: TrainableModel
     parameters: Mapping[str, Count]
     notes: tuple[str, ...]
 
@@ -39,7 +40,7 @@ class TrainedModel:
 
 
 def load_trained_model(
-    recipe: Recipe, base: Base, computing: Computing, switches: Switches, checked: Checked, say: Say
+    recipe: Recipe, base: Base, computing: ComputeBackends, switches: Switches, checked: Checked, say: Say
 ) -> TrainedModel:
     """Load a recipe's checkpoint and prepare it for training.
 
@@ -63,7 +64,7 @@ def load_trained_model(
     notes = (RANDOM_WEIGHTS,) if is_random(loaded) else ()
     model = make_trainable(loaded, recipe)
     switches.prepare(model, recipe.train)
-    refuse_untaught(model, checked)
+    refuse_text_only_samples(model, checked)
     parameters = count_parameters(model)
     for number, line in enumerate(table_of_parameters(parameters)):
         say("trained" if number == 0 else "", line)

@@ -29,7 +29,7 @@ from finetune.data.worker_processes import ended_by_the_trainer_alone
 from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskEvaluation, TaskScore
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
-from finetune.model.adapters import parameter_groups
+from finetune.model.adapters import TrainableModel, parameter_groups
 from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
@@ -38,8 +38,6 @@ from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.text.chat import IGNORED
-
-TrainableModel = QwenVLForConditionalGeneration | PeftModel
 
 
 class NonFiniteLoss(Failed):

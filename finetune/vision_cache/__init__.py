@@ -1,1 +1,1 @@
-"""`data.vision_cache`: images encoded once, and what they were encoded to looked up from then on."""
+"""`data.vision_cache`: images are encoded once, before training, and their features looked up from then on."""

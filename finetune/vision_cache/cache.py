@@ -1,9 +1,9 @@
-"""The features of a run's images, encoded once before training and looked up from then on.
+"""Look up the features of a run's images, which were encoded once before training.
 
-Features are kept by what was encoded: the pixels after decoding and resizing (`content_key`), in a folder of their
-tower (`tower_fingerprint`). So that an image need not be decoded to be found, the store also knows it by its handle
-(`ImageHandles`): where it lies and when it was changed, or its encoded bytes, and what turns these into pixels. A
-handle that is not known costs one decoding, and the features are found by the pixels all the same.
+Features are stored by what was encoded: the pixels after decoding and resizing (`content_key`), in a folder for each
+vision tower (`tower_fingerprint`). An image is found without decoding it by its handle (`ImageHandles`): its path and
+time of change, or its encoded bytes, together with the preprocessing that makes pixels of it. An image with an unknown
+handle is decoded, and found by its pixels.
 """
 
 import logging
@@ -21,25 +21,26 @@ from huggingface_hub import constants
 
 from finetune.batches.image_request import ImageRequest, image_key, read_pixels
 from finetune.errors import UserError
+from finetune.terminal import terminal_line
 from finetune.vision_cache.store import KEY_BYTES, Damaged, FeatureStore
 from qwenvl import ImageAccess, QwenVLImageProcessor
 
 logger = logging.getLogger(__name__)
 
 COARSEST_TIME = 2.0
-"""Seconds between two times that a file system can tell apart: FAT's."""
+"""Seconds: the coarsest resolution of a file's time of change on a usual file system (FAT)."""
 
 
 def cache_folder() -> Path:
-    """Where the features of all towers are kept: in the Hugging Face home (`HF_HOME`), the place that already holds
-    what is large and can be had again, on the disk that has room for it."""
+    """Where the features of all towers are stored: in the Hugging Face home (`HF_HOME`), which is on the disk that has
+    room for large files that can be made again."""
     return Path(constants.HF_HOME) / "qwenvl-vision-cache"
 
 
 def content_key(pixels: torch.Tensor) -> bytes:
-    """Of an image as the tower gets it, (3, S, S) uint8."""
+    """The key of an image's pixels, (3, S, S) uint8, as the tower takes them."""
     digest = blake2b(str(tuple(pixels.shape)).encode(), digest_size=KEY_BYTES)
-    digest.update(memoryview(pixels.contiguous().numpy()).cast("B"))
+    digest.update(pixels.contiguous().numpy().data.cast("B"))
     return digest.digest()
 
 
@@ -47,12 +48,12 @@ def content_key(pixels: torch.Tensor) -> bytes:
 class ImageHandles:
     """Tells images apart without decoding them.
 
-    A file is known by its path, size, and the times of its last change (of content and of anything, to the
-    nanosecond); an image in a row by its encoded bytes; a URL by itself, and in one run only.
+    A file is known by its path, size, mtime and ctime (to the nanosecond); an image in a row by its encoded bytes; a
+    URL by itself, in one run only.
 
     Attributes:
-        preprocessing: what makes pixels of an image, see `preprocessing_of`.
-        run: differs between runs, and is the same in all processes of one.
+        preprocessing: what decides an image's pixels besides its bytes; see `preprocessing_of`.
+        run: a random name of the run, the same in all its processes.
     """
 
     preprocessing: str
@@ -66,9 +67,11 @@ class ImageHandles:
         return blake2b("\n".join(known_by).encode(errors="surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
-def settle(source: Any, access: ImageAccess):
-    """Wait until a file was last changed so long ago that a change from now on gives it another time. As some file
-    systems count times in seconds, one that was changed twice within one would else look the same."""
+def settle(source: Any, access: ImageAccess) -> None:
+    """Wait until a file's last change is old enough for a later change to give it another time.
+
+    Some file systems count times in whole seconds: two changes within one would look like one.
+    """
     place = place_of(source)
     if place is None or _is_url(place) or (info := _look_at(place, access)) is None:
         return
@@ -78,7 +81,7 @@ def settle(source: Any, access: ImageAccess):
 
 
 def place_of(source: Any) -> str | None:
-    """Path or URL of an image; None of one that is at hand itself."""
+    """Path or URL of an image; None for image data."""
     if isinstance(source, Mapping):
         source = source["path"] if source.get("bytes") is None else None
     if not isinstance(source, str | os.PathLike) or os.fspath(source)[:5].lower() == "data:":
@@ -93,7 +96,7 @@ def _is_url(place: str) -> bool:
 def _look_at(path: str, access: ImageAccess) -> os.stat_result | None:
     try:
         return Path(access.root or "", path).stat()
-    except (OSError, ValueError):  # who opens it will say what is wrong
+    except (OSError, ValueError):  # reported when it is opened
         return None
 
 
@@ -110,13 +113,13 @@ def preprocessing_of(image_processor: QwenVLImageProcessor) -> str:
 
 @dataclass(frozen=True)
 class VisionCache:
-    """Looks up what was encoded. Pickles to loader workers.
+    """Looks up features. Pickles to loader workers.
 
     Attributes:
         store: the features.
         handles: how images are told apart.
-        image_processor: of the model; decodes what is not found.
-        complete: all images of the run are there, and the tower may be gone.
+        image_processor: of the model; decodes images that are not found.
+        complete: all images of the run are in the store, and the tower may have been removed.
     """
 
     store: FeatureStore
@@ -125,11 +128,10 @@ class VisionCache:
     complete: bool
 
     def get(self, request: ImageRequest) -> torch.Tensor:
-        """The features of an image, or what they can be computed from.
+        """The features of an image, or its pixels if it was left out for the cache's bound.
 
         Returns:
-            (n_queries, hidden) features; or, of an image that was not encoded because a bound was reached, its
-            (3, S, S) uint8 pixels.
+            (n_queries, hidden) features, or (3, S, S) uint8 pixels.
 
         Raises:
             UserError: the image or its features are not what they were when the run began.
@@ -138,7 +140,7 @@ class VisionCache:
         content = self.store.handles.get(self.handles.of(request.source, request.access))
         pixels = None
         if content not in self.store.places:
-            # Touched since, or left out for the bound.
+            # The file was touched, or the image was left out for the bound.
             pixels = read_pixels(request, self.image_processor)
             content = content_key(pixels)
         damage = "it is not what it was when its features were computed"
@@ -150,8 +152,8 @@ class VisionCache:
         if self.complete:
             raise UserError(
                 f"{request.name}: {damage}. Start the run again: it goes on from its last checkpoint, and this image "
-                "is encoded anew"
+                "is encoded again"
             )
         if damage.startswith("its"):
-            logger.warning("%s: %s: encoded anew", request.name, damage)
+            logger.warning("%s: %s: encoded again", terminal_line(request.name), terminal_line(damage))
         return read_pixels(request, self.image_processor) if pixels is None else pixels

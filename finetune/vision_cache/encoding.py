@@ -1,7 +1,7 @@
-"""Encoding a run's images before it trains: each distinct one once, and none that is in the cache already.
+"""Encode a run's images before it trains: each distinct image once, and none that is in the cache already.
 
-Loader workers decode, the device encodes, a thread writes. Each process of the run encodes a share of its images, and
-finds those of the others in the cache. What was encoded stays when the run is killed.
+Loader workers decode, the device encodes, a thread writes. Each process of the run encodes a share of the images and
+reads the other shares from the cache. Features that were encoded stay in the cache when the run is killed.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from finetune.model.computing import own_device
 from finetune.quantities import format_bytes, format_count, format_duration
 from finetune.recipe import Data
 from finetune.replies.image_features import READERS
-from finetune.terminal import Say
+from finetune.terminal import Say, say
 from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, content_key, preprocessing_of, settle
 from finetune.vision_cache.run_images import Entry, RunImages, find_images
 from finetune.vision_cache.store import FEATURES, Damaged, FeatureStore, Record
@@ -51,28 +51,28 @@ def encode_images(
     images: RunImages,
     image_processor: QwenVLImageProcessor,
     data: Data,
-    say: Say,
+    say: Say = say,
 ) -> VisionCache:
-    """Encode what is not in the cache yet, on all processes of the run together.
+    """Encode the images that are not in the cache yet, in all processes of the run together.
 
     Args:
-        model: without an adapter around it, its vision side frozen. That side is moved to this process's device.
-        images: of the run; the same on all processes.
+        model: without an adapter around it, its vision side frozen. The vision side is moved to this process's device.
+        images: of the run; the same in all processes.
         data: of the recipe, with `vision_cache` memory or disk.
-        say: prints a line; only the main process of a distributed run speaks.
+        say: prints a labelled line; `say_nothing` in all processes but the main one.
 
     Returns:
-        The cache, with what was there before; `complete` unless the bound left images out.
+        The cache, with images that were there before; `complete` unless the bound left images out.
 
     Raises:
-        UserError: images that cannot be read, all of them told; or no room on the disk or in memory.
-        OSError: the disk fails. What was encoded until then stays.
-        WorkerDied: a process of several ended by itself.
+        UserError: images that cannot be read (all are listed), no room on the disk or in memory, or a disk that fails
+            (`PathError`). Features that were written until then stay.
+        WorkerDied: a worker process ended unexpectedly.
     """
     if data.vision_cache == "memory" and not hasattr(os, "memfd_create"):
         raise UserError(f"data.vision_cache: memory needs Linux, and this is {sys.platform}: set it to disk")
     device = torch.device(own_device()[""])
-    model.transformer.visual.to(device).eval()  # its mode changes nothing in it: it has no dropout
+    model.transformer.visual.to(device).eval()  # the mode makes no difference: it has no dropout
     (run, *_) = _gather([secrets.token_hex(8)])
     handles = ImageHandles(preprocessing_of(image_processor), run)
     record = Record((model.config.n_queries, model.config.hidden_size), model.transformer.visual.proj.dtype)
@@ -83,6 +83,13 @@ def encode_images(
 
 @dataclass
 class _Encoding:
+    """One process's part of the phase.
+
+    Attributes:
+        encoded: images that were encoded here.
+        found: images whose pixels were in the cache under another handle.
+    """
+
     model: QwenVLForConditionalGeneration
     images: RunImages
     image_processor: QwenVLImageProcessor
@@ -97,7 +104,7 @@ class _Encoding:
     def run(self) -> VisionCache:
         started, state = time.monotonic(), PartialState()
         local = _local_share(state)
-        # Memory is shared by the processes of one machine only: each machine encodes all images.
+        # Only processes of one machine share memory: with a store in memory each machine encodes all images.
         index, count = local if self.store.folder is None else (state.process_index, state.num_processes)
         wanted = self._find(state)
         self.store.refresh()
@@ -109,17 +116,17 @@ class _Encoding:
         self._encode(missing, allowed * len(missing) // max(all_missing, 1))
         self._share()
         if self.store.folder is not None and allowed == all_missing:
-            # Machines whose folders are not one: what the others encoded is not here.
+            # Machines without a shared file system: images that the others encoded are not in this one's folder.
             absent = [one for one in wanted if not self.store.has(one[0])][local[0] :: local[1]]
             self._encode(absent, len(absent))
             self._share()
         self.store.keep_only(handle for handle, _ in wanted)
-        absent = sum(1 for handle, _ in wanted if not self.store.has(handle))
-        self._say_result(time.monotonic() - started, max(_gather([absent])))
-        return VisionCache(self.store, self.handles, self.image_processor, not any(_gather([absent])))
+        left_out = max(_gather([sum(1 for handle, _ in wanted if not self.store.has(handle))]))
+        self._say_result(time.monotonic() - started, left_out)
+        return VisionCache(self.store, self.handles, self.image_processor, complete=left_out == 0)
 
     def _find(self, state: PartialState) -> list[Wanted]:
-        """All distinct images, in the same order on every process; each looks at a share of the data."""
+        """All distinct images, in the same order in every process; each process looks at a share of the data."""
         found = find_images(
             self.images,
             self.handles,
@@ -132,7 +139,11 @@ class _Encoding:
         return list(wanted.items())
 
     def _forget_damaged(self, handles: Sequence[bytes]) -> list[str]:
-        """Read all features that are there already; those that are damaged will be encoded anew."""
+        """Read the features that are in the cache already and drop damaged ones, which are then encoded again.
+
+        Returns:
+            What is wrong with each damaged record, of all processes.
+        """
         known = list(dict.fromkeys(self.store.handles[handle] for handle in handles if self.store.has(handle)))
         problems = []
         with (
@@ -154,10 +165,10 @@ class _Encoding:
         return None
 
     def _room(self, missing: int) -> int:
-        """How many of the run's missing images may go into the cache; the same on all processes.
+        """How many of the run's missing images the bound allows into the cache; the same in all processes.
 
         Raises:
-            UserError: there is not the room for that.
+            UserError: there is no room for them.
         """
         size, used, bound = self.store.record.nbytes, 0, self.data.vision_cache_gb
         if self.store.folder is None:
@@ -169,7 +180,7 @@ class _Encoding:
             free, where = shutil.disk_usage(existing).free, f"at {place}"
             used = sum(file.stat().st_size for file in place.glob(f"*/*{FEATURES}"))
             bound = math.inf if bound is None else bound * 1e9
-        # Looked at by each process at another moment.
+        # Each process measures at another moment.
         free = min(_gather([free]))
         allowed = min(_gather([missing if bound == math.inf else min(missing, max(0, int((bound - used) // size)))]))
         if allowed * size > free:
@@ -181,19 +192,19 @@ class _Encoding:
             )
         return allowed
 
-    def _say_plan(self, images: int, missing: int, allowed: int, damaged: Sequence[str]):
+    def _say_plan(self, images: int, missing: int, allowed: int, damaged: Sequence[str]) -> None:
         size = format_bytes(missing * self.store.record.nbytes)
         where = "memory" if self.store.folder is None else self.store.folder
         plan = f"{missing:,} of {images:,} images to encode into {where} ({size})"
-        self.say("vision", f"{plan if missing else f'the features of {images:,} images are in {where}'}")
+        self.say("vision", plan if missing else f"the features of {images:,} images are in {where}")
         if damaged:
-            self.say("", f"{len(damaged):,} are damaged there and encoded anew, such as {damaged[0]}")
+            self.say("", f"{len(damaged):,} are damaged there and encoded again, such as {damaged[0]}")
         if allowed < missing:
             bound = self.data.vision_cache_gb
             limit = "half of the free memory" if bound is None else f"data.vision_cache_gb: {bound:g}"
             self.say("", f"{allowed:,} of them fit into {limit}")
 
-    def _say_result(self, seconds: float, left_out: int):
+    def _say_result(self, seconds: float, left_out: int) -> None:
         encoded, found = (sum(_gather([count])) for count in (self.encoded, self.found))
         if encoded:
             rate = f"{format_count(encoded / max(seconds, 1e-9))} images/s"
@@ -201,15 +212,13 @@ class _Encoding:
         if found:
             self.say("", f"{found:,} were there under another name or an earlier date")
         if left_out:
-            self.say(
-                f"{'':<11} {left_out:,} are left out for the bound: they are encoded at each step, as without a cache"
-            )
+            self.say("", f"{left_out:,} are left out for the bound: they are encoded at each step, as without a cache")
 
-    def _encode(self, wanted: Sequence[Wanted], room: int):
-        """Encode images into the store, until `room` of them are new there.
+    def _encode(self, wanted: Sequence[Wanted], room: int) -> None:
+        """Encode images into the store, until `room` new ones are in it.
 
         Raises:
-            UserError: on all processes, those that cannot be read on any of them.
+            UserError: images that cannot be read; in all processes, with the images of all.
         """
         problems: list[str] = []
         if wanted and room:
@@ -222,7 +231,8 @@ class _Encoding:
                 seen: set[bytes] = set()
                 for group in self._loader(left):
                     problems += group.problems
-                    new, known = [], []
+                    new: list[int] = []
+                    known: list[int] = []
                     for number, (_, content) in enumerate(group.entries):
                         (known if content in self.store.places or content in seen else new).append(number)
                         seen.add(content)
@@ -230,7 +240,7 @@ class _Encoding:
                     left.room -= len(new)
                     self.encoded, self.found = self.encoded + len(new), self.found + len(known)
                     features = self._features(group.pixels[new]) if new else None
-                    # One at a time, and one ahead: what is encoded waits on the device.
+                    # Writes are one group behind: more would keep more features on the device.
                     for one in written:
                         one.result()
                     entries = ([group.entries[number] for number in numbers] for numbers in (new, known))
@@ -238,7 +248,7 @@ class _Encoding:
                     done(len(group.entries) + len(group.problems))
                 for one in written:
                     one.result()
-        # Only when every process knows, so that none waits for another that has given up.
+        # Raised in all processes together: none is left waiting in a collective operation.
         if problems := _gather(problems):
             more = len(problems) - SHOWN_PROBLEMS
             lines = [*problems[:SHOWN_PROBLEMS], *([f"... and {more:,} more"] if more > 0 else [])]
@@ -252,7 +262,7 @@ class _Encoding:
             collate_fn=_together,
             worker_init_fn=ended_by_the_trainer_alone,
             pin_memory=self.device.type == "cuda",
-            # A generator of its own: the training's numbers are drawn as if this had not been.
+            # A separate generator leaves the random numbers of the training as they are without a cache.
             generator=torch.Generator(),
         )
 
@@ -260,19 +270,21 @@ class _Encoding:
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """(images, 3, S, S) uint8 -> (images, n_queries, hidden).
 
-        Always of `ENCODED_TOGETHER` images, filled up with one of them: how a product is summed up follows from its
-        shape, and so an image's features do not depend on how many others it came with.
+        Batches are padded to `ENCODED_TOGETHER` images with the first one: kernels sum in an order that depends on the
+        shape, and so features do not depend on how many images are encoded with them.
         """
         filled = torch.cat([pixels, pixels[:1].expand(ENCODED_TOGETHER - len(pixels), -1, -1, -1)])
         return self.model.get_image_features(filled.to(self.device, non_blocking=True))[: len(pixels)]
 
-    def _write(self, features: torch.Tensor | None, new: list[tuple[bytes, bytes]], known: list[tuple[bytes, bytes]]):
+    def _write(
+        self, features: torch.Tensor | None, new: list[tuple[bytes, bytes]], known: list[tuple[bytes, bytes]]
+    ) -> None:
         if features is not None:
             self.store.add(new, features)
         self.store.name(known)
 
-    def _share(self):
-        """Learn of what the other processes have encoded."""
+    def _share(self) -> None:
+        """Read what the other processes have encoded."""
         if self.store.folder is not None:
             PartialState().wait_for_everyone()
             self.store.refresh()
@@ -284,7 +296,7 @@ class _Encoding:
 
 
 class _Read(NamedTuple):
-    """A decoded image, (3, S, S) uint8; or in its place why there is none."""
+    """A decoded image, (3, S, S) uint8, or the problem with it."""
 
     handle: bytes
     pixels: torch.Tensor | None
@@ -292,16 +304,16 @@ class _Read(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Decoded images: (handle, content) of each, and (images, 3, S, S) uint8; and what is wrong with others."""
+    """Decoded images: (handle, content) of each and their pixels, (images, 3, S, S) uint8; the problems of others."""
 
     entries: list[tuple[bytes, bytes]]
-    pixels: torch.Tensor | None
+    pixels: torch.Tensor
     problems: list[str]
 
 
 @dataclass
-class _Pixels(Dataset):
-    """Decodes wanted images; in loader workers."""
+class _Pixels(Dataset[_Read]):
+    """Decodes wanted images, in loader workers."""
 
     images: RunImages
     handles: ImageHandles
@@ -321,21 +333,23 @@ class _Pixels(Dataset):
 
 
 def _together(read: Sequence[_Read]) -> _Group:
-    good = [one for one in read if one.pixels is not None]
+    good = [(one.handle, one.pixels) for one in read if one.pixels is not None]
     return _Group(
-        [(one.handle, content_key(one.pixels)) for one in good],
-        torch.stack([one.pixels for one in good]) if good else None,
+        [(handle, content_key(pixels)) for handle, pixels in good],
+        torch.stack([pixels for _, pixels in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
         [one.problem for one in read if one.problem is not None],
     )
 
 
 @dataclass
 class _Left:
-    """Wanted images in groups as long as there is room, without those that another run has encoded meanwhile.
+    """Groups of images that are still to be encoded, as a batch sampler; without those that another run encodes.
 
-    Runs of the same data begin at different places, so that they share the work until they meet.
+    Runs of the same data begin at random places, so that they share the work.
 
-    Attributes: `room` for so many new ones, which who encodes them counts; `done` is told of those that are there.
+    Attributes:
+        room: how many more images may be encoded; the user of the groups counts it down. No group follows at 0.
+        done: called with the number of images that need no encoding.
     """
 
     wanted: Sequence[Wanted]
@@ -359,7 +373,7 @@ class _Left:
 
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shown by the main process, of its share."""
+    """A progress bar, in the main process, over its share."""
     if not PartialState().is_main_process:
         yield lambda images: None
         return
@@ -368,7 +382,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _local_share(state: PartialState) -> tuple[int, int]:
-    """Which of this machine's processes this one is, and of how many; each by itself where the launcher is silent."""
+    """(index, count) of this process among those of its machine; (0, 1) if the launcher does not tell."""
     count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return (state.local_process_index if count > 1 else 0), count
 

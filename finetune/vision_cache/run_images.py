@@ -1,9 +1,10 @@
-"""The images that a run opens, each distinct one once: of its samples, and of its evaluation's questions."""
+"""The distinct images that a run opens: those of its samples and of its evaluation's questions."""
 
 import contextlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 
@@ -18,13 +19,21 @@ from finetune.recipe import Recipe
 from finetune.vision_cache.cache import ImageHandles
 
 CHUNK = 256
-"""Samples or questions looked at at once."""
+"""Samples or questions that one task of a worker process looks at."""
 
 Entry = tuple[int, int]
 """Which sample or question, and which of its images."""
 
 
-class SampleImages(Sequence[list[ImageRequest]]):
+class ImageLists(Protocol):
+    """A list of images for each sample or question, made when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> list[ImageRequest]: ...
+
+
+class SampleImages:
     """The images of some samples, without those of turns that are left out.
 
     Args:
@@ -52,7 +61,7 @@ class SampleImages(Sequence[list[ImageRequest]]):
         ]
 
 
-class QuestionImages(Sequence[list[ImageRequest]]):
+class QuestionImages:
     """The images of questions."""
 
     def __init__(self, questions: Sequence[Question]):
@@ -66,10 +75,10 @@ class QuestionImages(Sequence[list[ImageRequest]]):
         return [ImageRequest(source, question.access, str(question.origin)) for source in question.images]
 
 
-class RunImages(Sequence[list[ImageRequest]]):
-    """Several of these as one sequence."""
+class RunImages:
+    """Several `ImageLists` as one."""
 
-    def __init__(self, parts: Sequence[Sequence[list[ImageRequest]]]):
+    def __init__(self, parts: Sequence[ImageLists]):
         self._parts = list(parts)
         self._ends = list(accumulate(len(part) for part in parts))
 
@@ -92,16 +101,17 @@ def images_of_run(
     checked: Mapping[str, Checked],
     questions: Sequence[Question] = (),
 ) -> RunImages:
-    """What a run trains and evaluates on, and replies to.
+    """The images that a run trains on, evaluates on and replies to.
 
     Args:
-        samples, checked: for "train" and, where there is evaluation, "eval".
+        samples, checked: for "train" and, if the recipe evaluates, "eval".
         questions: of the evaluation's task.
     """
-    parts: list[Sequence[list[ImageRequest]]] = []
+    parts: list[ImageLists] = []
     for name, part in samples.items():
         indices = checked[name].weighted_indices(recipe.seed)
         if name == "eval":
+            assert recipe.evaluate is not None, "evaluation data comes from this section"
             shown = shown_samples(part, checked[name], recipe.evaluate.predictions)
             indices = indices[: recipe.evaluate.limit] + shown
         parts.append(SampleImages(part, checked[name], rules, indices))
@@ -116,10 +126,10 @@ def find_images(
     show_progress: bool = True,
     processes: int | None = None,
 ) -> dict[bytes, Entry]:
-    """Every distinct image, by its handle: the first entry that has it. None is decoded.
+    """Find every distinct image by its handle, with the first entry that has it. No image is decoded.
 
     Args:
-        share: (n, of so many): looks at the n-th share of the entries only.
+        share: (index, count): look at this one of `count` shares of the entries.
         show_progress, processes: see `checking.look_at`.
 
     Raises:
@@ -142,7 +152,7 @@ def find_images(
 
 
 def find_chunk(task: tuple[RunImages, ImageHandles], chunk: range) -> dict[bytes, Entry]:
-    """As `find_images`, of some entries."""
+    """As `find_images`, for some entries."""
     images, handles = task
     found: dict[bytes, Entry] = {}
     for index in chunk:

@@ -1,30 +1,32 @@
-"""Image features in files: records of one size, which are appended, found by what they are of, and checked as read.
+"""Image features in append-only files of equal records, found by key and verified by checksum when they are read.
 
-    NAME.features    record after record, each the bytes of an image's (n_queries, hidden)
-    NAME.journal     a line of 40 bytes for each record, and for each further name of an image that has one
+    NAME.features    records, each the bytes of an image's (n_queries, hidden)
+    NAME.journal     an entry of 40 bytes for each record, and for each further handle of an image that has one
 
-Both together are a segment. It has one writer, which writes a record first and its line after it, so that nothing is
-ever half there: a process that is killed leaves at most bytes that no line speaks of, and a reader needs no lock. Of
-several processes that write (runs, or the processes of one run) each has a segment of its own, and `refresh` tells it
-what the others have added. Nothing is brought to the disk by force: what a power failure takes shows in a checksum.
+The two files are a segment. A segment has one writer, which appends a record before its journal entry: a process that
+is killed leaves at most bytes without an entry, and readers need no lock. Every process that writes (of one run or of
+several) has its own segment; `refresh` reads what the others have added. Nothing is fsynced: what a power failure
+destroys fails its checksum.
 """
 
+import contextlib
 import os
 import secrets
 import time
 import weakref
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from finetune.files.atomic_writes import make_folder
+from finetune.files.path_errors import path_errors
 from finetune.files.tensor_files import tensor_bytes
 
 KEY_BYTES = 16
@@ -32,15 +34,17 @@ FEATURES, JOURNAL = ".features", ".journal"
 _KEY = f"V{KEY_BYTES}"
 _LINE = np.dtype([("handle", _KEY), ("content", _KEY), ("slot", "<u4"), ("checksum", "<u4")])
 _ELSEWHERE = 2**32 - 1
-"""The slot of a line that only says that a handle's image has this content."""
+"""The slot of an entry that only maps a handle to a content."""
+
+REMEDY = "Free space there or mend its permissions, or set HF_HOME to move the cache"
 
 
 class Damaged(ValueError):
-    """A record whose bytes are not those that were written."""
+    """A record's bytes are not those that were written."""
 
 
 class Place(NamedTuple):
-    """Where a record is: a segment's name, which record of it, and the checksum of its bytes and its content's key."""
+    """Where a record is: its segment's name, its number there, and the checksum of its bytes and content key."""
 
     segment: str
     slot: int
@@ -49,9 +53,12 @@ class Place(NamedTuple):
 
 @dataclass
 class _Segment:
-    """A segment as far as it was read.
+    """A segment, as far as this process has read it.
 
-    Attributes: `file` of its records; bytes of its `journal` that were `read`, None where it has none on disk.
+    Attributes:
+        file: of its records.
+        journal: its journal; None for a segment in memory.
+        read: bytes of the journal that were read.
     """
 
     file: str
@@ -61,7 +68,7 @@ class _Segment:
 
 @dataclass(frozen=True)
 class Record:
-    """What every record is: the features of one image, (n_queries, hidden), in one type."""
+    """The form of every record: the features of one image, (n_queries, hidden), in one dtype."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -73,18 +80,18 @@ class Record:
 
 @dataclass
 class FeatureStore:
-    """Features by the key of what was encoded (`content`), and contents by a name that is cheaper to tell (`handle`).
+    """Maps `content`, the key of what was encoded, to features, and `handle`, a cheaper key, to `content`.
 
-    Keys are `KEY_BYTES` long. Pickles to other processes, which can then read.
+    Keys have `KEY_BYTES` bytes. Pickles to other processes, which can then read.
 
     Args:
-        folder: of the segments; made with the first record. None keeps them in the memory of this machine, for as long
-            as this process lives.
-        record: of every record.
+        folder: of the segments; created with the first record. None keeps segments in this machine's memory, for as
+            long as this process lives.
+        record: the form of every record.
 
     Attributes:
         places: content -> where its features are.
-        handles: handle -> content. The features of a content that is named here may be gone, or damaged.
+        handles: handle -> content, whose features may be missing or damaged.
     """
 
     folder: Path | None
@@ -94,19 +101,24 @@ class FeatureStore:
     _segments: dict[str, _Segment] = field(default_factory=dict)
     _own: "_Writer | None" = field(default=None, repr=False)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_own": None}
 
-    def refresh(self):
-        """Learn of what others have added. Of two records of one content the one in the newer segment counts."""
-        if self.folder is None or not self.folder.is_dir():
+    def refresh(self) -> None:
+        """Read what other processes have added. Of two records of one content, the one in the newer segment counts."""
+        if self.folder is None:
             return
-        for journal in sorted(self.folder.glob(f"*{JOURNAL}")):
+        with path_errors(self.folder, "read the vision cache in", REMEDY):
+            if self.folder.is_dir():
+                self._refresh(self.folder)
+
+    def _refresh(self, folder: Path) -> None:
+        for journal in sorted(folder.glob(f"*{JOURNAL}")):
             name = journal.name.removesuffix(JOURNAL)
             if self._own is not None and name == self._own.name:
                 continue
             if name not in self._segments:
-                self._segments[name] = _Segment(str(self.folder / f"{name}{FEATURES}"), journal)
+                self._segments[name] = _Segment(str(folder / f"{name}{FEATURES}"), journal)
             segment = self._segments[name]
             if journal.stat().st_size - segment.read < _LINE.itemsize:
                 continue
@@ -117,51 +129,56 @@ class FeatureStore:
             segment.read += len(lines)
             self._learn(name, lines)
 
-    def add(self, entries: Sequence[tuple[bytes, bytes]], features: torch.Tensor):
-        """Write features.
+    def add(self, entries: Sequence[tuple[bytes, bytes]], features: torch.Tensor) -> None:
+        """Append features.
 
         Args:
             entries: (handle, content) of each.
             features: (entries, n_queries, hidden), on any device.
 
         Raises:
-            OSError: the disk is full or fails; what was there before is as it was.
+            PathError: the disk is full or fails; earlier records are unchanged.
         """
         assert features.shape[1:] == self.record.shape and features.dtype == self.record.dtype
         data, size = tensor_bytes(features), self.record.nbytes
-        writer = self._writer()
-        lines = np.zeros(len(entries), _LINE)
-        for number, (handle, content) in enumerate(entries):
-            checksum = _checksum(content, data[number * size : (number + 1) * size])
-            lines[number] = (handle, content, writer.records + number, checksum)
-        writer.write_records(data, len(entries))
-        writer.write_lines(lines)
+        with self._writing() as writer:
+            lines = np.zeros(len(entries), _LINE)
+            for number, (handle, content) in enumerate(entries):
+                checksum = _checksum(content, data[number * size : (number + 1) * size])
+                lines[number] = (handle, content, writer.records + number, checksum)
+            writer.write_records(data, len(entries))
+            writer.write_lines(lines)
         self._learn(writer.name, lines.tobytes())
 
-    def name(self, entries: Iterable[tuple[bytes, bytes]]):
-        """Note (handle, content) of images whose features are there under another handle."""
+    def name(self, entries: Iterable[tuple[bytes, bytes]]) -> None:
+        """Add (handle, content) of images whose features are stored under another handle.
+
+        Raises:
+            PathError: the disk is full or fails.
+        """
         new = [(handle, content, _ELSEWHERE, 0) for handle, content in entries]
         if new:
-            writer, lines = self._writer(), np.array(new, _LINE)
-            writer.write_lines(lines)
+            lines = np.array(new, _LINE)
+            with self._writing() as writer:
+                writer.write_lines(lines)
             self._learn(writer.name, lines.tobytes())
 
     def has(self, handle: bytes) -> bool:
-        """Whether the features of a handle's image should be there."""
+        """Whether there is a record for a handle's image; it may be damaged."""
         return self.handles.get(handle) in self.places
 
     def read(self, content: bytes) -> torch.Tensor:
-        """Features, (n_queries, hidden), as they were written.
+        """Read features, (n_queries, hidden), exactly as they were written.
 
         Raises:
-            KeyError: there are none.
-            Damaged: they are not what was written, or their file is cut off or gone.
+            KeyError: there is no record.
+            Damaged: the record is not as it was written, or its file is cut off or missing.
         """
         place, size = self.places[content], self.record.nbytes
         data, file = torch.empty(size, dtype=torch.uint8), self._segments[place.segment].file
-        buffer = memoryview(data.numpy())
+        buffer = data.numpy().data
         try:
-            # Opened anew each time: loader workers that share an open file would move each other's place in it.
+            # Opened for each read: forked loader workers would share the position in an open file.
             with open(file, "rb") as opened:  # noqa: PTH123
                 opened.seek(place.slot * size)
                 found = opened.readinto(buffer)
@@ -171,27 +188,27 @@ class FeatureStore:
             raise Damaged(f"{file}, record {place.slot} is not as it was written")
         return data.view(self.record.dtype).view(self.record.shape)
 
-    def forget(self, content: bytes):
-        """Take no more notice of a record, one that is damaged say; it stays where it is."""
+    def forget(self, content: bytes) -> None:
+        """Drop a record, such as a damaged one, from `places`; its bytes stay in the file."""
         self.places.pop(content, None)
 
-    def keep_only(self, handles: Iterable[bytes]):
-        """Forget all other handles, and contents that none of these has: what is left is small."""
+    def keep_only(self, handles: Iterable[bytes]) -> None:
+        """Drop all other handles, and contents that none of these has, so that the store pickles small."""
         self.handles = {handle: self.handles[handle] for handle in handles if handle in self.handles}
         contents = set(self.handles.values())
         self.places = {content: place for content, place in self.places.items() if content in contents}
 
     def own_segment(self) -> tuple[str, str, bytes] | None:
-        """Of a store in memory: name, file and lines of what this process has added, for another's `adopt`."""
+        """Name, file and journal of this process's segment in memory, for `adopt` in another; None if it has none."""
         return None if self._own is None else (self._own.name, self._own.file, b"".join(self._own.lines))
 
-    def adopt(self, name: str, file: str, lines: bytes):
-        """Take in what another living process of this machine has in memory."""
+    def adopt(self, name: str, file: str, lines: bytes) -> None:
+        """Add a segment in the memory of another process of this machine, which must stay alive."""
         if self._own is None or name != self._own.name:
             self._segments[name] = _Segment(file, None)
             self._learn(name, lines)
 
-    def _learn(self, name: str, lines: bytes):
+    def _learn(self, name: str, lines: bytes) -> None:
         known = Path(self._segments[name].file)
         try:
             records = known.stat().st_size // self.record.nbytes
@@ -201,6 +218,17 @@ class FeatureStore:
             self.handles[handle] = content
             if slot < records:
                 self.places[content] = Place(name, slot, checksum)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator["_Writer"]:
+        """This process's segment, begun if need be."""
+        errors = (
+            contextlib.nullcontext()
+            if self.folder is None
+            else path_errors(self.folder, "write the vision cache to", REMEDY)
+        )
+        with errors:
+            yield self._writer()
 
     def _writer(self) -> "_Writer":
         if self._own is None:
@@ -213,7 +241,9 @@ class FeatureStore:
 class _Writer:
     """The segment that this process writes.
 
-    Attributes: `records` written so far; `lines` of a segment that has no journal on disk.
+    Attributes:
+        records: written so far.
+        lines: the journal of a segment in memory.
     """
 
     def __init__(self, name: str, file: str, features: FileIO, journal: FileIO | None):
@@ -227,7 +257,7 @@ class _Writer:
     @classmethod
     def in_folder(cls, folder: Path) -> "_Writer":
         make_folder(folder)
-        # The newest is the last by name.
+        # Names sort by age.
         name = f"{time.time_ns():020}-{os.getpid()}-{secrets.token_hex(4)}"
         features, journal = (folder / f"{name}{ending}" for ending in (FEATURES, JOURNAL))
         return cls(name, str(features), features.open("xb", buffering=0), journal.open("xb", buffering=0))
@@ -235,15 +265,15 @@ class _Writer:
     @classmethod
     def in_memory(cls) -> "_Writer":
         descriptor = os.memfd_create("vision-features")
-        # Other processes of this machine, this one's children too, find it under this name while this one lives.
+        # Other processes of this machine, children included, can open this path while this process lives.
         file = f"/proc/{os.getpid()}/fd/{descriptor}"
         return cls(f"{os.getpid()}-{secrets.token_hex(4)}", file, FileIO(descriptor, "wb"), None)
 
-    def write_records(self, data: memoryview, count: int):
+    def write_records(self, data: memoryview, count: int) -> None:
         _write(self._features, data, self.records * (len(data) // count))
         self.records += count
 
-    def write_lines(self, lines: np.ndarray):
+    def write_lines(self, lines: np.ndarray) -> None:
         data = lines.tobytes()
         if self._journal is None:
             self.lines.append(data)
@@ -252,13 +282,13 @@ class _Writer:
         self._journal_bytes += len(data)
 
 
-def _write(file: FileIO, data: memoryview, place: int):
-    """All of it, at a place: what a write before left half done is written over."""
+def _write(file: FileIO, data: memoryview, place: int) -> None:
+    """Write all bytes at a position; what an earlier, failed write left there is overwritten."""
     file.seek(place)
     while data:
         data = data[file.write(data) :]
 
 
 def _checksum(content: bytes, data: memoryview) -> int:
-    """Of a record and what it is of: the record of another image is as wrong as a damaged one."""
+    """The checksum of a record and its content key: the record of another image fails it too."""
     return zlib.crc32(data, zlib.crc32(content))

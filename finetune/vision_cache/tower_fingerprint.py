@@ -1,4 +1,4 @@
-"""What decides an image's features besides its pixels, as one short name."""
+"""A fingerprint of all that decides an image's features besides its pixels."""
 
 import hashlib
 import json
@@ -11,15 +11,15 @@ from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.images.image_processor import IMAGE_MEAN, IMAGE_STD
 from qwenvl.model.nf4_weights import is_quantized
 
-HASHERS = 4  # threads; hashing lets go of the interpreter
+HASHERS = 4  # threads; hashlib releases the GIL
 
 
 def tower_fingerprint(model: QwenVLForConditionalGeneration, device: torch.device) -> str:
     """SHA-256, cut to 32 hexadecimal digits, of the vision transformer and resampler as they are loaded.
 
-    Every byte of their weights counts, with its type, or its 4-bit codes and their scales and the type they are
-    computed in; also the shape of the tower, the attention implementation, the kind of device and how pixels are
-    normalised. Two machines with the same of all these can still differ in the last bits, as two runs on them would.
+    It covers all weights with their dtypes (of 4-bit weights the codes, scales and compute dtype), the tower's sizes,
+    the attention implementation, the kind of device and the normalisation of pixels. Features of two machines with
+    equal fingerprints can still differ in the last bits, as two runs on them would.
 
     Args:
         model: without an adapter around it; on any device.

@@ -19,6 +19,7 @@ from finetune.bench.table import NOT_MEASURED, Row
 from finetune.bench.workload import Lengths
 from finetune.cli import main
 from finetune.recipe import load_recipe
+from finetune.terminal import labelled, say_nothing
 from finetune.training.trainer import QwenVLTrainer
 from qwenvl import QwenVLConfig
 
@@ -113,7 +114,7 @@ def test_with_a_vision_cache_the_tower_is_gone(tmp_path):
 
 def test_both_are_lora_and_qlora(tmp_path):
     asked = wanted(tmp_path, both=True, settings=("ours",))
-    rows = bench(asked, tmp_path / "out", say=lambda line: None)
+    rows = bench(asked, tmp_path / "out", say=say_nothing)
     assert [row.weights for row in rows] == ["lora", "qlora"]
     assert rows[1].peak < rows[0].peak
 
@@ -130,7 +131,11 @@ def test_what_does_not_fit_is_a_row_and_the_rest_is_measured(tmp_path, monkeypat
 
     monkeypatch.setattr(Subject, "make_model", fails_first)
     said: list[str] = []
-    rows = bench(wanted(tmp_path, settings=("ours",), lengths=("300", "mix")), tmp_path / "out", said.append)
+    rows = bench(
+        wanted(tmp_path, settings=("ours",), lengths=("300", "mix")),
+        tmp_path / "out",
+        lambda *line: said.append(labelled(*line)),
+    )
     assert rows[0].note.startswith("out of memory (CUDA out of memory") and not rows[0].seconds and rows[0].plan
     assert rows[1].seconds and not rows[1].note
     assert "300: out of memory" in (tmp_path / "out" / "bench.md").read_text()
@@ -175,7 +180,7 @@ def test_wrong_input_is_told_with_exit_code_2(tmp_path, capsys, arguments, told)
 def test_on_the_gpu(tmp_path):
     """LoRA and Q-LoRA on CUDA: peaks are the allocator's."""
     asked = wanted(tmp_path, "model.dtype=bfloat16", both=True, lengths=("300", "mix"), steps=2)
-    rows = bench(asked, tmp_path / "out", say=lambda line: None)
+    rows = bench(asked, tmp_path / "out", say=say_nothing)
     assert len(rows) == 8 and all(len(row.seconds) == 2 and not row.note for row in rows)
     assert all(0 < row.peak <= row.reserved for row in rows)
     assert all(row.useful_share < row.executed_share for row in rows)

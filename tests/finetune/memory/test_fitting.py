@@ -1,6 +1,7 @@
 import pytest
 from plans_for_tests import recipe_of
 
+from finetune.memory import fitting
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.fitting import STEP, largest_budget, remedies, what_does_not_fit
 from finetune.memory.plan import plan_memory
@@ -72,6 +73,14 @@ def test_a_card_on_which_nothing_helps():
     said = what_does_not_fit(recipe, plan, PUBLISHED, 20 * GB + GB // 2, switches=SWITCHES)
     assert "It would fit, by the plan, with" in said
     assert "model.embeddings_on_cpu=true" in said
+
+
+def test_remedies_without_bitsandbytes(monkeypatch):
+    """Those that need it are left out: they could neither be planned nor taken."""
+    monkeypatch.setattr(fitting, "find_spec", lambda name: None)
+    recipe = recipe_of("model.dtype=bfloat16")
+    found = remedies(recipe, PUBLISHED, Workload(512, 100, 1, 1, 512), 20 * GB + GB // 2, switches=SWITCHES)
+    assert found and not any("nf4" in one or "8bit" in one for one in found)
 
 
 def test_remedies_go_with_the_recipe():

@@ -14,7 +14,7 @@ from finetune.memory.switches import Switches
 from finetune.memory.weights import model_of_shapes
 from finetune.memory.workload import Workload
 from finetune.model.base import make_trainable
-from finetune.model.recomputation import checkpoint_blocks
+from finetune.model.recomputation import set_recomputation
 from finetune.model.step_loss import forward_with_loss
 from finetune.recipe import load_recipe
 from qwenvl import QwenVLConfig
@@ -62,7 +62,7 @@ def test_a_step_takes_what_is_planned(own_kernels, checkpointing):
     base = model.get_base_model()
     base.set_attn_implementation("varlen")
     kernels.use_kernels(base, own_kernels)
-    checkpoint_blocks(model, checkpointing)
+    set_recomputation(model, checkpointing)
     batch = batch_of_shapes(config, PACK)
     side = config.visual["image_size"]
     batch["pixel_values"] = torch.randint(0, 256, (PACK.images, 3, side, side), dtype=torch.uint8)

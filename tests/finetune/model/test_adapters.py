@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.errors import UserError
 from finetune.model.adapters import find_targets, parameter_groups, put_lora, train_in_full, trains_embeddings
 from finetune.model.components import component_of, count_parameters, table_of_parameters
 from qwenvl import QwenVLForConditionalGeneration, load_model
@@ -56,7 +57,7 @@ def test_components_trained_in_full(tiny_model, changes, expected):
 
 
 def test_everything_frozen_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="nothing to train"):
+    with pytest.raises(UserError, match="nothing to train"):
         train_in_full(tiny_model, freeze())
 
 
@@ -125,14 +126,14 @@ def test_published_targets_are_kept_as_they_are_written(tiny_model):
 
 @pytest.mark.parametrize("target", ["q_proj", "attn", "attn.in_proj", "ln_1", ""])
 def test_an_unmatched_target_lists_what_there_is(tiny_model, target):
-    with pytest.raises(ValueError, match=r"adapter\.targets.*matches nothing.*attn\.c_attn, .*mlp\.w2"):
+    with pytest.raises(UserError, match=r"adapter\.targets.*matches nothing.*attn\.c_attn, .*mlp\.w2"):
         find_targets(tiny_model, ["c_attn", target], "transformer.h.", "adapter.targets")
 
 
 def test_contradictions_are_refused(tiny_model):
-    with pytest.raises(ValueError, match=r"freeze\.language"):
+    with pytest.raises(UserError, match=r"freeze\.language"):
         put_lora(tiny_model, adapter(), freeze(language=False), embeddings=False)
-    with pytest.raises(ValueError, match="choose one"):
+    with pytest.raises(UserError, match="choose one"):
         put_lora(
             tiny_model,
             adapter(vision_targets=["in_proj"]),
@@ -141,18 +142,23 @@ def test_contradictions_are_refused(tiny_model):
         )
 
 
+def test_an_orthogonal_start_needs_an_even_rank(tiny_model):
+    with pytest.raises(UserError, match=r"adapter\.init: orthogonal needs an even adapter\.r, not 7"):
+        put_lora(tiny_model, adapter(r=7, init="orthogonal"), freeze(), embeddings=False)
+
+
 @pytest.mark.parametrize(("chat_format", "expected"), [("raw", True), ("chatml", False)])
 def test_auto_embeddings_come_from_the_checkpoint(tiny_model, chat_format, expected):
     tiny_model.generation_config.chat_format = chat_format
     tiny_model.config._name_or_path = "a-chat-model-by-its-path"
-    assert trains_embeddings("auto", tiny_model) is expected
-    assert trains_embeddings(not expected, tiny_model) is not expected
+    assert trains_embeddings("auto", tiny_model.generation_config) is expected
+    assert trains_embeddings(not expected, tiny_model.generation_config) is not expected
 
 
 def test_auto_embeddings_of_a_checkpoint_that_does_not_say(tiny_model):
     del tiny_model.generation_config.chat_format
-    with pytest.raises(ValueError, match="train_embeddings: auto"):
-        trains_embeddings("auto", tiny_model)
+    with pytest.raises(UserError, match="train_embeddings: auto"):
+        trains_embeddings("auto", tiny_model.generation_config)
 
 
 def groups_of(model, **changes):

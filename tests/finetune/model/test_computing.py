@@ -6,7 +6,7 @@ from recipes_for_tests import TINY
 
 from finetune.errors import UserError
 from finetune.model import computing
-from finetune.model.computing import Computing, choose_computing
+from finetune.model.computing import ComputeBackends, choose_backends
 from finetune.recipe.sections import Model
 
 
@@ -15,20 +15,20 @@ def model(**keys) -> Model:
 
 
 def test_auto_on_the_cpu():
-    chosen = choose_computing(model())
-    assert chosen == Computing("varlen", "torch")
+    chosen = choose_backends(model())
+    assert chosen == ComputeBackends("varlen", "torch")
     assert str(chosen) == "varlen attention (each sequence of a pack by itself), torch kernels"
 
 
 def test_auto_takes_liger_where_it_runs(monkeypatch):
     monkeypatch.setattr(computing, "liger_runs", lambda: True)
-    assert choose_computing(model()).kernels == "liger"
-    assert choose_computing(model(kernels="torch")).kernels == "torch"
+    assert choose_backends(model()).kernels == "liger"
+    assert choose_backends(model(kernels="torch")).kernels == "torch"
 
 
 @pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
 def test_a_choice_stands(attention):
-    assert choose_computing(model(attention=attention)).attention == attention
+    assert choose_backends(model(attention=attention)).attention == attention
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_what_cannot_run_is_refused(monkeypatch, keys, message):
     monkeypatch.setattr("qwenvl.model.kernels.find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
-        choose_computing(model(**keys))
+        choose_backends(model(**keys))

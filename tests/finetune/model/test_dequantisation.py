@@ -9,7 +9,7 @@ from recipes_for_tests import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.model.adapters import put_lora
-from finetune.model.recomputation import checkpoint_blocks
+from finetune.model.recomputation import set_recomputation
 from finetune.recipe.sections import Adapter, Freeze
 from qwenvl import load_model
 from qwenvl.model.loss import IGNORED, supervised_loss
@@ -56,7 +56,7 @@ def test_readings_of_a_step(pack, kind, dora, monkeypatch):
     monkeypatch.setitem(supervised_loss.__kwdefaults__, "chunk", 7)
     adapter = Adapter(r=4, dropout=0.0, dora=dora, targets=["c_attn", "attn.c_proj", "w1", "w2"])
     model = put_lora(model, adapter, Freeze(), embeddings=False).train()
-    checkpoint_blocks(model, kind)
+    set_recomputation(model, kind)
     names = {module.weight.data_ptr(): name for name, module in model.named_modules() if is_quantized(module)}
     assert any(name.endswith("lm_head") for name in names.values())
     with Readings() as readings:

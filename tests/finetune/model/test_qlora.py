@@ -143,14 +143,14 @@ def test_a_4_bit_folder_is_a_base(tmp_path):
         run(tmp_path / "none", "model.quantization=none", **short)
     with pytest.raises(ValueError, match=r"in 4 bits already: language, head"):
         run(tmp_path / "other", **short)
-    with pytest.raises(ValueError, match=r"train_embeddings: true .* output head is in 4 bits"):
+    with pytest.raises(UserError, match=r"train_embeddings: true .* output head is in 4 bits"):
         model = load_model(tmp_path / "base")
         put_lora(model, ADAPTER.model_copy(update={"train_embeddings": True}), Freeze(), embeddings=True)
 
 
 def test_embeddings_in_host_memory_are_not_trained():
     model = load_model(TINY, quantization="nf4", embeddings_on_cpu=True)
-    with pytest.raises(ValueError, match=r"train_embeddings: auto .*never saw.* host memory"):
+    with pytest.raises(UserError, match=r"train_embeddings: auto .*never saw.* host memory"):
         put_lora(model, ADAPTER, Freeze(), embeddings=True)
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.memory.activations import batch_of_shapes
-from finetune.model.recomputation import LEAST_FIRST, checkpoint_blocks
+from finetune.model.recomputation import LEAST_FIRST, set_recomputation
 from finetune.recipe import RecipeError, load_recipe
 from finetune.training.train import train
 from qwenvl.model.language import Block
@@ -42,11 +42,11 @@ def test_gradients_are_the_same(kind):
     model, batch = real_model(recipe_of(*KINDS[kind])), real_batch(THREE)
     expected = gradients(model, batch)
     for checkpointing in LEAST_FIRST[1:]:
-        checkpoint_blocks(model, checkpointing)
+        set_recomputation(model, checkpointing)
         found = gradients(model, batch)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], one) for name, one in expected.items()), checkpointing
-    checkpoint_blocks(model, "none")
+    set_recomputation(model, "none")
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
@@ -59,7 +59,7 @@ def test_what_is_computed_again(checkpointing, attentions, products):
     model.config._attn_implementation = "sdpa"
     ids = torch.arange(40)[None]
     layers = model.config.num_hidden_layers
-    checkpoint_blocks(model, checkpointing)
+    set_recomputation(model, checkpointing)
     model.train()
     with Operations() as operations:
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -76,7 +76,7 @@ def test_offloading_moves_each_layers_input_and_nothing_else():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
 
-    checkpoint_blocks(model, "offload", to_host)
+    set_recomputation(model, "offload", to_host)
     ids = torch.arange(40)[None]
     model.train()
     model(ids, labels=ids, use_cache=False).loss.backward()
@@ -86,7 +86,7 @@ def test_offloading_moves_each_layers_input_and_nothing_else():
 def test_layers_of_a_frozen_tower_are_left_alone():
     for kind, vision in (("lora", False), ("resampler", False), ("dora on vision", True), ("in full", True)):
         model = real_model(recipe_of(*KINDS[kind]))
-        checkpoint_blocks(model, "full")
+        set_recomputation(model, "full")
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer) and module in set(model.modules()):
                 expected = isinstance(module, Block) or vision
@@ -97,7 +97,7 @@ def test_packs_keep_their_attention_too():
     """Attention of packs goes through its own operation, of which TRL's `selective` does not know."""
     model = real_model(recipe_of("adapter.dropout=0"))
     model.config._attn_implementation = "varlen"
-    checkpoint_blocks(model, "selective")
+    set_recomputation(model, "selective")
     batch = batch_of_shapes(tiny_config(), THREE) | {"pixel_values": real_batch(THREE)["pixel_values"]}
     model.train()
     with Operations() as operations:

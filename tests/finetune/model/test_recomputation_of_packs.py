@@ -4,7 +4,7 @@ import pytest
 import torch
 from varlen_kernel_on_cpu import kernel_on_cpu
 
-from finetune.model.recomputation import checkpoint_blocks
+from finetune.model.recomputation import set_recomputation
 from qwenvl.model.varlen_attention import VARLEN
 
 
@@ -16,7 +16,7 @@ def step(tiny_model, expected):
     tiny_model.train()
 
     def compute(kind):
-        checkpoint_blocks(tiny_model, kind)
+        set_recomputation(tiny_model, kind)
         tiny_model.zero_grad()
         output = tiny_model(
             ids,

@@ -5,7 +5,7 @@ import torch
 from recipes_for_tests import write_recipe
 
 from finetune.model.base import find_base
-from finetune.model.computing import choose_computing
+from finetune.model.computing import choose_backends
 from finetune.recipe import load_recipe
 from finetune.run.folder import RunFolder
 from finetune.terminal import say_nothing
@@ -26,7 +26,7 @@ def make_trainer(folder, workers):
     base = find_base(recipe.model)
     data = read_data(recipe, base.processor, say_nothing, show_progress=False)
     plan = plan_training(recipe, base.path, data.checked["train"], None, say_nothing)
-    computing = choose_computing(recipe.model)
+    computing = choose_backends(recipe.model)
     trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say_nothing)
     return trainer_setup.make_trainer(
         recipe,

@@ -152,7 +152,7 @@ def test_damage_is_told_and_encoded_anew_where_that_can_be(cache, request_of, tm
     (file,) = (tmp_path / "cache").glob(f"*{FEATURES}")
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"row 3: its features are damaged \(.*record 0.* this image is encoded anew"):
+    with pytest.raises(UserError, match=r"row 3: its features are damaged \(.*record 0.* this image is encoded again"):
         cache.get(request_of)
     with caplog.at_level(logging.WARNING):
         pixels = incomplete(cache).get(request_of)

@@ -10,15 +10,15 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
-from said import collect
 
 from finetune.batches.image_request import ImageRequest, read_pixels
 from finetune.errors import UserError
 from finetune.recipe.sections import Data
+from finetune.terminal import labelled
 from finetune.vision_cache import encoding as vision_encoding
 from finetune.vision_cache.cache import cache_folder
 from finetune.vision_cache.encoding import encode_images
-from finetune.vision_cache.phase import let_tower_go
+from finetune.vision_cache.phase import remove_vision_tower
 from finetune.vision_cache.run_images import RunImages
 from finetune.vision_cache.store import FEATURES, JOURNAL
 from qwenvl import ImageAccess, QwenVLForConditionalGeneration, QwenVLImageProcessor
@@ -66,12 +66,15 @@ class Tower:
         model.get_image_features = counted
         self.plain = encode
 
+    def _say(self, label, text=""):
+        self.said.append(labelled(label, text))
+
     def cache(self, sources, kind="disk", size=SIZE, **data):
         """The phase over these images; `said` and `encoded` are of it alone."""
         self.said, self.encoded = [], 0
         settings = Data(train={"path": "-", "format": "messages"}, vision_cache=kind, **{"workers": 0, **data})
         images = RunImages([requests(sources)])
-        return encode_images(self.model, images, QwenVLImageProcessor(size), settings, collect(self.said))
+        return encode_images(self.model, images, QwenVLImageProcessor(size), settings, self._say)
 
 
 @pytest.fixture
@@ -243,7 +246,7 @@ def test_damaged_features_are_encoded_anew(tower, tmp_path, damage):
     again = tower.cache(files)
     assert tower.encoded == {"flip": 1, "cut": 2, "remove": 6, "half a line": 1}[damage]
     assert all(torch.equal(get(again, file), one) for file, one in zip(files, expected, strict=True))
-    assert ("are damaged there and encoded anew, such as" in "\n".join(tower.said)) == (damage == "flip")
+    assert ("are damaged there and encoded again, such as" in "\n".join(tower.said)) == (damage == "flip")
     assert tower.cache(files).complete and tower.encoded == 0, "that is done once"
 
 
@@ -292,5 +295,5 @@ def test_on_a_gpu(tmp_path, tiny_folder, kind):
     assert (found.float() - expected).abs().max() <= 0.02 * expected.abs().max()
     tower, held = sum(tensor.nbytes for tensor in visual.state_dict().values()), torch.cuda.memory_allocated()
     del visual
-    let_tower_go(model)
+    remove_vision_tower(model)
     assert held - torch.cuda.memory_allocated() >= tower > 0

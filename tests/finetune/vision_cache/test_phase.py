@@ -1,4 +1,4 @@
-"""Whole runs with a vision cache: the same losses, gradients and replies as without, and a tower that has left."""
+"""Whole runs with a vision cache: the same losses, gradients and replies as without, and the vision tower removed."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from finetune.training import sample_replies
 from finetune.training.train import train
 from finetune.vision_cache.cache import cache_folder
 from finetune.vision_cache.encoding import encode_images
-from finetune.vision_cache.phase import AbsentTower, cache_images, let_tower_go
+from finetune.vision_cache.phase import RemovedVisionTower, cache_images, remove_vision_tower
 from finetune.vision_cache.run_images import RunImages
 from finetune.vision_cache.store import FEATURES
 from qwenvl import QwenVLProcessor, load_model
@@ -120,7 +120,7 @@ def test_loss_and_gradients_are_those_of_a_run_without(make_trainer, samples, ti
                 cache = encode_images(base, RunImages([images]), tiny_processor.image_processor, data, say_nothing)
                 assert cache.complete != bounded
                 if not bounded:
-                    let_tower_go(base)
+                    remove_vision_tower(base)
                 trainer.data_collator = replace(trainer.data_collator, vision_cache=cache)
             results.append(step(trainer))
     (loss, gradients), (cached_loss, cached_gradients) = results
@@ -135,13 +135,13 @@ def test_loss_and_gradients_are_those_of_a_run_without(make_trainer, samples, ti
 @pytest.mark.parametrize(("kind", "workers"), [("disk", 2), ("memory", 0)])
 def test_a_run_with_a_cache_is_the_run_without(tmp_path, kind, workers, seen_models):
     plain, _ = run(write_recipe(tmp_path / "off", **settings(tmp_path / "off")))
-    assert not any(isinstance(without_adapter(model).transformer.visual, AbsentTower) for model in seen_models)
+    assert not any(isinstance(without_adapter(model).transformer.visual, RemovedVisionTower) for model in seen_models)
     seen_models.clear()
     file = write_recipe(tmp_path / "on", **settings(tmp_path / "on"), data__vision_cache=kind, data__workers=workers)
     cached, said = run(file)
-    assert "5 of 5 images to encode" in said and "the vision side has left the model" in said
+    assert "5 of 5 images to encode" in said and "the vision side was removed from the model" in said
     assert len(seen_models) == 2
-    assert all(isinstance(without_adapter(model).transformer.visual, AbsentTower) for model in seen_models)
+    assert all(isinstance(without_adapter(model).transformer.visual, RemovedVisionTower) for model in seen_models)
     for key in ("loss", "eval_loss"):
         assert logged(cached, key) == pytest.approx(logged(plain, key), abs=1e-4) and logged(cached, key)
     assert predictions(cached) == predictions(plain) and len(predictions(plain)) == 6
@@ -171,7 +171,7 @@ def test_the_score_of_a_task_is_that_of_a_run_without(tmp_path):
     changes = {"data__shuffle": False, "train__max_steps": 2, "train__eval_steps": 2, "train__save_steps": 2}
     plain, _ = run(task_recipe(tmp_path / "off", **changes))
     cached, said = run(task_recipe(tmp_path / "on", **changes, data__vision_cache="disk"))
-    assert "the vision side has left" in said
+    assert "the vision side was removed" in said
     assert logged(cached, "eval_anls") == logged(plain, "eval_anls") and len(logged(plain, "eval_anls")) == 2
     assert predictions(cached) == predictions(plain)
 
@@ -180,8 +180,8 @@ def test_a_bound_changes_no_result(tmp_path, seen_models):
     plain, _ = run(write_recipe(tmp_path / "off", **settings(tmp_path / "off")))
     bound = {"data__vision_cache": "disk", "data__vision_cache_gb": 2.5 * RECORD_BYTES / 1e9}
     cached, said = run(write_recipe(tmp_path / "on", **settings(tmp_path / "on"), **bound))
-    assert "3 are left out for the bound" in said and "has left" not in said
-    assert not any(isinstance(without_adapter(model).transformer.visual, AbsentTower) for model in seen_models)
+    assert "3 are left out for the bound" in said and "was removed" not in said
+    assert not any(isinstance(without_adapter(model).transformer.visual, RemovedVisionTower) for model in seen_models)
     for key in ("loss", "eval_loss"):
         assert logged(cached, key) == pytest.approx(logged(plain, key), abs=1e-4)
     assert predictions(cached) == predictions(plain)
@@ -191,7 +191,7 @@ def test_trained_in_full_the_checkpoint_keeps_its_tower(tmp_path):
     changes = {"adapter": None, "freeze": {"language": False}, "train__learning_rate": 1e-4}
     folder = tmp_path / "run"
     result, said = run(write_recipe(folder, **settings(folder, **changes), data__vision_cache="disk"))
-    assert "5 images encoded" in said and "has left" not in said
+    assert "5 images encoded" in said and "was removed" not in said
     base, trained = (load_file(one / "model.safetensors") for one in (TINY, result / "model"))
     visual = [name for name in base if name.startswith("transformer.visual.")]
     assert visual and all(torch.equal(trained[name], base[name]) for name in visual)
@@ -242,7 +242,7 @@ def test_streamed_data_is_cached_as_any_other(tmp_path, monkeypatch):
     source = ["data.train.0.path=owner/name", "data.train.0.streaming=true", "data.images_root=null", "evaluate=null"]
     for number, told in enumerate(("5 images encoded", "the features of 5 images are in")):
         _, said = run(file, *source, "train.max_steps=1", f"output={tmp_path / str(number)}")
-        assert told in said and "has left" in said
+        assert told in said and "was removed" in said
 
 
 # --- what does not go together ---------------------------------------------------------------------------------------
@@ -272,9 +272,11 @@ def test_a_vision_side_that_is_trained_is_refused(tmp_path, tiny_model, tiny_pro
         cache_images(recipe, tiny_model, tiny_processor, {}, {}, None, say_nothing)
 
 
-def test_an_absent_tower_says_so(tiny_model):
-    let_tower_go(tiny_model)
-    with pytest.raises(Failed, match=r"2 image\(s\) would have to be encoded, but the vision side has left the model"):
+def test_a_removed_tower_says_so(tiny_model):
+    remove_vision_tower(tiny_model)
+    with pytest.raises(
+        Failed, match=r"2 image\(s\) would have to be encoded, but the vision side was removed from the model"
+    ):
         tiny_model.get_image_features(torch.zeros(2, 3, 56, 56))
 
 

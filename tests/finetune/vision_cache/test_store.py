@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune.files.path_errors import PathError
 from finetune.vision_cache.store import FEATURES, JOURNAL, Damaged, FeatureStore, Record
 
 RECORD = Record((2, 3), torch.float32)
@@ -154,7 +155,7 @@ def test_a_full_disk(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * RECORD.nbytes + 7, before[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(PathError, match="cannot write the vision cache to"):
             write(store, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,9 +1,9 @@
-"""Trained parameters that wait in host memory for a while."""
+"""Trained parameters in host memory while images are encoded."""
 
 import pytest
 import torch
 
-from finetune.vision_cache.phase import parked
+from finetune.vision_cache.phase import trained_parameters_on_host
 from tests.finetune.model.test_qlora import adapted
 
 
@@ -11,7 +11,7 @@ def test_nothing_is_lost():
     """Also where what happens meanwhile fails: the same parameters, with the same values."""
     model = adapted(quantized=False)
     before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
-    with pytest.raises(RuntimeError, match="meanwhile"), parked(model):
+    with pytest.raises(RuntimeError, match="meanwhile"), trained_parameters_on_host(model):
         assert {name for name, _ in model.named_parameters()} == before.keys()
         raise RuntimeError("meanwhile")
     for name, parameter in model.named_parameters():
@@ -21,12 +21,12 @@ def test_nothing_is_lost():
 
 
 @pytest.mark.gpu
-def test_what_is_trained_leaves_the_gpu_and_comes_back():
+def test_they_leave_the_gpu_and_come_back():
     model = adapted(quantized=False).cuda()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     values = [parameter.clone().cpu() for parameter in trained]
     held = torch.cuda.memory_allocated()
-    with parked(model):
+    with trained_parameters_on_host(model):
         assert {parameter.device.type for parameter in trained} == {"cpu"}
         assert {parameter.device.type for parameter in model.parameters() if not parameter.requires_grad} == {"cuda"}
         assert torch.cuda.memory_allocated() <= held - sum(parameter.nbytes for parameter in trained)
