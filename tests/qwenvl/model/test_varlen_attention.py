@@ -134,8 +134,8 @@ def test_what_is_not_a_pack_goes_through_sdpa(tiny_model, expected, monkeypatch)
     [
         ([9, 8], {}, "do not fill"),
         ([16, 0], {}, "do not fill"),
-        ([16], {"position_ids": torch.arange(16)[None]}, "say all"),
-        ([9, 7], {"attention_mask": torch.ones(1, 16, dtype=torch.long)}, "say all"),
+        ([16], {"position_ids": torch.arange(16)[None]}, "replace position_ids"),
+        ([9, 7], {"attention_mask": torch.ones(1, 16, dtype=torch.long)}, "replace position_ids"),
         ([9, 7], {"use_cache": True}, "cannot use a cache"),
     ],
 )
