@@ -6,6 +6,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
@@ -29,6 +30,11 @@ IMAGE_START_AFTER_END_OF_TEXT = 214
 
 RESAMPLER_HEAD_DIM = 128
 
+# What must be a positive number, at the top and in `visual`.
+LANGUAGE_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "intermediate_size"),
+    *("max_position_embeddings", "seq_length"),
+)
 VISUAL_NUMBERS = (*PUBLISHED_VISUAL, "n_queries")
 
 
@@ -85,6 +91,10 @@ class QwenVLConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for key in LANGUAGE_SIZES:
+            value = getattr(self, key)
+            if not (isinstance(value, int) and value > 0):
+                raise InputError(f"config: {key} must be a positive whole number, not {value!r}")
         if self.tie_word_embeddings:
             raise InputError("config: tie_word_embeddings must be false: Qwen checkpoints have a head of their own")
         if not self.no_bias:
@@ -106,7 +116,8 @@ class QwenVLConfig(PreTrainedConfig):
         for key, value in visual.items():
             wanted = int | float if key == "mlp_ratio" else int
             if key in VISUAL_NUMBERS and not (isinstance(value, wanted) and value > 0):
-                raise InputError(f"config: visual.{key} must be a positive number, not {value!r}")
+                number = "number" if key == "mlp_ratio" else "whole number"
+                raise InputError(f"config: visual.{key} must be a positive {number}, not {value!r}")
         if visual["output_dim"] != self.hidden_size:
             raise InputError(
                 f"config: visual.output_dim ({visual['output_dim']}) must equal hidden_size ({self.hidden_size})"
@@ -158,6 +169,10 @@ class QwenVLConfig(PreTrainedConfig):
         """
         if not isinstance(config_dict, dict):
             raise InputError(f"config: must be a mapping of names to values, not {type(config_dict).__name__}")
+        dtype = config_dict.get("dtype") or config_dict.get("torch_dtype")
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise InputError(f"config: dtype must name a dtype of PyTorch, as float32, not {dtype!r}")
         try:
             return super().from_dict({"visual": None, **config_dict}, **kwargs)
         except StrictDataclassError as error:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qwenvl.errors import InputError
 from qwenvl.model.configuration import QwenVLConfig
@@ -62,7 +63,9 @@ def quantized_parts(config: QwenVLConfig) -> tuple[str, ...]:
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return ()
-    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    settings = stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
+    if not isinstance(settings, dict):
+        raise InputError(f"config: quantization_config must be a mapping of names to values, not {settings!r}")
     if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
         method = settings.get("quant_method", "an unknown method")
         raise InputError(

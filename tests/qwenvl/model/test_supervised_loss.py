@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qwenvl import InputError
 from qwenvl.model.loss import SummedCrossEntropy, in_type_of, supervised_loss
 from qwenvl.model.nf4_weights import linear_4bit
 from qwenvl.text.chat import IGNORED
@@ -246,5 +247,5 @@ def test_nothing_supervised(tiny_model, batch):
 
 @pytest.mark.parametrize("wrong", [{"labels": None}, {"logits_to_keep": 3}, {"logits_to_keep": torch.tensor([3])}])
 def test_contradictions(tiny_model, batch, wrong):
-    with pytest.raises(ValueError, match="needs labels, and no logits_to_keep"):
+    with pytest.raises(InputError, match="needs labels, and no logits_to_keep"):
         tiny_model(**(batch | wrong), skip_logits=True)
