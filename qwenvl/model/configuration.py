@@ -154,8 +154,8 @@ class QwenVLConfig(PreTrainedConfig):
         path = pretrained_model_name_or_path
         try:
             return super().from_pretrained(path, *args, **kwargs)
-        except InputError:
-            raise
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         except OSError as error:
             kind = InputError if (Path(path) / CONFIG_NAME).is_file() else MissingFileError
             raise kind(f"{path}: config.json cannot be read: {str(error).splitlines()[0]}") from error
@@ -172,7 +172,7 @@ class QwenVLConfig(PreTrainedConfig):
         dtype = config_dict.get("dtype") or config_dict.get("torch_dtype")
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise InputError(f"config: dtype must name a dtype of PyTorch, as float32, not {dtype!r}")
+            raise InputError(f"config: dtype must name a dtype of PyTorch, such as float32, not {dtype!r}")
         try:
             return super().from_dict({"visual": None, **config_dict}, **kwargs)
         except StrictDataclassError as error:

@@ -7,7 +7,7 @@ from qwenvl import InputError
 
 
 def pack(*rows: torch.Tensor):
-    """Rows of ids as one row, with positions that begin anew."""
+    """Rows of ids as one row, with positions that restart."""
     return torch.cat(rows)[None], torch.cat([torch.arange(len(row)) for row in rows])[None]
 
 

@@ -162,7 +162,7 @@ DAMAGED_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED_CHECKPOINTS)
-def test_a_damaged_checkpoint_is_the_users_to_mend(tiny_folder, tmp_path, damage):
+def test_a_damaged_checkpoint_is_an_input_error(tiny_folder, tmp_path, damage):
     make, message = DAMAGED_CHECKPOINTS[damage]
     shutil.copytree(tiny_folder, tmp_path / "copy")
     make(tmp_path / "copy")
@@ -339,7 +339,7 @@ DAMAGED_ADAPTERS = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED_ADAPTERS)
-def test_a_damaged_adapter_is_the_users_to_mend(tiny_folder, tmp_path, damage):
+def test_a_damaged_adapter_is_an_input_error(tiny_folder, tmp_path, damage):
     make, message = DAMAGED_ADAPTERS[damage]
     get_peft_model(load_model(tiny_folder), LoraConfig(**PUBLISHED_LORA)).save_pretrained(tmp_path / "adapter")
     make(tmp_path / "adapter")

@@ -11,7 +11,7 @@ from qwenvl.model.nf4_weights import linear_4bit
 from qwenvl.model.quantized_head import FEW_ROWS, head_logits
 from tests.qwenvl.model.test_supervised_loss import LargestTensor
 
-WIDTH, VOCABULARY, PIECE = 128, 1000, 384  # three blocks of magnitudes; the last piece is shorter
+WIDTH, VOCABULARY, PIECE = 128, 1000, 384  # three blocks of absmax values; the last piece is shorter
 
 
 @pytest.fixture
