@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.nano.making import ablation
+from examples.nano.making import ablation, scores
 from examples.nano.making.__main__ import DATA, RECIPES, STAGES, WORK, finished
 from examples.nano.making.arithmetic import autocast, matrix_dtype
 from examples.nano.making.checkpoint import at_resolution, mix, publish, put_together
@@ -277,6 +277,23 @@ def test_replies_are_scored_by_kind():
     assert choices == [1.0, 0.0, 0.0]
     shown = table([Scored(one, reply, score(one, reply)) for one, reply in ((made["transcribe"], text[:-2]),)])
     assert f"| transcribe | 1 |  |  |  | {2 / len(text):.1%} |  |" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere"], "nowhere"),
+        (["x", "--families", "forms"], "no family 'forms'"),
+        (["x", "--families", "shapes", "--kinds", "question"], "shapes has none of question"),
+    ],
+)
+def test_wrong_arguments_of_the_scores_are_told(arguments, told, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["scores", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        scores.main()
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_row_of_the_ablation_has_means_by_kind():
