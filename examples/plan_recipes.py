@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from finetune.batches.budget import packing_budget
 from finetune.data.checking import Checked
+from finetune.errors import UserError
 from finetune.memory.auto_budget import auto_budget
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.free_memory import CARDS, CONTEXT
@@ -26,7 +27,7 @@ from finetune.memory.plan import MemoryPlan, plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.weights import settle_embeddings
 from finetune.memory.workload import worst_workload
-from finetune.recipe import Recipe, RecipeError, load_recipe
+from finetune.recipe import Recipe, load_recipe
 from qwenvl import QwenVLConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -96,7 +97,7 @@ def main() -> int:
         parser.error(f"no recipe {', '.join(sorted(unknown))}; there are {', '.join(recipe_names())}")
     try:
         print("\n".join(table(names, overrides, None if given.card is None else (given.card,))))
-    except RecipeError as error:
+    except UserError as error:
         parser.error(str(error))
     return 0
 

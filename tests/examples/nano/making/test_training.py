@@ -282,7 +282,6 @@ def test_replies_are_scored_by_kind():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["nowhere"], "nowhere"),
         (["x", "--families", "forms"], "no family 'forms'"),
         (["x", "--families", "shapes", "--kinds", "question"], "shapes has none of question"),
     ],
