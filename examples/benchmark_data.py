@@ -44,17 +44,17 @@ class Check(NamedTuple):
     worker_memory: float
 
 
-class RowNumbers(Dataset[dict[str, int]]):
+class Rows(Dataset[dict[str, int]]):
     """What the collator is given: the index of each sample."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, rows: list[dict[str, int]]) -> None:
+        self.rows = rows
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, int]:
-        return {"sample": index}
+        return self.rows[index]
 
 
 def write_rows(folder: Path, count: int, image: str) -> Path:
@@ -111,8 +111,8 @@ def measure_images(file: Path, model: str, workers: int) -> float:
     collator = Collator(
         samples, processor.tokenizer, processor.image_processor, "assistant", False, processor.n_queries
     )
-    rows = RowNumbers(len(samples))
-    loader = DataLoader(rows, BATCH, collate_fn=collator, num_workers=workers, persistent_workers=workers > 0)
+    rows = [{"sample": index} for index in range(len(samples))]
+    loader = DataLoader(Rows(rows), BATCH, collate_fn=collator, num_workers=workers, persistent_workers=workers > 0)
     for _ in loader:  # a first pass, which starts the workers
         pass
     started = time.perf_counter()

@@ -29,7 +29,6 @@ from finetune.data.samples import Samples
 from finetune.model.adapters import put_lora
 from finetune.quantities import format_bytes
 from finetune.recipe.sections import Adapter, Data, Freeze, Source
-from finetune.terminal import say_nothing
 from finetune.vision_cache.cache import VisionCache
 from finetune.vision_cache.encoding import encode_images
 from finetune.vision_cache.phase import let_tower_go
@@ -56,9 +55,11 @@ def write_pages(folder: Path, count: int) -> Path:
     return file
 
 
-def step(model: PeftModel, base: QwenVLForConditionalGeneration, collator: Collator, rows: list[int]) -> None:
-    """Collate, forward and backward of a model with an adapter on `base`."""
+def step(model: PeftModel, collator: Collator, rows: list[int]) -> None:
+    """Collate, forward, backward."""
     batch = {name: tensor.to(model.device) for name, tensor in collator([{"sample": row} for row in rows]).items()}
+    base = model.get_base_model()
+    assert isinstance(base, QwenVLForConditionalGeneration)
     images = image_arguments(base, batch)
     predicting = (batch["labels"][0, 1:] != IGNORED).nonzero()[:, 0]
     output = model(
@@ -121,7 +122,7 @@ def main() -> None:
             f"language blocks, {arguments.dtype}, on {where}"
         )
         print(f"{BATCH} samples a step, pages of {PAGE[0]} x {PAGE[1]}")
-        without = seconds(lambda rows: step(model, base, collator(None), rows), arguments.steps)
+        without = seconds(lambda rows: step(model, collator(None), rows), arguments.steps)
         requests = [
             [ImageRequest(part["image"], sample.access, str(sample.origin))]
             for sample in samples
@@ -130,11 +131,11 @@ def main() -> None:
         ]
         data = Data(train=(Source(path="-", format="messages"),), vision_cache="disk", workers=0)
         started = time.perf_counter()
-        cache = encode_images(base, RunImages([requests]), image_processor, data, say_nothing)
+        cache = encode_images(base, RunImages([requests]), image_processor, data, lambda line: None)
         encoding = time.perf_counter() - started
         freed = sum(tensor.nbytes for tensor in base.transformer.visual.state_dict().values())
         let_tower_go(base)
-        cached = seconds(lambda rows: step(model, base, collator(cache), rows), arguments.steps)
+        cached = seconds(lambda rows: step(model, collator(cache), rows), arguments.steps)
     size = format_bytes(cache.store.record.nbytes)
     print(f"  with pixels     {without:8.3f} s a step")
     print(
