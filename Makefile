@@ -1,5 +1,6 @@
-# make test: everything installed and all tests run.  make demo: a training run on bundled data and its merge, offline.
-# Both work on a fresh machine with Python 3.11 or later and make.
+# make test: everything installed, checked and tested.  make test-slow: the tests that take minutes.
+# make demo: a training run on bundled data and its merge, offline.
+# All work on a fresh machine with Python 3.11 or later and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 # PyTorch first and alone: asked for by another package it would come as a build of several gigabytes for CUDA.
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 # Run again, it says that both are done; removing runs/quickstart has it all done anew.
 demo: $(VENV)/installed
@@ -20,7 +21,11 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff format .

@@ -1,9 +1,9 @@
-"""How fast data is checked and images are decoded on this machine, and in how much memory.
+"""Measure how fast data is checked and images are decoded on this machine, and the memory that checking takes.
 
     python examples/benchmark_data.py [--rows 1000000] [--processes 8] [--images 200]
 
-Rows and images are made up and thrown away afterwards; the tokenizer is the small one of examples/tiny, unless another
-checkpoint is named.
+Rows and images are synthetic and temporary. The tokenizer is the small one of examples/tiny, unless another checkpoint
+is named.
 """
 
 import argparse
@@ -14,11 +14,13 @@ import resource
 import sys
 import tempfile
 import time
+from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from finetune.batches.collate import Collator
 from finetune.data.checking import check_samples
@@ -32,8 +34,31 @@ BATCH = 8
 PHOTO = (1024, 768)  # pixels
 
 
+class Check(NamedTuple):
+    """What a check of all rows took: seconds, and MB at the peak."""
+
+    rows: int
+    opening: float
+    checking: float
+    own_memory: float
+    worker_memory: float
+
+
+class Rows(Dataset[dict[str, int]]):
+    """What the collator is given: the index of each sample."""
+
+    def __init__(self, rows: list[dict[str, int]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return self.rows[index]
+
+
 def write_rows(folder: Path, count: int, image: str) -> Path:
-    """Questions of 5 to 25 words on one image, with answers of 1 to 10."""
+    """Write questions of 5 to 25 words about one image, with answers of 1 to 10."""
     draw = random.Random(0)
     file = folder / "rows.jsonl"
     with file.open("w") as lines:
@@ -45,7 +70,7 @@ def write_rows(folder: Path, count: int, image: str) -> Path:
 
 
 def write_photos(folder: Path, count: int) -> Path:
-    """JPEGs with some detail everywhere, and a row for each."""
+    """Write JPEGs with detail everywhere, and a row for each."""
     draw = np.random.default_rng(0)
     file = folder / "photos.jsonl"
     with file.open("w") as lines:
@@ -58,43 +83,44 @@ def write_photos(folder: Path, count: int) -> Path:
 
 
 def samples_of(file: Path) -> Samples:
+    """The samples of a file in the format `messages`."""
     return Samples([Source(path=str(file), format="messages")])
 
 
-def measure_check(file: Path, model: str, processes: int, results):
-    """In a process of its own, whose peak memory is then that of this check."""
+def measure_check(file: Path, model: str, processes: int, results: "Queue[Check]") -> None:
+    """Runs in a process of its own, so that the peak memory is that of this check."""
     tokenizer = load_processor(model).tokenizer
     started = time.perf_counter()
     samples = samples_of(file)
     opened = time.perf_counter() - started
     started = time.perf_counter()
     checked = check_samples(samples, tokenizer, max_length=2048, processes=processes, show_progress=False)
-    results.put((len(checked.kept), opened, time.perf_counter() - started, peak_memory()))
+    results.put(Check(len(checked.kept), opened, time.perf_counter() - started, *peak_memory()))
 
 
 def peak_memory() -> tuple[float, float]:
-    """MB that this process had at most, and the largest of its children."""
+    """Peak memory of this process and of its largest child, MB."""
     unit = 1e6 if sys.platform == "darwin" else 1e3
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return tuple(resource.getrusage(one).ru_maxrss / unit for one in who)
+    own, child = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own, child
 
 
 def measure_images(file: Path, model: str, workers: int) -> float:
-    """Images a second, decoded and resized to uint8, through the collator and as many loader workers."""
+    """Images per second, decoded and resized to uint8 by the collator in `workers` loader workers."""
     processor, samples = load_processor(model), samples_of(file)
     collator = Collator(
         samples, processor.tokenizer, processor.image_processor, "assistant", False, processor.n_queries
     )
     rows = [{"sample": index} for index in range(len(samples))]
-    loader = DataLoader(rows, BATCH, collate_fn=collator, num_workers=workers, persistent_workers=workers > 0)
-    for _ in loader:  # a pass first in which workers start
+    loader = DataLoader(Rows(rows), BATCH, collate_fn=collator, num_workers=workers, persistent_workers=workers > 0)
+    for _ in loader:  # a first pass, which starts the workers
         pass
     started = time.perf_counter()
     done = sum(len(batch["pixel_values"]) for batch in loader)
     return done / (time.perf_counter() - started)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--images", type=int, default=200)
@@ -110,13 +136,13 @@ def main():
         print(f"check of {arguments.rows:,} rows")
         print("processes    opening   checking       rows/s    peak MB  largest worker MB")
         for processes in counts:
-            results = spawn.Queue()
+            results: Queue[Check] = spawn.Queue()
             measured = spawn.Process(target=measure_check, args=(rows, arguments.model, processes, results))
             measured.start()
-            kept, opened, seconds, (own, child) = results.get()
+            check = results.get()
             measured.join()
-            rate = kept / seconds
-            print(f"{processes:>9} {opened:>9.1f}s {seconds:>9.1f}s {rate:>12,.0f} {own:>10,.0f} {child:>18,.0f}")
+            times = f"{check.opening:>9.1f}s {check.checking:>9.1f}s {check.rows / check.checking:>12,.0f}"
+            print(f"{processes:>9} {times} {check.own_memory:>10,.0f} {check.worker_memory:>18,.0f}")
         print(f"\ncollating {arguments.images:,} JPEGs of {PHOTO[0]} x {PHOTO[1]}")
         print("workers     images/s")
         for workers in sorted({0, arguments.processes}):

@@ -1,20 +1,21 @@
-"""How fast answers are scored on this machine: the engine of `finetune evaluate` against one question at a time.
+"""Measure how fast replies are generated on this machine: as `finetune evaluate` does it, and one at a time.
 
     python examples/benchmark_evaluation.py [--device cuda] [--dtype bfloat16] [--size mid] [--pages 8]
 
-A model of the published shape made smaller, with random weights, is asked several questions on each page, as DocVQA
-does. One at a time: `generate` for each question, its image decoded and encoded each time. The engine
-(`finetune.replies.replies`): batches by length, each page decoded and encoded once. Both give the same tokens, as
-shown.
+A smaller model of the published architecture, with random weights, is asked several questions about each page, as in
+DocVQA. One at a time: `generate` for each question, its image decoded and encoded each time. The engine
+(`finetune.replies.replies`): batches by length, each page decoded and encoded once. The last line says how many
+replies are the same in both.
 """
 
 import argparse
 import io
 import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from benchmark_model import MID_VISUAL, SIZES
+from benchmark_model import IMAGE_SIZE, MID_VISUAL, SIZES, image_span
 from PIL import Image
 
 from finetune.replies.replies import Decoding, Prompt, generate_replies, plan_replies
@@ -33,32 +34,39 @@ CONFIGS = {**SIZES, "small": SMALL}
 
 
 class ByteTokenizer:
-    """What the engine asks of a tokenizer; random weights have nothing to say that would need a vocabulary."""
+    """What the engine needs of a tokenizer; replies of random weights need no vocabulary."""
 
-    def __init__(self, config: QwenVLConfig):
-        self.pad_token_id = config.image_start_id - 1
+    def __init__(self, config: QwenVLConfig) -> None:
+        self.pad_token_id = image_span(config)[0][0] - 1
 
-    def decode(self, ids, **kwargs) -> str:
+    def decode(self, ids: Sequence[int], **kwargs: object) -> str:
         return " ".join(map(str, ids))
 
 
 def make_prompts(config: QwenVLConfig, pages: int, questions: int) -> list[Prompt]:
     """Questions of 15 to 45 tokens, each with one image of 1700 x 2200 pixels, as scanned pages are."""
     noise = np.random.default_rng(0)
-    span = [config.image_start_id, *[config.image_token_id] * config.n_queries, config.image_end_id]
+    span, text_ids = image_span(config)
     prompts = []
     for page in range(pages):
         coarse = Image.fromarray(noise.integers(0, 256, (275, 212, 3), dtype=np.uint8))
         file = io.BytesIO()
         coarse.resize((1700, 2200)).save(file, "JPEG", quality=85)
         for question in range(questions):
-            text = noise.integers(0, config.image_start_id - 300, noise.integers(15, 46)).tolist()
+            text = noise.integers(0, text_ids, noise.integers(15, 46)).tolist()
             name = f"page {page}, question {question}"
             prompts.append(Prompt([*span, *text], [file.getvalue()], ImageAccess(), name))
     return prompts
 
 
-def one_at_a_time(model, prompts, processor, new_tokens: int, pad: int) -> list[tuple[int, ...]]:
+def one_at_a_time(
+    model: QwenVLForConditionalGeneration,
+    prompts: Sequence[Prompt],
+    processor: QwenVLImageProcessor,
+    new_tokens: int,
+    pad: int,
+) -> list[tuple[int, ...]]:
+    """Reply to each prompt by itself."""
     replies = []
     for prompt in prompts:
         image = load_image(prompt.images[0])
@@ -76,25 +84,34 @@ def one_at_a_time(model, prompts, processor, new_tokens: int, pad: int) -> list[
     return replies
 
 
-def engine(model, prompts, processor, tokenizer, decoding: Decoding) -> list[tuple[int, ...]]:
-    made = generate_replies(model, prompts, plan_replies(prompts), tokenizer, processor, decoding)
+def engine(
+    model: QwenVLForConditionalGeneration,
+    prompts: Sequence[Prompt],
+    processor: QwenVLImageProcessor,
+    tokenizer: ByteTokenizer,
+    decoding: Decoding,
+) -> list[tuple[int, ...]]:
+    """Reply to all prompts as `finetune evaluate` does."""
+    plan = plan_replies(prompts)
+    made = generate_replies(model, prompts, plan, tokenizer, processor, decoding)  # type: ignore[arg-type]  # a stand-in
     return [reply.ids for reply in sorted(made, key=lambda reply: reply.index)]
 
 
-def timed(run) -> tuple[list[tuple[int, ...]], float]:
+def timed(run: Callable[[], list[tuple[int, ...]]]) -> tuple[list[tuple[int, ...]], float]:
+    """The result of a function and the seconds it took."""
     start = time.perf_counter()
     replies = run()
     return replies, time.perf_counter() - start
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=CONFIGS, default="mid")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--pages", type=int, default=8)
-    parser.add_argument("--questions", type=int, default=4, help="on each page; DocVQA's validation split has 4.2")
-    parser.add_argument("--new-tokens", type=int, default=12, help="of a reply; DocVQA's answers take about so many")
+    parser.add_argument("--questions", type=int, default=4, help="about each page; 4.2 in DocVQA's validation split")
+    parser.add_argument("--new-tokens", type=int, default=12, help="of a reply; about as many as in DocVQA")
     parser.add_argument("--batch-tokens", type=int, default=8192)
     arguments = parser.parse_args()
 
@@ -102,7 +119,7 @@ def main():
     config = QwenVLConfig(**CONFIGS[arguments.size])
     with torch.device(arguments.device):
         model = QwenVLForConditionalGeneration._from_config(config, dtype=getattr(torch, arguments.dtype)).eval()
-    processor, tokenizer = QwenVLImageProcessor(config.visual["image_size"]), ByteTokenizer(config)
+    processor, tokenizer = QwenVLImageProcessor(IMAGE_SIZE), ByteTokenizer(config)
     prompts = make_prompts(config, arguments.pages, arguments.questions)
     decoding = Decoding(arguments.new_tokens, (), batch_tokens=arguments.batch_tokens)
 

@@ -1,14 +1,16 @@
-"""How fast model and image path are on this machine: tokens/s and images/s, eager attention against SDPA.
+"""Measure model and image path on this machine: tokens/s and images/s, with eager attention and with SDPA.
 
     python examples/benchmark_model.py [--device cuda] [--dtype bfloat16] [--size published]
 
-The mid size is a model of the published shape made smaller, with random weights; nothing is loaded or downloaded.
+The mid size is a smaller model of the published architecture, with random weights; nothing is loaded or downloaded.
 """
 
 import argparse
 import io
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProc
 from qwenvl.model.configuration import PUBLISHED_VISUAL
 
 MID_VISUAL = {**PUBLISHED_VISUAL, "heads": 8, "layers": 8, "output_dim": 1024, "width": 512, "image_start_id": 15857}
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "mid": {
         "hidden_size": 1024,
         "num_hidden_layers": 8,
@@ -30,11 +32,13 @@ SIZES = {
     },
     "published": {},
 }
+"""Name -> arguments of `QwenVLConfig`."""
+IMAGE_SIZE = 448  # pixels; of all sizes
 TEXT_TOKENS = 254
 
 
 def seconds(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Time of one run: the best of `repeats`, after one to warm up."""
+    """Time of one run: the best of `repeats`, after a warm-up."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -45,36 +49,45 @@ def seconds(run: Callable[[], object], device: str, repeats: int) -> float:
     return min(times[1:])
 
 
+def image_span(config: QwenVLConfig) -> tuple[list[int], int]:
+    """The ids of an image, and the number of ids below it that are ordinary text."""
+    start = config.image_start_id
+    assert start is not None, "all sizes have a vision side"
+    return [start, *[start + 2] * config.n_queries, start + 1], start - 300  # <img>, <imgpad> ..., </img>
+
+
 def batch_of(config: QwenVLConfig, rows: int, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Rows of one image and some text: 512 tokens with 256 queries."""
-    span = [config.image_start_id, *[config.image_token_id] * config.n_queries, config.image_end_id]
-    text = torch.randint(0, config.image_start_id - 300, (rows, TEXT_TOKENS))
+    span, text_ids = image_span(config)
+    text = torch.randint(0, text_ids, (rows, TEXT_TOKENS))
     ids = torch.cat([torch.tensor(span).expand(rows, -1), text], dim=1).to(device)
-    side = config.visual["image_size"]
-    pixels = torch.randn(rows, 3, side, side, device=device, dtype=dtype)
+    pixels = torch.randn(rows, 3, IMAGE_SIZE, IMAGE_SIZE, device=device, dtype=dtype)
     return {"input_ids": ids, "pixel_values": pixels, "labels": ids}
 
 
-def measure_model(config: QwenVLConfig, attention: str, device: str, dtype: torch.dtype, rows: int, repeats: int):
+def measure_model(
+    config: QwenVLConfig, attention: str, device: str, dtype: torch.dtype, rows: int, repeats: int
+) -> None:
+    """Print the rates of forward, backward, generation and image encoding."""
     torch.manual_seed(0)
     with torch.device(device):
         model = QwenVLForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=dtype)
     batch = batch_of(config, rows, device, dtype)
     tokens = batch["input_ids"].numel()
 
-    def forward():
+    def forward() -> None:
         with torch.no_grad():
             model(**batch)
 
-    def encode():
+    def encode() -> None:
         with torch.no_grad():
             model.get_image_features(batch["pixel_values"])
 
-    def forward_backward():
+    def forward_backward() -> None:
         model.zero_grad(set_to_none=True)
         model(**batch).loss.backward()
 
-    def decode():
+    def decode() -> None:
         model.generate(
             **{name: value for name, value in batch.items() if name != "labels"},
             max_new_tokens=32,
@@ -93,20 +106,20 @@ def measure_model(config: QwenVLConfig, attention: str, device: str, dtype: torc
         print(f"  {attention:6s} {what:20s} {rate:10.1f} {unit}")
 
 
-def measure_images():
-    """Image path on one core: JPEG bytes to uint8 pixels of 448 x 448."""
-    processor = QwenVLImageProcessor(448)
+def measure_images() -> None:
+    """Print the rate of the image path on one core: JPEG bytes to uint8 pixels of 448 x 448."""
+    processor = QwenVLImageProcessor(IMAGE_SIZE)
     noise = np.random.default_rng(0)
     for width, height in ((640, 480), (1280, 960), (3000, 2000)):
         coarse = Image.fromarray(noise.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
         file = io.BytesIO()
         coarse.resize((width, height)).save(file, "JPEG", quality=85)
         data = file.getvalue()
-        rate = 1 / seconds(lambda data=data: processor(data, do_normalize=False, return_tensors="pt"), "cpu", 10)
+        rate = 1 / seconds(partial(processor.preprocess, data, do_normalize=False, return_tensors="pt"), "cpu", 10)
         print(f"  {width} x {height} JPEG {rate:10.1f} images/s")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

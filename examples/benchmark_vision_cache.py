@@ -1,10 +1,10 @@
-"""What the vision cache saves on this machine: seconds of a training step with pixels, and with cached features.
+"""Measure what the vision cache saves on this machine: a training step with pixels, and with cached features.
 
     python examples/benchmark_vision_cache.py [--device cuda] [--dtype bfloat16] [--size mid] [--steps 3]
 
-A model of the published shape made smaller, with random weights, and LoRA on its language model. Each step packs
-samples of one page and some text: from JPEGs that are decoded for it, as in a run with `data.workers: 0`, or whose
-features the encoding phase has put into a cache, in a temporary folder.
+A smaller model of the published architecture, with random weights and LoRA on its language model. Each step packs
+samples of one page and some text. Pages are JPEGs that are decoded in the step, as in a run with `data.workers: 0`; or
+their features are read from the cache that the encoding phase has filled, in a temporary folder.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmark_evaluation import SMALL
-from benchmark_model import SIZES
+from benchmark_model import IMAGE_SIZE, SIZES
 from huggingface_hub import constants
+from peft import PeftModel
 from PIL import Image
 
 from finetune.batches.collate import Collator
@@ -34,6 +35,7 @@ from finetune.vision_cache.encoding import encode_images
 from finetune.vision_cache.phase import remove_vision_tower
 from finetune.vision_cache.run_images import RunImages
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, load_processor
+from qwenvl.model.configuration import PUBLISHED_VISUAL
 from qwenvl.text.chat import IGNORED
 
 PAGE = (1240, 1754)  # pixels: A4 at 150 dots an inch
@@ -42,7 +44,7 @@ CONFIGS = {**SIZES, "small": SMALL}
 
 
 def write_pages(folder: Path, count: int) -> Path:
-    """JPEGs with some detail everywhere, and a row for each."""
+    """Write JPEGs with detail everywhere, and a row for each."""
     draw, file = np.random.default_rng(0), folder / "rows.jsonl"
     with file.open("w") as lines:
         for number in range(count):
@@ -54,10 +56,12 @@ def write_pages(folder: Path, count: int) -> Path:
     return file
 
 
-def step(model: torch.nn.Module, collator: Collator, rows: list[int]):
+def step(model: PeftModel, collator: Collator, rows: list[int]) -> None:
     """Collate, forward, backward."""
     batch = {name: tensor.to(model.device) for name, tensor in collator([{"sample": row} for row in rows]).items()}
-    images = image_arguments(model.get_base_model(), batch)
+    base = model.get_base_model()
+    assert isinstance(base, QwenVLForConditionalGeneration)
+    images = image_arguments(base, batch)
     predicting = (batch["labels"][0, 1:] != IGNORED).nonzero()[:, 0]
     output = model(
         input_ids=batch["input_ids"],
@@ -72,7 +76,7 @@ def step(model: torch.nn.Module, collator: Collator, rows: list[int]):
 
 
 def seconds(run: Callable[[list[int]], None], steps: int) -> float:
-    """Of one step on average, after one to warm up."""
+    """Average seconds of a step, after a warm-up."""
     run(list(range(BATCH)))
     started = time.perf_counter()
     for number in range(steps):
@@ -80,7 +84,7 @@ def seconds(run: Callable[[list[int]], None], steps: int) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=CONFIGS, default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -90,8 +94,9 @@ def main():
 
     torch.manual_seed(0)
     tiny = load_processor(Path(__file__).parent / "tiny")
-    config = QwenVLConfig(**CONFIGS[arguments.size])
-    config.visual["image_start_id"] = tiny.tokenizer.image_start_id
+    settings = CONFIGS[arguments.size]
+    visual = {**settings.get("visual", PUBLISHED_VISUAL), "image_start_id": tiny.tokenizer.image_start_id}
+    config = QwenVLConfig(**{**settings, "visual": visual})
     with torch.device(arguments.device):
         base = QwenVLForConditionalGeneration._from_config(config, dtype=getattr(torch, arguments.dtype))
     model = put_lora(base, Adapter(r=16), Freeze(), embeddings=False).train()
@@ -99,7 +104,7 @@ def main():
         name: sum(p.numel() for p in part.parameters()) / 1e6
         for name, part in (("vision", base.transformer.visual), ("language", base.transformer.h))
     }
-    image_processor = QwenVLImageProcessor(config.visual["image_size"])
+    image_processor = QwenVLImageProcessor(IMAGE_SIZE)
 
     with tempfile.TemporaryDirectory() as folder:
         constants.HF_HOME = folder
@@ -125,7 +130,7 @@ def main():
             for part in sample.messages[0]["content"]
             if part["type"] == "image"
         ]
-        data = Data(train={"path": "-", "format": "messages"}, vision_cache="disk", workers=0)
+        data = Data(train=(Source(path="-", format="messages"),), vision_cache="disk", workers=0)
         started = time.perf_counter()
         cache = encode_images(base, RunImages([requests]), image_processor, data, say_nothing)
         encoding = time.perf_counter() - started

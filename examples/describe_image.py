@@ -4,14 +4,14 @@
     python examples/describe_image.py --model runs/quickstart "Where am I flying to?"
 
 Without arguments the bundled nano checkpoint transcribes a bundled page. The model may be a checkpoint folder, a hub
-id, a run folder, or an adapter.
+id, a run folder, or an adapter folder.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer
+from transformers import BatchFeature, TextStreamer
 from transformers.utils import logging
 
 from qwenvl import load_model, load_processor
@@ -19,7 +19,7 @@ from qwenvl import load_model, load_processor
 EXAMPLES = Path(__file__).parent
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", default="Write down all the text.")
     parser.add_argument("--model", default=str(EXAMPLES / "nano"), help="checkpoint, run or adapter folder, or hub id")
@@ -40,7 +40,9 @@ def main():
         return_dict=True,
         return_tensors="pt",
         add_generation_prompt=True,
-    ).to(device)
+    )
+    assert isinstance(inputs, BatchFeature), "what return_dict=True gives"
+    inputs = inputs.to(device)
 
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"model     {arguments.model} ({size:,} parameters, {model.dtype}, on {device})")

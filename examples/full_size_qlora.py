@@ -1,21 +1,23 @@
-"""Prove the way of a Q-LoRA run at the published size, on a machine without a GPU: one real step, all of it measured.
+"""Run one real Q-LoRA step at the published model size without a GPU, and measure all of it.
 
     python examples/full_size_qlora.py --to /tmp/small --size small
     python examples/full_size_qlora.py --to random-full --size full
     python examples/full_size_qlora.py --to /tmp/mine --checkpoint Qwen-VL-Chat --conversations 8
     python examples/full_size_qlora.py --to /tmp/least --recipe recipes/docvqa_qlora_6gb.yaml
 
-A checkpoint in the published layout is written with random weights, and a few synthetic documents with questions about
-them. Then the recipe for a card of 8 GB runs as a user would run it, `finetune RECIPE` in a process of its own: the
+Writes a checkpoint in the published layout with random weights, and a few synthetic documents with questions about
+them. Then runs the recipe for a card of 8 GB as a user would, with `finetune RECIPE` in a process of its own: the
 `.bin` files are read and quantised to NF4, an image is encoded, one optimizer step is taken and the adapter is saved.
-What the values are changes neither time nor memory. Images are encoded before the step, for a figure of their own.
+Time and memory do not depend on the values of the weights. Images are encoded before the step, so that both are
+measured separately.
 
 `full` is Qwen-VL: 853 tensors, 9.66 B parameters, ten files of 19.3 GB in all; it takes that much disk, and minutes on
-one core. `small` has its widths and 2 + 2 of its 32 + 48 layers: 3.6 GB. `--checkpoint` takes one that is there.
+one core. `small` has the same widths and 2 + 2 of the 32 + 48 layers: 3.6 GB. `--checkpoint` uses an existing
+checkpoint.
 
-Memory is told apart, which needs Linux: what a process holds itself (anonymous), and pages of the checkpoint's files
-that it has mapped, which the system takes back when something else needs them. `DIR/figures.json` has everything that
-is printed; without `--keep` it is all that stays.
+Two kinds of memory are measured, which needs Linux: a process's own (anonymous), and all resident pages, which include
+mapped pages of the checkpoint's files that the system can reclaim. `DIR/figures.json` has everything that is printed;
+without `--keep` the rest is removed.
 """
 
 import argparse
@@ -43,14 +45,14 @@ from qwenvl.checkpoint.checkpoint_files import stored_tensors
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "docvqa_qlora_8gb.yaml"
 LAYERS = {"full": (32, 48), "small": (2, 2)}
-"""Of the language model and of the vision transformer."""
+"""Size -> layers of the language model and of the vision transformer."""
 DISK = {"full": 21_000_000_000, "small": 4_000_000_000}
-"""Bytes that checkpoint and run take."""
+"""Size -> bytes of checkpoint and run."""
 
 LIMIT = 24_000_000_000
-"""Bytes that the training process may hold itself: with them a common machine can do it, or a free notebook."""
+"""Most anonymous memory that the training process may take, bytes: within reach of a common machine."""
 
-LOOK_EVERY = 0.02  # seconds between two looks at a process
+SAMPLE_EVERY = 0.02  # seconds between two samples of a process's memory
 
 
 def main() -> int:
@@ -63,12 +65,12 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=Path, help="qwen.tiktoken; by default the one of the dashscope package")
     parser.add_argument("--conversations", type=int, default=1, help="of the step, each with an image (default 1)")
     parser.add_argument("--keep", action="store_true", help="keep checkpoint, data and run")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys of the recipe, set anew")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the recipe")
     given = parser.parse_intermixed_args()
     if given.to.exists():
         parser.error(f"--to: {given.to} exists; give another folder")
     if not Path("/proc/self/status").exists():
-        parser.error("memory is told apart by /proc, which this system does not have: run it on Linux")
+        parser.error("memory is measured by /proc, which this system does not have: run it on Linux")
     # The commands run in the repository's root.
     for name in ("to", "checkpoint", "recipe", "vocabulary"):
         if getattr(given, name) is not None:
@@ -91,7 +93,7 @@ def main() -> int:
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """All figures, as `DIR/figures.json` has them; memory in bytes, times in seconds."""
+    """All figures, as in `DIR/figures.json`; memory in bytes, times in seconds."""
     written: dict[str, Any] = {}
     checkpoint = given.checkpoint
     if checkpoint is None:
@@ -103,6 +105,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     process = watch([sys.executable, "-m", *command])
     run = RunFolder(given.to / "run")
     description = run.read_run()
+    assert description is not None, "a run that has ended describes itself"
     phases = description["phases"]
     step = next(record for record in run.read_metrics() if "loss" in record)
     sizes = [tensor.numel() * tensor.element_size() for _, tensor in stored_tensors(checkpoint)]
@@ -126,10 +129,11 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-# --- what is run -----------------------------------------------------------------------------------------------------
+# --- commands --------------------------------------------------------------------------------------------------------
 
 
 def published_vocabulary() -> Path:
+    """The vocabulary in the dashscope package."""
     try:
         return Path(str(files("dashscope") / "resources" / "qwen.tiktoken"))
     except ModuleNotFoundError:
@@ -137,6 +141,7 @@ def published_vocabulary() -> Path:
 
 
 def write_checkpoint(folder: Path, size: str, vocabulary: Path) -> dict[str, Any]:
+    """Write a checkpoint with random weights, and return what that took."""
     layers, vision_layers = LAYERS[size]
     script = ROOT / "examples" / "make_random_checkpoint.py"
     options = ["--to", folder, "--vocabulary", vocabulary, "--layers", layers, "--vision-layers", vision_layers]
@@ -144,7 +149,8 @@ def write_checkpoint(folder: Path, size: str, vocabulary: Path) -> dict[str, Any
     return watch([sys.executable, script, *options]).between(started, time.time())
 
 
-def write_documents(folder: Path, count: int):
+def write_documents(folder: Path, count: int) -> None:
+    """Write training data: a question about each of `count` documents."""
     options = ["--to", folder, "--count", count, "--per-image", 1, "--kinds", "question", "--image-size", 448]
     watch([sys.executable, "-m", "examples.nano.making.documents", *options])
 
@@ -176,46 +182,50 @@ def training_command(
 
 @dataclass(frozen=True)
 class Watched:
-    """What a process held while it ran: (moment, bytes of its own, bytes of all resident pages)."""
+    """Memory of a process while it ran.
 
-    looks: list[tuple[float, int, int]]
+    Attributes:
+        samples: (time, anonymous bytes, resident bytes), in order.
+    """
+
+    samples: list[tuple[float, int, int]]
 
     def peak(self) -> dict[str, int]:
-        """Over the whole of it."""
+        """The peak of each kind over the whole run, bytes."""
         return {kind: self.between(0, time.time())[kind] for kind in ("anonymous", "resident")}
 
     def of(self, phase: dict[str, Any]) -> dict[str, Any]:
-        """Memory of a phase as `run.json` has it, beside its seconds."""
+        """Peak memory of a phase of `run.json`, with its seconds."""
         return self.between(moment(phase["began"]), moment(phase["ended"])) | {"seconds": phase["seconds"]}
 
     def between(self, began: float, ended: float) -> dict[str, Any]:
-        """Seconds and the most of each kind, bytes. Shorter than from look to look, it has what the one before saw."""
-        looks = [look for look in self.looks if began <= look[0] <= ended]
-        looks = looks or [look for look in self.looks if look[0] <= ended][-1:]
+        """Seconds, and the peak of each kind in bytes; if no sample lies between, that of the last one before."""
+        samples = [sample for sample in self.samples if began <= sample[0] <= ended]
+        samples = samples or [sample for sample in self.samples if sample[0] <= ended][-1:]
         return {
             "seconds": round(ended - began, 3),
-            "anonymous": max((own for _, own, _ in looks), default=0),
-            "resident": max((resident for _, _, resident in looks), default=0),
+            "anonymous": max((own for _, own, _ in samples), default=0),
+            "resident": max((resident for _, _, resident in samples), default=0),
         }
 
 
 def watch(command: Sequence[Any]) -> Watched:
-    """Run a command in the repository's root to its end, its lines going where ours go, and look at its memory.
+    """Run a command in the repository's root to its end, and sample its memory.
 
     Raises:
-        SystemExit: it failed; with its exit code.
+        SystemExit: the command failed; with its exit code.
     """
     child = subprocess.Popen([str(part) for part in command], cwd=ROOT)
-    looks: list[tuple[float, int, int]] = []
+    samples: list[tuple[float, int, int]] = []
     done = threading.Event()
 
-    def look():
-        while not done.wait(LOOK_EVERY):
+    def sample() -> None:
+        while not done.wait(SAMPLE_EVERY):
             fields = status(child.pid)
-            if "RssAnon" in fields:  # a process that has ended, and is not waited for yet, has none
-                looks.append((time.time(), fields["RssAnon"], fields["VmRSS"]))
+            if "RssAnon" in fields:  # a zombie has none
+                samples.append((time.time(), fields["RssAnon"], fields["VmRSS"]))
 
-    watcher = threading.Thread(target=look, daemon=True)
+    watcher = threading.Thread(target=sample, daemon=True)
     watcher.start()
     try:
         code = child.wait()
@@ -225,11 +235,11 @@ def watch(command: Sequence[Any]) -> Watched:
     if code:
         print(f"exit code {code}: {' '.join(map(str, command))}", file=sys.stderr)
         sys.exit(code)
-    return Watched(looks)
+    return Watched(samples)
 
 
 def status(process: int) -> dict[str, int]:
-    """Bytes of a process by kind, as far as the system says."""
+    """Bytes of a process: all resident pages (VmRSS), and those without a file behind them (RssAnon)."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -239,12 +249,12 @@ def status(process: int) -> dict[str, int]:
 
 
 def moment(text: str) -> float:
-    """Seconds since 1970 of a moment in `run.json`."""
+    """A time of `run.json` in seconds since 1970."""
     return datetime.fromisoformat(text).timestamp()
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Processor, cores and memory of this machine."""
     described = dict(
         [part.strip() for part in line.split(":", 1)]
         for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
@@ -259,7 +269,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-# --- what is told ----------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def lines(figures: dict[str, Any]) -> list[str]:

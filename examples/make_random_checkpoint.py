@@ -1,29 +1,31 @@
-"""Write a checkpoint in the published layout with random weights, to try memory, time and disk without a download.
+"""Write a checkpoint in the published layout with random weights, to measure memory, time and disk without a download.
 
     python examples/make_random_checkpoint.py --to random-full --vocabulary qwen.tiktoken
     python examples/make_random_checkpoint.py --to random-small --vocabulary qwen.tiktoken --layers 2 --vision-layers 2
 
 The first is the full Qwen-VL: 853 tensors, 9,656,935,168 parameters, ten `.bin` files of 19.3 GB in all, in bfloat16.
-At most one file is in memory. The vocabulary is the published one; a checkpoint that you have holds it, and so does
-the dashscope package.
+One file at a time is in memory. The published vocabulary is part of every published checkpoint and of the dashscope
+package.
 """
 
 import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from qwenvl.model.configuration import PUBLISHED_VISUAL
 
 FILE_BYTES = 2_000_000_000
-POOL = 1 << 26  # random values, from which every tensor is cut at another place
+POOL = 1 << 26  # random values; every tensor is a slice from a random place
 SPREAD = 0.02  # the published initializer_range
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--vocabulary", type=Path, required=True, help="the published qwen.tiktoken")
@@ -32,10 +34,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
+    if arguments.to.exists():
+        parser.error(f"--to: {arguments.to} exists; give another folder")
+    if not arguments.vocabulary.is_file():
+        parser.error(f"--vocabulary: there is no file {arguments.vocabulary}")
     arguments.to.mkdir(parents=True)
-    config = QwenVLConfig(num_hidden_layers=arguments.layers)
-    config.visual["layers"] = arguments.vision_layers
-    config.architectures, config.random_weights, config.dtype = ["QWenLMHeadModel"], True, torch.bfloat16
+    config = random_config(arguments.layers, arguments.vision_layers)
+    config.architectures = ["QWenLMHeadModel"]
     config.save_pretrained(arguments.to)
     shutil.copy(arguments.vocabulary, arguments.to / "qwen.tiktoken")
     (arguments.to / "tokenizer_config.json").write_text(
@@ -46,13 +51,22 @@ def main():
     write_weights(config, arguments.to, arguments.seed)
 
 
-def write_weights(config: QwenVLConfig, folder: Path, seed: int):
+def random_config(layers: int, vision_layers: int) -> QwenVLConfig:
+    """The published configuration with this many layers, marked as having random weights."""
+    visual = {**PUBLISHED_VISUAL, "layers": vision_layers}
+    config = QwenVLConfig(num_hidden_layers=layers, visual=visual, dtype=torch.bfloat16)
+    config.random_weights = True
+    return config
+
+
+def write_weights(config: QwenVLConfig, folder: Path, seed: int) -> None:
+    """Write random weights as `.bin` files with an index."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in QwenVLForConditionalGeneration(config).state_dict().items()}
     shards = split(shapes)
     generator = torch.Generator().manual_seed(seed)
     pool = torch.empty(POOL).normal_(0, SPREAD, generator=generator).bfloat16()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     with tqdm(total=sum(shape.numel() for shape in shapes.values()) * 2, unit="B", unit_scale=True) as bar:
         for number, names in enumerate(shards, start=1):
             file = f"pytorch_model-{number:05}-of-{len(shards):05}.bin"
@@ -64,8 +78,9 @@ def write_weights(config: QwenVLConfig, folder: Path, seed: int):
 
 
 def split(shapes: dict[str, torch.Size]) -> list[list[str]]:
-    """The tensors' names by file, in their order."""
-    shards, size = [[]], 0
+    """The names of the tensors of each file, in order."""
+    shards: list[list[str]] = [[]]
+    size = 0
     for name, shape in shapes.items():
         if size + shape.numel() * 2 > FILE_BYTES and shards[-1]:
             shards.append([])
@@ -76,7 +91,7 @@ def split(shapes: dict[str, torch.Size]) -> list[list[str]]:
 
 
 def fill(name: str, shape: torch.Size, pool: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A tensor of that shape: norms near 1, all else near 0."""
+    """A tensor of this shape: weights of norms near 1, all else near 0."""
     pieces, missing = [], shape.numel()
     while missing:
         start = int(torch.randint(len(pool), (), generator=generator))
@@ -87,7 +102,7 @@ def fill(name: str, shape: torch.Size, pool: torch.Tensor, generator: torch.Gene
     return 1 + values if is_norm else values
 
 
-def write_json(file: Path, content: dict):
+def write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 

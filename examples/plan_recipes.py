@@ -1,11 +1,11 @@
-"""Plan the memory of every shipped recipe, phase by phase, and print the table that recipes/README.md has.
+"""Plan the memory of every shipped recipe, phase by phase, and print the table of recipes/README.md.
 
     python examples/plan_recipes.py
     python examples/plan_recipes.py docvqa_qlora_8gb docvqa_qlora_6gb --card 8 data.tokens_per_batch=4096
 
-Planned is for the published sizes, from the recipe alone: no weights, no network, no GPU. A recipe is planned for the
-smallest usual card that it fits, or for those that it is made for; a recipe that leaves a choice to the card (`auto`)
-makes it as it would there. `--card` takes another, whether it fits or not.
+The plan is for the published model sizes and needs only the recipe: no weights, no network, no GPU. A recipe is
+planned for the smallest common card that it fits, or for the cards that it is made for; settings that are `auto` are
+chosen for that card. `--card` plans for another card, whether the recipe fits it or not.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from finetune.batches.budget import packing_budget
 from finetune.data.checking import Checked
+from finetune.errors import UserError
 from finetune.memory.auto_budget import auto_budget
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.free_memory import CARDS, CONTEXT
@@ -26,13 +27,13 @@ from finetune.memory.plan import MemoryPlan, plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.weights import settle_embeddings
 from finetune.memory.workload import worst_workload
-from finetune.recipe import Recipe, RecipeError, load_recipe
+from finetune.recipe import Recipe, load_recipe
 from qwenvl import QwenVLConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 CHAT_FORMATS = {"Qwen/Qwen-VL": "raw", "Qwen/Qwen-VL-Chat": "chatml"}
-"""What the generation configs of the published checkpoints say, by which embeddings are trained or not."""
+"""From the generation configs of the published checkpoints; decides whether embeddings are trained."""
 
 MADE_FOR = {
     "docvqa_qlora": (16, 24),
@@ -40,32 +41,32 @@ MADE_FOR = {
     "docvqa_qlora_6gb": (6,),
     "docvqa_lora_24gb": (24,),
 }
-"""Cards in GB; of other recipes the smallest that fits."""
+"""Recipe -> cards in GB. Other recipes are planned for the smallest card that they fit."""
 
 SETTLED = ("model.attention=varlen", "model.kernels=torch")
-"""What hangs on the machine that a recipe runs on, as cards since 2020 have it with what PyTorch brings."""
+"""Settings that depend on the machine, as they are on cards since 2020 with PyTorch alone."""
 
 PHASES = ("load", "encode", "train", "evaluate", "save")
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row of a recipe's data takes, in tokens: `supervised` of them are trained."""
+    """The size of a row of a recipe's data: tokens, those of them that are trained, and images."""
 
     tokens: int
     supervised: int
     images: int
 
 
-QUESTION = Conversation(320, 12, 1)  # 258 of the image, turns and question; the answer is a few words
+QUESTION = Conversation(320, 12, 1)  # an image (258 tokens), a question, and an answer of a few words
 CHAT = Conversation(2048, 512, 4)  # as long as the recipe allows
 CONVERSATIONS = {"chat_lora": CHAT, "base_lora": CHAT, "full_sft": CHAT}
-"""By recipe; the others ask questions about an image."""
+"""Recipe -> the size of its rows. The others ask questions about an image."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A recipe on a card: what is planned and what was chosen."""
+    """A recipe on a card (GB, None if it fits none): its memory plan, and the settings chosen for it."""
 
     name: str
     card: int | None
@@ -73,7 +74,7 @@ class Row:
     switches: Switches
 
     def cells(self) -> list[str]:
-        """Of the table: memory in GB, one decimal."""
+        """The cells of the table; memory in GB."""
         needed = {phase.name: phase.needed for phase in self.plan.phases}
         card = "none of them" if self.card is None else f"{self.card} GB"
         forward = f"{self.plan.workload.tokens:,}"
@@ -82,7 +83,7 @@ class Row:
         return [f"[{self.name}]({self.name}.yaml)", card, forward, self.switches.checkpointing, *memory, host]
 
 
-HEAD = ("recipe", "card", "tokens", "checkpointing", *PHASES, "host")
+HEAD = ["recipe", "card", "tokens", "checkpointing", *PHASES, "host"]
 
 
 def main() -> int:
@@ -96,21 +97,27 @@ def main() -> int:
         parser.error(f"no recipe {', '.join(sorted(unknown))}; there are {', '.join(recipe_names())}")
     try:
         print("\n".join(table(names, overrides, None if given.card is None else (given.card,))))
-    except RecipeError as error:
+    except UserError as error:
         parser.error(str(error))
     return 0
 
 
 def recipe_names() -> list[str]:
-    """All that start from a published checkpoint."""
+    """The recipes that start from a published checkpoint."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml") if load_recipe(file).model.path in CHAT_FORMATS)
 
 
 def table(
     names: Sequence[str] | None = None, overrides: Sequence[str] = (), cards: tuple[int, ...] | None = None
 ) -> list[str]:
-    """The lines of a Markdown table of recipes, all by default; `cards` in GB in place of those they are made for."""
-    rows = [HEAD, ("---",) * 4 + ("---:",) * (len(HEAD) - 4)]
+    """The lines of a Markdown table.
+
+    Args:
+        names: recipes; all by default.
+        overrides: `key.path=value`, for all of them.
+        cards: in GB, instead of those that the recipes are made for.
+    """
+    rows = [HEAD, ["---"] * 4 + ["---:"] * (len(HEAD) - 4)]
     for name in recipe_names() if names is None else names:
         recipe = load_recipe(RECIPES / f"{name}.yaml", [*SETTLED, *overrides])
         rows += [row.cells() for row in rows_of(name, recipe, cards or MADE_FOR.get(name))]
@@ -118,7 +125,7 @@ def table(
 
 
 def rows_of(name: str, recipe: Recipe, cards: tuple[int, ...] | None) -> list[Row]:
-    """A recipe on these cards, or on the smallest that it fits; where it fits none, on the largest, without a card."""
+    """Plan a recipe on these cards, or on the smallest that it fits; if it fits none, on the largest."""
     config = QwenVLConfig()
     recipe = settle_embeddings(recipe, GenerationConfig(chat_format=CHAT_FORMATS[recipe.model.path]))
     conversation = CONVERSATIONS.get(name, QUESTION)
@@ -134,7 +141,7 @@ def rows_of(name: str, recipe: Recipe, cards: tuple[int, ...] | None) -> list[Ro
 def plan_on(
     recipe: Recipe, config: QwenVLConfig, conversation: Conversation, card: int
 ) -> tuple[MemoryPlan, Switches]:
-    """What a run does and holds on a card of so many GB where nothing else is on it."""
+    """The memory plan and settings of a run on an empty card of `card` GB."""
     batch = recipe.train.per_device_train_batch_size
     data = alike(conversation, batch)
     if recipe.data.tokens_per_batch == "auto":
@@ -149,7 +156,7 @@ def plan_on(
 
 
 def alike(conversation: Conversation, count: int) -> Checked:
-    """So many of these, as a look at the data would find them."""
+    """The result of checking a data set of `count` such conversations."""
     return Checked(
         kept=np.arange(count),
         lengths=np.full(count, conversation.tokens),

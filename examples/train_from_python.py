@@ -1,4 +1,4 @@
-"""Train from Python: the same road as `finetune recipes/quickstart.yaml`, with the recipe changed in code.
+"""Train from Python: what `finetune recipes/quickstart.yaml` does, with overrides.
 
 python examples/train_from_python.py
 """
@@ -10,7 +10,7 @@ from finetune.training.train import train
 from qwenvl import load_model
 
 
-def main():
+def main() -> None:
     recipe = load_recipe(Path("recipes/quickstart.yaml"), ["train.max_steps=4", "evaluate=null", "output=runs/python"])
     run = train(recipe)
     model = load_model(run)  # the base with the new adapter on it, ready for `generate`

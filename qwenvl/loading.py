@@ -1,8 +1,8 @@
-"""Models and processors from whatever a practitioner has: a hub id, a checkpoint, an adapter, a run."""
+"""Load models and processors from a hub id, a checkpoint folder, an adapter or a run."""
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,8 @@ from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
 from qwenvl.checkpoint.fingerprint import BASE_FILE, check_base, trained_parts
+from qwenvl.errors import InputError, MissingFileError
+from qwenvl.loading_errors import adapter_errors, checkpoint_errors, first_line
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.host_embedding import WithoutEmbeddings, read_embeddings
 from qwenvl.model.modeling import QwenVLForConditionalGeneration
@@ -35,10 +37,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = [ADAPTER_CONFIG, "adapter_model.*", BASE_FILE]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+DeviceMap = str | Mapping[str, int | str | torch.device] | None
+"""A device, a strategy such as "auto", or devices by module name, as in Transformers."""
+
 
 @dataclass(frozen=True)
 class Source:
-    """What a path stands for: a base checkpoint (folder or hub id), and the folder of an adapter on it, or None."""
+    """What a path refers to: a base checkpoint (folder or hub id) and the folder of an adapter on it, or None."""
 
     base: str
     adapter: str | None
@@ -52,61 +57,63 @@ def load_model(
     quantize: Iterable[str] | None = None,
     embeddings_on_cpu: bool = False,
     dtype: str | torch.dtype | None = None,
-    device_map: str | dict | None = None,
+    device_map: DeviceMap = None,
 ) -> "QwenVLForConditionalGeneration | PeftModel":
     """Load a model in eval mode, with its adapter if there is one.
 
     Args:
-        path: hub id, checkpoint or exported folder; or an adapter folder (PEFT's format) or a run folder, whose base
-            is then found.
-        adapter: adapter or run folder, or hub id, to put on `path`.
-        quantization: "nf4" holds linears in 4 bits, made tensor by tensor while they are read; on the GPU where there
-            is one and device_map says nothing. None is as stored: a folder that is in 4 bits already stays so.
-        quantize: with "nf4", the parts in 4 bits: "language", and "vision" and "head" if wished (see
+        path: hub id, checkpoint folder or exported folder; or an adapter folder (PEFT's format) or a run folder, whose
+            base is then found.
+        adapter: adapter or run folder, or hub id, of an adapter for `path`.
+        quantization: "nf4" quantises linear layers to 4 bits, one tensor after the other while they are read, and on
+            the GPU if there is one and no device_map is given. None loads the checkpoint as stored, in 4 bits or not.
+        quantize: with "nf4", the parts in 4 bits: "language", and optionally "vision" and "head" (see
             `quantization.PARTS`). None: those that the checkpoint has in 4 bits, or the adapter was trained on, else
-            the language model's.
-        embeddings_on_cpu: keep the token embeddings in host memory, wherever the rest is.
-        dtype: "float32", "bfloat16", "float16", or "auto" and None for the one the checkpoint is stored in.
+            the language model only.
+        embeddings_on_cpu: keep the token embeddings in host memory, whatever the device of the rest.
+        dtype: "float32", "bfloat16", "float16", or "auto" or None for the dtype of the checkpoint.
         device_map: as in Transformers.
 
     Raises:
-        FileNotFoundError: no model at `path`, or the adapter's base is not where the adapter says.
-        ValueError: a base other than the adapter was trained on, adapter weights that do not all find their place,
-            or a quantisation that there is not, that the checkpoint contradicts or that needs bitsandbytes.
+        MissingFileError: no model at `path`, or the adapter's base is not where the adapter says.
+        InputError: a damaged checkpoint or adapter; a base other than the one the adapter was trained on; adapter
+            weights that do not fit the model; or a quantisation that is unknown, that the checkpoint contradicts or
+            that needs bitsandbytes.
     """
     source = find_source(path)
     if adapter is not None:
         if source.adapter is not None:
-            raise ValueError(f"{path} is an adapter itself: give the base checkpoint as path, or leave adapter out")
-        source = Source(source.base, find_source(adapter).adapter or _not_an_adapter(adapter))
+            raise InputError(f"{path} is an adapter itself: give the base checkpoint as path, or leave adapter out")
+        source = Source(source.base, _find_adapter(adapter))
     if quantization is not None and quantize is None and source.adapter is not None:
         quantize = trained_parts(source.adapter) or None
     parts = find_parts(source.base, quantization, quantize)
     kind = WithoutEmbeddings if embeddings_on_cpu else QwenVLForConditionalGeneration
-    if parts:
-        model = _load_4bit(kind, source.base, parts, _read_dtype(dtype), device_map)
-    else:
-        model = kind.from_pretrained(source.base, dtype=_read_dtype(dtype), device_map=device_map)
+    with checkpoint_errors(source.base):
+        if parts:
+            model = _load_4bit(kind, source.base, parts, _read_dtype(dtype), device_map)
+        else:
+            model = kind.from_pretrained(source.base, dtype=_read_dtype(dtype), device_map=device_map)
     if embeddings_on_cpu:
         read_embeddings(model, source.base)
     model = model.eval()
-    return model if source.adapter is None else _put_adapter(model, source)
+    return model if source.adapter is None else _add_adapter(model, source.base, source.adapter)
 
 
 def find_parts(base: str, quantization: str | None = None, quantize: Iterable[str] | None = None) -> tuple[str, ...]:
-    """The parts of a checkpoint that will be in 4 bits when it is loaded so (see `load_model`); none: 16 or 32 bits.
+    """The parts of a checkpoint that `load_model` with these arguments has in 4 bits; none: it is in 16 or 32 bits.
 
     Raises:
-        ValueError: an unknown quantisation or part, one that the checkpoint contradicts, or no bitsandbytes.
+        InputError: an unknown quantisation or part, one that the checkpoint contradicts, or no bitsandbytes.
     """
     if quantization not in (None, "nf4"):
-        raise ValueError(f"quantization must be nf4 or None, not {quantization!r}")
+        raise InputError(f"quantization must be nf4 or None, not {quantization!r}")
     if quantization is None and quantize is not None:
-        raise ValueError("quantize has no effect without quantization='nf4': give both or neither")
+        raise InputError("quantize has no effect without quantization='nf4': give both or neither")
     stored = quantized_parts(QwenVLConfig.from_pretrained(base))
     wanted = stored if quantization is None else read_parts(quantize or stored or DEFAULT_PARTS)
     if stored and wanted != stored:
-        raise ValueError(
+        raise InputError(
             f"{base} is in 4 bits already: {', '.join(stored)}. That cannot be loaded as {', '.join(wanted)}: give "
             "the 16-bit checkpoint it was made from, or leave quantize out"
         )
@@ -120,10 +127,10 @@ def _load_4bit(
     base: str,
     parts: tuple[str, ...],
     dtype: str | torch.dtype,
-    device_map: str | dict | None,
+    device_map: DeviceMap,
 ) -> QwenVLForConditionalGeneration:
     stored = quantized_parts(QwenVLConfig.from_pretrained(base))
-    # On the CPU bitsandbytes takes 16 bytes a value while it quantises: too much for the head, by far the largest.
+    # On the CPU bitsandbytes needs 16 bytes per value while it quantises: too much for the head, by far the largest.
     head_later = "head" in parts and not stored and _puts_head_on_cpu(device_map)
     first = tuple(part for part in parts if part != "head" or not head_later)
     model = kind.from_pretrained(
@@ -132,34 +139,44 @@ def _load_4bit(
     if head_later:
         model.lm_head = linear_4bit(model.lm_head)
         model.config.quantization_config.llm_int8_skip_modules = modules_to_skip(parts)
-    compute_in(model, model.dtype if dtype == "auto" else dtype)
+    compute_in(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
     return model
 
 
-def _puts_head_on_cpu(device_map: str | dict | None) -> bool:
-    device = device_map.get("lm_head", device_map.get("")) if isinstance(device_map, dict) else device_map
+def _puts_head_on_cpu(device_map: DeviceMap) -> bool:
+    device = device_map.get("lm_head", device_map.get("")) if isinstance(device_map, Mapping) else device_map
     if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential"):
         return not torch.cuda.is_available()
     return device == "disk" or torch.device(device).type == "cpu"
 
 
 def load_processor(path: str | Path) -> QwenVLProcessor:
-    """Load the processor of a hub id, a checkpoint, or an adapter's or run's base.
+    """Load the processor of a hub id, a checkpoint, or the base of an adapter or run.
 
     Raises:
-        FileNotFoundError: nothing to load at `path`.
-        ValueError: a text-only checkpoint.
+        MissingFileError: nothing to load at `path`.
+        InputError: a text-only or a damaged checkpoint.
     """
     return QwenVLProcessor.from_pretrained(find_source(path).base)
 
 
 def find_source(path: str | Path) -> Source:
-    """Tell what a path stands for, without loading weights. An adapter on the hub is fetched.
+    """Find out what a path refers to, without loading weights. An adapter on the hub is downloaded.
 
     Raises:
-        FileNotFoundError: a folder without any of it, or an adapter whose base is missing.
-        ValueError: a checkpoint of another kind of model.
+        MissingFileError: nothing to load at `path`, or an adapter whose base is missing.
+        InputError: a checkpoint of another kind of model, or a damaged adapter.
     """
+    try:
+        return _source_in_folder(path) or _source_on_hub(str(path))
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _source_in_folder(path: str | Path) -> Source | None:
+    """None if there is no such folder and the path may be a hub id."""
     folder = Path(path)
     if (folder / "adapter" / ADAPTER_CONFIG).is_file():  # a run folder
         folder = folder / "adapter"
@@ -171,85 +188,105 @@ def find_source(path: str | Path) -> Source:
         _refuse_other_kind(folder)
         return Source(str(folder), None)
     if folder.exists():
-        raise FileNotFoundError(
-            f"{path}: neither config.json (a checkpoint) nor {ADAPTER_CONFIG} (an adapter) is here"
-        )
+        raise MissingFileError(f"{path}: neither config.json (a checkpoint) nor {ADAPTER_CONFIG} (an adapter) is here")
     if not _looks_like_hub_id(str(path)):
-        raise FileNotFoundError(f"{path}: no such folder")
+        raise MissingFileError(f"{path}: no such folder")
+    return None
+
+
+def _source_on_hub(name: str) -> Source:
     config = cached_file(
-        str(path),
+        name,
         ADAPTER_CONFIG,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,
     )
     if config is None:
-        _require_on_hub(str(path))
-        return Source(str(path), None)
-    folder = Path(snapshot_download(str(path), allow_patterns=ADAPTER_FILES))
+        _require_on_hub(name)
+        return Source(name, None)
+    folder = Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
     return Source(_base_of(folder), str(folder))
 
 
-def _refuse_other_kind(folder: Path):
+def _find_adapter(path: str | Path) -> str:
+    """The adapter's folder.
+
+    Raises:
+        MissingFileError: there is no adapter at `path`.
+    """
+    adapter = find_source(path).adapter
+    if adapter is None:
+        raise MissingFileError(f"{path}: no {ADAPTER_CONFIG} here, so this is not an adapter")
+    return adapter
+
+
+def _refuse_other_kind(folder: Path) -> None:
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        return  # which whoever reads the config says better
+    except (OSError, ValueError, AttributeError):
+        return  # QwenVLConfig reports a damaged file when it is loaded
     if kind not in (None, QwenVLConfig.model_type):
-        raise ValueError(
+        raise InputError(
             f"{folder} holds a model of type {kind!r}, and Qwen-VL is of type {QwenVLConfig.model_type!r}"
         )
 
 
-def _require_on_hub(name: str):
-    """Raises:
-    FileNotFoundError: the id is not in the hub's cache, and the hub cannot give it.
+def _require_on_hub(name: str) -> None:
+    """Check that a hub id is in the cache or can be downloaded.
+
+    Raises:
+        MissingFileError: it is not, or cannot.
     """
     try:
         cached_file(name, "config.json")
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"{name}: no folder here has this name, and as a hub id it cannot be had: {reason}. Where there is no "
-            "network, fetch it beforehand (hf download) or give a folder"
+        raise MissingFileError(
+            f"{name}: there is no such folder, and it cannot be loaded as a hub id: {first_line(error)}. Without a "
+            "network, download it beforehand (hf download) or give a folder"
         ) from error
 
 
 def _base_of(adapter: Path) -> str:
     """The base that an adapter names: an absolute folder, one relative to the adapter or here, or a hub id."""
-    from peft import PeftConfig
-
-    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    try:
+        config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{adapter / ADAPTER_CONFIG} is not an adapter's configuration: {error}") from error
     if not base:
-        raise FileNotFoundError(f"{adapter}: the adapter names no base; load it with load_model(<base>, adapter=...)")
+        raise MissingFileError(f"{adapter}: the adapter names no base; load it with load_model(<base>, adapter=...)")
+    if not isinstance(base, str):
+        raise InputError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path must be a path or hub id, not {base!r}")
     for folder in (adapter / base, Path(base)):
         if (folder / "config.json").is_file():
             return str(folder)
     if not _looks_like_hub_id(base):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{adapter}: the adapter's base {base} is not there. If it was moved: load_model(<its new place>, "
             f"adapter={str(adapter)!r})"
         )
     return base
 
 
-def _put_adapter(model: QwenVLForConditionalGeneration, source: Source) -> "PeftModel":
+def _add_adapter(model: QwenVLForConditionalGeneration, base: str, adapter: str) -> "PeftModel":
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
-    if not check_base(source.adapter, source.base):
+    if not check_base(adapter, base):
         logger.warning(
-            "%s does not say which weights it was trained on: it is put on %s unchecked", source.adapter, source.base
+            "%s does not record the weights that it was trained on: it is loaded on %s unchecked", adapter, base
         )
-    adapted = PeftModel.from_pretrained(model, source.adapter).eval()
-    weights = load_peft_weights(source.adapter, device="cpu")
-    stored, placed = set(weights), set(get_peft_model_state_dict(adapted))
-    if stored != placed:
-        raise ValueError(
-            f"{source.adapter}: the adapter does not fit {source.base}. Without a place in the model: "
-            f"{_some(stored - placed)}; missing from the adapter: {_some(placed - stored)}"
+    with adapter_errors(adapter, base):
+        adapted = PeftModel.from_pretrained(model, adapter).eval()
+        weights = load_peft_weights(adapter, device="cpu")
+    stored, loaded = set(weights), set(get_peft_model_state_dict(adapted))
+    if stored != loaded:
+        raise InputError(
+            f"{adapter}: the adapter does not fit {base}. Without a place in the model: {_some(stored - loaded)}; "
+            f"missing from the adapter: {_some(loaded - stored)}"
         )
-    # Modules trained in full beside LoRA were trained in float32: on a 16-bit base PEFT would round them.
+    # Modules trained in full beside LoRA were trained in float32; PEFT casts them to the dtype of a 16-bit base.
     copies = [module.modules_to_save for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
     if copies and any(tensor.dtype == torch.float32 for tensor in weights.values()):
         for copy in copies:
@@ -263,12 +300,8 @@ def _some(names: set[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
 
 
-def _not_an_adapter(path: str | Path):
-    raise FileNotFoundError(f"{path}: no {ADAPTER_CONFIG} here, so this is not an adapter")
-
-
 def _looks_like_hub_id(name: str) -> bool:
-    """`owner/name` or `name`, and no way to spell a folder."""
+    """`owner/name` or `name`, and nothing that is only in the path of a folder."""
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "\\" not in name
 
 
@@ -278,5 +311,5 @@ def _read_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)} or auto, not {dtype!r}")
     return DTYPES[dtype]

@@ -1,10 +1,17 @@
 """The configuration of a Qwen-VL (or text-only Qwen) checkpoint, in the published `config.json` layout."""
 
+import os
 from dataclasses import field
 from math import isqrt
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+
+from qwenvl.errors import InputError, MissingFileError
 
 # The vision side of the published 9.66 B checkpoints.
 PUBLISHED_VISUAL = {
@@ -18,16 +25,23 @@ PUBLISHED_VISUAL = {
     "width": 1664,
 }
 
-# `<img>` is the 215th special token after the BPE ranks, `<|endoftext|>` the first: see `tokenizer.py`.
+# `<|endoftext|>` is the first special token after the BPE ranks, `<img>` the 215th: see `qwenvl/text/vocabulary.py`.
 IMAGE_START_AFTER_END_OF_TEXT = 214
 
 RESAMPLER_HEAD_DIM = 128
+
+# What must be a positive number, at the top and in `visual`.
+LANGUAGE_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "intermediate_size"),
+    *("max_position_embeddings", "seq_length"),
+)
+VISUAL_NUMBERS = (*PUBLISHED_VISUAL, "n_queries")
 
 
 class QwenVLConfig(PreTrainedConfig):
     """Sizes and switches of the model. The defaults are those of the published Qwen-VL.
 
-    Keys that mean nothing here (`onnx_safe`, `use_flash_attn`, `fp16`, ...) are kept and written back on save.
+    Keys without a meaning here (`onnx_safe`, `use_flash_attn`, `fp16`, ...) are kept and written back on save.
 
     Args:
         vocab_size: rows of the embedding and of the head (more than the tokenizer has tokens).
@@ -35,13 +49,13 @@ class QwenVLConfig(PreTrainedConfig):
         kv_channels: width of one attention head.
         intermediate_size: twice the inner width of the MLP, as published.
         seq_length: tokens of the training context; the two extensions below act beyond it, in eval mode only.
-        use_dynamic_ntk: stretch the rotary base for sequences longer than `seq_length`.
+        use_dynamic_ntk: increase the rotary base for sequences longer than `seq_length`.
         use_logn_attn: scale queries at positions beyond `seq_length` by `log(position, seq_length)`.
         visual: the vision side (`PUBLISHED_VISUAL` lists its keys; `n_queries` may be added, 256 if absent), or
             None for a text-only Qwen checkpoint.
 
     Raises:
-        ValueError: sizes that contradict each other, or a switch no published checkpoint uses.
+        InputError: sizes that contradict each other, or a switch that no published checkpoint uses.
     """
 
     model_type = "qwen"
@@ -75,64 +89,114 @@ class QwenVLConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     visual: dict[str, Any] | None = field(default_factory=lambda: dict(PUBLISHED_VISUAL))
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for key in LANGUAGE_SIZES:
+            value = getattr(self, key)
+            if not (isinstance(value, int) and value > 0):
+                raise InputError(f"config: {key} must be a positive whole number, not {value!r}")
         if self.tie_word_embeddings:
-            raise ValueError("config: tie_word_embeddings must be false: Qwen checkpoints have a head of their own")
+            raise InputError("config: tie_word_embeddings must be false: Qwen checkpoints have a head of their own")
         if not self.no_bias:
-            raise ValueError("config: no_bias must be true: only c_attn has a bias in Qwen checkpoints")
+            raise InputError("config: no_bias must be true: only c_attn has a bias in Qwen checkpoints")
         if self.rotary_pct != 1:
-            raise ValueError(f"config: rotary_pct is {self.rotary_pct}, but Qwen rotates the whole head (1.0)")
+            raise InputError(f"config: rotary_pct is {self.rotary_pct}, but Qwen rotates the whole head (1.0)")
         if self.kv_channels % 2 or self.intermediate_size % 2:
-            raise ValueError(
+            raise InputError(
                 f"config: kv_channels ({self.kv_channels}) and intermediate_size ({self.intermediate_size}) must be "
                 "even"
             )
         if self.visual is not None:
             self._check_visual(self.visual)
 
-    def _check_visual(self, visual: dict[str, Any]):
+    def _check_visual(self, visual: dict[str, Any]) -> None:
         missing = [key for key in PUBLISHED_VISUAL if key not in visual]
         if missing:
-            raise ValueError(f"config: visual lacks {', '.join(missing)}")
+            raise InputError(f"config: visual lacks {', '.join(missing)}")
+        for key, value in visual.items():
+            wanted = int | float if key == "mlp_ratio" else int
+            if key in VISUAL_NUMBERS and not (isinstance(value, wanted) and value > 0):
+                number = "number" if key == "mlp_ratio" else "whole number"
+                raise InputError(f"config: visual.{key} must be a positive {number}, not {value!r}")
         if visual["output_dim"] != self.hidden_size:
-            raise ValueError(
+            raise InputError(
                 f"config: visual.output_dim ({visual['output_dim']}) must equal hidden_size ({self.hidden_size})"
             )
         if visual["output_dim"] < RESAMPLER_HEAD_DIM or visual["output_dim"] % self.resampler_heads:
-            raise ValueError(
+            raise InputError(
                 f"config: visual.output_dim ({visual['output_dim']}) must be {RESAMPLER_HEAD_DIM} or more, and divide "
-                f"into one head for each whole {RESAMPLER_HEAD_DIM}"
+                f"evenly into one head for each whole {RESAMPLER_HEAD_DIM}"
             )
         if visual["width"] % visual["heads"]:
-            raise ValueError(f"config: visual.width ({visual['width']}) must divide into {visual['heads']} heads")
+            raise InputError(f"config: visual.width ({visual['width']}) must divide into {visual['heads']} heads")
         if visual["image_size"] % visual["patch_size"]:
-            raise ValueError(
+            raise InputError(
                 f"config: visual.image_size ({visual['image_size']}) must be a multiple of visual.patch_size "
                 f"({visual['patch_size']})"
             )
         if isqrt(self.n_queries) ** 2 != self.n_queries:
-            raise ValueError(f"config: visual.n_queries ({self.n_queries}) must be a square number")
-        if self.image_token_id >= self.vocab_size:
-            raise ValueError(
-                f"config: <imgpad> would be id {self.image_token_id} (visual.image_start_id + 2), but vocab_size is "
+            raise InputError(f"config: visual.n_queries ({self.n_queries}) must be a square number")
+        image_token_id = visual["image_start_id"] + 2
+        if image_token_id >= self.vocab_size:
+            raise InputError(
+                f"config: <imgpad> would be id {image_token_id} (visual.image_start_id + 2), but vocab_size is "
                 f"{self.vocab_size}"
             )
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As the base class; a file without a `visual` key is a text-only checkpoint, not the published default."""
-        return super().from_dict({"visual": None, **config_dict}, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Self:
+        """As the base class.
+
+        Raises:
+            MissingFileError: no config.json at this path or hub id.
+            InputError: config.json cannot be read, or is not a valid configuration.
+        """
+        path = pretrained_model_name_or_path
+        try:
+            return super().from_pretrained(path, *args, **kwargs)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        except OSError as error:
+            kind = InputError if (Path(path) / CONFIG_NAME).is_file() else MissingFileError
+            raise kind(f"{path}: config.json cannot be read: {str(error).splitlines()[0]}") from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """As the base class, but a file without a `visual` key is a text-only checkpoint, not the published default.
+
+        Raises:
+            InputError: not a valid configuration.
+        """
+        if not isinstance(config_dict, dict):
+            raise InputError(f"config: must be a mapping of names to values, not {type(config_dict).__name__}")
+        dtype = config_dict.get("dtype") or config_dict.get("torch_dtype")
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise InputError(f"config: dtype must name a dtype of PyTorch, such as float32, not {dtype!r}")
+        try:
+            return super().from_dict({"visual": None, **config_dict}, **kwargs)
+        except StrictDataclassError as error:
+            raise InputError(f"config: {error}") from error
+
+    def require_visual(self) -> dict[str, Any]:
+        """`visual` of a checkpoint with images.
+
+        Raises:
+            InputError: a text-only checkpoint.
+        """
+        if self.visual is None:
+            raise InputError("this is a text-only Qwen checkpoint (its config has no `visual`): it takes no images")
+        return self.visual
 
     @property
     def n_queries(self) -> int:
-        """Positions one image takes between `<img>` and `</img>`."""
+        """Tokens of one image between `<img>` and `</img>`; 0 for a text-only checkpoint."""
         return self.visual.get("n_queries", 256) if self.visual else 0
 
     @property
     def resampler_heads(self) -> int:
-        """Attention heads of the resampler: the published code takes one for each whole 128 channels."""
-        return self.visual["output_dim"] // RESAMPLER_HEAD_DIM
+        """Attention heads of the resampler: one per 128 channels, rounded down, as in the published code."""
+        return self.require_visual()["output_dim"] // RESAMPLER_HEAD_DIM
 
     @property
     def image_start_id(self) -> int | None:
@@ -146,5 +210,5 @@ class QwenVLConfig(PreTrainedConfig):
 
     @property
     def image_token_id(self) -> int | None:
-        """Id of `<imgpad>`, which holds an image's positions."""
+        """Id of `<imgpad>`, the placeholder of an image feature."""
         return self.visual["image_start_id"] + 2 if self.visual else None

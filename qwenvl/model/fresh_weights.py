@@ -1,4 +1,4 @@
-"""How weights are drawn that no checkpoint brings."""
+"""Initialisation of weights that no checkpoint provides."""
 
 from math import isqrt
 
@@ -11,8 +11,8 @@ from qwenvl.model.resampler import CrossAttention, Resampler, sine_cosine_grid
 from qwenvl.model.vision import VisionAttention, VisionMLP, VisionTransformer
 
 
-def draw_weights(module: nn.Module, config: QwenVLConfig):
-    """Language side: normal(initializer_range). Vision side: as the paper's authors started theirs."""
+def draw_weights(module: nn.Module, config: QwenVLConfig) -> None:
+    """Initialise a module's own weights. Language model: normal(initializer_range); vision: as the published code."""
     if isinstance(module, nn.Linear):
         init.normal_(module.weight, std=config.initializer_range)
         if module.bias is not None:
@@ -29,7 +29,7 @@ def draw_weights(module: nn.Module, config: QwenVLConfig):
         init.normal_(module.positional_embedding, std=module.positional_embedding.shape[1] ** -0.5)
         init.normal_(module.proj, std=module.proj.shape[0] ** -0.5)
     elif isinstance(module, VisionAttention | VisionMLP | CrossAttention | Resampler):
-        # Children come first: their linears were just drawn as the language model's.
+        # Children come first, so their linear layers were drawn like the language model's: draw them again.
         for child in module.children():
             if isinstance(child, nn.Linear):
                 init.trunc_normal_(child.weight, std=0.02)

@@ -1,8 +1,9 @@
-"""What `generate` must know about this family: where replies stop, and whose images are whose."""
+"""What `generate` needs to know about this model: the stop tokens, and which images belong to which row."""
 
 import torch
 from transformers import GenerationConfig
 
+from qwenvl.errors import InputError
 from qwenvl.model.configuration import IMAGE_START_AFTER_END_OF_TEXT, QwenVLConfig
 from qwenvl.model.image_span import image_span_starts
 
@@ -10,11 +11,11 @@ SAMPLING_ONLY = ("temperature", "top_p", "top_k", "typical_p", "min_p", "epsilon
 
 
 def read_published_settings(generation_config: GenerationConfig, config: QwenVLConfig) -> GenerationConfig:
-    """A generation config of the published kind, made whole for current Transformers, in place.
+    """Adapt a published generation config to current Transformers, in place.
 
-    - `chat_format: "chatml"` means that replies end at `<|im_end|>`, `<|im_start|>` or `<|endoftext|>`, though the
-      published file names only the last as `eos_token_id`.
-    - sampling settings beside `do_sample: false` mean nothing, but current Transformers refuses to save them.
+    - `chat_format: "chatml"` means that replies end at `<|im_end|>`, `<|im_start|>` or `<|endoftext|>`, but the
+      published file has only the last as `eos_token_id`.
+    - With `do_sample: false` sampling settings have no effect, but current Transformers refuses to save them.
     """
     if getattr(generation_config, "chat_format", None) == "chatml":
         end_of_text = end_of_text_id(generation_config, config)
@@ -31,20 +32,24 @@ def read_published_settings(generation_config: GenerationConfig, config: QwenVLC
 
 
 def end_of_text_id(generation_config: GenerationConfig, config: QwenVLConfig) -> int | None:
-    """Id of `<|endoftext|>`: from the image tokens' place, or, in a text-only checkpoint, from its own eos."""
+    """Id of `<|endoftext|>`: counted back from `<img>`, or the `eos_token_id` of a text-only checkpoint."""
     if config.image_start_id is not None:
         return config.image_start_id - IMAGE_START_AFTER_END_OF_TEXT
     eos = generation_config.eos_token_id
     return eos if isinstance(eos, int) else None
 
 
-def refuse_chunked_prefill(*chunk_sizes: int | None):
-    """Raises:
-    ValueError: a chunk size is set. The rotary stretch follows from the whole prompt's length (see `rotary.py`),
-        which a first chunk does not know: logits would be silently wrong.
+def refuse_chunked_prefill(*chunk_sizes: int | None) -> None:
+    """Check that no chunk size is set.
+
+    Dynamic NTK depends on the length of the whole prompt (see `rotary.py`), which is unknown in the first chunk:
+    logits would be silently wrong.
+
+    Raises:
+        InputError: a chunk size is set.
     """
     if any(size is not None for size in chunk_sizes):
-        raise ValueError("prefill_chunk_size is not possible with this model: remove it (set it to None)")
+        raise InputError("prefill_chunk_size is not supported by this model: remove it (set it to None)")
 
 
 def images_per_row(input_ids: torch.Tensor, config: QwenVLConfig) -> list[int]:
@@ -52,8 +57,10 @@ def images_per_row(input_ids: torch.Tensor, config: QwenVLConfig) -> list[int]:
     return image_span_starts(input_ids, config).sum(dim=1).tolist()
 
 
-def repeat_images(image_features: torch.Tensor, input_ids: torch.Tensor, times: int, config: QwenVLConfig):
-    """Image features for a batch whose every row is repeated `times` times in a row (beams, several returns).
+def repeat_images(
+    image_features: torch.Tensor, input_ids: torch.Tensor, times: int, config: QwenVLConfig
+) -> torch.Tensor:
+    """Image features for a batch in which each row is repeated `times` times (beams, several returned sequences).
 
     (images, n_queries, hidden) in reading order -> (images * times, n_queries, hidden). A plain repeat_interleave
     of the images would give a row with two images its first one twice.
@@ -65,9 +72,9 @@ def repeat_images(image_features: torch.Tensor, input_ids: torch.Tensor, times: 
 def images_of_suffix(
     image_features: torch.Tensor, input_ids: torch.Tensor, suffix_length: int, config: QwenVLConfig
 ) -> torch.Tensor | None:
-    """The features of the images that begin in the last `suffix_length` tokens; the others are in the cache already.
+    """The features of the images that begin in the last `suffix_length` tokens; the cache has the others.
 
-    Where the features are those of the suffix alone they are returned as they are.
+    Features that are of the suffix's images only are returned unchanged.
     """
     in_suffix = images_per_row(input_ids[:, -suffix_length:], config)
     if sum(in_suffix) == len(image_features):

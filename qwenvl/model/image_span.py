@@ -1,14 +1,16 @@
-"""Where a batch's images stand in its token ids."""
+"""Where the images of a batch are in its token ids."""
 
 import torch
 
+from qwenvl.errors import InputError
 from qwenvl.model.configuration import QwenVLConfig
 
 
 def image_span_starts(input_ids: torch.Tensor, config: QwenVLConfig) -> torch.Tensor:
     """Mark the `<img>` of every complete image span: `<img>`, n_queries times `<imgpad>`, `</img>`.
 
-    Only complete spans count: a stray `<img>` or `<imgpad>` that the model sampled keeps its own embedding.
+    Only complete spans count: a single `<img>` or `<imgpad>` that the model sampled keeps its own embedding. For a
+    text-only checkpoint nothing is marked.
 
     Args:
         input_ids: (batch, length)
@@ -16,12 +18,12 @@ def image_span_starts(input_ids: torch.Tensor, config: QwenVLConfig) -> torch.Te
     Returns:
         (batch, length), bool
     """
-    n = config.n_queries
+    n, pad_id = config.n_queries, config.image_token_id
     starts = torch.zeros_like(input_ids, dtype=torch.bool)
-    if input_ids.shape[1] < n + 2:
+    if pad_id is None or input_ids.shape[1] < n + 2:
         return starts
-    pads_before = torch.nn.functional.pad((input_ids == config.image_token_id).cumsum(dim=1), (1, 0))
-    # Candidate k is a span that begins with `<img>` at k, holds pads at k + 1 .. k + n, and ends at k + n + 1.
+    pads_before = torch.nn.functional.pad((input_ids == pad_id).cumsum(dim=1), (1, 0))
+    # Candidate k is a span with `<img>` at k, `<imgpad>` at k + 1 .. k + n, and `</img>` at k + n + 1.
     starts[:, : -n - 1] = (
         (input_ids[:, : -n - 1] == config.image_start_id)
         & (pads_before[:, n + 1 : -1] - pads_before[:, 1 : -n - 1] == n)
@@ -33,28 +35,28 @@ def image_span_starts(input_ids: torch.Tensor, config: QwenVLConfig) -> torch.Te
 def place_image_features(
     embeddings: torch.Tensor, input_ids: torch.Tensor, features: torch.Tensor | None, config: QwenVLConfig
 ) -> torch.Tensor:
-    """Put image features over the embeddings of their positions, out of place, so that both sides get gradients.
+    """Replace the embeddings of image positions by image features, out of place, so that both sides get gradients.
 
     Args:
         embeddings: (batch, length, hidden)
         input_ids: (batch, length)
-        features: (images, n_queries, hidden), the batch's images in reading order; None where there are none.
+        features: (images, n_queries, hidden), the batch's images in reading order; None without images.
 
     Returns:
         (batch, length, hidden)
 
     Raises:
-        ValueError: more or fewer features than image spans.
+        InputError: more or fewer features than image spans.
     """
     starts = image_span_starts(input_ids, config)
     spans, images = int(starts.sum()), 0 if features is None else len(features)
     if spans != images:
-        raise ValueError(
+        raise InputError(
             f"input_ids hold {spans} whole image span(s) (<img>, {config.n_queries} x <imgpad>, </img>) but "
-            f"{images} image(s) were given: pass pixel_values (or image_features) with one entry an image, in reading "
-            "order, and do not truncate inside an image"
+            f"{images} image(s) were given: pass pixel_values (or image_features) with one entry per image, in "
+            "reading order, and do not truncate inside an image"
         )
-    if not spans:
+    if features is None or not spans:
         return embeddings
     opened = starts.cumsum(dim=1)
     closed = torch.nn.functional.pad(opened, (config.n_queries + 1, 0))[:, : -config.n_queries - 1]

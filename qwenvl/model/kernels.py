@@ -1,6 +1,6 @@
-"""Rotary positions, RMSNorm and SwiGLU each in one GPU kernel, from liger-kernel, in place of PyTorch's operations.
+"""Fused GPU kernels of liger-kernel for rotary positions, RMSNorm and SwiGLU.
 
-The plain modules of `language` say what is computed; these agree with them to the rounding of the type.
+The plain modules in `language` are the reference; these agree with them up to rounding.
 """
 
 from importlib.util import find_spec
@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
+from qwenvl.errors import InputError
 from qwenvl.model.language import MLP, Attention, RMSNorm
 from qwenvl.model.rotary import Positions, scale_by_log_n
 
@@ -16,12 +17,12 @@ KERNELS = ("torch", "liger")
 
 class LigerRMSNorm(RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != self.weight.dtype:  # the plain norm's result is in the wider of the two, the kernel's in x's
+        if x.dtype != self.weight.dtype:  # the plain norm promotes to the wider dtype, the kernel returns x's
             return super().forward(x)
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-        # "llama": float32 up to the weight, which multiplies in x's type, as here. Not in place: the gradient that
-        # would be overwritten may be somebody else's too.
+        # "llama": float32 until the weight is applied in x's dtype, as in RMSNorm. Not in place: the incoming gradient
+        # may be used elsewhere too.
         return LigerRMSNormFunction.apply(x, self.weight, self.eps, 0.0, "llama", False)
 
 
@@ -39,24 +40,24 @@ class LigerMLP(MLP):
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-        return LigerSiLUMulFunction.apply(self.w2(x), self.w1(x))  # the first goes through the sigmoid
+        return LigerSiLUMulFunction.apply(self.w2(x), self.w1(x))  # SiLU is applied to the first argument
 
 
-FUSED = {RMSNorm: LigerRMSNorm, Attention: LigerAttention, MLP: LigerMLP}
+FUSED: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: LigerRMSNorm, Attention: LigerAttention, MLP: LigerMLP}
 
 
-def use_kernels(model: nn.Module, kernels: str):
-    """Compute a model's blocks with the kernels named, from now on; its parameters, names and wrappers stay.
+def use_kernels(model: nn.Module, kernels: str) -> None:
+    """Switch a model's blocks to the named kernels, in place; parameters, their names and wrappers stay.
 
     Args:
-        model: with or without adapters on it.
+        model: with or without adapters.
         kernels: "torch", or "liger" on a GPU.
 
     Raises:
-        ValueError: there are no such kernels, or they cannot run here.
+        InputError: unknown kernels, or they cannot run here.
     """
     if kernels not in KERNELS:
-        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
+        raise InputError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}")
     if kernels == "liger":
         require_liger()
     becomes = FUSED if kernels == "liger" else {fused: plain for plain, fused in FUSED.items()}
@@ -66,12 +67,12 @@ def use_kernels(model: nn.Module, kernels: str):
 
 
 def kernels_in_use(model: nn.Module) -> str:
-    """ "torch" or "liger"."""
+    """The kernels that a model's blocks use: "torch" or "liger"."""
     return "liger" if any(isinstance(module, LigerMLP) for module in model.modules()) else "torch"
 
 
 def liger_runs() -> bool:
-    """Whether liger-kernel is installed and there is a GPU that runs it (its Triton needs compute capability 8.0)."""
+    """Whether liger-kernel is installed and the GPU can run it (Triton needs compute capability 8.0)."""
     return (
         find_spec("liger_kernel") is not None
         and torch.cuda.is_available()
@@ -79,11 +80,13 @@ def liger_runs() -> bool:
     )
 
 
-def require_liger():
-    """Raises:
-    ValueError: liger-kernel is not installed, or there is no GPU for it.
+def require_liger() -> None:
+    """Check that liger-kernel can run here.
+
+    Raises:
+        InputError: liger-kernel is not installed, or there is no GPU for it.
     """
     if find_spec("liger_kernel") is None:
-        raise ValueError("the package liger-kernel is not installed: pip install liger-kernel, or take torch kernels")
+        raise InputError("the package liger-kernel is not installed: pip install liger-kernel, or use torch kernels")
     if not liger_runs():
-        raise ValueError("liger-kernel runs on an NVIDIA GPU (Ampere or later), and none is here: take torch kernels")
+        raise InputError("liger-kernel needs an NVIDIA GPU (Ampere or later), and none is here: use torch kernels")

@@ -1,19 +1,21 @@
 """The language model's parts: RMSNorm, attention, MLP and the block made of them."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qwenvl.model.attention import attend
+from qwenvl.model.attention import AttentionLayer, attend
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.rotary import Positions, rotate, scale_by_log_n
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32; the result returns to x's dtype before the weight is applied."""
+    """Root-mean-square norm, computed in float32 and cast to x's dtype before the weight is applied."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
@@ -23,16 +25,14 @@ class RMSNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
-class Attention(nn.Module):
+class Attention(AttentionLayer):
     """Causal self-attention. `c_attn`'s output is q | k | v in thirds; only `c_attn` has a bias."""
 
     is_causal = True
-    num_key_value_groups = 1
 
-    def __init__(self, config: QwenVLConfig, layer_idx: int):
-        super().__init__()
+    def __init__(self, config: QwenVLConfig, layer_idx: int) -> None:
+        super().__init__(config)
         width = config.num_attention_heads * config.kv_channels
-        self.config = config
         self.layer_idx = layer_idx
         self.c_attn = nn.Linear(config.hidden_size, 3 * width)
         self.c_proj = nn.Linear(width, config.hidden_size, bias=False)
@@ -44,9 +44,9 @@ class Attention(nn.Module):
         positions: Positions,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x: (batch, length, hidden) -> the same shape, and the attention weights where the kernel gives them."""
+        """x: (batch, length, hidden) -> the same shape, and the attention weights if the kernel returns them."""
         qkv = self.c_attn(x).unflatten(-1, (3, self.config.num_attention_heads, self.config.kv_channels))
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         query, key = self.rotate(query, key, positions)
@@ -60,14 +60,14 @@ class Attention(nn.Module):
     def rotate(
         self, query: torch.Tensor, key: torch.Tensor, positions: Positions
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query and key (batch, heads, length, head_dim) at their positions, the query with its log-n factor."""
+        """Rotate query and key (batch, heads, length, head_dim) to their positions; scale the query by log-n."""
         return scale_by_log_n(rotate(query, positions), positions), rotate(key, positions)
 
 
 class MLP(nn.Module):
     """SwiGLU: `w2` is the gate, `w1` the value."""
 
-    def __init__(self, config: QwenVLConfig):
+    def __init__(self, config: QwenVLConfig) -> None:
         super().__init__()
         inner = config.intermediate_size // 2
         self.w1 = nn.Linear(config.hidden_size, inner, bias=False)
@@ -85,7 +85,7 @@ class MLP(nn.Module):
 class Block(GradientCheckpointingLayer):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: QwenVLConfig, layer_idx: int):
+    def __init__(self, config: QwenVLConfig, layer_idx: int) -> None:
         super().__init__()
         self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.attn = Attention(config, layer_idx)
@@ -98,7 +98,7 @@ class Block(GradientCheckpointingLayer):
         positions: Positions,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """x: (batch, length, hidden) -> the same shape."""
         attended, _ = self.attn(

@@ -1,6 +1,7 @@
-"""Next-token cross-entropy that costs memory only where tokens are supervised, and keeps no logits for training."""
+"""Next-token cross-entropy: memory only for supervised positions, and no logits kept for training."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -8,22 +9,37 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from qwenvl.model.quantized_head import QuantizedHeadCrossEntropy, comes_in_pieces
+from qwenvl.text.chat import IGNORED
 
-IGNORED = -100
-
-# Rows of logits widened to float32 at a time: 256 rows of the published vocabulary are 156 MB.
+# Rows of logits in float32 at a time: 256 rows of the published vocabulary are 156 MB.
 ROWS_AT_A_TIME = 256
 
 
-class SummedCrossEntropy(torch.autograd.Function):
-    """Sum of -log p(target) over rows of logits, in float32, a few rows at a time in both directions.
+class _SavedTensors(Protocol):
+    """What `SummedCrossEntropy` uses of its autograd context."""
 
-    Autograd's own cross-entropy keeps a float32 copy of everything; here backward recomputes each piece from the
-    logits, which are kept anyway, and the row's log-sum-exp.
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None: ...
+
+
+class _Gradients(Protocol):
+    """What `HeadCrossEntropy` uses of its autograd context."""
+
+    needs_input_grad: tuple[bool, ...]
+    gradients: tuple[torch.Tensor | None, torch.Tensor | None] | None
+    weight_type: torch.dtype
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Sum of -log p(target) over rows of logits, in float32, a few rows at a time in forward and backward.
+
+    `nn.functional.cross_entropy` keeps a float32 copy of all logits; here backward recomputes the probabilities of
+    each piece from the logits, which are kept anyway, and the saved log-sum-exp.
     """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _SavedTensors, logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
         log_sums = torch.empty(rows.shape, dtype=total.dtype, device=logits.device)
         for start in range(0, len(rows), ROWS_AT_A_TIME):
@@ -35,7 +51,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_total: torch.Tensor):
+    def backward(ctx: _SavedTensors, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, rows, targets, log_sums = ctx.saved_tensors
         grad_logits = torch.zeros_like(logits)
         for start in range(0, len(rows), ROWS_AT_A_TIME):
@@ -49,14 +65,19 @@ class SummedCrossEntropy(torch.autograd.Function):
 class HeadCrossEntropy(torch.autograd.Function):
     """Sum of -log p(target) over rows of hidden states through a head's matrix, a few rows at a time.
 
-    The loss is a sum, so its gradients need nothing from behind it but one factor: they are made right away, beside
-    the loss, while a piece's logits are there. Kept for backward are rows as wide as the hidden states, and one buffer
-    for the matrix where it is trained. Against keeping or recomputing logits: no logits, no product a second time.
+    The loss is a sum, so backward only scales its gradients: they are computed in forward, while a piece's logits
+    exist. Kept for backward are the gradient of the hidden states, and that of the matrix if it is trained; logits
+    are neither kept nor recomputed.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int, for_training: bool
+        ctx: _Gradients,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: int,
+        for_training: bool,
     ) -> torch.Tensor:
         wide_type = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros((), dtype=wide_type, device=hidden.device)
@@ -78,17 +99,17 @@ class HeadCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[piece] = grad_logits @ weight
             if grad_weight is not None:
-                # In float32 also where the matrix is in 16 bits: many pieces are added up.
+                # In float32 even for a 16-bit matrix: many pieces are summed.
                 grad_weight.addmm_(grad_logits.T.to(wide_type), rows.to(wide_type))
-        # Not as saved tensors: activation offloading would carry them to the host and back.
+        # Not saved tensors: activation offloading would move them to the host and back.
         ctx.gradients = (grad_hidden, grad_weight)
         ctx.weight_type = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx, grad_total: torch.Tensor):
+    def backward(ctx: _Gradients, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the loss at supervised positions was gone backward through already")
+            raise RuntimeError("Trying to backward through the loss a second time: its gradients are already freed")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         if grad_hidden is not None:
             grad_hidden *= grad_total
@@ -100,20 +121,20 @@ class HeadCrossEntropy(torch.autograd.Function):
 def supervised_loss(
     hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *, chunk: int = ROWS_AT_A_TIME
 ) -> torch.Tensor:
-    """Cross-entropy summed over rows of hidden states, without ever having the logits of all of them.
+    """Cross-entropy summed over rows of hidden states, without the logits of all rows in memory at once.
 
     Args:
-        hidden: (rows, hidden), the states that predict, after the final norm.
-        head: gives logits. One that is a single matrix (plain, or trained beside an adapter) goes through
-            `HeadCrossEntropy`, one in 4 bits through `quantized_head.QuantizedHeadCrossEntropy`. Any other (with LoRA
-            on it, or sharded by ZeRO-3) is called on one piece after the other, and again in backward.
+        hidden: (rows, hidden), after the final norm, at the positions that predict a supervised token.
+        head: the output head. A single matrix (plain, or trained beside an adapter) goes through `HeadCrossEntropy`,
+            one in 4 bits through `quantized_head.QuantizedHeadCrossEntropy`. Any other head (with LoRA on it, or
+            sharded by ZeRO-3) is called piece by piece under activation checkpointing.
         targets: (rows,), ids.
-        chunk: rows that have logits at a time.
+        chunk: rows whose logits exist at a time.
 
     Returns:
-        A scalar, in float32 at least; backward goes through it once. Zero, with gradients of zero, without rows.
+        A scalar, in float32 at least, that supports one backward. Zero, with zero gradients, without rows.
     """
-    # A matrix trained in float32 is to be computed with in float32, whatever autocast says.
+    # A matrix trained in float32 computes in float32, also under autocast.
     with _without_autocast(hidden.device.type):
         if comes_in_pieces(head, hidden):
             return QuantizedHeadCrossEntropy.apply(hidden, head, targets, chunk, torch.is_grad_enabled())
@@ -130,9 +151,11 @@ def supervised_loss(
 
 
 def in_type_of(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states in the type that a head takes: one trained in float32 beside 16-bit blocks, its own; 4-bit codes
-    have none."""
-    return hidden.to(head.weight.dtype) if head.weight.is_floating_point() else hidden
+    """Hidden states in the dtype of the head, which may be trained in float32 beside 16-bit blocks. A 4-bit head has
+    none: it takes them as they are."""
+    weight = head.weight
+    assert isinstance(weight, torch.Tensor), "a head is, or wraps, one matrix"
+    return hidden.to(weight.dtype) if weight.is_floating_point() else hidden
 
 
 def _loss_of_piece(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor) -> torch.Tensor:
@@ -141,33 +164,35 @@ def _loss_of_piece(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    if not torch.amp.is_autocast_available(device_type):  # as of the meta device, on which memory is planned
+    if not torch.amp.is_autocast_available(device_type):  # the meta device, on which memory is planned
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def _matrix_of(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor | None:
-    """(vocabulary, hidden) of a head that is a matrix and nothing else, here and now; None of any other."""
-    if getattr(head, "bias", None) is not None or not hasattr(head, "weight"):
+    """The matrix (vocabulary, hidden) of a head that is nothing else and whose values are in memory; else None."""
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, torch.Tensor) or getattr(head, "bias", None) is not None:
         return None
-    # With LoRA on a head, `weight` is the base's alone. PEFT's ModulesToSaveWrapper, around a head that is trained
-    # beside an adapter, gives the copy in use; it is known by its attribute, so that the model does not need PEFT.
+    # With LoRA on a head, `weight` is that of the base layer only. PEFT's ModulesToSaveWrapper, around a head that is
+    # trained beside an adapter, returns the active copy; its attribute tells, so that the model does not need PEFT.
     if type(head) is not nn.Linear and not isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
         return None
-    weight = head.weight
-    # Until its module is called: on the meta device (offloaded), empty (ZeRO-3), or a piece (FSDP2).
+    # Until its module is called, a weight may be on the meta device (offloaded), empty (ZeRO-3) or a shard (FSDP2).
     is_there = weight.ndim == 2 and weight.is_meta == hidden.is_meta and not isinstance(weight, DTensor)
     return weight if is_there else None
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a supervised token is predicted, and which: position t predicts token t + 1.
+    """The positions that predict a supervised token, and those tokens: position t predicts token t + 1.
+
+    Synchronises with the device.
 
     Args:
-        labels: (batch, length), the ids themselves, -100 where not trained.
+        labels: (batch, length), ids, not shifted, -100 where not trained.
 
     Returns:
-        Indices into the rows laid end to end (batch * length), and the ids there; waits for the device.
+        Indices into the flattened positions (batch * length), and the ids to predict there.
     """
     targets = torch.full_like(labels, IGNORED)
     targets[:, :-1] = labels[:, 1:]
@@ -177,10 +202,15 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def mean_loss(total: torch.Tensor, rows: int, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-    """A summed loss divided by the supervised tokens of the whole accumulated step, or of this batch if None.
+    """Divide a summed loss by the supervised tokens of the whole accumulated step.
 
-    Zero, with a gradient of zeros, when nothing is supervised and `num_items_in_batch` is given; NaN (a mean over
-    nothing) when it is not.
+    Args:
+        total: the sum over the supervised tokens of this batch.
+        rows: supervised tokens of this batch.
+        num_items_in_batch: supervised tokens of the whole step; None for `rows`.
+
+    Returns:
+        A scalar. Without supervised tokens: zero, with zero gradients, if `num_items_in_batch` is given; else NaN.
     """
     if num_items_in_batch is None:
         return total / rows if rows else total / total.new_zeros(())
@@ -195,8 +225,8 @@ def next_token_loss(
     """Cross-entropy of each token given those before it, over the labels that are not -100.
 
     Args:
-        logits: (batch, length, vocabulary), any float type; never copied whole.
-        labels: (batch, length), the ids themselves (the shift by one happens here), -100 where not trained.
+        logits: (batch, length, vocabulary), any float dtype; never copied as a whole.
+        labels: (batch, length), ids, not shifted, -100 where not trained.
         num_items_in_batch: see `mean_loss`.
 
     Returns:

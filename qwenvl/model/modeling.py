@@ -1,16 +1,20 @@
 """Qwen-VL: embed, place image features, decode, logits, loss, generate."""
 
+import os
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerateOutput
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
+from qwenvl.errors import InputError
 from qwenvl.images.image_processor import normalize_pixels
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.fresh_weights import draw_weights
@@ -34,29 +38,31 @@ from qwenvl.model.vision import VisionTransformer
 
 
 class QwenVLPreTrainedModel(PreTrainedModel):
-    """What Transformers needs to know about the family, and how fresh weights are drawn."""
+    """What Transformers needs to know about the model, and the initialisation of new weights."""
 
+    config: QwenVLConfig
     config_class = QwenVLConfig
     base_model_prefix = "transformer"
-    input_modalities = ("image", "text")
+    # These are lists, not tuples, because of the base class's types.
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block", "VisionBlock", "Resampler")
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["Block", "VisionBlock", "Resampler"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012 (the base class's type)
+    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         draw_weights(module, self.config)
 
 
 class QwenVLModel(QwenVLPreTrainedModel):
     """The decoder with its vision side: ids and pixels in, hidden states out."""
 
-    def __init__(self, config: QwenVLConfig):
+    def __init__(self, config: QwenVLConfig) -> None:
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.h = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
@@ -68,8 +74,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Module):
-        self.wte = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = value  # type: ignore[assignment]  # Transformers and loading may put another module there
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode images in one pass.
@@ -81,10 +87,9 @@ class QwenVLModel(QwenVLPreTrainedModel):
             (images, n_queries, hidden)
 
         Raises:
-            ValueError: a text-only checkpoint, or pixels of another shape.
+            InputError: a text-only checkpoint, or pixels of another shape.
         """
-        if self.config.visual is None:
-            raise ValueError("this is a text-only Qwen checkpoint (its config has no `visual`): it takes no images")
+        self.config.require_visual()
         if pixel_values.dtype == torch.uint8:
             pixel_values = normalize_pixels(pixel_values)
         return self.visual(pixel_values)
@@ -101,7 +106,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
         sequence_lengths: Sequence[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Arguments and errors: see `QwenVLForConditionalGeneration.forward`.
 
@@ -112,7 +117,9 @@ class QwenVLModel(QwenVLPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if sequence_lengths is not None:
             if any(given is not None for given in (position_ids, attention_mask, past_key_values)):
-                raise ValueError("sequence_lengths say all: give no position_ids, attention_mask or past_key_values")
+                raise InputError(
+                    "sequence_lengths replace position_ids, attention_mask and past_key_values: do not give these too"
+                )
             position_ids = positions_of_sequences(sequence_lengths, hidden)
             packed = len(sequence_lengths) > len(hidden)
         else:
@@ -120,7 +127,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not packed
         elif use_cache and packed:
-            raise ValueError("packed sequences (several within a row) cannot use a cache")
+            raise InputError("packed sequences (several within a row) cannot use a cache")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -158,23 +165,23 @@ class QwenVLModel(QwenVLPreTrainedModel):
         image_features: torch.Tensor | None,
     ) -> torch.Tensor:
         """Token embeddings with image features in place: (batch, length, hidden), in the blocks' dtype."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
         if pixel_values is not None and image_features is not None:
-            raise ValueError("give either pixel_values or image_features, not both")
+            raise InputError("give either pixel_values or image_features, not both")
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values)
-        if input_ids is None:
-            if image_features is not None:
-                raise ValueError("images need input_ids, which say where they stand; inputs_embeds do not")
-            hidden = inputs_embeds
-        else:
+        if input_ids is not None and inputs_embeds is None:
             hidden = self.wte(input_ids)
             if self.config.visual is not None:
                 hidden = place_image_features(hidden, input_ids, image_features, self.config)
             elif image_features is not None:
-                raise ValueError("this is a text-only Qwen checkpoint: it takes no image_features")
-        # An embedding table trained in float32 beside 16-bit blocks must not widen the whole stream.
+                raise InputError("this is a text-only Qwen checkpoint: it takes no image_features")
+        elif inputs_embeds is not None and input_ids is None:
+            if image_features is not None:
+                raise InputError("images need input_ids, which say where they are; inputs_embeds do not")
+            hidden = inputs_embeds
+        else:
+            raise InputError("give either input_ids or inputs_embeds")
+        # An embedding table trained in float32 beside 16-bit blocks must not make all hidden states float32.
         return hidden.to(self.ln_f.weight.dtype)
 
     def _positions(
@@ -186,8 +193,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
     ) -> Positions:
         """Rotary table and log-n factors of this forward; the two long-context extensions act in eval mode only.
 
-        Dynamic NTK goes by the length of each row's prompt (or packed sequence), without padding, and decoding steps
-        keep the prompt's: it travels with the cache.
+        Dynamic NTK depends on the length of each row's prompt (or packed sequence), without padding. Decoding steps
+        keep the prompt's value, which is stored on the cache.
         """
         config, ntk_alpha, log_n_from = self.config, None, None
         if not self.training:
@@ -198,7 +205,10 @@ class QwenVLModel(QwenVLPreTrainedModel):
                 elif length > config.seq_length:
                     ntk_alpha = dynamic_ntk_alpha(real_lengths(position_ids, attention_mask), config.seq_length)
                 if past_key_values is not None and not past_length:
-                    past_key_values.ntk_alpha = None if ntk_alpha is None else ntk_alpha.amax(1, keepdim=True)
+                    # The cache carries it to the decoding steps.
+                    past_key_values.ntk_alpha = (  # type: ignore[attr-defined]  # an attribute of ours
+                        None if ntk_alpha is None else ntk_alpha.amax(1, keepdim=True)
+                    )
             if config.use_logn_attn and past_length + length > config.seq_length:
                 log_n_from = config.seq_length
         return rotary_positions(
@@ -213,7 +223,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
 class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     """Qwen-VL with its language-model head."""
 
-    def __init__(self, config: QwenVLConfig):
+    def __init__(self, config: QwenVLConfig) -> None:
         super().__init__(config)
         self.transformer = QwenVLModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -221,33 +231,37 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As Transformers', for published folders too: their generation config is read as it was meant."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Self:
+        """As the base class, and adapt a published generation config (see `read_published_settings`)."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         read_published_settings(model.generation_config, model.config)
-        if getattr(model, "is_loaded_in_4bit", False):  # Transformers' own mark
+        if getattr(model, "is_loaded_in_4bit", False):  # set by Transformers
             compute_in(model, model.dtype)
         return loaded
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer.wte
 
-    def set_input_embeddings(self, value: nn.Module):
-        self.transformer.wte = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.set_input_embeddings(value)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """Never shrinks the table: published ones have rows to spare, and PEFT's Auto class asks for as many as the
-        tokenizer has tokens.
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Return the embeddings unchanged. Published tables have spare rows, and PEFT's Auto class asks for as many
+        rows as the tokenizer has tokens.
 
         Raises:
-            ValueError: more rows than there are. Qwen's special tokens are numbered from the end of the vocabulary:
-                there is no place for new ones.
+            InputError: more rows than there are. Qwen's special tokens follow directly after the vocabulary, so there
+                are no ids for new tokens.
         """
         if new_num_tokens is not None and new_num_tokens > self.config.vocab_size:
-            raise ValueError(
-                f"cannot make room for {new_num_tokens} tokens: the model has {self.config.vocab_size} rows, and the "
-                "tokenizer no ids to give. Use the 205 spare tokens <|extra_0|> .. <|extra_204|>"
+            raise InputError(
+                f"cannot resize the embeddings to {new_num_tokens} tokens: the table has {self.config.vocab_size} "
+                "rows, and the tokenizer has no free ids. Use the 205 spare tokens <|extra_0|> .. <|extra_204|>"
             )
         return self.get_input_embeddings()
 
@@ -270,38 +284,41 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         sequence_lengths: Sequence[int] | None = None,
         skip_logits: bool = False,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Predict the next token at every position.
 
         Args:
             input_ids: (batch, length). An image is `<img>`, n_queries x `<imgpad>`, `</img>`.
-            attention_mask: (batch, past + length), 1 for real tokens, padding on either side; or a ready 4-D mask.
-            position_ids: (batch, length), 0-based. Positions that begin anew within a row mark packed sequences,
-                which then do not see each other (give no attention_mask with them).
+            attention_mask: (batch, past + length), 1 for real tokens, padding on either side; or a 4-D mask.
+            position_ids: (batch, length), 0-based. Positions that restart within a row mark packed sequences, which
+                then do not see each other (give no attention_mask with them).
             pixel_values: (images of the whole batch in reading order, 3, S, S), float normalised or uint8.
             labels: (batch, length), ids, -100 where not trained; shifted inside.
             inputs_embeds: (batch, length, hidden) instead of ids, images already placed.
             image_features: (images, n_queries, hidden) instead of pixel_values, from `get_image_features`.
-            logits_to_keep: only the last so many positions (0: all), or an index tensor of positions.
+            logits_to_keep: compute logits for the last n positions only (0: all), or for an index tensor of positions.
             num_items_in_batch: supervised tokens of the whole step; see `loss.mean_loss`.
-            sequence_lengths: tokens of each packed sequence, in order, on the host. Say what position_ids say else,
-                which are then looked through on the device.
-            skip_logits: for training, with labels: the loss alone, and never more than a few rows of logits. As an
-                argument of forward it works through whatever wraps the model and listens there (DDP, FSDP, PEFT).
+            sequence_lengths: tokens of each packed sequence, in order, on the host: instead of position_ids, which
+                would have to be searched on the device.
+            skip_logits: for training, with labels: compute only the loss, with a few rows of logits at a time. It is
+                an argument of forward so that it passes through wrappers of the model (DDP, FSDP, PEFT).
 
         Returns:
             `logits` (batch, kept positions, vocabulary) in the model's dtype, None with skip_logits; `loss` if labels
-            were given; `past_key_values` if a cache is used.
+            were given; `past_key_values` if a cache is used. A tuple with `return_dict=False`.
 
         Raises:
-            ValueError: images and image spans differ in number; contradictory arguments.
+            InputError: images and image spans differ in number; contradictory arguments.
         """
         return_dict = kwargs.pop("return_dict", None)
+        supervised = None
         if skip_logits:
             if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
-                raise ValueError("skip_logits gives the loss alone: it needs labels, and no logits_to_keep")
-            rows, targets = supervised_positions(labels)  # waits for the device, which has little to do yet
+                raise InputError("skip_logits returns only the loss: it needs labels, and no logits_to_keep")
+            supervised = supervised_positions(labels)  # synchronises with the device, which has little to do yet
+        elif labels is not None and not isinstance(logits_to_keep, int):
+            raise InputError("labels need logits of neighbouring positions: give logits_to_keep as a number")
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -314,10 +331,9 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             sequence_lengths=sequence_lengths,
             **kwargs,
         )
-        if labels is not None and not isinstance(logits_to_keep, int):
-            raise ValueError("labels need logits of neighbouring positions: give logits_to_keep as a number")
         hidden, logits, loss = outputs.last_hidden_state, None, None
-        if skip_logits:
+        if supervised is not None:
+            rows, targets = supervised
             hidden = hidden.flatten(0, 1)[rows.to(hidden.device)]
             total = supervised_loss(hidden, self.lm_head, targets.to(hidden.device))
             loss = mean_loss(total, len(rows), num_items_in_batch)
@@ -339,16 +355,16 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     def generate(
         self,
         inputs: torch.Tensor | None = None,
-        generation_config=None,
-        *args,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        """As Transformers' `generate`, with images: each is encoded once, however many beams or returns there are.
+        **kwargs: Any,
+    ) -> GenerateOutput | torch.LongTensor:
+        """As Transformers' `generate`, with images: each is encoded once, however many beams or returned sequences.
 
         Raises:
-            ValueError: `prefill_chunk_size` is set (see `generation.refuse_chunked_prefill`).
+            InputError: `prefill_chunk_size` is set (see `generation.refuse_chunked_prefill`).
         """
         refuse_chunked_prefill(
             kwargs.get("prefill_chunk_size"),
@@ -356,18 +372,29 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         )
         if pixel_values is not None:
             if image_features is not None:
-                raise ValueError("give either pixel_values or image_features, not both")
+                raise InputError("give either pixel_values or image_features, not both")
             image_features = self.get_image_features(pixel_values)
         if image_features is not None:
             kwargs["image_features"] = image_features
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        return super().generate(  # type: ignore[misc]  # GenerationMixin's self type is for another type checker
+            inputs, generation_config, *args, **kwargs
+        )
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         features = model_kwargs.pop("image_features", None)
-        expanded_ids, model_kwargs = super()._expand_inputs_for_generation(
+        expanded_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]  # as in generate
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if features is not None:
+            assert input_ids is not None, (
+                "a decoder-only model generates from input_ids, empty ones with inputs_embeds"
+            )
             model_kwargs["image_features"] = (
                 features if expand_size == 1 else repeat_images(features, input_ids, expand_size, self.config)
             )
@@ -375,16 +402,20 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids,
-        next_sequence_length=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        image_features=None,
-        **kwargs,
-    ):
-        inputs = super().prepare_inputs_for_generation(
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]  # as in generate
             input_ids,
             next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,

@@ -1,44 +1,54 @@
-"""4-bit weights (NF4 with double quantisation, by bitsandbytes): how they are made, and what training sees.
+"""4-bit weights: NF4 with double quantisation, in the format of bitsandbytes.
 
-A weight is cut into blocks of 64 values; each value becomes one of 16 levels between minus and plus the block's
-largest magnitude, and those magnitudes are held in 8 bits (Dettmers et al., 2023, QLoRA). About 4.13 bits a value.
+A weight is split into blocks of 64 values. Each value becomes one of 16 levels between minus and plus the block's
+largest magnitude (absmax), which is stored in 8 bits (Dettmers et al., 2023, QLoRA): about 4.13 bits per value.
 """
 
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
 BLOCK = 64
-"""Values that share a largest magnitude."""
+"""Values per block, which share one absmax."""
 
 NESTED_BLOCK = 256
-"""Magnitudes, themselves in 8 bits, that share one."""
+"""Absmax values, which are quantised to 8 bits themselves, per block."""
 
-# Of a weight that is quantised in host memory: a multiple of BLOCK. bitsandbytes needs 16 bytes a value meanwhile.
+# Values quantised at a time, a multiple of BLOCK: bitsandbytes needs 16 bytes of working memory per value.
 PIECE = 1 << 20
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a linear whose weight is in 4 bits. PEFT's wrapper around one is not."""
+def is_quantized(module: nn.Module) -> "TypeGuard[Linear4bit]":
+    """Whether a module is a linear layer with its weight in 4 bits. PEFT's wrapper around one is not."""
     return isinstance(module, nn.Linear) and type(module.weight).__name__ == "Params4bit"
 
 
-def quantize(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]":
-    """The codes and the state that `bitsandbytes.functional.quantize_4bit` gives, bit by bit, made piece by piece.
+def quant_state(linear: "Linear4bit") -> "QuantState":
+    """What decodes a 4-bit weight: its shape, its blocks' absmax, and the dtype it is decoded to."""
+    from bitsandbytes.nn import Params4bit
 
-    At once, on the CPU, the published head would take 10 GB meanwhile.
+    assert isinstance(linear.weight, Params4bit), "is_quantized() says so"
+    state: QuantState = linear.weight.quant_state
+    return state
+
+
+def quantize(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]":
+    """Quantise a weight, in pieces; codes and state are bit for bit those of `bitsandbytes.functional.quantize_4bit`.
+
+    In one piece, on the CPU, the published head would need 10 GB of working memory.
 
     Args:
         weight: (out, in), float32, bfloat16 or float16.
 
     Returns:
-        Codes (out * in / 2, 1), two a byte; the state has the blocks' magnitudes.
+        The codes (out * in / 2, 1), two per byte, and the state that decodes them.
     """
     from bitsandbytes.functional import QuantState, quantize_4bit, quantize_blockwise
 
@@ -46,15 +56,15 @@ def quantize(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]":
         return _quantized_shapes(weight)
     values = weight.reshape(-1)
     codes = torch.empty(ceil(len(values) / 2), 1, dtype=torch.uint8, device=weight.device)
-    magnitudes = torch.empty(ceil(len(values) / BLOCK), device=weight.device)
+    absmax = torch.empty(ceil(len(values) / BLOCK), device=weight.device)
     for start in range(0, len(values), PIECE):
-        made, state = quantize_4bit(values[start : start + PIECE], blocksize=BLOCK, quant_type="nf4")
-        codes[start // 2 :][: len(made)] = made
-        magnitudes[start // BLOCK :][: len(state.absmax)] = state.absmax
-    offset = magnitudes.mean()
-    absmax, nested = quantize_blockwise(magnitudes - offset, blocksize=NESTED_BLOCK)
+        piece, state = quantize_4bit(values[start : start + PIECE], blocksize=BLOCK, quant_type="nf4")
+        codes[start // 2 :][: len(piece)] = piece
+        absmax[start // BLOCK :][: len(state.absmax)] = state.absmax
+    offset = absmax.mean()
+    nested_codes, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
     whole = QuantState(
-        absmax=absmax,
+        absmax=nested_codes,
         shape=weight.shape,
         dtype=weight.dtype,
         blocksize=BLOCK,
@@ -67,7 +77,7 @@ def quantize(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]":
 
 
 def _quantized_shapes(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]":
-    """As `quantize`, of a weight without values: bitsandbytes would keep a table without them for all that follow."""
+    """As `quantize`, for a weight on the meta device, where bitsandbytes would cache a code table without values."""
     from bitsandbytes.functional import QuantState
 
     def table(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -90,11 +100,11 @@ def _quantized_shapes(weight: torch.Tensor) -> "tuple[torch.Tensor, QuantState]"
 
 
 def dequantized(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A 16- or 32-bit weight as training on it in 4 bits sees it.
+    """Quantise a 16- or 32-bit weight and dequantise it: the weight as training on it in 4 bits sees it.
 
     Args:
         weight: (out, in), as the checkpoint stores it.
-        dtype: what the training computed in; the weight is rounded to it before it is quantised, as loading does.
+        dtype: compute dtype of the training; the weight is cast to it before it is quantised, as loading does.
 
     Returns:
         (out, in), in `dtype`.
@@ -105,32 +115,32 @@ def dequantized(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def linear_4bit(linear: nn.Linear) -> "Linear4bit":
-    """A linear with its weight in 4 bits, on the same device."""
+    """The linear layer with its weight in 4 bits, on the same device."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     with torch.device("meta"):
-        made = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, quant_type="nf4")
+        quantized = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, quant_type="nf4")
     codes, state = quantize(linear.weight.data)
-    made.weight = Params4bit(codes, quant_state=state, quant_type="nf4", module=made, bnb_quantized=True)
-    made.quant_state = state
-    made.bias = linear.bias
-    return made
+    quantized.weight = Params4bit(codes, quant_state=state, quant_type="nf4", module=quantized, bnb_quantized=True)
+    quantized.quant_state = state
+    quantized.bias = linear.bias
+    return quantized
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype):
-    """Make a loaded 4-bit model compute in one type throughout, forward and backward, and repack nothing.
+def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make a loaded 4-bit model compute in one dtype, forward and backward, and keep its weights as they are packed.
 
-    A stored folder brings the type it was made in: Transformers leaves its weights in that, and bitsandbytes would
-    compute in it, and go through it on the way back only.
+    A 4-bit folder stores the dtype that it was quantised from. Transformers leaves the other weights in that dtype,
+    and bitsandbytes would dequantise to it in backward, whatever the compute dtype is.
 
-    On CPUs with AVX512-BF16 bitsandbytes repacks a weight for good in the first forward in eval mode: logits move, and
-    training that goes on afterwards has wrong gradients, or crashes.
+    On CPUs with AVX512-BF16 bitsandbytes would repack a weight permanently in the first forward in eval mode: logits
+    change, and training that continues afterwards has wrong gradients, or crashes.
     """
     quantized = [module for module in model.modules() if is_quantized(module)]
     for linear in quantized:
         linear.support_avx512bf16_for_cpu = False
         linear.compute_dtype, linear.compute_type_is_set = dtype, True
-        linear.weight.quant_state.dtype = dtype
+        quant_state(linear).dtype = dtype
     codes = {id(linear.weight) for linear in quantized}
     for parameter in model.parameters():
         if id(parameter) not in codes:

@@ -1,4 +1,4 @@
-"""Which linears of a model are in 4 bits, in the words of configurations, checkpoints and bitsandbytes."""
+"""Which linear layers of a model are in 4 bits, as configurations, checkpoints and bitsandbytes name them."""
 
 import importlib.util
 from collections.abc import Collection, Iterable
@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qwenvl.errors import InputError
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.modeling import QwenVLForConditionalGeneration
 
@@ -16,7 +18,7 @@ PARTS = ("language", "vision", "head")
 
 DEFAULT_PARTS = ("language",)
 
-# The linears of a part by the beginning of their names, and one of them.
+# The prefix of the names of a part's linear layers, and the name of one of them.
 _PREFIXES = {"language": "transformer.h.", "vision": "transformer.visual.transformer.", "head": "lm_head"}
 _EXAMPLES = {
     "language": "transformer.h.0.mlp.w1",
@@ -27,26 +29,28 @@ _EXAMPLES = {
 BITSANDBYTES = "bitsandbytes>=0.50"
 
 
-def require_bitsandbytes():
-    """Raises:
-    ValueError: bitsandbytes is not installed.
+def require_bitsandbytes() -> None:
+    """Check that bitsandbytes is installed.
+
+    Raises:
+        InputError: it is not.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"4-bit weights need bitsandbytes, which is not installed: pip install '{BITSANDBYTES}'")
+        raise InputError(f"4-bit weights need bitsandbytes, which is not installed: pip install '{BITSANDBYTES}'")
 
 
 def read_parts(parts: Iterable[str]) -> tuple[str, ...]:
     """The parts in the order of `PARTS`.
 
     Raises:
-        ValueError: an unknown part, or no "language".
+        InputError: an unknown part, or no "language".
     """
     wanted = [parts] if isinstance(parts, str) else list(parts)
     unknown = [part for part in wanted if part not in PARTS]
     if unknown:
-        raise ValueError(f"quantize: {', '.join(map(repr, unknown))} is none of {', '.join(PARTS)}")
+        raise InputError(f"quantize: {', '.join(map(repr, unknown))} is none of {', '.join(PARTS)}")
     if "language" not in wanted:
-        raise ValueError("quantize: the language model is always in 4 bits where anything is: add 'language'")
+        raise InputError("quantize: the language model is always among the parts in 4 bits: add 'language'")
     return tuple(part for part in PARTS if part in wanted)
 
 
@@ -54,34 +58,36 @@ def quantized_parts(config: QwenVLConfig) -> tuple[str, ...]:
     """The parts that a checkpoint stores in 4 bits, by its config; none for a 16-bit one.
 
     Raises:
-        ValueError: it is quantised in another way.
+        InputError: it is quantised in another way.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return ()
-    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    settings = stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
+    if not isinstance(settings, dict):
+        raise InputError(f"config: quantization_config must be a mapping of names to values, not {settings!r}")
     if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
         method = settings.get("quant_method", "an unknown method")
-        raise ValueError(
-            f"the checkpoint is quantised by {method}, which is not NF4 of bitsandbytes. Take the 16-bit one it was "
-            "made from, and quantization='nf4' if it shall be in 4 bits"
+        raise InputError(
+            f"the checkpoint is quantised by {method}, which is not NF4 of bitsandbytes. Use the 16-bit one it was "
+            "made from, and quantization='nf4' to have it in 4 bits"
         )
-    skipped = settings["llm_int8_skip_modules"] or ["lm_head"]  # Transformers' default
+    skipped = settings.get("llm_int8_skip_modules") or ["lm_head"]  # Transformers' default
     return tuple(part for part in PARTS if should_convert_module(_EXAMPLES[part], skipped))
 
 
 def quantized_names(config: QwenVLConfig, parts: Collection[str]) -> frozenset[str]:
-    """Names of the weights that are in 4 bits with these parts, as in the checkpoint."""
+    """Names in the checkpoint of the weights that are in 4 bits when these parts are."""
     prefixes = tuple(_PREFIXES[part] for part in parts)
     with torch.device("meta"):
         model = QwenVLForConditionalGeneration(config)
-    # Exact linears only, as Transformers replaces them.
+    # Not subclasses: Transformers replaces exact `nn.Linear`s only.
     linears = (name for name, module in model.named_modules() if type(module) is nn.Linear)
     return frozenset(f"{name}.weight" for name in linears if name.startswith(prefixes))
 
 
 def nf4_config(parts: Collection[str], dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
-    """Transformers' configuration for these parts; `dtype` is what is computed in."""
+    """Transformers' quantisation config for these parts; `dtype` is the compute dtype."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -92,6 +98,6 @@ def nf4_config(parts: Collection[str], dtype: torch.dtype | None = None) -> Bits
 
 
 def modules_to_skip(parts: Collection[str]) -> list[str]:
-    """What stays in 16 bits, as Transformers wants it named: the list replaces its own, which has the head."""
+    """Modules that stay in 16 bits, for `llm_int8_skip_modules`, which replaces Transformers' default (the head)."""
     skipped = ["transformer.visual.attn_pool" if "vision" in parts else "transformer.visual"]
     return skipped if "head" in parts else [*skipped, "lm_head"]

@@ -1,35 +1,37 @@
-"""An output head in 4 bits that is never there in 16 bits as a whole: the published one would take 1.2 GB for it.
+"""Logits and loss of an output head in 4 bits, which is never dequantised as a whole: that would take 1.2 GB.
 
-bitsandbytes makes the whole matrix for a product of more than a few rows. Here it is made some thousand tokens of the
-vocabulary at a time.
+bitsandbytes dequantises the whole matrix for a product with more than a few rows. Here it is dequantised a few
+thousand tokens of the vocabulary at a time.
 """
 
 from collections.abc import Iterator
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import torch
 from torch import nn
 
-from qwenvl.model.nf4_weights import is_quantized
+from qwenvl.model.nf4_weights import is_quantized, quant_state
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit
 
 TOKENS_AT_A_TIME = 8192
-"""Of the vocabulary: 67 MB of the published head in 16 bits. A power of two: so pieces begin where blocks begin."""
+"""Tokens of the vocabulary: 67 MB of the published head in 16 bits. A power of two, so that pieces begin at blocks."""
 
 FEW_ROWS = 4
-"""Up to which bitsandbytes' kernels multiply by the codes themselves."""
+"""The most rows for which bitsandbytes' kernels multiply by the codes directly."""
 
 
-def comes_in_pieces(head: nn.Module, hidden: torch.Tensor) -> bool:
-    """Whether a head can be taken apart: it is in 4 bits, has no bias, and no hook of a device_map has to bring it."""
+def comes_in_pieces(head: nn.Module, hidden: torch.Tensor) -> "TypeGuard[Linear4bit]":
+    """Whether a head can be used in pieces: it is in 4 bits, has no bias, and is on the device of the hidden states (a
+    hook of a device_map would move it there only when the module is called)."""
     return is_quantized(head) and head.weight.device == hidden.device and head.bias is None
 
 
 def head_logits(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of any head; of one in 4 bits piece by piece.
+    """Logits of any head; of one in 4 bits, piece by piece.
 
     Args:
         hidden: (..., hidden).
@@ -47,16 +49,23 @@ def head_logits(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     )
 
 
-class QuantizedHeadCrossEntropy(torch.autograd.Function):
-    """Sum of -log p(target) over rows of hidden states through a head in 4 bits, and its gradient beside it.
+class _Context(Protocol):
+    """What `QuantizedHeadCrossEntropy` uses of its autograd context."""
 
-    Once over the vocabulary for each row's log-sum-exp, once more for the gradient: unpacking twice costs
-    milliseconds, and the head is frozen.
+    needs_input_grad: tuple[bool, ...]
+    gradient: torch.Tensor | None
+
+
+class QuantizedHeadCrossEntropy(torch.autograd.Function):
+    """Sum of -log p(target) over rows of hidden states through a 4-bit head; the gradient is computed in forward.
+
+    One pass over the vocabulary gives each row's log-sum-exp, a second one the gradient. Dequantising twice costs
+    milliseconds; the head itself is frozen and gets no gradient.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, chunk: int, for_training: bool
+        ctx: _Context, hidden: torch.Tensor, head: "Linear4bit", targets: torch.Tensor, chunk: int, for_training: bool
     ) -> torch.Tensor:
         wide_type = torch.promote_types(hidden.dtype, torch.float32)
         log_sums = torch.full(targets.shape, -torch.inf, dtype=wide_type, device=hidden.device)
@@ -77,14 +86,14 @@ class QuantizedHeadCrossEntropy(torch.autograd.Function):
                     wide.scatter_add_(1, places, -is_here.to(wide_type)[:, None])
                     gradient[rows] += wide.to(weight.dtype) @ weight
             gradient = gradient.to(hidden.dtype)
-        # Not as a saved tensor: activation offloading would carry it to the host and back.
+        # Not a saved tensor: activation offloading would move it to the host and back.
         ctx.gradient = gradient
         return (log_sums - gold).sum()
 
     @staticmethod
-    def backward(ctx, grad_total: torch.Tensor):
+    def backward(ctx: _Context, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradient is None:
-            raise RuntimeError("the loss at supervised positions was gone backward through already")
+            raise RuntimeError("Trying to backward through the loss a second time: its gradients are already freed")
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(grad_total), None, None, None, None
 
@@ -95,23 +104,23 @@ def _rows(hidden: torch.Tensor, chunk: int) -> Iterator[slice]:
 
 
 def _places(targets: torch.Tensor, tokens: range) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, 1) columns of the targets in a piece of the vocabulary, and (rows,) whether they are in it at all."""
+    """Columns of the targets in a piece of the vocabulary, (rows, 1), and whether each is in this piece, (rows,)."""
     is_here = (targets >= tokens.start) & (targets < tokens.stop)
     return (targets - tokens.start).clamp(0, len(tokens) - 1)[:, None], is_here
 
 
-def _dequantized_pieces(head: nn.Module, dtype: torch.dtype) -> Iterator[tuple[range, torch.Tensor]]:
+def _dequantized_pieces(head: "Linear4bit", dtype: torch.dtype) -> Iterator[tuple[range, torch.Tensor]]:
     from bitsandbytes.functional import dequantize_4bit
 
     for tokens, codes, state in _pieces(head):
         yield tokens, dequantize_4bit(codes, state).to(dtype)
 
 
-def _pieces(head: nn.Module) -> "Iterator[tuple[range, torch.Tensor, QuantState]]":
-    """Codes and state of the head's rows, some thousand at a time, and which they are. Views: nothing is copied."""
+def _pieces(head: "Linear4bit") -> "Iterator[tuple[range, torch.Tensor, QuantState]]":
+    """Split the head along the vocabulary: the tokens of each piece, its codes and its state. Views, no copies."""
     from bitsandbytes.functional import QuantState
 
-    state, codes = head.weight.quant_state, head.weight.data.view(-1)
+    state, codes = quant_state(head), head.weight.data.view(-1)
     vocabulary, width = state.shape
     for start in range(0, vocabulary, TOKENS_AT_A_TIME):
         tokens = range(start, min(start + TOKENS_AT_A_TIME, vocabulary))

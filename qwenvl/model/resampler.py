@@ -1,11 +1,11 @@
-"""The adapter between vision and language: learned queries attend to an image's patches, once."""
+"""The adapter between vision and language: learned queries attend once to an image's patches."""
 
 from math import isqrt
 
 import torch
 from torch import nn
 
-from qwenvl.model.attention import attend
+from qwenvl.model.attention import AttentionLayer, attend
 from qwenvl.model.configuration import QwenVLConfig
 
 LAYER_NORM_EPS = 1e-6
@@ -27,7 +27,7 @@ def sine_cosine_grid(side: int, dim: int) -> torch.Tensor:
 def resize_grid(table: torch.Tensor, *, patches: int) -> torch.Tensor:
     """Resize a position table of a square grid to `patches` positions, bicubic, in float32.
 
-    (positions, channels) -> (patches, channels), float32; a table of that size already is returned as it is.
+    (positions, channels) -> (patches, channels), float32; a table that has this size is returned unchanged.
     """
     if table.shape[0] == patches:
         return table
@@ -37,19 +37,18 @@ def resize_grid(table: torch.Tensor, *, patches: int) -> torch.Tensor:
     return resized[0].flatten(1).T
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionLayer):
     """Multi-head attention with packed input projections, under the tensor names of `nn.MultiheadAttention`.
 
-    Not that class itself: quantisation replaces only exact `nn.Linear`s, and adapters attach to `out_proj` by name.
+    It is not that class, whose `out_proj` is no plain `nn.Linear`: quantisation replaces only those, and adapters
+    attach to it by name.
     """
 
     is_causal = False
-    num_key_value_groups = 1
 
-    def __init__(self, config: QwenVLConfig):
-        super().__init__()
-        width = config.visual["output_dim"]
-        self.config = config
+    def __init__(self, config: QwenVLConfig) -> None:
+        super().__init__(config)
+        width = config.require_visual()["output_dim"]
         self.heads = config.resampler_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -70,17 +69,16 @@ class CrossAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """256 learned queries read an image's patches.
+    """Compress an image's patches to a fixed number of features: learned queries attend to them."""
 
-    Raises:
-        ValueError: from `forward`, when the patches do not form a square grid.
-    """
+    pos_embed: torch.Tensor
 
-    def __init__(self, config: QwenVLConfig):
+    def __init__(self, config: QwenVLConfig) -> None:
         super().__init__()
-        width, output_dim = config.visual["width"], config.visual["output_dim"]
+        visual = config.require_visual()
+        width, output_dim = visual["width"], visual["output_dim"]
         self.query = nn.Parameter(torch.empty(config.n_queries, output_dim))
-        # Never trained, but part of the published files: a persistent buffer, not a frozen parameter, because
+        # Never trained, but stored in the published files. A persistent buffer, not a frozen parameter, because
         # loading makes every parameter trainable.
         self.register_buffer("pos_embed", torch.empty(config.n_queries, output_dim))
         self.kv_proj = nn.Identity() if width == output_dim else nn.Linear(width, output_dim, bias=False)
@@ -89,10 +87,14 @@ class Resampler(nn.Module):
         self.ln_kv = nn.LayerNorm(output_dim, eps=LAYER_NORM_EPS)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """patches: (images, patches, width) -> (images, n_queries, output_dim)."""
+        """patches: (images, patches, width) -> (images, n_queries, output_dim).
+
+        Raises:
+            ValueError: the patches do not form a square grid.
+        """
         if isqrt(patches.shape[1]) ** 2 != patches.shape[1]:
             raise ValueError(f"an image must be a square grid of patches, not {patches.shape[1]} patches")
-        # Trained in float32 beside a 16-bit tower, it takes the patches in its own type.
+        # The resampler may be trained in float32 on top of a 16-bit vision transformer.
         values = self.ln_kv(self.kv_proj(patches.to(self.query.dtype)))
         query = self.ln_q(self.query)
         query = query + self.pos_embed.to(query.dtype)

@@ -1,6 +1,6 @@
-"""Rotary positions, and the two extensions that act beyond the training context: dynamic NTK and log-n attention.
+"""Rotary position embeddings, and two extensions beyond the training context: dynamic NTK and log-n attention.
 
-Both are for eval mode: a training forward always uses the plain table.
+Both extensions are for eval mode: a training forward always uses the plain table.
 """
 
 import math
@@ -13,7 +13,7 @@ class Positions(NamedTuple):
     """What every attention layer needs to know about positions, computed once per forward.
 
     cos, sin: (batch, 1, length, head_dim), float32.
-    log_n: (batch, 1, length, 1) float32 factor of the queries, or None where all are 1.
+    log_n: (batch, 1, length, 1), float32 factor of the queries, or None if all are 1.
     """
 
     cos: torch.Tensor
@@ -35,8 +35,8 @@ def rotary_positions(
         position_ids: (batch, length), 0-based, each within its own sequence.
         base: rotary base without extension.
         ntk_alpha: (batch, length) or (batch, 1), see `dynamic_ntk_alpha`; None for 1 everywhere.
-        log_n_from: `seq_length` where log-n attention is on: queries at 1-based positions beyond it are scaled by
-            log(position, seq_length). None where it is off.
+        log_n_from: `seq_length` if log-n attention is on: queries at 1-based positions beyond it are scaled by
+            log(position, seq_length). None if it is off.
     """
     device = position_ids.device
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
@@ -55,14 +55,15 @@ def rotary_positions(
 
 
 def rotate(x: torch.Tensor, positions: Positions) -> torch.Tensor:
-    """Rotate `x` (batch, heads, length, head_dim): first half against second half, in float32, back in x's dtype."""
+    """Rotate `x` (batch, heads, length, head_dim): pairs are value i of the first and of the second half. Computed in
+    float32, returned in x's dtype."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (x * positions.cos + turned * positions.sin).to(x.dtype)
 
 
 def scale_by_log_n(query: torch.Tensor, positions: Positions) -> torch.Tensor:
-    """The log-n factor on queries (batch, heads, length, head_dim), where there is one; in the query's dtype."""
+    """Scale queries (batch, heads, length, head_dim) by their log-n factor, if there is one; in the query's dtype."""
     if positions.log_n is None:
         return query
     return (query * positions.log_n).to(query.dtype)
@@ -71,7 +72,7 @@ def scale_by_log_n(query: torch.Tensor, positions: Positions) -> torch.Tensor:
 def dynamic_ntk_alpha(lengths: torch.Tensor, seq_length: int) -> torch.Tensor:
     """`max(2 ** ceil(log2(length / seq_length) + 1) - 1, 1)`: 1 up to seq_length, 3 up to twice, 7 up to four times.
 
-    `frexp` takes the logarithm's ceiling exactly, also where length / seq_length is a power of two.
+    `frexp` makes the ceiling exact when length / seq_length is a power of two.
     """
     mantissa, exponent = torch.frexp(lengths.to(torch.float32) / seq_length)
     doublings = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Where the sequences of a batch lie in its rows: positions, padding, and packs of several sequences in one row."""
+"""Where the sequences of a batch are in its rows: positions, padding, and packing of several sequences in a row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,16 +6,17 @@ from itertools import accumulate
 
 import torch
 
+from qwenvl.errors import InputError
 from qwenvl.model.rotary import own_sequence_length
 
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """The sequences of a forward, its rows laid end to end; made once a forward, used by every layer.
+    """The packed sequences of a forward, with its rows concatenated; made once per forward, used by every layer.
 
     Attributes:
-        lengths: tokens of each, in order, on the host.
-        bounds: (sequences + 1,), int32, on the tokens' device: where each begins, and the end of the last.
+        lengths: tokens of each sequence, in order, on the host.
+        bounds: (sequences + 1,), int32, on the tokens' device: cumulative lengths, from 0.
     """
 
     lengths: tuple[int, ...]
@@ -32,9 +33,9 @@ class PackedSequences:
 
 
 def lengths_of_sequences(position_ids: torch.Tensor) -> list[int]:
-    """Tokens of each sequence, row by row: (batch, length) of positions, which begin anew with each sequence.
+    """Tokens of each sequence, row by row, from positions (batch, length) that restart with each sequence.
 
-    Waits for the device.
+    Synchronises with the device.
     """
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -43,10 +44,10 @@ def lengths_of_sequences(position_ids: torch.Tensor) -> list[int]:
 
 
 def positions_of_sequences(lengths: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
-    """Positions that begin anew with each sequence: (batch, length), as the tokens (batch, length, ...) lie.
+    """Positions (batch, length) that restart with each sequence, for tokens (batch, length, ...), on their device.
 
     Raises:
-        ValueError: the lengths do not fill the rows.
+        InputError: the lengths do not fill the rows.
     """
     batch, length = tokens.shape[:2]
     ends = set(accumulate(lengths))
@@ -55,16 +56,16 @@ def positions_of_sequences(lengths: Sequence[int], tokens: torch.Tensor) -> torc
         or max(ends, default=0) != batch * length
         or not ends.issuperset(range(length, batch * length, length))
     ):
-        raise ValueError(
-            f"sequence_lengths {list(lengths)} do not fill {batch} rows of {length} tokens: they are the lengths of "
-            "the packed sequences, in order, and none reaches into the next row"
+        raise InputError(
+            f"sequence_lengths {list(lengths)} do not fill {batch} rows of {length} tokens: give the lengths of the "
+            "packed sequences, in order, so that none reaches into the next row"
         )
     positions = torch.cat([torch.arange(one) for one in lengths])
     return positions.view(batch, length).to(tokens.device, non_blocking=True)
 
 
 def padded_positions(attention_mask: torch.Tensor | None, past_length: int, tokens: torch.Tensor) -> torch.Tensor:
-    """0-based positions of the new tokens, not counting padding: (batch or 1, length)."""
+    """0-based positions of the new tokens, padding not counted: (batch or 1, length)."""
     length = tokens.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:].to(tokens.device)
@@ -79,20 +80,20 @@ def real_lengths(position_ids: torch.Tensor, attention_mask: torch.Tensor | None
 
 
 def is_packed(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
-    """Whether rows hold several sequences, told by positions that begin anew between real tokens.
+    """Whether rows hold several sequences: positions restart between two real tokens.
 
     Raises:
-        ValueError: packed positions beside a 2-D attention mask, which would let the sequences see each other.
+        InputError: packed positions with a 2-D attention mask, with which the sequences would see each other.
     """
     if position_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
         return False
-    begins_anew = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if attention_mask is None:
-        return bool(begins_anew.any())
+        return bool(restarts.any())
     real = attention_mask[:, -position_ids.shape[1] :].bool()
-    if (begins_anew & real[:, 1:] & real[:, :-1]).any():
-        raise ValueError(
-            "position_ids begin anew within a row (packed sequences) but a 2-D attention_mask is given too: pass "
+    if (restarts & real[:, 1:] & real[:, :-1]).any():
+        raise InputError(
+            "position_ids restart within a row (packed sequences) but a 2-D attention_mask is given too: pass "
             "attention_mask=None, and the sequences are kept apart by their positions"
         )
     return False

@@ -1,8 +1,10 @@
-"""Attention within the sequences of a pack, each by itself: no mask of the whole pack is made, nor attended through.
+"""Variable-length attention for packed sequences: each attends within itself, without a mask of the whole pack.
 
 Registered with Transformers as the attention implementation `varlen`. A mask for a pack of n tokens has n x n values,
-and what lies outside its blocks is computed for nothing: with eight sequences, seven eighths of it.
+and attention with it computes scores that are masked out: with eight equal sequences, seven eighths of them.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,13 +18,13 @@ from qwenvl.model.sequences import PackedSequences
 VARLEN = "varlen"
 
 CAUSAL = (-1, 0)
-"""As a window: everything before a token, nothing behind it. `varlen_attn` knows it by this very tuple."""
+"""Window size of causal attention: all tokens before, none after. `varlen_attn` compares with this exact tuple."""
 
 LONGEST_SPELLED_OUT = 1024
-"""Tokens of a sequence whose attention is spelled out at most."""
+"""Longest sequence, in tokens, whose attention is computed in plain operations."""
 
 LARGEST_HEAD = 256
-"""Channels of a head that the kernel takes at most; they must be a multiple of 8 too."""
+"""Largest head dimension that the kernel supports; it must be a multiple of 8, too."""
 
 
 def varlen_attention(
@@ -35,31 +37,33 @@ def varlen_attention(
     scaling: float,
     dropout: float = 0.0,
     sequences: PackedSequences | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each of `sequences`; where there are none (padding, a cache, images), plain SDPA.
+    """Causal attention within each of `sequences`; without them (padding, a cache, images), plain SDPA.
 
     Args:
         query, key, value: (batch, heads, length, head_dim).
-        attention_mask: for plain SDPA; with `sequences` there is none.
-        sequences: of the batch's rows laid end to end.
+        attention_mask: for plain SDPA; unused with `sequences`.
+        sequences: of the batch's rows, concatenated.
 
     Returns:
-        (batch, length, heads, head_dim), and None in the place of the weights.
+        (batch, length, heads, head_dim), and None for the weights.
     """
     if sequences is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    # (tokens, heads, head_dim), which is how the projections wrote them.
-    flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
-    attend = _attend_in_one_kernel if kernel_takes(query, dropout) else _attend_one_by_one
-    output = attend(*flat, sequences, scaling=scaling, dropout=dropout)
+    # (tokens, heads, head_dim), the layout in which the projections wrote them.
+    flat_query, flat_key, flat_value = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    if kernel_takes(query, dropout):
+        output = _attend_in_one_kernel(flat_query, flat_key, flat_value, sequences, scaling=scaling)
+    else:
+        output = _attend_one_by_one(flat_query, flat_key, flat_value, sequences, scaling=scaling, dropout=dropout)
     return output.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
 def kernel_takes(query: torch.Tensor, dropout: float = 0.0) -> bool:
-    """Whether PyTorch's variable-length kernel computes this attention: 16 bits, on an Ampere GPU or a later one."""
+    """Whether PyTorch's variable-length kernel supports this attention: 16 bits, on an Ampere GPU or later."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -77,10 +81,11 @@ def _attend_in_one_kernel(
     sequences: PackedSequences,
     *,
     scaling: float,
-    dropout: float,
 ) -> torch.Tensor:
     bounds, longest = sequences.bounds, sequences.longest
-    return varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=CAUSAL)
+    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=CAUSAL)
+    assert isinstance(output, torch.Tensor), "a tuple only with return_aux"
+    return output
 
 
 def _attend_one_by_one(
@@ -92,19 +97,20 @@ def _attend_one_by_one(
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
-    """Each sequence by itself: also in float32, and on the CPU, where there is no kernel for all at once."""
+    """One sequence after the other: for float32 and for the CPU, which have no kernel for all at once."""
     pieces = (part.transpose(0, 1)[None].split(sequences.lengths, dim=2) for part in (query, key, value))
     attended = [
-        _attend_in_halves(*one, scaling=scaling)
-        if spelled_out_is_faster(one[0], dropout)
-        else nn.functional.scaled_dot_product_attention(*one, is_causal=True, dropout_p=dropout, scale=scaling)
-        for one in zip(*pieces, strict=True)
+        _attend_in_halves(q, k, v, scaling=scaling)
+        if spelled_out_is_faster(q, dropout)
+        else nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
+        for q, k, v in zip(*pieces, strict=True)
     ]
     return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
 
 def spelled_out_is_faster(query: torch.Tensor, dropout: float = 0.0, device_type: str | None = None) -> bool:
-    """Whether to train without SDPA, whose backward is slow in bfloat16 on the CPU; long weights take much memory."""
+    """Whether plain operations train faster than SDPA, whose backward is slow in bfloat16 on the CPU. Not for long
+    sequences, whose attention weights take much memory."""
     return (
         (device_type or query.device.type) == "cpu"
         and query.dtype == torch.bfloat16
@@ -115,7 +121,8 @@ def spelled_out_is_faster(query: torch.Tensor, dropout: float = 0.0, device_type
 
 
 def _attend_in_halves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float) -> torch.Tensor:
-    """Causal attention spelled out, (1, heads, length, head_dim); the first half's tokens never see the second's."""
+    """Causal attention in plain operations, (1, heads, length, head_dim). It is computed in two halves because tokens
+    of the first half do not see the second: a quarter of the scores is not computed."""
     length = query.shape[2]
     attended = []
     for begin, end in ((0, length // 2), (length // 2, length)):
@@ -127,5 +134,5 @@ def _attend_in_halves(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
 
 
 ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention)
-# For what is not a pack.
+# The mask for batches without packing.
 ALL_MASK_ATTENTION_FUNCTIONS.register(VARLEN, sdpa_mask)

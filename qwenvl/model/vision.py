@@ -4,22 +4,22 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qwenvl.model.attention import attend
+from qwenvl.errors import InputError
+from qwenvl.model.attention import AttentionLayer, attend
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.resampler import LAYER_NORM_EPS, Resampler, resize_grid
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(AttentionLayer):
     """Self-attention over patches. `in_proj`'s output is laid out per head: each head's slice is q | k | v."""
 
     is_causal = False
-    num_key_value_groups = 1
 
-    def __init__(self, config: QwenVLConfig):
-        super().__init__()
-        width = config.visual["width"]
-        self.config = config
-        self.heads = config.visual["heads"]
+    def __init__(self, config: QwenVLConfig) -> None:
+        super().__init__(config)
+        visual = config.require_visual()
+        width = visual["width"]
+        self.heads = visual["heads"]
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
@@ -31,7 +31,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, inner)
         self.gelu = nn.GELU()
@@ -44,13 +44,14 @@ class VisionMLP(nn.Module):
 class VisionBlock(GradientCheckpointingLayer):
     """One pre-norm encoder layer."""
 
-    def __init__(self, config: QwenVLConfig):
+    def __init__(self, config: QwenVLConfig) -> None:
         super().__init__()
-        width = config.visual["width"]
+        visual = config.require_visual()
+        width = visual["width"]
         self.ln_1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.attn = VisionAttention(config)
         self.ln_2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = VisionMLP(width, int(width * config.visual["mlp_ratio"]))
+        self.mlp = VisionMLP(width, int(width * visual["mlp_ratio"]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -58,11 +59,11 @@ class VisionBlock(GradientCheckpointingLayer):
 
 
 class VisionBlocks(nn.Module):
-    """The stack of blocks; a module of its own because the published tensor names have this level."""
+    """The stack of blocks. It is a module because the published tensor names have this level."""
 
-    def __init__(self, config: QwenVLConfig):
+    def __init__(self, config: QwenVLConfig) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(VisionBlock(config) for _ in range(config.visual["layers"]))
+        self.resblocks = nn.ModuleList(VisionBlock(config) for _ in range(config.require_visual()["layers"]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.resblocks:
@@ -71,15 +72,15 @@ class VisionBlocks(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images to features of the language model's width."""
+    """The vision encoder with its resampler: images to features of the language model's width."""
 
-    def __init__(self, config: QwenVLConfig):
+    def __init__(self, config: QwenVLConfig) -> None:
         super().__init__()
-        visual = config.visual
+        visual = config.require_visual()
         width, patch, output_dim = visual["width"], visual["patch_size"], visual["output_dim"]
         self.patch_size = patch
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
-        # 16 x 16 positions, from pre-training at 224 pixels; resized to the grid of the images that come.
+        # 16 x 16 positions, from pre-training at 224 pixels; resized to the patch grid of the input.
         self.positional_embedding = nn.Parameter(torch.empty(256, width))
         self.ln_pre = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.transformer = VisionBlocks(config)
@@ -97,12 +98,12 @@ class VisionTransformer(nn.Module):
             (images, n_queries, output_dim)
 
         Raises:
-            ValueError: pixels of another shape.
+            InputError: pixels of another shape.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3]:
-            raise ValueError(f"pixel_values must be (images, 3, S, S), not {tuple(pixels.shape)}")
+            raise InputError(f"pixel_values must be (images, 3, S, S), not {tuple(pixels.shape)}")
         if pixels.shape[-1] % self.patch_size:
-            raise ValueError(
+            raise InputError(
                 f"pixel_values are {pixels.shape[-1]} pixels wide: not a multiple of the patch size {self.patch_size}"
             )
         x = self.conv1(pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)

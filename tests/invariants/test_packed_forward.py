@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from qwenvl import InputError
+
 
 def pack(*rows: torch.Tensor):
-    """Rows of ids as one row, with positions that begin anew."""
+    """Rows of ids as one row, with positions that restart."""
     return torch.cat(rows)[None], torch.cat([torch.arange(len(row)) for row in rows])[None]
 
 
@@ -54,9 +56,9 @@ def test_packed_equals_apart_in_eval_beyond_seq_length(tiny_model, expected, row
 
 def test_a_pack_beside_a_cache_or_a_mask_is_refused(tiny_model, rows):
     ids, positions = pack(rows[1], rows[1])
-    with pytest.raises(ValueError, match="cache"):
+    with pytest.raises(InputError, match="cache"):
         tiny_model(ids, position_ids=positions, use_cache=True)
-    with pytest.raises(ValueError, match="attention_mask=None"):
+    with pytest.raises(InputError, match="attention_mask=None"):
         tiny_model(ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False)
 
 

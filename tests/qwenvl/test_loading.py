@@ -12,9 +12,10 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from qwenvl import QwenVLForConditionalGeneration, load_model, load_processor
+from qwenvl import InputError, MissingFileError, QwenVLForConditionalGeneration, load_model, load_processor
 from qwenvl.checkpoint.fingerprint import weights_fingerprint, write_base
 from qwenvl.loading import find_source
+from qwenvl.loading_errors import checkpoint_errors
 
 STORED = ["safetensors", "sharded safetensors", "bin", "sharded bin"]
 
@@ -94,33 +95,33 @@ def test_device_map(tiny_folder, device_map, logits, tiny_model):
 
 
 def test_unknown_values_are_named(tiny_folder):
-    with pytest.raises(ValueError, match="float99"):
+    with pytest.raises(InputError, match="float99"):
         load_model(tiny_folder, dtype="float99")
-    with pytest.raises(ValueError, match="nf5"):
+    with pytest.raises(InputError, match="nf5"):
         load_model(tiny_folder, quantization="nf5")
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_missing_folder_is_named(path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(MissingFileError, match="no such folder"):
         load_model(path)
 
 
 def test_a_hub_id_that_cannot_be_had_is_named():
     for load in (load_model, load_processor):
-        with pytest.raises(FileNotFoundError, match=r"no-one/no-model: no folder here.*hf download"):
+        with pytest.raises(MissingFileError, match=r"no-one/no-model: there is no such folder.*hf download"):
             load("no-one/no-model")
 
 
 def test_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither config\.json"):
+    with pytest.raises(MissingFileError, match=r"neither config\.json"):
         load_model(tmp_path)
 
 
 def test_a_missing_shard_is_named(tiny_folder, tmp_path):
     folder = store(tiny_folder, tmp_path / "copy", "sharded bin")
     (folder / "pytorch_model-00002-of-00003.bin").unlink()
-    with pytest.raises(OSError, match="00002-of-00003"):
+    with pytest.raises(MissingFileError, match="00002-of-00003"):
         load_model(folder)
     with pytest.raises(FileNotFoundError, match="00002-of-00003"):
         weights_fingerprint(folder)
@@ -132,6 +133,46 @@ def test_a_vocabulary_of_another_model_is_named(tiny_folder, tmp_path):
     (folder / "qwen.tiktoken").write_bytes(b"".join(lines[:-12]))
     with pytest.raises(ValueError, match=r"<img> is id 714 .* 726"):
         load_processor(folder)
+
+
+def change_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGED_CHECKPOINTS = {
+    "cut config": (lambda folder: cut_short(folder / "config.json"), r"config\.json.* not a valid JSON"),
+    "a list as config": (lambda folder: (folder / "config.json").write_text("[]"), "mapping of names to values"),
+    "a word as size": (lambda folder: change_json(folder / "config.json", hidden_size="x"), "hidden_size.*'x'"),
+    "unknown dtype": (lambda folder: change_json(folder / "config.json", torch_dtype="float99"), "float99"),
+    "cut weights": (lambda folder: cut_short(folder / "model.safetensors"), "model.safetensors cannot be read"),
+    "weights of another size": (
+        lambda folder: change_json(folder / "config.json", intermediate_size=100),
+        r"mlp\.c_proj\.weight has shape \(256, 256\), but config.json asks for \(256, 50\)",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights here"),
+    "generation config": (
+        lambda folder: change_json(folder / "generation_config.json", max_new_tokens=-1),
+        r"generation_config\.json is not valid: .*max_new_tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_CHECKPOINTS)
+def test_a_damaged_checkpoint_is_an_input_error(tiny_folder, tmp_path, damage):
+    make, message = DAMAGED_CHECKPOINTS[damage]
+    shutil.copytree(tiny_folder, tmp_path / "copy")
+    make(tmp_path / "copy")
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "copy")
+
+
+def test_an_error_with_another_cause_passes(tiny_folder):
+    with pytest.raises(RuntimeError, match="no memory"), checkpoint_errors(str(tiny_folder)):
+        raise RuntimeError("no memory")
 
 
 # Adapters
@@ -239,7 +280,7 @@ def test_adapters_of_the_published_script(adapter, logits):
 def test_a_moved_base_is_named(adapter, tmp_path):
     base, folder, _ = adapter
     base.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"base .* is not there.*adapter="):
+    with pytest.raises(MissingFileError, match=r"base .* is not there.*adapter="):
         load_model(folder)
 
 
@@ -276,18 +317,44 @@ def test_adapter_weights_without_a_place_are_named(adapter, damage):
     tensors = load_file(folder / "adapter_model.safetensors")
     damage(tensors)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"does not fit .*transformer\.h\.[09]"):
+    with pytest.raises(InputError, match=r"does not fit .*transformer\.h\.[09]"):
         load_model(folder)
+
+
+DAMAGED_ADAPTERS = {
+    "cut config": (lambda folder: cut_short(folder / "adapter_config.json"), "not an adapter's configuration"),
+    "unknown kind": (lambda folder: change_json(folder / "adapter_config.json", peft_type="FOO"), "'FOO'"),
+    "a number as base": (
+        lambda folder: change_json(folder / "adapter_config.json", base_model_name_or_path=5),
+        "must be a path or hub id, not 5",
+    ),
+    "no modules": (lambda folder: change_json(folder / "adapter_config.json", target_modules=["foo"]), "'foo'"),
+    "another rank": (
+        lambda folder: change_json(folder / "adapter_config.json", r=8),
+        r"does not fit .*size mismatch for .*lora_A",
+    ),
+    "cut weights": (lambda folder: cut_short(folder / "adapter_model.safetensors"), "cannot be loaded"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "weights are missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ADAPTERS)
+def test_a_damaged_adapter_is_an_input_error(tiny_folder, tmp_path, damage):
+    make, message = DAMAGED_ADAPTERS[damage]
+    get_peft_model(load_model(tiny_folder), LoraConfig(**PUBLISHED_LORA)).save_pretrained(tmp_path / "adapter")
+    make(tmp_path / "adapter")
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "adapter")
 
 
 def test_an_adapter_on_an_adapter_is_refused(adapter):
     _, folder, _ = adapter
-    with pytest.raises(ValueError, match="an adapter itself"):
+    with pytest.raises(InputError, match="an adapter itself"):
         load_model(folder, adapter=folder)
 
 
 def test_a_base_is_no_adapter(tiny_folder):
-    with pytest.raises(FileNotFoundError, match="not an adapter"):
+    with pytest.raises(MissingFileError, match="not an adapter"):
         load_model(tiny_folder, adapter=tiny_folder)
 
 
@@ -363,5 +430,5 @@ def test_parts_on_disk(tiny_folder, tmp_path, logits, tiny_model):
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(ValueError, match=r"holds a model of type 'qwen2', and Qwen-VL is of type 'qwen'"):
+    with pytest.raises(InputError, match=r"holds a model of type 'qwen2', and Qwen-VL is of type 'qwen'"):
         load_model(tmp_path)

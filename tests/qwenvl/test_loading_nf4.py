@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qwenvl import QwenVLConfig, load_model
+from qwenvl import InputError, QwenVLConfig, load_model
 from qwenvl.checkpoint.fingerprint import own_fingerprint, trained_parts, weights_fingerprint, write_base
 from qwenvl.loading import find_parts
 from qwenvl.model import quantization
@@ -241,12 +241,12 @@ def test_an_adapter_on_a_4_bit_folder(adapter, tiny_folder, tmp_path, logits):
 
 
 def test_contradictions_are_named(tiny_folder, tmp_path):
-    with pytest.raises(ValueError, match="int8"):
+    with pytest.raises(InputError, match="int8"):
         load_model(tiny_folder, quantization="int8")
-    with pytest.raises(ValueError, match="no effect"):
+    with pytest.raises(InputError, match="no effect"):
         load_model(tiny_folder, quantize=["language"])
     load_model(tiny_folder, quantization="nf4").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"in 4 bits already: language\. .* as language, head"):
+    with pytest.raises(InputError, match=r"in 4 bits already: language\. .* as language, head"):
         find_parts(str(tmp_path), "nf4", ["language", "head"])
 
 
@@ -255,7 +255,7 @@ def test_bitsandbytes_is_asked_for(tiny_folder, monkeypatch):
     monkeypatch.setattr(
         quantization.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else original(name)
     )
-    with pytest.raises(ValueError, match=r"pip install 'bitsandbytes>="):
+    with pytest.raises(InputError, match=r"pip install 'bitsandbytes>="):
         load_model(tiny_folder, quantization="nf4")
     assert load_model(tiny_folder).dtype == torch.float32
 

@@ -1,5 +1,6 @@
-"""How the bundled nano checkpoint is made, from nothing: see `python -m examples.nano.making --help`.
+"""How the bundled nano checkpoint is made from scratch: see `python -m examples.nano.making --help`.
 
-The way: `vocabulary` -> `start` (sizes and first weights) -> `warm_vision` and `warm_language`, which meet in the
-features of `page_symbols` -> the three stages of recipes/nano, by `finetune` -> `card`.
+The order: `vocabulary` -> `start` (sizes and initial weights) -> `warm_start` (vision and language side apart, joined
+by the features of `page_symbols`) -> `stage`, three times (the recipes of recipes/nano) -> `checkpoint`. All data
+comes from `documents` and `comparisons`; `scores` and `ablation` measure the result.
 """

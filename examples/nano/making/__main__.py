@@ -1,10 +1,11 @@
-"""Make the bundled nano checkpoint from nothing: vocabulary, warm starts, the three stages and the card.
+"""Make the bundled nano checkpoint from scratch: vocabulary, warm starts, three training stages and the card.
 
     python -m examples.nano.making --to runs/nano/checkpoint
 
-Run from the repository's root, in the environment that `make test` sets up. Every phase leaves its result under
-runs/nano, is skipped where that is there, and goes on where it was stopped. It took 177 minutes on two CPU cores that
-have no bfloat16, where matrix products are in float32. Stages are trained on a GPU where there is one.
+Run from the repository's root, in the environment that `make test` sets up. Every phase writes its result to
+runs/nano; a phase whose result exists is skipped, and one that was interrupted is resumed. It took 177 minutes on two
+CPU cores without bfloat16 units, where matrix products are in float32. The stages are trained on a GPU if there is
+one.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from examples.nano.making.checkpoint import at_resolution, mix, publish
@@ -23,7 +25,7 @@ from examples.nano.making.stage import run_stage
 from examples.nano.making.start import IMAGE_SIZE, LOW_IMAGE_SIZE, write_start
 from examples.nano.making.texts import ASKED, ONE_PAGE, QUESTIONS, READ, TRAINED, TWO_PAGES, WITH_FIELDS, asked_texts
 from examples.nano.making.vocabulary import train_vocabulary
-from examples.nano.making.warm_starts import warm_starts
+from examples.nano.making.warm_start.processes import warm_starts
 from finetune.files.atomic_writes import write_text
 
 WORK = Path("runs/nano")
@@ -33,10 +35,9 @@ VOCABULARY_DOCUMENTS = 4000
 COMPARISONS = 4600  # conversations
 MIXED = WORK / "stage3-mixed"
 BACK = 0.3
-"""After stage 3 weights go so far of the way back to those that it began with."""
+"""After stage 3, the share of the weights that it started from (see `checkpoint.mix`)."""
 
 DATA = {
-    # Image-text pairs: a page and its text.
     "stage1": Plan("train", READ, ("transcribe",), 6400, 1, LOW_IMAGE_SIZE, seed=3000),
     "stage2": Plan("train", TRAINED, ONE_PAGE, 50_000, 6, IMAGE_SIZE, seed=4000, joined=0.97),
     "stage2-reading": Plan("train", READ, ("transcribe",), 14_000, 1, IMAGE_SIZE, seed=4200),
@@ -45,7 +46,7 @@ DATA = {
     "stage3-reading": Plan("train", TRAINED, ONE_PAGE, 3200, 6, IMAGE_SIZE, seed=5200, joined=0.95),
     "stage3-pairs": Plan("train", WITH_FIELDS, TWO_PAGES, 3200, 6, IMAGE_SIZE, seed=5500, joined=0.95),
 }
-"""What each stage is trained on; more documents than it sees, so that it sees none twice."""
+"""What each stage is trained on: more documents than it needs, so that it sees none twice."""
 
 
 def main() -> int:
@@ -67,28 +68,29 @@ def main() -> int:
     seconds.time("warm starts", warm, lambda: warm_starts(start, vision, language, warm, given.seed))
     for name, plan in DATA.items():
         folder = WORK / "data" / name
-        seconds.time(f"data of {name}", folder / "train", lambda: make_data(plan, folder))  # noqa: B023
+        seconds.time(f"data of {name}", folder / "train", partial(make_data, plan, folder))
     compared = WORK / "data" / "stage2-comparisons.jsonl"
     seconds.time("data of stage2-comparisons", compared, lambda: write_comparisons(COMPARISONS, compared, seed=4800))
-    begun = done = warm
+    before = done = warm
     for recipe in STAGES:
         name = recipe.partition("_")[0]
-        begun, done = done, finished(name)
-        seconds.time(name, done, lambda: make_stage(recipe, WORK / name / "model", done))  # noqa: B023
-    seconds.time("stage3, mixed", MIXED, lambda: mix(begun, done, BACK, MIXED))
+        before, done = done, finished(name)
+        seconds.time(name, done, partial(make_stage, recipe, WORK / name / "model", done))
+    seconds.time("stage3, mixed", MIXED, lambda: mix(before, done, BACK, MIXED))
     publish(MIXED, given.to, seconds.taken)
     print(f"{given.to}: the checkpoint. Next: python -m examples.nano.making.scores {given.to}")
     return 0
 
 
 class Phases:
-    """How long each phase took, kept in a file; a phase whose result is there is not done again."""
+    """Runs phases, skipping those whose result exists, and keeps the seconds of each in a file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.taken: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
     def time(self, name: str, result: Path, do: Callable[[], None]) -> None:
+        """Run a phase, unless its result exists."""
         if result.exists():
             print(f"{name}: {result} is there")
             return
@@ -96,7 +98,7 @@ class Phases:
         began = time.monotonic()
         try:
             do()
-        finally:  # a phase that is stopped and goes on counts the time of all its parts
+        finally:  # an interrupted phase counts the time of all its attempts
             self.taken[name] = round(self.taken.get(name, 0) + time.monotonic() - began, 1)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, json.dumps(self.taken, indent=2) + "\n")
@@ -104,10 +106,12 @@ class Phases:
 
 
 def finished(stage: str) -> Path:
+    """The checkpoint that a stage ("stage1") leaves for the next one."""
     return WORK / f"{stage}-at-{IMAGE_SIZE}"
 
 
 def make_start(folder: Path, seed: int) -> None:
+    """Write the vocabulary and the initial weights."""
     vocabulary = train_vocabulary(asked_texts(VOCABULARY_DOCUMENTS))
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -116,10 +120,12 @@ def make_start(folder: Path, seed: int) -> None:
 
 
 def make_data(plan: Plan, folder: Path) -> None:
+    """Write a set of documents as Parquet files, on all cores."""
     write(plan, folder, "parquet", workers=os.cpu_count() or 1)
 
 
 def make_stage(recipe: str, result: Path, done: Path) -> None:
+    """Train a stage, and write the `result` of its run as `done`, for images of the higher resolution."""
     run_stage(RECIPES / f"{recipe}.yaml")
     at_resolution(result, IMAGE_SIZE, done)
 

@@ -1,9 +1,9 @@
-"""Whether the parts of the making help: scores after each, and of a short stage 2 with and without those before it.
+"""What each phase contributes: scores after each, and after a short stage 2 with and without the phases before it.
 
     python -m examples.nano.making.ablation
 
-What `python -m examples.nano.making` left under runs/nano is scored, and is what the short trainings begin with.
-Their results are kept under runs/nano/ablation, and what is there is not done again.
+Scores what `python -m examples.nano.making` left under runs/nano, and starts the short trainings from it. Their
+results are kept under runs/nano/ablation; what exists there is not trained again.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from qwenvl import load_model, load_processor
 
 FOLDER = WORK / "ablation"
 SHARE = 20
-"""Of a short stage 2: one in so many steps."""
+"""A short stage 2 has one step for this many of the whole one."""
 DOCUMENTS = 280
 KINDS = ("question", "two_turn", "transcribe", "two_images")
 COLUMNS = {
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def short_stage2(begin: Path) -> Path:
-    """The checkpoint that the first part of stage 2's steps makes of another one, at a learning rate as short."""
+    """The checkpoint after a short stage 2, with its own learning rate schedule, that starts from `begin`."""
     path = RECIPES / "stage2_multitask.yaml"
     name = f"stage2-after-{begin.name.removesuffix(f'-at-{IMAGE_SIZE}')}"
     done = FOLDER / f"{name}-at-{IMAGE_SIZE}"
@@ -65,7 +65,7 @@ def short_stage2(begin: Path) -> Path:
 
 
 def full_size(folder: Path) -> Path:
-    """The checkpoint for images of the higher resolution."""
+    """A checkpoint for images of the higher resolution."""
     done = FOLDER / f"{folder.name}-at-{IMAGE_SIZE}"
     if not done.exists():
         at_resolution(folder, IMAGE_SIZE, done)
@@ -73,12 +73,14 @@ def full_size(folder: Path) -> Path:
 
 
 def scores_of(folder: Path) -> list[Scored]:
-    model = load_model(str(folder), dtype=torch.float32).to(DEVICE)
-    processor = load_processor(str(folder))
+    """Scores of a checkpoint on test documents."""
+    model = load_model(folder, dtype=torch.float32, device_map=str(DEVICE))
+    processor = load_processor(folder)
     return evaluate(model, processor, families=KNOWN_FAMILIES, kinds=KINDS, documents=DOCUMENTS, split="test", seed=0)
 
 
 def row(name: str, scored: list[Scored]) -> str:
+    """The table's row for a checkpoint: a mean score for each group of conversations."""
     cells = [name]
     for group, score in COLUMNS.items():
         values = [one.scores[score] for one in scored if group_of(one.conversation) == group]

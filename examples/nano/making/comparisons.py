@@ -1,7 +1,7 @@
-"""Conversations without an image, in which two values are compared: which is more is learnt from many such pairs.
+"""Conversations without images in which two values are compared.
 
-Two pages that are compared tell one thing for two hundred tokens of images; here a line of text does. The replies are
-those about two pages (`phrasings.compared`).
+Learning to compare takes many pairs. Two pages cost two hundred image tokens a pair; in text it is one line. Replies
+have the same form as about two pages (`phrasings.compared`).
 """
 
 import json
@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 from examples.nano.making.documents import phrasings
-from examples.nano.making.documents.values import MONEY, Value, Values
+from examples.nano.making.documents.values import MONEY, Value, Values, known
 from finetune.files.atomic_writes import write_text
 
 TURNS = 10
@@ -24,19 +24,19 @@ def write_comparisons(count: int, to: Path, seed: int) -> None:
 
 
 def conversation(name: str) -> list[dict[str, str]]:
-    """`TURNS` questions which of two values is more."""
+    """`TURNS` questions about which of two values is more."""
     draw = random.Random(name)
     messages = []
     for _ in range(TURNS):
         one, two = _pair(draw)
         asked = f"{one.text} or {two.text}: which is {phrasings.MORE[one.kind]}?"
-        reply = phrasings.compared(one.text, two.text, first=one.amount > two.amount)
+        reply = phrasings.compared(one.text, two.text, first=known(one.amount) > known(two.amount))
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
     return messages
 
 
 def _pair(draw: random.Random) -> tuple[Value, Value]:
-    """Two values of a kind, prices in the same currency, of which one is more."""
+    """Two different values of a kind; prices have the same currency."""
     kind = draw.choice(KINDS)
     while True:
         values = Values(draw, "train", draw.choice(MONEY))

@@ -1,10 +1,11 @@
-"""What stands in each patch of a page, as symbols, and the features that stand for them.
+"""The content of each patch of a page as symbols, and fixed features for these symbols.
 
-Vision and language are warmed up apart, and meet here: the vision side learns to say which letters a patch holds and
-to give the features of these symbols, and the language model learns to read pages of such features. Features also say
-of which place of the page they are, so that a line can be followed by its row.
+Vision side and language side are warm-started separately and meet here: the vision side learns to predict the letters
+of each patch and to output the features of these symbols, and the language model learns to read such features. They
+also encode the place on the page, so that the language model can follow a line.
 
-A patch holds up to `SLOTS` letters, by the quarter of its width in which their middles lie, and its line's height.
+A patch has up to `SLOTS` letters, one for each quarter of its width, by the letters' centres, and the height of its
+line.
 """
 
 import math
@@ -17,23 +18,27 @@ from examples.nano.making.documents.document import Document
 LETTERS = [chr(code) for code in range(33, 127)]
 SLOTS = 4
 PARTS = {**{f"letter {slot}": 1 + len(LETTERS) for slot in range(SLOTS)}, "height": 1 + 4}
-"""Part -> how many symbols it has; 0 is nothing."""
+"""Part -> number of its symbols; symbol 0 is empty."""
 WIDTHS = {**{f"letter {slot}": 40 for slot in range(SLOTS)}, "height": 8, "place": 24}
-"""Part -> channels of the features that are its own; of places there are no symbols, but as many as queries."""
-SLOWEST, FASTEST = 0.25, 1.6  # radians from one place to the next
+"""Part -> its channels in the features. "place" has no symbols: it depends on the query alone."""
+SLOWEST, FASTEST = 0.25, 1.6  # radians between neighbouring places
 
 _NUMBER = {letter: number for number, letter in enumerate(LETTERS, start=1)}
 
 
 def page_symbols(document: Document, patch: int = 14) -> np.ndarray:
-    """Symbols of a page's patches in reading order: (patches, parts), int64."""
+    """Symbols of a page's patches in reading order: (patches, parts), int64.
+
+    Args:
+        patch: side of a patch in pixels.
+    """
     side = document.image.width // patch
     symbols = np.zeros((side, side, len(PARTS)), np.int64)
     height = list(PARTS).index("height")
     for letter, x, y in document.letters:
         row, column = min(max(int(y // patch), 0), side - 1), min(max(int(x // patch), 0), side - 1)
         slot = min(int((x / patch - column) * SLOTS), SLOTS - 1)
-        # Two narrow letters of one quarter: the second takes the next, or the first gives way to the left.
+        # Two narrow letters in one quarter: the second moves one slot to the right, or the first one to the left.
         taken = symbols[row, column, :SLOTS]
         if taken[slot] and slot + 1 < SLOTS and not taken[slot + 1]:
             slot += 1
@@ -45,16 +50,18 @@ def page_symbols(document: Document, patch: int = 14) -> np.ndarray:
 
 
 def _quarter(share: float) -> int:
+    """In which quarter of a patch a position lies, given as a share of its side."""
     return min(max(int(share * 4), 0), 3)
 
 
 def symbol_features(width: int, seed: int = 0) -> list[torch.Tensor]:
-    """For each part the features of its symbols, (symbols, width): random, in channels of its own; nothing is 0.
+    """For each part the features of its symbols, (symbols, width): random in its own channels, 0 for symbol 0.
 
-    All slots have the same code for a letter, each in its own channels.
+    A letter has the same code in all slots, each in its own channels.
     """
     generator = torch.Generator().manual_seed(seed)
-    codes, start = {}, 0
+    codes: dict[str, torch.Tensor] = {}
+    start = 0
     assert sum(WIDTHS.values()) == width, (sum(WIDTHS.values()), width)
     tables = []
     for name, count in PARTS.items():
@@ -76,7 +83,7 @@ def page_features(symbols: torch.Tensor, tables: list[torch.Tensor], reading: to
     Args:
         symbols: (..., patches, parts).
         tables: of `symbol_features`.
-        reading: (queries, patches), how much each query reads of each patch (see `start.place_weights`).
+        reading: (queries, patches), the attention weights of each query (see `start.place_weights`).
 
     Returns:
         (..., queries, width)
@@ -90,7 +97,7 @@ def place_waves(side: int, channels: int, patches: int | None = None) -> torch.T
     """Sines and cosines of the rows, then of the columns, of a square grid: (side x side, channels).
 
     Args:
-        patches: how many patches a row of the page has, where that is not `side`.
+        patches: in a row of the page; by default `side`.
     """
     frequencies = torch.logspace(math.log10(SLOWEST), math.log10(FASTEST), channels // 4)
     at = (torch.arange(side) + 0.5) / side * (patches or side)

@@ -1,4 +1,4 @@
-"""What a nano checkpoint can do on documents that it has not seen: greedy replies, scored kind by kind.
+"""Score a nano checkpoint on documents that it has not seen: greedy replies, by kind of conversation.
 
 python -m examples.nano.making.scores examples/nano
 python -m examples.nano.making.scores examples/nano --families boarding --documents 100
@@ -10,39 +10,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from peft import PeftModel
 
-from examples.nano.making.documents.conversations import KINDS, Conversation, families_with
+from examples.nano.making.documents.arguments import chosen_families, names_from
+from examples.nano.making.documents.conversations import KINDS, Conversation
 from examples.nano.making.documents.families import FAMILIES
+from examples.nano.making.documents.values import SPLITS
 from examples.nano.making.documents.write import Plan, conversations_of
 from examples.nano.making.stage import DEVICE
 from examples.nano.making.start import MAX_NEW_TOKENS
 from examples.nano.making.texts import KNOWN_FAMILIES, ONE_PAGE, TWO_PAGES
-from finetune.evaluation.predictions import split_last_reply
 from finetune.metrics.answers import anls, edit_distance, exact_match
-from finetune.metrics.boxes import grounding_accuracy
+from finetune.metrics.boxes import first_box, grounding_accuracy
 from finetune.replies.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
-from qwenvl import ImageAccess, load_model, load_processor
+from qwenvl import ImageAccess, InputError, QwenVLForConditionalGeneration, QwenVLProcessor, load_model, load_processor
 from qwenvl.text.chat import render_chat
 
+Model = QwenVLForConditionalGeneration | PeftModel
 CHOICES = (": Picture 1", ": Picture 2")
-"""How replies end that compare two pictures; half of the choices are right by chance."""
+"""How replies to comparisons of two pictures end; half of the choices are right by chance."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A conversation's last turn, the reply to it, and its scores by the names of columns."""
+    """A conversation, the reply to its last question, and its scores: name -> value."""
 
     conversation: Conversation
     reply: str
     scores: dict[str, float]
 
 
-def reply_to(model, processor, made: Sequence[Conversation]) -> list[str]:
-    """The model's own reply to the last turn of each conversation; the turns before it are as they should be."""
+def reply_to(model: Model, processor: QwenVLProcessor, made: Sequence[Conversation]) -> list[str]:
+    """Generate a reply to the last question of each conversation; the earlier turns have the right replies."""
     prompts = []
     for conversation in made:
-        asked, _ = split_last_reply(conversation.messages)
         images = iter(conversation.documents)
         asked = [
             {
@@ -52,7 +53,7 @@ def reply_to(model, processor, made: Sequence[Conversation]) -> list[str]:
                     for part in message["content"]
                 ],
             }
-            for message in asked
+            for message in conversation.messages[:-1]
         ]
         rendered = render_chat(asked, processor.tokenizer, add_generation_prompt=True, n_queries=processor.n_queries)
         prompts.append(Prompt(rendered.ids, rendered.images, ImageAccess(), conversation.kind))
@@ -65,17 +66,20 @@ def reply_to(model, processor, made: Sequence[Conversation]) -> list[str]:
 
 
 def score(conversation: Conversation, reply: str) -> dict[str, float]:
-    """Scores of a reply: ANLS and exact match of an answer, whether the right one of two pictures was chosen,
-    character errors of a transcription, IoU 0.5 of a box.
+    """Score a reply.
+
+    Returns:
+        "errors" and "characters" of a transcription, "iou 0.5" of a box, "anls" and "exact" of any other answer, and
+        "choice" if it chooses one of two pictures.
     """
     answers = conversation.answers
     if conversation.kind == "transcribe":
         return {"errors": edit_distance(reply, answers[0]), "characters": len(answers[0])}
     if conversation.kind == "ground":
-        from finetune.metrics.boxes import first_box
-
         size = conversation.documents[0].image.size
-        return {"iou 0.5": grounding_accuracy(reply, first_box(answers[0], size), size)}
+        gold = first_box(answers[0], size)
+        assert gold is not None, "the answer is a box"
+        return {"iou 0.5": grounding_accuracy(reply, gold, size)}
     scores = {"anls": anls(reply, answers), "exact": exact_match(reply, answers)}
     if answers[0].endswith(CHOICES):
         scores["choice"] = float(reply.rpartition(": ")[2] == answers[0].rpartition(": ")[2])
@@ -83,8 +87,16 @@ def score(conversation: Conversation, reply: str) -> dict[str, float]:
 
 
 def evaluate(
-    model, processor, *, families: Sequence[str], kinds: Sequence[str], documents: int, split: str, seed: int
+    model: Model,
+    processor: QwenVLProcessor,
+    *,
+    families: Sequence[str],
+    kinds: Sequence[str],
+    documents: int,
+    split: str,
+    seed: int,
 ) -> list[Scored]:
+    """Ask about `documents` documents, and score the replies."""
     plan = Plan(split, tuple(families), tuple(kinds), documents, per_image=2, seed=seed)
     made = [conversation for index in range(documents) for conversation in conversations_of(plan, index)]
     replies = reply_to(model, processor, made)
@@ -92,6 +104,7 @@ def evaluate(
 
 
 def group_of(conversation: Conversation) -> str:
+    """The row of the table that a conversation counts in."""
     if conversation.kind == "two_images":
         compares = conversation.answers[0].endswith(CHOICES)
         return "two images, compared" if compares else "two images, one of them asked about"
@@ -99,7 +112,7 @@ def group_of(conversation: Conversation) -> str:
 
 
 def table(scored: Sequence[Scored]) -> str:
-    """Markdown: a row for each kind of conversation, and for questions one for each family."""
+    """A Markdown table: a row for each kind of conversation, and for questions one for each family too."""
     groups: dict[str, list[Scored]] = defaultdict(list)
     for one in scored:
         groups[group_of(one.conversation)].append(one)
@@ -120,26 +133,29 @@ def table(scored: Sequence[Scored]) -> str:
     return "\n".join(rows)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="checkpoint folder, or run folder")
     parser.add_argument("--documents", type=int, default=700)
-    parser.add_argument("--families", type=_names, help=f"{', '.join(FAMILIES)}; by default those trained on")
-    parser.add_argument("--kinds", type=_names, default=(*ONE_PAGE, *TWO_PAGES), help=", ".join(KINDS))
-    parser.add_argument("--split", default="test")
+    listed = f"of {', '.join(FAMILIES)}; by default those trained on"
+    parser.add_argument("--families", type=names_from("family", FAMILIES), help=listed)
+    kinds = (*ONE_PAGE, *TWO_PAGES)
+    parser.add_argument("--kinds", type=names_from("kind", KINDS), default=kinds, help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--show", type=int, default=0, help="print so many replies of each kind beside the answers")
+    parser.add_argument("--show", type=int, default=0, help="print this many replies of each kind beside the answers")
     given = parser.parse_args()
-    model = load_model(str(given.model), dtype=getattr(torch, given.dtype)).to(DEVICE)
+    families = chosen_families(parser, given.families, given.kinds, KNOWN_FAMILIES)
+    try:
+        model = load_model(given.model, dtype=given.dtype, device_map=str(DEVICE))
+        processor = load_processor(given.model)
+    except InputError as error:
+        parser.error(str(error))
     scored = evaluate(
         model,
-        load_processor(str(given.model)),
-        families=given.families or families_with(given.kinds, KNOWN_FAMILIES),
+        processor,
+        families=families,
         kinds=given.kinds,
         documents=given.documents,
         split=given.split,

@@ -1,4 +1,4 @@
-"""One of the paper's stages by its recipe: as `finetune RECIPE`, but by Muon, and in bfloat16 where that is fast."""
+"""One of the paper's stages, trained by its recipe as `finetune RECIPE` would, but with Muon and autocast."""
 
 import os
 import subprocess
@@ -14,18 +14,18 @@ from finetune.training.train import train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROCESSES = 1 if DEVICE.type == "cuda" else 2
-# A GPU is not busy with less than a whole step in one forward, and is waited for by one process that reads.
+# A GPU needs a whole step in one forward to be busy, and workers that read ahead.
 ON_A_GPU = ("data.tokens_per_batch=16384", "data.workers=4")
 
 
 def run_stage(recipe: Path, *changes: str) -> None:
-    """Train on a GPU if there is one, or else in processes of a core each: at this size two threads gain less.
+    """Train on a GPU if there is one, else in two processes with a core each, which is faster than two threads.
 
     Args:
-        changes: to the recipe, as on the command line of `finetune`.
+        changes: overrides of the recipe, as on the command line of `finetune`.
 
     Raises:
-        SystemExit: the stage failed, and has said why.
+        SystemExit: the stage failed; its message has been printed.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     command = [sys.executable, *(launcher if PROCESSES > 1 else []), "-m", __name__, str(recipe), *changes]
@@ -35,7 +35,8 @@ def run_stage(recipe: Path, *changes: str) -> None:
 
 
 def main() -> None:
-    path, *changes = sys.argv[1:]
+    """What each process of a stage runs: RECIPE [key.path=value ...]."""
+    path, changes = Path(sys.argv[1]), sys.argv[2:]
     if DEVICE.type == "cuda":
         changes = [*ON_A_GPU, *changes]
     batch = load_recipe(path, changes).train_arguments()["per_device_train_batch_size"]

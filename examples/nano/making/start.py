@@ -1,6 +1,7 @@
-"""The nano's sizes and first weights.
+"""The nano's sizes and initial weights.
 
-They are drawn as the real model's, but for patches that know their places and an adapter that looks straight ahead.
+Weights are initialised as in the real model, except for the position embeddings of patches and for the adapter, whose
+queries attend to the patches at their own places.
 """
 
 import json
@@ -20,19 +21,19 @@ WIDTH = 192
 CONTROL_TOKENS = 217
 MAX_NEW_TOKENS = 200  # the longest transcription has fewer
 
-# The vision transformer's start.
+# Initial weights of the vision transformer.
 PLACE_CHANNELS = 48
-FILTER_STD = 0.1  # what a patch shows is then about as loud as its place
+FILTER_STD = 0.1  # content and position of a patch then have about the same magnitude
 
-# The adapter's start. Published initial values take a large model and millions of images to find out which query
-# looks where.
-SHARPNESS = 160.0  # of a query for the patch at its own place
-QUIET = 0.1  # how loud contents are beside positions in queries and keys
-EMBEDDING_STD = 0.5  # of token embeddings, near that of the image features beside them
+# Initial weights of the adapter. With the published ones, learning which query attends to which patch takes a large
+# model and millions of images.
+SHARPNESS = 160.0  # scale of the attention score of a query for the patch at its own place
+QUIET = 0.1  # scale of content, relative to positions, in queries and keys
+EMBEDDING_STD = 0.5  # of token embeddings, close to that of image features
 
 
 def nano_config(ranks: int) -> QwenVLConfig:
-    """The published layout at 4 M parameters."""
+    """The published layout at 4 M parameters, for a vocabulary of `ranks` byte-pair ranks."""
     return QwenVLConfig(
         architectures=["QWenLMHeadModel"],
         vocab_size=ranks + CONTROL_TOKENS + (-(ranks + CONTROL_TOKENS)) % 8,
@@ -58,7 +59,7 @@ def nano_config(ranks: int) -> QwenVLConfig:
 
 
 def write_start(folder: Path, vocabulary: bytes, seed: int) -> None:
-    """A checkpoint to start from: configuration, vocabulary and first weights, in float32."""
+    """Write the initial checkpoint: configuration, vocabulary and weights, in float32."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = vocabulary.count(b"\n")
     (folder / "qwen.tiktoken").write_bytes(vocabulary)
@@ -75,15 +76,15 @@ def write_start(folder: Path, vocabulary: bytes, seed: int) -> None:
         chat_format="chatml", eos_token_id=ranks, pad_token_id=ranks, do_sample=False, max_new_tokens=MAX_NEW_TOKENS
     )
     model.save_pretrained(folder)
-    QwenVLProcessor.from_pretrained(folder)  # reads what was written, or says what is wrong with it
+    QwenVLProcessor.from_pretrained(folder)  # fails if what was written cannot be read
 
 
 @torch.no_grad()
 def mark_places(visual: VisionTransformer) -> None:
-    """Give every patch the sines of its row and column, in channels of their own, as loud as what it shows.
+    """Set position embeddings to sines of row and column, in channels of their own.
 
-    Places drawn at random say nothing of which patches are neighbours, and a letter often lies on two. Filters see
-    differences only: of paper and ink, not of the paper's shade.
+    Random position embeddings do not tell which patches are neighbours, and a letter often lies on two. Filters have a
+    mean of zero: they respond to ink on paper, not to the colour of the paper.
     """
     table = visual.positional_embedding.zero_()
     table[:, :PLACE_CHANNELS] = place_waves(math.isqrt(len(table)), PLACE_CHANNELS, IMAGE_SIZE // PATCH)
@@ -94,10 +95,10 @@ def mark_places(visual: VisionTransformer) -> None:
 
 @torch.no_grad()
 def look_ahead(resampler: Resampler) -> None:
-    """Make every query read the patch at its own place of the page, and pass its contents on unchanged.
+    """Make every query attend to the patch at its own place on the page, and pass its content on unchanged.
 
-    Keys and queries are compared by the position table alone, and of it by the channels that turn fastest from one
-    place to the next: the low frequencies are nearly the same everywhere.
+    Attention scores use the position table alone, and only its high frequencies: the low ones are nearly the same at
+    all places.
     """
     width = resampler.query.shape[1]
     resampler.ln_q.weight.fill_(QUIET)
@@ -106,7 +107,7 @@ def look_ahead(resampler: Resampler) -> None:
     fast = (frequencies > 0.15).float().repeat(4)  # columns' sines and cosines, then rows'
     query, key, value = resampler.attn.in_proj_weight.chunk(3)
     chosen = torch.diag(fast)
-    # One head of all channels divides scores by the root of the width.
+    # The single attention head divides scores by the square root of the width.
     scale = SHARPNESS * width**0.5 / fast.sum()
     query.copy_(chosen * scale**0.5)
     key.copy_(chosen * scale**0.5)
@@ -116,8 +117,8 @@ def look_ahead(resampler: Resampler) -> None:
 
 
 def place_weights(resampler: Resampler, patches: int) -> torch.Tensor:
-    """How much each query reads of each patch by position alone, at the start: (queries, patches), rows sum to 1."""
+    """Initial attention weights of each query for each patch, by position: (queries, patches), rows sum to 1."""
     query, key, _ = resampler.attn.in_proj_weight.detach().chunk(3)
-    table = resampler.pos_embed
+    table = resampler.get_buffer("pos_embed")
     scores = (table @ query.T) @ (resize_grid(table, patches=patches) @ key.T).T
     return (scores / table.shape[1] ** 0.5).softmax(-1)

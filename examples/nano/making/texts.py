@@ -1,4 +1,4 @@
-"""What the nano is trained on: families, kinds of conversation, and the texts that its vocabulary is counted on."""
+"""What the nano is trained on: families, kinds of conversation, and the texts of its vocabulary."""
 
 import re
 from collections.abc import Iterator
@@ -10,22 +10,23 @@ from qwenvl.text.chat import DEFAULT_SYSTEM
 KNOWN_FAMILIES = tuple(family for family in FAMILIES if family not in (*HELD_OUT, "shapes"))
 WITH_FIELDS = tuple(family for family in KNOWN_FAMILIES if family != "words")
 READ = ("words", *KNOWN_FAMILIES)
-"""Families as often as they are drawn for reading alone."""
+"""Families, repeated by their frequency, for transcription alone."""
 TRAINED = (*KNOWN_FAMILIES, "table", "chart", "card", "card")
-"""Families as often as they are drawn in training.
+"""Families, repeated by their frequency in training.
 
-A value is found by its row and its column in tables and charts; a card's labels are any words, and stand above values.
+Tables, charts and cards are repeated because their values are harder to find: by row and column, or below a label that
+may be any word.
 """
 ASKED = (*WITH_FIELDS, "table", "table", "chart", "chart", "chart", "chart", "chart", "card", "card", "card")
-"""The same of the questions of stage 3: more often where another field's value is easily taken for the right one."""
+"""The same for the questions of stage 3: families in which another field is easily mistaken for the right one."""
 
 QUESTIONS = ("question", "two_turn")
 ONE_PAGE = ("transcribe", *QUESTIONS, "read_box")
 TWO_PAGES = ("two_images",)
-"""Kinds of conversation that are trained, by how many pages they are about.
+"""Kinds of conversation that are trained, by the number of pages they are about.
 
-Without what is not learnt in the time there is: boxes as answers, whose digits take a quarter of all tokens; yes or
-no, which tells too little of what there was to be seen; the highest of several values, how many there are; shapes.
+Left out is what is not learned in this time: boxes as answers, whose digits are a quarter of all tokens; yes or no,
+which is too weak a signal; the highest of several values and their number; shapes.
 """
 
 _MARKUP = re.compile(r"</?(?:ref|box)>")
@@ -33,11 +34,11 @@ _NUMBERS = re.compile(r"\(\d+,\d+\)")
 
 
 def asked_texts(documents: int, seed: int = 0) -> Iterator[str]:
-    """What stands in conversations about so many training documents besides the replies.
+    """The texts of conversations about this many training documents, without the replies.
 
-    Roles and system prompt are in every conversation, and have tokens of their own in the published vocabulary too. Of
-    replies nothing is counted: values are read letter by letter, those of unseen documents like those that were seen.
-    Markup has tokens of its own, and boxes are digits.
+    Roles and system prompt are part of every conversation. Replies are left out, so that values are encoded letter by
+    letter, whether they were seen in training or not. So are markup, which has control tokens, and the digits of
+    boxes.
     """
     plan = Plan("train", KNOWN_FAMILIES, (*ONE_PAGE, *TWO_PAGES), documents, per_image=3, seed=seed)
     for index in range(documents):

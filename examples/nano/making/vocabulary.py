@@ -1,4 +1,4 @@
-"""The nano's vocabulary: byte-pair merges counted on its own conversations, as a `qwen.tiktoken` file."""
+"""The nano's vocabulary: byte-pair merges trained on its own conversations, as a `qwen.tiktoken` file."""
 
 import base64
 from collections import Counter
@@ -10,19 +10,22 @@ import regex
 from qwenvl.text.vocabulary import SPLIT_PATTERN
 
 RANKS = 528
-"""Ordinary tokens: the 256 bytes and 272 merges."""
+"""Tokens that are not control tokens: the 256 bytes and 272 merges."""
 
 
 def train_vocabulary(texts: Iterable[str], ranks: int = RANKS) -> bytes:
-    """A `qwen.tiktoken` file whose merges are the most frequent pairs of `texts`, cut as Qwen's tokenizer cuts them.
+    """Train byte-pair merges on `texts`, split as Qwen's tokenizer splits them.
 
-    Of pairs that are as frequent, the first in byte order is merged, so the same texts give the same file.
+    Of equally frequent pairs the first in byte order is merged, so the same texts give the same file.
+
+    Returns:
+        The content of a `qwen.tiktoken` file.
     """
     counted = Counter(piece.encode() for text in texts for piece in regex.findall(SPLIT_PATTERN, text))
     pieces = [([bytes([byte]) for byte in piece], count) for piece, count in sorted(counted.items())]
     tokens = [bytes([byte]) for byte in range(256)]
     while len(tokens) < ranks:
-        pairs = Counter()
+        pairs: Counter[tuple[bytes, bytes]] = Counter()
         for piece, count in pieces:
             for pair in pairwise(piece):
                 pairs[pair] += count
@@ -35,6 +38,7 @@ def train_vocabulary(texts: Iterable[str], ranks: int = RANKS) -> bytes:
 
 
 def _merge(piece: list[bytes], left: bytes, right: bytes) -> None:
+    """Merge a pair wherever it occurs, in place."""
     place = 0
     while place < len(piece) - 1:
         if piece[place] == left and piece[place + 1] == right:

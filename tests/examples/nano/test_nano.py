@@ -60,6 +60,12 @@ def test_it_is_a_small_checkpoint_in_the_published_layout():
     assert (NANO / "qwen.tiktoken").read_bytes().count(b"\n") == 528
 
 
+def test_its_readme_begins_with_the_card_that_a_making_writes():
+    """Scores are added below it."""
+    card = (NANO / "making" / "card.md").read_text(encoding="utf-8")
+    assert (NANO / "README.md").read_text(encoding="utf-8").startswith(card)
+
+
 def test_it_still_reads_ten_bundled_documents():
     """Replies as recorded with float32 arithmetic (`tests/data/nano.json` says how), and most of them right."""
     model, processor = load_model(NANO, dtype=torch.float32), load_processor(NANO)

@@ -12,9 +12,10 @@ from finetune.model.adapters import put_lora
 from finetune.model.recomputation import set_recomputation
 from finetune.recipe.sections import Adapter, Freeze
 from qwenvl import load_model
-from qwenvl.model.loss import IGNORED, supervised_loss
+from qwenvl.model.loss import supervised_loss
 from qwenvl.model.nf4_weights import is_quantized
 from qwenvl.model.varlen_attention import VARLEN
+from qwenvl.text.chat import IGNORED
 
 # Operations of bitsandbytes that read a whole 4-bit weight, and which argument it is.
 READING = {"bitsandbytes::gemm_4bit": 1, "bitsandbytes::gemv_4bit": 1, "bitsandbytes::dequantize_4bit": 0}

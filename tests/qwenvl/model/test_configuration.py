@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qwenvl import QwenVLConfig
+from qwenvl import InputError, QwenVLConfig
 
 
 def test_unknown_keys_of_a_published_file_survive_a_save(tiny_folder, tmp_path):
@@ -58,6 +58,9 @@ def changed(**changes) -> dict:
     [
         (changed(output_dim=128), "visual.output_dim"),
         (changed(width=65), "visual.width"),
+        (changed(heads=0), "visual.heads"),
+        (changed(layers="two"), "visual.layers"),
+        ({"seq_length": 0}, "seq_length"),
         (changed(image_size=100), "visual.image_size"),
         (changed(n_queries=200), "visual.n_queries"),
         (changed(image_start_id=766), "vocab_size"),
@@ -69,5 +72,5 @@ def changed(**changes) -> dict:
     ],
 )
 def test_contradictions_are_named(keys, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         QwenVLConfig(**keys)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
-from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from qwenvl import InputError, QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.model.generation import read_published_settings, repeat_images
 from qwenvl.model.image_span import place_image_features
 
@@ -184,7 +184,7 @@ def test_a_conversation_goes_on_from_its_cache(tiny_model, tiny_processor, tiny_
 
 
 def test_chunked_prefill_is_refused(tiny_model, expected):
-    with pytest.raises(ValueError, match="prefill_chunk_size"):
+    with pytest.raises(InputError, match="prefill_chunk_size"):
         tiny_model.generate(expected["text_only.input_ids"][None], prefill_chunk_size=4)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwenvl import QwenVLForConditionalGeneration, load_model
+from qwenvl import InputError, QwenVLForConditionalGeneration, load_model
 from qwenvl.model.host_embedding import TABLE, HostEmbedding, WithoutEmbeddings
 
 
@@ -37,7 +37,7 @@ def test_values_and_types_are_those_of_the_whole_model(tiny_folder, dtype, quant
 def test_a_checkpoint_without_them(stored):
     tensors = load_file(stored / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if name != TABLE}, stored / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"there is no {TABLE} in this checkpoint"):
+    with pytest.raises(InputError, match=rf"there is no {TABLE} in this checkpoint"):
         load_model(stored, embeddings_on_cpu=True)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qwenvl import QwenVLConfig
+from qwenvl import InputError, QwenVLConfig
 from qwenvl.model.image_span import image_span_starts, place_image_features
 
 
@@ -51,5 +51,5 @@ def test_features_stand_strictly_between_the_tags(config):
 def test_images_and_spans_must_be_as_many(config, images):
     ids = ids_of(span(config) + span(config))
     features = torch.zeros(images, 256, 4) if images else None
-    with pytest.raises(ValueError, match=rf"2 whole image span.*{images} image"):
+    with pytest.raises(InputError, match=rf"2 whole image span.*{images} image"):
         place_image_features(torch.zeros(*ids.shape, 4), ids, features, config)

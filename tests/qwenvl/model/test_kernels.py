@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from qwenvl import InputError
 from qwenvl.model import kernels
 from qwenvl.model.kernels import kernels_in_use, liger_runs, use_kernels
 from qwenvl.model.language import RMSNorm
@@ -115,15 +116,15 @@ def test_a_norm_in_another_type_stays_plain(liger_spelled_out):
 
 
 def test_what_cannot_be_is_refused(tiny_model, monkeypatch):
-    with pytest.raises(ValueError, match="torch, liger"):
+    with pytest.raises(InputError, match="torch, liger"):
         use_kernels(tiny_model, "triton")
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert not liger_runs()
-    with pytest.raises(ValueError, match="pip install liger-kernel"):
+    with pytest.raises(InputError, match="pip install liger-kernel"):
         use_kernels(tiny_model, "liger")
     monkeypatch.setattr(kernels, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="NVIDIA GPU"):
+    with pytest.raises(InputError, match="NVIDIA GPU"):
         use_kernels(tiny_model, "liger")
     assert kernels_in_use(tiny_model) == "torch"
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from qwenvl import InputError, QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.model.resampler import resize_grid, sine_cosine_grid
 
 LAYOUT = Path(__file__).parents[2] / "data" / "checkpoint_layout.json"
@@ -70,7 +70,7 @@ def test_another_resolution_resizes_the_positions(tiny_model):
 
 @pytest.mark.parametrize("shape", [(3, 112, 112), (1, 1, 112, 112), (1, 3, 112, 98), (1, 3, 113, 113)])
 def test_wrong_pixels_are_named(tiny_model, shape):
-    with pytest.raises(ValueError, match="pixel_values"):
+    with pytest.raises(InputError, match="pixel_values"):
         tiny_model.get_image_features(torch.zeros(shape))
 
 
@@ -126,15 +126,15 @@ def test_cached_features_equal_pixels(tiny_model, expected):
 
 def test_contradictory_arguments_are_named(tiny_model, expected):
     ids, pixels = expected["one_image.input_ids"][None], expected["pixel_values"][:1]
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(InputError, match="either input_ids or inputs_embeds"):
         tiny_model()
-    with pytest.raises(ValueError, match="either pixel_values or image_features"):
+    with pytest.raises(InputError, match="either pixel_values or image_features"):
         tiny_model(ids, pixel_values=pixels, image_features=torch.zeros(1, 256, 256))
-    with pytest.raises(ValueError, match="images need input_ids"):
+    with pytest.raises(InputError, match="images need input_ids"):
         tiny_model(inputs_embeds=torch.zeros(1, 5, 256), pixel_values=pixels)
-    with pytest.raises(ValueError, match=r"1 whole image span.* 0 image"):
+    with pytest.raises(InputError, match=r"1 whole image span.* 0 image"):
         tiny_model(ids)
-    with pytest.raises(ValueError, match=r"0 whole image span.* 1 image"):
+    with pytest.raises(InputError, match=r"0 whole image span.* 1 image"):
         tiny_model(ids[:, :100], pixel_values=pixels)
 
 
@@ -173,7 +173,7 @@ def test_logits_to_keep(tiny_model, expected):
         assert torch.allclose(tiny_model(ids, logits_to_keep=3).logits, logits[:, -3:], atol=1e-6)
         picked = torch.tensor([0, 7])
         assert torch.allclose(tiny_model(ids, logits_to_keep=picked).logits, logits[:, picked], atol=1e-6)
-    with pytest.raises(ValueError, match="neighbouring positions"):
+    with pytest.raises(InputError, match="neighbouring positions"):
         tiny_model(ids, labels=ids, logits_to_keep=picked)
 
 
@@ -193,7 +193,7 @@ def test_the_embedding_table_does_not_shrink_to_the_tokenizer(tiny_model):
     """PEFT's Auto class asks for as many rows as the tokenizer has tokens; published tables have more."""
     tiny_model.resize_token_embeddings(729)
     assert tiny_model.get_input_embeddings().weight.shape[0] == 768
-    with pytest.raises(ValueError, match="769"):
+    with pytest.raises(InputError, match="769"):
         tiny_model.resize_token_embeddings(769)
 
 
@@ -204,7 +204,7 @@ def test_a_text_only_checkpoint_works_as_text_only(tiny_folder):
     assert not any("visual" in name for name, _ in model.named_parameters())
     ids = torch.tensor([[1, 2, 3]])
     assert model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 6)
-    with pytest.raises(ValueError, match="text-only"):
+    with pytest.raises(InputError, match="text-only"):
         model.get_image_features(torch.zeros(1, 3, 112, 112))
-    with pytest.raises(ValueError, match="text-only"):
+    with pytest.raises(InputError, match="text-only"):
         model(ids, image_features=torch.zeros(1, 256, 256))

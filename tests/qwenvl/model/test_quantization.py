@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qwenvl import QwenVLConfig
+from qwenvl import InputError, QwenVLConfig
 from qwenvl.model.quantization import PARTS, modules_to_skip, nf4_config, quantized_names, quantized_parts, read_parts
 
 LANGUAGE = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
@@ -50,14 +50,14 @@ def test_a_config_says_its_parts(parts):
     ],
 )
 def test_another_quantization_is_refused(settings):
-    with pytest.raises(ValueError, match=rf"{settings['quant_method']}, which is not NF4 .* 16-bit"):
+    with pytest.raises(InputError, match=rf"{settings['quant_method']}, which is not NF4 .* 16-bit"):
         quantized_parts(QwenVLConfig(quantization_config=settings))
 
 
 def test_parts_are_read():
     assert read_parts(["head", "language"]) == ("language", "head")
     assert read_parts("language") == ("language",)
-    with pytest.raises(ValueError, match="'resampler' is none of language, vision, head"):
+    with pytest.raises(InputError, match="'resampler' is none of language, vision, head"):
         read_parts(["language", "resampler"])
-    with pytest.raises(ValueError, match="add 'language'"):
+    with pytest.raises(InputError, match="add 'language'"):
         read_parts(["head"])

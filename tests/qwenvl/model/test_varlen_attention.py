@@ -4,6 +4,7 @@ import pytest
 import torch
 from varlen_kernel_on_cpu import kernel_on_cpu
 
+from qwenvl import InputError
 from qwenvl.model import modeling, sequences, varlen_attention
 from qwenvl.model.sequences import PackedSequences
 from qwenvl.model.varlen_attention import LONGEST_SPELLED_OUT, VARLEN, kernel_takes, spelled_out_is_faster
@@ -134,18 +135,18 @@ def test_what_is_not_a_pack_goes_through_sdpa(tiny_model, expected, monkeypatch)
     [
         ([9, 8], {}, "do not fill"),
         ([16, 0], {}, "do not fill"),
-        ([16], {"position_ids": torch.arange(16)[None]}, "say all"),
-        ([9, 7], {"attention_mask": torch.ones(1, 16, dtype=torch.long)}, "say all"),
+        ([16], {"position_ids": torch.arange(16)[None]}, "replace position_ids"),
+        ([9, 7], {"attention_mask": torch.ones(1, 16, dtype=torch.long)}, "replace position_ids"),
         ([9, 7], {"use_cache": True}, "cannot use a cache"),
     ],
 )
 def test_lengths_that_contradict(tiny_model, lengths, others, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         tiny_model(torch.arange(16)[None], sequence_lengths=lengths, **others)
 
 
 def test_lengths_that_reach_into_the_next_row(tiny_model):
-    with pytest.raises(ValueError, match="reaches into the next row"):
+    with pytest.raises(InputError, match="reaches into the next row"):
         tiny_model(torch.arange(16).view(2, 8), sequence_lengths=[6, 6, 4])
 
 

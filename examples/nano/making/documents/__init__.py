@@ -2,6 +2,7 @@
 
     python -m examples.nano.making.documents --help        # from the repository's root; needs no installation
 
-The way of a document: `values` (what is written) -> a family (`families_*.py`, where it stands) on a `page` in some
-`lettering` -> `document` (image, fields, lines) -> `conversations` -> `write`. Nothing in it is real.
+`values` and `word_lists` are what is printed, and one of the `families` decides where: it writes in some `lettering`
+on the `page` of a `sheet`. `document` is the result: image, fields and lines. `conversations` asks about it, in the
+words of `phrasings` and `shape_questions`, and `write` writes sets of them. All names and values are made up.
 """

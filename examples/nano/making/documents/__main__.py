@@ -5,20 +5,24 @@
     python -m examples.nano.making.documents --to data/shift --split train --count 200 --families boarding --palette 32
     python -m examples.nano.making.documents --preview sheet.png --count 6
 
-Run from the repository's root. The same arguments make the same set, whatever --workers says. Free-form values and
-layouts belong to one split for good: nothing printed in `test` was printed in `train`.
+Run from the repository's root. The same arguments make the same set, whatever --workers says. Every free-form value
+and every layout belongs to one split: none of `test` is in `train`.
 """
 
 import argparse
 import signal
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
-from examples.nano.making.documents.conversations import KINDS, families_with, kinds_of
+from examples.nano.making.documents.arguments import chosen_families, names_from
+from examples.nano.making.documents.conversations import KINDS
 from examples.nano.making.documents.document import LARGEST_PAGE, SMALLEST_PAGE
 from examples.nano.making.documents.families import FAMILIES, HELD_OUT
 from examples.nano.making.documents.values import SPLITS
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, UserError
+from finetune.files.path_errors import PathError, path_errors
 
 PREVIEWED = 6  # documents of each family
 
@@ -32,43 +36,37 @@ def main(arguments: list[str] | None = None) -> int:
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--to", type=Path, metavar="DIR", help="folder to write to")
-    where.add_argument("--preview", type=Path, metavar="FILE.png", help="only a sheet of pages, and conversations")
+    where.add_argument("--preview", type=Path, metavar="FILE.png", help="write only a sheet of pages to look at")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--count", type=int, help=f"documents; with --preview, of each family (default {PREVIEWED})")
-    listed = f"{', '.join(FAMILIES)}; by default those that have the kinds, but not {', '.join(HELD_OUT)}, held out"
-    parser.add_argument("--families", type=_names("family", FAMILIES), help=f"of {listed}")
+    listed = f"{', '.join(FAMILIES)}; by default all that have the kinds, without {', '.join(HELD_OUT)} (held out)"
+    parser.add_argument("--families", type=names_from("family", FAMILIES), help=f"of {listed}")
     kinds = tuple(KINDS)
-    parser.add_argument("--kinds", type=_names("kind", KINDS), default=kinds, help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--kinds", type=names_from("kind", KINDS), default=kinds, help=f"of {', '.join(KINDS)}")
     parser.add_argument("--per-image", type=int, default=3, help="conversations about each document (default 3)")
-    parser.add_argument("--image-size", type=int, default=140, help="pixels of a side (default 140)")
-    parser.add_argument("--difficulty", type=float, default=0.5, help="0, clean pages, to 1 (default 0.5)")
+    parser.add_argument("--image-size", type=int, default=140, help="width and height in pixels (default 140)")
+    parser.add_argument("--difficulty", type=float, default=0.5, help="0 (clean pages) to 1 (default 0.5)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--palette", type=int, help="colours of an image, 2 to 256: smaller files (32 are plenty)")
+    parser.add_argument("--palette", type=int, help="colours of an image, 2 to 256, for smaller files (32 suffice)")
     parser.add_argument(
-        "--joined", type=float, default=0.0, help="share of documents asked about in one conversation (default 0)"
+        "--joined",
+        type=float,
+        default=0.0,
+        help="share of documents asked about in one conversation (default 0)",
     )
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="images beside or inside")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     given = parser.parse_args(arguments)
     _check(parser, given)
-    if given.preview:
-        return _preview(given)
-    return _write(given)
-
-
-def _names(what: str, known: dict):
-    def read(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(text.split(",")))
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"no {what} {name!r}; there are {', '.join(known)}")
-        return names
-
-    return read
+    try:
+        return _preview(given) if given.preview else _write(given)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """End with exit code 2 and what is wrong, if something is; choose the families where none are given."""
+    """End with exit code 2 if an argument is wrong; choose the families if none are given."""
     if given.to and given.count is None:
         parser.error("--count: say how many documents")
     limits = {
@@ -84,12 +82,9 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         value = getattr(given, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')}: must be {low} to {high}, not {value}")
-    if given.families is None:
-        given.families = families_with(given.kinds, (family for family in FAMILIES if family not in HELD_OUT))
-    for family in given.families:
-        possible = kinds_of(family)
-        if not set(given.kinds) & set(possible):
-            parser.error(f"--kinds: {family} has none of {', '.join(given.kinds)}, but {', '.join(possible)}")
+    given.families = chosen_families(
+        parser, given.families, given.kinds, [family for family in FAMILIES if family not in HELD_OUT]
+    )
 
 
 def _write(given: argparse.Namespace) -> int:
@@ -108,19 +103,23 @@ def _write(given: argparse.Namespace) -> int:
         joined=given.joined,
     )
 
-    def stop(number, _frame):
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise Interrupted(number, saved=False)
 
-    # As exceptions, so that nothing half done is left.
+    # Signals become exceptions, so that a half-written set is removed.
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         write(plan, given.to, given.format, given.workers)
     except Interrupted as stopped:
         print(f"interrupted by {stopped}; nothing was written", file=sys.stderr)
         return stopped.exit_code
+    except UserError:
+        raise
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise PathError(given.to, "write the documents to", error, "Give another folder with --to") from error
     except OSError as error:
         print(error, file=sys.stderr)
-        return 2 if isinstance(error, FileExistsError) else 1
+        return 1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -139,8 +138,9 @@ def _preview(given: argparse.Namespace) -> int:
         image_size=given.image_size,
         difficulty=given.difficulty,
     )
-    given.preview.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(given.preview)
+    with path_errors(given.preview, "write the preview to", "Give another file with --preview"):
+        given.preview.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(given.preview, "PNG")
     print(sample_conversations(given.families, given.kinds, seed=given.seed, split=given.split))
     return 0
 

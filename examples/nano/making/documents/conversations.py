@@ -1,7 +1,7 @@
-"""Conversations about documents, in the `messages` format: what a user says, and the reply to be learnt.
+"""Conversations about documents in the `messages` format: what a user asks, and the reply to learn.
 
-Each kind is a function of a document and random numbers that returns a conversation, or None where the page at hand
-has nothing for it. All replies are printed values, boxes, counts, or one of a few words.
+Each kind is a function of an `Asker` (a document and random numbers) that returns a conversation, or None if the page
+has nothing to ask about. Replies are printed values, boxes, counts, or one of a few words.
 """
 
 import random
@@ -10,23 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from examples.nano.making.documents import phrasings, shape_questions
-from examples.nano.making.documents.document import Document, Field
+from examples.nano.making.documents.document import Document
+from examples.nano.making.documents.sheet import Field
 from examples.nano.making.documents.values import KINDS as VALUE_KINDS
-from examples.nano.making.documents.values import SHORTEST, SPLITS, Values
+from examples.nano.making.documents.values import SHORTEST, SPLITS, Values, known
+from finetune.errors import UserError
 
 Partner = Callable[[], Document]
-"""Makes another document of the family, to be compared with the first."""
+"""Makes a second document of the family, to compare the first with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages and what they are about.
+    """Messages and the documents they are about.
 
     Attributes:
-        kind: of `KINDS`.
-        messages: without image sources; places are `{"type": "image"}`, in the order of `documents`.
-        documents: one, or two.
-        answers: accepted answers to the last turn.
+        kind: one of `KINDS`, or "joined".
+        messages: images are placeholders, `{"type": "image"}`, in the order of `documents`.
+        documents: one or two.
+        answers: accepted answers to the last question.
     """
 
     kind: str
@@ -38,17 +40,17 @@ class Conversation:
 def conversations(
     document: Document, kinds: Sequence[str], count: int, draw: random.Random, split: str, partner: Partner
 ) -> list[Conversation]:
-    """Up to `count` different conversations about a document: of each kind one, then again of any.
+    """Make up to `count` different conversations about a document: one of each kind, then more of any kind.
 
-    Fewer come only where the page has no more to ask about. A whole transcription comes once, unless it is all that
-    was asked for.
+    There are fewer only if the page has no more to ask about. A transcription comes once, unless it is the only kind.
 
     Raises:
-        ValueError: no kind of `kinds` can be had of the document's family.
+        UserError: the document's family has none of `kinds`.
     """
     possible = [kind for kind in kinds if kind in kinds_of(document.family)]
     if not possible:
-        raise ValueError(f"kinds: {', '.join(kinds)} cannot be had of {document.family}")
+        had = ", ".join(kinds_of(document.family))
+        raise UserError(f"kinds: {document.family} has none of {', '.join(kinds)}, but {had}")
     asker = Asker(document, draw, split, partner)
     again = [kind for kind in possible if kind != "transcribe"] or possible
     made: dict[str, Conversation] = {}
@@ -65,7 +67,7 @@ def conversations(
 
 
 def joined(made: Sequence[Conversation], draw: random.Random) -> list[Conversation]:
-    """The conversations about the same page, or the same two, as a single one of several turns."""
+    """Join the conversations about the same page, or the same two pages, into one of several turns."""
     together: dict[tuple[int, ...], list[Conversation]] = {}
     for conversation in made:
         together.setdefault(tuple(map(id, conversation.documents)), []).append(conversation)
@@ -73,7 +75,7 @@ def joined(made: Sequence[Conversation], draw: random.Random) -> list[Conversati
 
 
 def _as_one(made: list[Conversation], draw: random.Random) -> Conversation:
-    """A transcription comes last, or the turns after it could be answered without a look at the page."""
+    """Join conversations in random order; a transcription comes last, as later answers could be copied from it."""
     made = sorted(made, key=lambda conversation: (conversation.kind == "transcribe", draw.random()))
     messages = list(made[0].messages)
     for conversation in made[1:]:
@@ -84,7 +86,7 @@ def _as_one(made: list[Conversation], draw: random.Random) -> Conversation:
 
 
 def kinds_of(family: str) -> tuple[str, ...]:
-    """The kinds of conversation that a family's documents can have."""
+    """The kinds of conversation that there are about a family's documents."""
     if family == "shapes":
         return ("count", "colour", "ground", "read_box", "two_turn", "two_images", "yes_no")
     if family == "words":
@@ -94,14 +96,19 @@ def kinds_of(family: str) -> tuple[str, ...]:
 
 
 def families_with(kinds: Sequence[str], families: Iterable[str]) -> tuple[str, ...]:
-    """Those of the families whose documents can have any of the kinds of conversation."""
+    """The families that have any of these kinds of conversation."""
     return tuple(family for family in families if set(kinds) & set(kinds_of(family)))
 
 
 class Asker:
-    """A document to ask about, and what asking needs."""
+    """Asks about one document.
 
-    def __init__(self, document: Document, draw: random.Random, split: str, partner: Partner):
+    Attributes:
+        named: the fields that a question can name.
+        asked: the fields asked about so far.
+    """
+
+    def __init__(self, document: Document, draw: random.Random, split: str, partner: Partner) -> None:
         assert split in SPLITS
         self.document, self.draw, self.split, self.partner = document, draw, split, partner
         self.picture = phrasings.PICTURES[document.family]
@@ -109,7 +116,7 @@ class Asker:
         self.asked: set[Field] = set()
 
     def next(self, fields: Sequence[Field]) -> Field:
-        """One of the fields, if it can be one not asked about yet: joined, a reply could be copied from another."""
+        """Choose a field, if possible one not asked about yet: in joined turns, its reply could be copied."""
         field = self.draw.choice([field for field in fields if field not in self.asked] or fields)
         self.asked.add(field)
         return field
@@ -117,20 +124,27 @@ class Asker:
     def conversation(
         self, kind: str, turns: Sequence[tuple[str, str]], documents: Sequence[Document] = (), grounding: str = ""
     ) -> Conversation:
-        """From (user's text, reply) pairs; `grounding` names whose markup is to be tokens: "user" or "both"."""
-        documents = tuple(documents) or (self.document,)
-        messages = []
+        """Make a conversation of (question, reply) pairs.
+
+        Args:
+            kind: one of `KINDS`.
+            turns: (user's text, reply) pairs.
+            documents: shown in the first turn; by default the one that is asked about.
+            grounding: whose `<ref>` and `<box>` are markup, not text: "user", "both", or "" for none.
+        """
+        shown = tuple(documents) or (self.document,)
+        messages: list[dict[str, Any]] = []
         for number, (text, reply) in enumerate(turns):
-            places = [{"type": "image"} for _ in documents] if number == 0 else []
+            places = [{"type": "image"} for _ in shown] if number == 0 else []
             messages.append({"role": "user", "content": [*places, {"type": "text", "text": text}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": reply}]})
         for message in messages:
             if grounding == "both" or grounding == message["role"]:
                 message["grounding"] = True
-        return Conversation(kind, messages, documents, [turns[-1][1]])
+        return Conversation(kind, messages, shown, [turns[-1][1]])
 
     def ask(self, field: Field) -> str:
-        """A question for a field's value."""
+        """A question about a field's value."""
         draw = self.draw
         if field.asks and (self.document.family == "boarding" or draw.random() < 0.3):
             return draw.choice(field.asks)
@@ -139,33 +153,33 @@ class Asker:
 
     def box(self, field: Field, label: str | None = None) -> str:
         """A field's box as markup."""
-        from qwenvl.text.boxes import box_markup  # the package registers itself with Transformers, which takes seconds
+        from qwenvl.text.boxes import box_markup  # importing qwenvl imports Transformers, which takes seconds
 
         width, height = self.document.image.size
         return box_markup(field.box, width=width, height=height, label=label)
 
 
 def transcribe(asker: Asker) -> Conversation:
-    """The whole page in reading order, a line for each of its lines."""
+    """The text of the whole page in reading order, line by line."""
     return asker.conversation(
         "transcribe", [(asker.draw.choice(phrasings.TRANSCRIBE), "\n".join(asker.document.lines))]
     )
 
 
 def question(asker: Asker) -> Conversation:
-    """One field."""
+    """The value of one field."""
     field = asker.next(asker.named)
     return asker.conversation("question", [(asker.ask(field), field.value)])
 
 
 def fact(asker: Asker) -> Conversation:
-    """Something about the page as a whole: how many rows, which is the highest."""
-    fact = asker.draw.choice(asker.document.facts)
-    return asker.conversation("fact", [(asker.draw.choice(fact.asks), fact.answer)])
+    """Something about the page as a whole: how many rows, which value is the highest."""
+    chosen = asker.draw.choice(asker.document.facts)
+    return asker.conversation("fact", [(asker.draw.choice(chosen.asks), chosen.answer)])
 
 
 def two_turn(asker: Asker) -> Conversation | None:
-    """Two fields, the second asked for in a few words that lean on the first."""
+    """Two fields; the second question is short and refers to the first."""
     if asker.document.family == "shapes":
         turns = shape_questions.two_counts(asker.document, asker.draw)
         return asker.conversation("two_turn", turns) if turns else None
@@ -178,7 +192,7 @@ def two_turn(asker: Asker) -> Conversation | None:
 
 
 def two_images(asker: Asker) -> Conversation | None:
-    """Two pages side by side: which has more of something, or a field of one of them."""
+    """Two pages: which has more of something, or a field of one of them."""
     draw, one, two = asker.draw, asker.document, asker.partner()
     if one.family == "shapes":
         turns = shape_questions.more_on_which(one, two, draw)
@@ -193,11 +207,11 @@ def two_images(asker: Asker) -> Conversation | None:
     ]
     if comparable and draw.random() < 0.6:
         name, field, other = draw.choice(comparable)
-        asks = [text.format(more=phrasings.MORE[field.kind], name=name) for text in phrasings.COMPARE]
+        asks = tuple(text.format(more=phrasings.MORE[field.kind], name=name) for text in phrasings.COMPARE)
         own = phrasings.COMPARE_OWN.get((one.family, field.key))
         if own and draw.random() < 0.5:
             asks = own
-        answer = phrasings.compared(field.value, other.value, first=field.amount > other.amount)
+        answer = phrasings.compared(field.value, other.value, first=known(field.amount) > known(other.amount))
         return asker.conversation("two_images", [(draw.choice(asks), answer)], (one, two))
     number = draw.choice((1, 2))
     field = asker.next([field for field in (one, two)[number - 1].fields if field.names])
@@ -206,7 +220,7 @@ def two_images(asker: Asker) -> Conversation | None:
 
 
 def ground(asker: Asker) -> Conversation | None:
-    """A phrase, answered by the box: of a field's value, of a shape that is there once, of a word by itself."""
+    """A phrase, answered with the box of a field's value, of a shape or of a line; what the page has only once."""
     document = asker.document
     values = [field.value for field in document.fields]
     fields = [field for field in document.fields if values.count(field.value) == 1]
@@ -220,7 +234,7 @@ def ground(asker: Asker) -> Conversation | None:
 
 
 def read_box(asker: Asker) -> Conversation:
-    """A box, answered by what is written in it, or by the shape."""
+    """A box, answered with the text or the shape in it."""
     field = asker.next(asker.document.fields)
     wordings = phrasings.WHAT_IN_BOX if field.kind == "shape" else phrasings.READ_BOX
     text = asker.draw.choice(wordings).format(box=asker.box(field))
@@ -228,7 +242,7 @@ def read_box(asker: Asker) -> Conversation:
 
 
 def count(asker: Asker) -> Conversation:
-    """How many shapes of a kind, of a colour, or in all."""
+    """The number of shapes of a kind, of a colour, or in all."""
     return asker.conversation("count", [shape_questions.count(asker.document, asker.draw)])
 
 
@@ -239,7 +253,7 @@ def colour(asker: Asker) -> Conversation | None:
 
 
 def yes_no(asker: Asker) -> Conversation:
-    """Whether a field has a value, or the page a text or a shape: as often yes as no."""
+    """Whether a field has a value, or the page a text or a shape. Yes and no are equally frequent."""
     draw, document = asker.draw, asker.document
     if document.family == "shapes":
         return asker.conversation("yes_no", [shape_questions.is_there(document, draw)])
@@ -255,10 +269,10 @@ def yes_no(asker: Asker) -> Conversation:
 
 
 def _another_value(asker: Asker, field: Field) -> str:
-    """A value like a field's, of the same split, that is not on the page."""
+    """A value of a field's kind and split that is not on the page."""
     values = Values(asker.draw, asker.split, asker.document.money)
     page = "\n".join(asker.document.lines).casefold()
-    # About as long as the field's own, or a glance at its length would be enough.
+    # About as long as the field's own, so that the length does not give the answer away.
     longest = max(len(field.value), SHORTEST.get(field.kind, 2)) + 1
     while True:
         value = values.new(field.kind, longest, upper=field.value.isupper()).text

@@ -1,4 +1,4 @@
-"""The wordings of questions. {name} is what a field is called, {picture} what the family calls its picture."""
+"""The wordings of questions. {name} is what a field is called, {picture} what the family's picture is called."""
 
 PICTURES = {
     "words": "page",
@@ -59,20 +59,20 @@ COMPARE = (
 """For two pictures; the reply is `compared`."""
 
 MORE = {"price": "higher", "weight": "larger", "percent": "higher", "number": "higher"}
-"""Kinds of values that are compared -> the word for more. Less is not asked for, nor dates, printed in many ways."""
+"""Kinds of values that are compared -> the word for more. Dates are printed in too many ways to compare."""
 
 COMPARE_OWN = {
     ("receipt", "total"): ("Which receipt is dearer?", "Where was more paid?"),
     ("label", "weight"): ("Which parcel is heavier?",),
 }
-"""(family, key) -> further questions for more."""
+"""(family, key) -> questions of its own about which is more."""
 
 IS_IT = ("Is the {name} {value}?", "Is {value} the {name}?", "Does the {picture} say {value} for the {name}?")
 IS_WRITTEN = ("Is {value} written here?", "Does the {picture} say {value}?", "Can you see {value} on the {picture}?")
 
 
 def compared(one: object, two: object, first: bool) -> str:
-    """The reply to which of two pictures it is: what each has, then the choice. Two values are read, then compared."""
+    """The reply to a comparison of two pictures: both values, then the choice. So a model reads before it compares."""
     return f"{one} and {two}: Picture {1 if first else 2}"
 
 

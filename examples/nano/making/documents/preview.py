@@ -1,4 +1,4 @@
-"""A contact sheet: documents of every family with the boxes of their fields, for a person to judge."""
+"""A contact sheet: documents of every family with the boxes of their fields, to be looked at."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ _OUTLINES = ((230, 30, 30), (20, 120, 230))
 def contact_sheet(
     families: Sequence[str], per_family: int, *, seed: int, split: str, image_size: int, difficulty: float
 ) -> Image.Image:
-    """A row for each family: every page at twice its size, and below it again with boxes, in two colours by turns."""
+    """A row for each family: every page at twice its size, and below it the same page with its fields' boxes."""
     cell = SCALE * image_size + _GAP
     sheet = Image.new("RGB", (per_family * cell + _GAP, len(families) * (2 * cell + _CAPTION)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -49,7 +49,7 @@ def _with_boxes(document: Document) -> Image.Image:
 
 
 def sample_conversations(families: Sequence[str], kinds: Sequence[str], *, seed: int, split: str) -> str:
-    """A conversation of each kind for each family that has it, as text."""
+    """As text, a conversation of each kind about a document of each family that has it."""
     written = []
     for kind in kinds:
         for family in families:

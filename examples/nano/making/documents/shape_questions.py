@@ -1,4 +1,4 @@
-"""Questions about pictures of shapes: turns of (what the user says, the reply)."""
+"""Questions about pictures of shapes: turns of (question, reply)."""
 
 import random
 from collections import Counter
@@ -11,14 +11,14 @@ Turn = tuple[str, str]
 
 
 def count(document: Document, draw: random.Random) -> Turn:
-    """How many there are of a kind, of a colour, or in all; at times none."""
+    """The number of shapes of a kind, of a colour, or in all; it may be 0."""
     others = "shapes", f"{draw.choice(list(COLOURS))} shapes", _plural(draw.choice(SHAPES))
     what = draw.choice((*_plurals(document), *others))
     return _asked(draw.choice(phrasings.COUNT), what), str(number_of(document, what))
 
 
 def two_counts(document: Document, draw: random.Random) -> list[Turn] | None:
-    """Two kinds of shapes, the second asked for in a few words."""
+    """The numbers of two kinds of shapes; the second question is short."""
     plurals = _plurals(document)
     if len(plurals) < 2:
         return None
@@ -42,7 +42,7 @@ def more_on_which(one: Document, two: Document, draw: random.Random) -> list[Tur
 
 
 def colour(document: Document, draw: random.Random) -> Turn | None:
-    """The colour of a shape that is the only one of its kind."""
+    """The colour of the only shape of its kind."""
     kinds = Counter(field.key for field in document.fields)
     single = [field for field in document.fields if kinds[field.key] == 1]
     if not single:
@@ -52,7 +52,7 @@ def colour(document: Document, draw: random.Random) -> Turn | None:
 
 
 def is_there(document: Document, draw: random.Random) -> Turn:
-    """Whether there is a shape of a kind and colour; where not, one of the two is often there."""
+    """Whether there is a shape of this kind and colour. If not, there may be one of the same kind or colour."""
     there = [field.value for field in document.fields]
     if draw.random() < 0.5:
         what, answer = draw.choice(there), "Yes"
@@ -64,7 +64,7 @@ def is_there(document: Document, draw: random.Random) -> Turn:
 
 
 def number_of(document: Document, what: str) -> int:
-    """How many there are of "shapes", "red shapes" or "circles"."""
+    """The number of "shapes", "red shapes" or "circles"."""
     first, _, second = what.partition(" ")
     if what == "shapes":
         return len(document.fields)

@@ -1,7 +1,7 @@
 """What is written on pages: names, dates, prices, codes; and which split a value belongs to.
 
-A value belongs to one split for good, by a hash of its text, so that nothing free-form that is asked in a test was
-ever printed in training. Small closed sets are exempt (`CLOSED_KINDS`): they are the same everywhere.
+A hash of its text assigns a value to one split, so that no free-form answer of a test was printed in training. Small
+closed sets are exempt (`CLOSED_KINDS`): they are the same in every split.
 """
 
 import random
@@ -14,25 +14,26 @@ from hashlib import blake2b
 from examples.nano.making.documents import word_lists as lists
 
 SPLITS = ("train", "validation", "test")
-_STARTS = (80, 90)  # percent: train up to the first, validation up to the second, test from there on
+_STARTS = (80, 90)  # percent: train below the first, validation below the second, then test
 
 CLOSED_KINDS = ("month", "shape", "payment")
-"""Kinds of values exempt from the split. So are labels, titles, colours, counts, "Picture 2" and yes and no."""
+"""Kinds of values that every split has, as it has labels, titles, colours, counts, "Picture 2", "Yes" and "No"."""
 
 SHORTEST = {"name": 7, "city": 3, "shop": 7, "date": 8, "time": 4, "price": 4, "phone": 7, "code": 4, "weight": 3}
-"""Characters that a kind's values have at least, where it is more than two."""
+"""Fewest characters of a kind's values, where that is more than two."""
 
-_TRIES = 400  # of a tenth of all values, none comes up with a probability of 1e-18
+TRIES = 400
+"""Draws before giving up. A split with a tenth of all values is missed by all of them with a probability of 1e-18."""
 
 _FIRST_DAY, _LAST_DAY = date(2015, 1, 1).toordinal(), date(2029, 12, 31).toordinal()
 
 MONEY = ("$%", "%", "% EUR", "EUR %", "USD %", "% kr", "CHF %", "GBP %", "% zl", "$ %", "%-")
-"""How amounts are printed; % stands for the number."""
+"""How prices are printed; % stands for the number."""
 _WITH_COMMA = ("% EUR", "% kr", "% zl", "%-")
 
 
 class DoesNotFit(Exception):
-    """What was drawn has no room or no value; another draw will. Never leaves `document.make_document`."""
+    """What was drawn does not fit on the page, or no value was found. `document.make_document` then draws again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ class Value:
 
     Attributes:
         text: as printed.
-        kind: of `KINDS` or `CLOSED_KINDS`.
-        amount: what values of its kind compare by (cents, days, minutes, grams); None where they do not.
+        kind: one of `KINDS` or `CLOSED_KINDS`.
+        amount: by which values of its kind are compared (cents, days, minutes, grams); None if they cannot be.
     """
 
     text: str
@@ -50,8 +51,14 @@ class Value:
     amount: float | None = None
 
 
+def known(amount: float | None) -> float:
+    """The amount of a value whose kind can be compared."""
+    assert amount is not None, "this kind of value has no amount"
+    return amount
+
+
 def split_of(text: str) -> str:
-    """The split that a value or a layout belongs to, in capitals or not."""
+    """The split that a value or a layout belongs to, whatever its case."""
     digest = blake2b(text.casefold().encode(), digest_size=8).digest()
     return SPLITS[bisect_right(_STARTS, int.from_bytes(digest, "big") % 100)]
 
@@ -61,53 +68,53 @@ class Values:
 
     Args:
         draw: the document's random numbers.
-        split: the one that every value will be of.
-        money: of `MONEY`, for all prices of the document.
+        split: of every value.
+        money: how prices are printed, one of `MONEY`.
     """
 
-    def __init__(self, draw: random.Random, split: str, money: str):
+    def __init__(self, draw: random.Random, split: str, money: str) -> None:
         self.draw, self.split, self.money = draw, split, money
         self._taken: set[str] = set()
 
     def new(self, kind: str, longest: int = 14, upper: bool = False) -> Value:
-        """A value of a kind in `KINDS`, at most `longest` characters.
+        """Draw a value of a kind in `KINDS`, of at most `longest` characters.
 
         Raises:
-            DoesNotFit: there is none.
+            DoesNotFit: none was found.
         """
         make = KINDS[kind]
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             text, amount = make(self.draw, self.money)
             if len(text) <= longest and self.take(text):
                 return Value(text.upper() if upper else text, kind, amount)
         raise DoesNotFit
 
     def take(self, text: str) -> bool:
-        """Whether a text is of this split and new on the page; if so, it is taken."""
+        """Whether a text belongs to this split and is new on the page; if so, it is marked as used."""
         if text.casefold() in self._taken or split_of(text) != self.split:
             return False
         self._taken.add(text.casefold())
         return True
 
     def bill(self, count: int, highest: int) -> tuple[list[Value], Value]:
-        """`count` prices of up to `highest` cents, and their sum, all different and of this split.
+        """Draw `count` prices of up to `highest` cents with their sum, all different and of this split.
 
         Raises:
             DoesNotFit: none were found.
         """
         least = 50
-        if self.money == "%-":  # of whole numbers there are fewer
+        if self.money == "%-":  # there are fewer whole numbers
             least, highest = 100, 20 * highest
 
         def one() -> tuple[str, int]:
-            for _ in range(_TRIES):
+            for _ in range(TRIES):
                 text, amount = print_money(self.draw.randrange(least, highest, 5), self.money)
                 if split_of(text) == self.split:
                     return text, amount
             raise DoesNotFit
 
         first = [one() for _ in range(count - 1)]
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             prices = [*first, one()]
             total = print_money(sum(amount for _, amount in prices), self.money)
             texts = {text for text, _ in [*prices, total]}
@@ -119,7 +126,7 @@ class Values:
 
 
 def print_money(cents: int, money: str) -> tuple[str, int]:
-    """An amount as printed, and what of it is printed, in cents."""
+    """An amount as printed, and the amount that the print shows, in cents."""
     if money == "%-":
         return f"{cents // 100},-", cents // 100 * 100
     number = f"{cents / 100:.2f}"
@@ -183,7 +190,7 @@ def _code(draw: random.Random, money: str) -> tuple[str, None]:
 
 
 def _place(draw: random.Random, money: str) -> tuple[str, None]:
-    """Of a room, a gate or a seat."""
+    """A room, a gate or a seat."""
     return _filled(draw, draw.choice(("A0", "A00", "00A", "0A", "A-00", "000A", "A000"))), None
 
 
@@ -233,4 +240,4 @@ KINDS: dict[str, Callable[[random.Random, str], tuple[str, float | None]]] = {
     "percent": _percent,
     "number": _number,
 }
-"""Kind -> a maker of (text, amount); of some kinds there are few short ones, so ask with room to spare."""
+"""Kind -> function that draws (text, amount). Some kinds have few short values, so do not ask for too short ones."""

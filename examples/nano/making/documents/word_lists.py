@@ -1,7 +1,7 @@
-"""What values and pages are made of. ASCII only: PIL's built-in font has no other letters.
+"""The words that values and pages are made of. ASCII only: PIL's built-in font has no other letters.
 
-Names, cities, shops and words are put together from pieces, so that there are thousands of each and a model cannot
-know them by heart.
+Names, cities, shops and words are put together from parts, so that there are thousands of each and a model cannot
+memorise them.
 """
 
 
@@ -63,7 +63,7 @@ ITEMS = _words(
 )
 ITEM_KINDS = _words("Big Red Hot Oat Dry New Raw Soft Mini Eco Dark Iced")
 
-# Of cards: what may stand above a value of any kind.
+# Labels of cards, for values of any kind.
 LABELS = _words(
     """
     Owner Member Guest Pupil Doctor Author Editor Driver Judge Agent Buyer Seller Rank Level Class Grade Group Team
@@ -75,7 +75,7 @@ LABELS = _words(
     """
 )
 
-# Words that mean nothing: consonants and vowels by turns.
+# Made-up words: consonants and vowels in turn.
 ONSETS = _words(
     """
     b c d f g h j k l m n p r s t v w z br cl dr fl gr kn pl sh st th tr
@@ -84,9 +84,9 @@ ONSETS = _words(
 VOWELS = _words("a e i o u ai ea oo")
 CODAS = ["", "n", "r", "s", "t", "l", "m", "nd", "rk", "st", "x", "p"]
 
-CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # no I and O, which are 1 and 0 at this size
+CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # without I and O, which look like 1 and 0 at this size
 
-# Closed sets: few, known, and the same in every split.
+# Small closed sets, the same in every split.
 MONTHS = _words("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec")
 COLOURS = {
     "red": (214, 40, 40),

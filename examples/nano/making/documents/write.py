@@ -1,11 +1,11 @@
-"""Sets of documents on disk, as the format `messages` wants them, made by several processes.
+"""Sets of documents on disk in the format `messages`, made by several processes.
 
     DIR/train.jsonl, DIR/images/train/000000.png, ...     jsonl: images beside the rows; for small sets
     DIR/train/00000.parquet, ...                          parquet: images inside; for large sets
 
 A row has `messages` and `images`, and for evaluation `family`, `kind`, `answers` (accepted for the last turn) and
-`document` (the image's name). What is made does not depend on the number of processes. A set is there whole or not at
-all.
+`document` (the image's name). The number of processes does not change what is made. A set that fails or is interrupted
+leaves nothing behind.
 """
 
 import io
@@ -26,12 +26,15 @@ from PIL import Image
 
 from examples.nano.making.documents.conversations import Conversation, conversations, joined
 from examples.nano.making.documents.document import Document, make_document
+from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text, writing_folder
 from finetune.quantities import format_bytes, format_count, format_duration
 
+Form = Literal["jsonl", "parquet"]
 SHARD = {"jsonl": 100, "parquet": 1000}
-"""Documents that a process makes at a time; of Parquet, those of a file."""
-REPORT_SECONDS = {True: 0.5, False: 10.0}  # between two lines of progress: on a terminal, elsewhere
+"""Documents that a process makes at a time; one Parquet file holds as many."""
+REPORT_SECONDS = {True: 0.5, False: 10.0}
+"""Between two lines of progress, on a terminal and elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,14 @@ class Plan:
     """What to make.
 
     Attributes:
-        families: taken by turns.
+        families: taken in turn.
         kinds: of conversations.
-        count: documents.
-        per_image: conversations about each.
-        palette: colours of an image, fewer make smaller files; None keeps all.
-        joined: share of the documents whose conversations become one of several turns: the page is read once.
+        count: number of documents.
+        per_image: conversations about each document.
+        image_size: width and height in pixels.
+        difficulty: see `page.Page`.
+        palette: colours of an image; fewer make smaller files. None keeps all.
+        joined: share of the documents whose conversations are joined into one of several turns.
     """
 
     split: str
@@ -61,16 +66,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """How much a process, or all of them, made."""
+    """How much was made, by one process or by all."""
 
     documents: int
     images: int
     image_bytes: int
-    rows: Counter  # by kind
+    rows: Counter[str]  # by kind
 
 
 def document_of(plan: Plan, index: int, copy: int = 0) -> Document:
-    """Document `index` of a set, or its copy to be compared with (see `make_document`)."""
+    """Document `index` of a set, or its copy to compare it with (see `make_document`)."""
     return make_document(
         plan.families[index % len(plan.families)],
         seed=plan.seed,
@@ -85,7 +90,7 @@ def document_of(plan: Plan, index: int, copy: int = 0) -> Document:
 def conversations_of(plan: Plan, index: int, document: Document | None = None) -> list[Conversation]:
     """The conversations about document `index` of a set."""
     document = document_of(plan, index) if document is None else document
-    # What is asked is drawn apart from the page, so that other kinds leave the images alone.
+    # Questions have random numbers of their own, so that the kinds asked for do not change the images.
     draw = random.Random(f"{plan.seed}/{plan.split}/{document.family}/{index}/asked")
     others: list[Document] = []
 
@@ -99,29 +104,32 @@ def conversations_of(plan: Plan, index: int, document: Document | None = None) -
 
 
 def png(image: Image.Image, palette: int | None = None) -> bytes:
-    """An image as a PNG file; with a palette of so many colours it takes longer to write and less to keep."""
+    """An image as a PNG file; a palette of that many colours makes the file smaller and takes longer."""
     encoded = io.BytesIO()
     if palette is None:
-        image.save(encoded, "PNG", compress_level=3)  # beyond, a quarter of the speed goes for 1 % of the size
+        image.save(encoded, "PNG", compress_level=3)  # higher levels cost a quarter of the speed for 1 % of the size
     else:
-        # Median cut, the default, gives all colours to the noise of the paper and turns a yellow ring blue.
+        # The default, median cut, spends all colours on the noise of the paper and turns a yellow ring blue.
         few = image.quantize(palette, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         few.save(encoded, "PNG", optimize=True)
     return encoded.getvalue()
 
 
-def write(plan: Plan, folder: Path, form: Literal["jsonl", "parquet"], workers: int) -> Made:
+def write(plan: Plan, folder: Path, form: Form, workers: int) -> Made:
     """Write a set.
 
+    Args:
+        workers: processes.
+
     Raises:
-        FileExistsError: the folder has a set of this split already.
-        OSError: the disk is full or fails; nothing is left.
+        UserError: the folder has a set of this split already.
+        OSError: the disk is full or fails; nothing is left behind.
     """
     rows_at = folder / (f"{plan.split}.jsonl" if form == "jsonl" else plan.split)
     if rows_at.exists():
-        raise FileExistsError(f"{rows_at} exists; delete it, or give another folder with --to")
+        raise UserError(f"{rows_at} exists; delete it, or give another folder with --to")
     progress = _Progress(plan.count)
-    # The file of rows comes last: while it is missing, images of an earlier try are worth nothing and are replaced.
+    # The rows are written last: images without them are left from an interrupted run and are replaced.
     with writing_folder(folder / "images" / plan.split if form == "jsonl" else rows_at) as target:
         lines: list[str] = []
         for texts, made in _shards(plan, target, form, workers):
@@ -132,14 +140,15 @@ def write(plan: Plan, folder: Path, form: Literal["jsonl", "parquet"], workers: 
     return progress.done(rows_at)
 
 
-def _shards(plan: Plan, target: Path, form: str, workers: int) -> Iterator[tuple[list[str], Made]]:
+def _shards(plan: Plan, target: Path, form: Form, workers: int) -> Iterator[tuple[list[str], Made]]:
+    """Make all documents, shard by shard: the JSON lines of each, if it is written as such, and how much was made."""
     size = SHARD[form]
     make = partial(_make_shard, plan, target, form)
     starts = range(0, plan.count, size)
     if workers == 1 or len(starts) == 1:
         yield from map(make, starts)
         return
-    import_module("qwenvl.text.boxes")  # takes seconds, which forked processes then need not spend again
+    import_module("qwenvl.text.boxes")  # takes seconds; forked processes inherit it
     pool = ProcessPoolExecutor(workers)
     try:
         yield from pool.map(make, starts)
@@ -147,21 +156,25 @@ def _shards(plan: Plan, target: Path, form: str, workers: int) -> Iterator[tuple
         pool.shutdown(cancel_futures=True)
 
 
-def _make_shard(plan: Plan, target: Path, form: str, start: int) -> tuple[list[str], Made]:
-    """The documents from `start` on: their images written, and their rows, as JSON or into a Parquet file."""
+def _make_shard(plan: Plan, target: Path, form: Form, start: int) -> tuple[list[str], Made]:
+    """Make the documents of one shard, and write their images, or images and rows as a Parquet file.
+
+    Returns:
+        Rows as JSON lines, if they were not written, and how much was made.
+    """
     rows: list[dict[str, Any]] = []
     images = image_bytes = 0
     indices = range(start, min(start + SHARD[form], plan.count))
     for index in indices:
         document = document_of(plan, index)
-        encoded: dict[int, tuple[str, bytes]] = {}  # by the document's identity, in the order of their use
+        encoded: dict[int, tuple[str, bytes]] = {}  # id(document) -> (file name, PNG), in the order of use
         for conversation in conversations_of(plan, index, document):
             for shown in conversation.documents:
                 if id(shown) not in encoded:
                     name = f"{index:06}.png" if shown is document else f"{index:06}b.png"
                     encoded[id(shown)] = (name, png(shown.image, plan.palette))
-            shown = [encoded[id(one)] for one in conversation.documents]
-            rows.append(_row(plan, document, conversation, shown, form))
+            files = [encoded[id(shown)] for shown in conversation.documents]
+            rows.append(_row(plan, document, conversation, files, form))
         for name, content in encoded.values():
             images, image_bytes = images + 1, image_bytes + len(content)
             if form == "jsonl":
@@ -173,18 +186,21 @@ def _make_shard(plan: Plan, target: Path, form: str, start: int) -> tuple[list[s
     return [], made
 
 
-def _row(plan: Plan, document: Document, conversation: Conversation, shown: Sequence[tuple[str, bytes]], form: str):
+def _row(
+    plan: Plan, document: Document, conversation: Conversation, files: Sequence[tuple[str, bytes]], form: Form
+) -> dict[str, Any]:
+    images: list[Any]
     if form == "jsonl":
-        images: list = [f"images/{plan.split}/{name}" for name, _ in shown]
+        images = [f"images/{plan.split}/{name}" for name, _ in files]
     else:
-        images = [{"bytes": content, "path": name} for name, content in shown]
+        images = [{"bytes": content, "path": name} for name, content in files]
     return {
         "messages": conversation.messages,
         "images": images,
         "family": document.family,
         "kind": conversation.kind,
         "answers": conversation.answers,
-        "document": shown[0][0].removesuffix(".png"),
+        "document": files[0][0].removesuffix(".png"),
     }
 
 
@@ -204,23 +220,23 @@ def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
             "document": text,
         }
     )
-    # Arrow wants every key in every row; None is the same as not there.
+    # Arrow needs every key in every row; None stands for a missing one.
     for row in rows:
         for message in row["messages"]:
             message.setdefault("grounding", None)
             for piece in message["content"]:
                 piece.setdefault("text", None)
     table = datasets.Dataset.from_list(rows, features=features).with_format("arrow")[:]
-    # Rows of one document hold its image again: a dictionary that may grow stores it once. The datasets library's own
-    # `to_parquet` has none for images; that they are images to it is in the schema's metadata.
+    # Each row of a document has its image. Parquet's dictionary encoding stores it once, if the dictionary may be
+    # large; `Dataset.to_parquet` turns it off for images. The metadata tells the datasets library what is an image.
     table = table.replace_schema_metadata(features.arrow_schema.metadata)
     pq.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 30)
 
 
 class _Progress:
-    """A line on standard error: redrawn in place on a terminal, a new one every ten seconds elsewhere."""
+    """Progress on standard error: a line that is redrawn on a terminal, and a new line now and then elsewhere."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int) -> None:
         self._total, self._start, self._live = total, time.monotonic(), sys.stderr.isatty()
         self._told = self._start
         self._made = Made(0, 0, 0, Counter())

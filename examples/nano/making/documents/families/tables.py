@@ -1,11 +1,11 @@
-"""Families `receipt` and `table`: goods with their prices and a total, and rows and columns below a header."""
+"""Families `receipt` and `table`: goods with prices and a total, and rows and columns below a header."""
 
 import random
 
-from examples.nano.making.documents.document import Fact, Sheet
-from examples.nano.making.documents.lettering import sample_look, width
-from examples.nano.making.documents.page import MARGIN
-from examples.nano.making.documents.values import DoesNotFit, Value
+from examples.nano.making.documents.lettering import Look, sample_look, width
+from examples.nano.making.documents.page import MARGIN, Align, Box, Colour
+from examples.nano.making.documents.sheet import Choices, Fact, Sheet
+from examples.nano.making.documents.values import DoesNotFit, Value, known
 
 TOTALS = ("Total", "TOTAL", "Sum", "To pay", "Total:", "Amount due")
 THANKS = ("Thank you!", "Come again!", "Goodbye", "Have a nice day")
@@ -13,7 +13,7 @@ PAYMENTS = ("Cash", "Card", "Voucher")
 
 
 def receipt(sheet: Sheet) -> None:
-    """A shop's receipt: its name, a date, at times the hour, goods with prices, the total."""
+    """A shop's receipt: its name, a date, sometimes the hour, goods with prices, the total."""
     page, draw = sheet.page, sheet.draw
     look = sample_look(draw)
     line = look.line_height
@@ -25,7 +25,8 @@ def receipt(sheet: Sheet) -> None:
     prices, total = sheet.values.bill(choices["goods"], highest=draw.choice((1000, 4000)))
     right = page.size - MARGIN - draw.randint(0, 4)
 
-    def alone(text: str, emphasis=look) -> tuple:
+    def alone(text: str, emphasis: Look = look) -> Box:
+        """Write a line that has no label, and move to the next."""
         nonlocal y
         x = {"left": MARGIN, "centre": page.size / 2, "right": right}[choices["head"]]
         box = page.write(text, x, y, emphasis, align=choices["head"])
@@ -34,6 +35,7 @@ def receipt(sheet: Sheet) -> None:
         return box
 
     def dated() -> None:
+        """Write the date, and the hour if the layout has one."""
         date = sheet.values.new("date", longest=12)
         sheet.add("date", "", date, alone(date.text), ["date"], ("When was it bought?", "Which day was it?"))
         if choices["hour"]:
@@ -76,7 +78,7 @@ def receipt(sheet: Sheet) -> None:
     _receipt_facts(sheet, goods, prices)
 
 
-def _receipt_layout(draw: random.Random, most: int) -> dict:
+def _receipt_layout(draw: random.Random, most: int) -> Choices:
     goods = draw.randint(2, max(2, min(5, most - 4)))
     extras = [False, False, False]
     spare = most - 3 - goods
@@ -95,8 +97,10 @@ def _receipt_layout(draw: random.Random, most: int) -> dict:
     }
 
 
-def _item_row(sheet: Sheet, choices: dict, item: Value, price: Value, y: float, right: int, look) -> tuple:
-    """One of the goods and its price; returns their boxes."""
+def _item_row(
+    sheet: Sheet, choices: Choices, item: Value, price: Value, y: float, right: int, look: Look
+) -> tuple[Box, Box]:
+    """Write an item and its price; returns their boxes."""
     page, style = sheet.page, choices["prices"]
     if style == "first":
         price_box = page.write(price.text, MARGIN, y, look)
@@ -118,9 +122,9 @@ def _item_row(sheet: Sheet, choices: dict, item: Value, price: Value, y: float, 
 
 
 def _receipt_facts(sheet: Sheet, goods: list[Value], prices: list[Value]) -> None:
-    dear = max(range(len(prices)), key=lambda place: prices[place].amount)
-    cheap = min(range(len(prices)), key=lambda place: prices[place].amount)
-    if prices[dear].amount > prices[cheap].amount:
+    amounts = [known(price.amount) for price in prices]
+    dear, cheap = amounts.index(max(amounts)), amounts.index(min(amounts))
+    if amounts[dear] > amounts[cheap]:
         sheet.facts.append(Fact(("What is the dearest item?", "Which item costs the most?"), goods[dear].text))
         sheet.facts.append(Fact(("What is the cheapest item?", "Which item costs the least?"), goods[cheap].text))
     sheet.facts.append(Fact(("How many items were bought?", "How many items are there?"), str(len(goods))))
@@ -139,14 +143,14 @@ TABLE_TITLES = ("Stock", "List", "Plan", "Offer", "Week", "Results")
 
 
 def table(sheet: Sheet) -> None:
-    """Two to four columns below a header, two to six rows; the first column names the rows."""
+    """Two to four columns below a header, two to six rows; the first column has the rows' names."""
     page, draw = sheet.page, sheet.draw
     look = sample_look(draw)
     line = look.line_height
     most = (page.size - 2 * MARGIN + 2) // (line + 1)
     choices = sheet.choose(lambda draw: _table_layout(draw, most, page.inner))
     kinds, heads = choices["kinds"], choices["heads"]
-    # With many columns the cells must be short.
+    # The more columns, the shorter the cells.
     longest = {2: 10, 3: 7, 4: 6}[len(kinds)] + (page.size - 140) // 30
     cells = [[sheet.values.new(kind, longest=longest) for kind in kinds] for _ in range(choices["rows"])]
     rights = _column_ends(sheet, [heads, *[[cell.text for cell in row] for row in cells]], look)
@@ -155,10 +159,11 @@ def table(sheet: Sheet) -> None:
     step = min((page.size - 2 * MARGIN + 2) / rows, line + draw.uniform(1, 8))
     y = MARGIN - 2 + draw.uniform(0, max(0.0, page.size - 2 * MARGIN - step * rows))
 
-    def across(texts: list[str], emphasis, colour=None) -> list[tuple]:
+    def across(texts: list[str], emphasis: Look, colour: Colour | None = None) -> list[Box]:
+        """Write a row of cells."""
         boxes = []
         for place, text in enumerate(texts):
-            align = "left" if place == 0 else choices["align"]
+            align: Align = "left" if place == 0 else choices["align"]
             x = {"left": lefts[place], "right": rights[place], "centre": (lefts[place] + rights[place]) / 2}[align]
             boxes.append(page.write(text, x, y, emphasis, align=align, colour=colour))
         sheet.lines.append(" ".join(texts))
@@ -185,7 +190,7 @@ def table(sheet: Sheet) -> None:
     _table_facts(sheet, heads, cells)
 
 
-def _table_layout(draw: random.Random, most: int, inner: int) -> dict:
+def _table_layout(draw: random.Random, most: int, inner: int) -> Choices:
     columns = draw.choice((2, 2, 3, 3, 4)) if inner >= 130 else draw.choice((2, 2, 3))
     first = draw.choice(sorted(FIRST_COLUMNS))
     kinds = [first, *draw.sample(sorted(COLUMNS), columns - 1)]
@@ -202,11 +207,11 @@ def _table_layout(draw: random.Random, most: int, inner: int) -> dict:
     }
 
 
-def _column_ends(sheet: Sheet, rows: list[list[str]], look) -> list[float]:
-    """The right edges of the columns, what is to spare shared among the gaps."""
+def _column_ends(sheet: Sheet, rows: list[list[str]], look: Look) -> list[float]:
+    """The right edges of the columns; part of the free width is shared among the gaps."""
     needed = [max(width(row[place], look) for row in rows) + 3 for place in range(len(rows[0]))]
     gap = 5
-    spare = sheet.page.inner - sum(needed) - gap * (len(needed) - 1)
+    spare: float = sheet.page.inner - sum(needed) - gap * (len(needed) - 1)
     if spare < 0:
         raise DoesNotFit
     spare *= sheet.draw.uniform(0.2, 1.0)
@@ -217,7 +222,10 @@ def _column_ends(sheet: Sheet, rows: list[list[str]], look) -> list[float]:
     return ends
 
 
-def _note_cell(sheet: Sheet, heads: list[str], kinds: list[str], row: str, number: int, place: int, cell: Value, box):
+def _note_cell(
+    sheet: Sheet, heads: list[str], kinds: list[str], row: str, number: int, place: int, cell: Value, box: Box
+) -> None:
+    """Record the cell in column `place` of the row with this name and number."""
     head = heads[place].lower()
     if place == 0:
         ordinal = ("first", "second", "third", "fourth", "fifth", "sixth")[number]
@@ -229,8 +237,8 @@ def _note_cell(sheet: Sheet, heads: list[str], kinds: list[str], row: str, numbe
 def _table_facts(sheet: Sheet, heads: list[str], cells: list[list[Value]]) -> None:
     sheet.facts.append(Fact(("How many rows are there?", "How many rows does the table have?"), str(len(cells))))
     for place in range(1, len(heads)):
-        amounts = [row[place].amount for row in cells]
-        if None in amounts:
+        amounts = [amount for row in cells if (amount := row[place].amount) is not None]
+        if len(amounts) < len(cells):  # a kind that cannot be compared
             continue
         head = heads[place].lower()
         for word, best in (("highest", max(amounts)), ("lowest", min(amounts))):

@@ -295,6 +295,13 @@ def test_another_split_can_be_added_but_nothing_is_overwritten(tmp_path, capsys)
     assert len(before) == 2 + 2 * 4
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for where in (["--to", str(tmp_path / "file" / "set")], ["--preview", str(tmp_path / "file" / "sheet.png")]):
+        assert main([*where, "--count", "1", "--kinds", "question", "--families", "form"]) == 2
+        assert f"to {where[1]}: a file" in capsys.readouterr().err
+
+
 def test_a_set_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch, capsys):
     encode, calls = write.png, []
 

@@ -1,19 +1,18 @@
 """Families `form` and `label`: labelled fields in rows, and shipping labels.
 
-A label always stands on the line of its value; above its value it stands on cards and boarding passes.
+A label is always on the line of its value; on cards and boarding passes it may stand above it.
 """
 
 import random
 from typing import NamedTuple
 
-from examples.nano.making.documents.document import Sheet
 from examples.nano.making.documents.lettering import SIZES, Look, sample_look, width
-from examples.nano.making.documents.page import MARGIN
-from examples.nano.making.documents.values import Value
+from examples.nano.making.documents.page import MARGIN, Align, Box
+from examples.nano.making.documents.sheet import Choices, Sheet
 
 
 class Entry(NamedTuple):
-    """What a form may ask for."""
+    """A field that a form may have."""
 
     kind: str
     labels: tuple[str, ...]
@@ -35,12 +34,12 @@ ENTRIES = {
     "shop": Entry("shop", ("Shop", "Firm"), ("Which firm is it?",)),
 }
 TITLES = ("FORM", "Order", "Visit", "Member", "Permit", "Report", "Request", "Notice", "Registration", "Invoice")
-# How a label ends in print; dots and lines between label and value are drawn, and no text.
+# How a printed label ends. Dots and lines between label and value are drawn, and are no text.
 SEPARATORS = {"colon": ":", "plain": "", "dash": " -", "dots": "", "boxed": "", "underlined": ":", "equals": " ="}
 
 
 def form(sheet: Sheet) -> None:
-    """Three and more labelled fields below one another, with or without a title."""
+    """Three or more labelled fields below one another, with or without a title."""
     page, draw = sheet.page, sheet.draw
     look = sample_look(draw)
     label_look = look if draw.random() < 0.6 else Look(min(SIZES))
@@ -53,7 +52,7 @@ def form(sheet: Sheet) -> None:
     step = min((page.size - 2 * MARGIN) / (len(rows) + bool(title)), line + draw.uniform(2, 9))
     y = MARGIN - 2 + draw.uniform(0, page.size - 2 * MARGIN - step * (len(rows) + bool(title)))
     if title:
-        x = {"left": MARGIN, "centre": page.size / 2, "right": page.size - MARGIN}[choices["title_at"]]
+        x = page.anchor(choices["title_at"])
         page.write(title, x, y, look.bolder(), align=choices["title_at"])
         sheet.lines.append(title)
         if choices["rule"] == "title":
@@ -67,12 +66,12 @@ def form(sheet: Sheet) -> None:
             label_box = page.write(label, column - 4, y, label_look, align="right", colour=colour)
         else:
             label_box = page.write(label, MARGIN, y, label_look, colour=colour)
-        # Of several looks, the smaller one stands lower, on the same line of writing.
         x = {"after": label_box[2] + 6, "right": page.size - MARGIN}.get(values_at, column + 2)
         value = sheet.values.new(ENTRIES[key].kind, longest=15)
-        align = "right" if values_at == "right" else "left"
+        align: Align = "right" if values_at == "right" else "left"
         room = page.size - MARGIN - (label_box[2] + 5 if values_at == "right" else x)
-        box = page.write(value.text, x, y - (look.size - label_look.size) * 0.75, value_look, align=align, room=room)
+        top = y - (look.size - label_look.size) * 0.75  # label and value share a baseline
+        box = page.write(value.text, x, top, value_look, align=align, room=room)
         _connect(sheet, style, label_box, box, y, line)
         if choices["rule"] == "rows":
             page.rule(y + line)
@@ -82,7 +81,7 @@ def form(sheet: Sheet) -> None:
         y += step
 
 
-def _form_layout(draw: random.Random, most: int) -> dict:
+def _form_layout(draw: random.Random, most: int) -> Choices:
     title = draw.choice((None, draw.choice(TITLES)))
     rows = draw.randint(min(3, most - bool(title)), min(7, most - bool(title)))
     keys = draw.sample(sorted(ENTRIES), rows)
@@ -101,8 +100,8 @@ def _cased(label: str, case: str) -> str:
     return {"upper": label.upper(), "lower": label.lower()}.get(case, label)
 
 
-def _connect(sheet: Sheet, style: str, label_box: tuple, box: tuple, y: float, line: int) -> None:
-    """What a style draws besides the writing."""
+def _connect(sheet: Sheet, style: str, label_box: Box, box: Box, y: float, line: int) -> None:
+    """Draw what a style has besides text."""
     page = sheet.page
     if style == "dots" and box[0] - label_box[2] > 8:
         page.rule(y + line - 5, label_box[2] + 3, box[0] - 3, page.muted, dash=1)
@@ -162,7 +161,7 @@ def label(sheet: Sheet) -> None:
         _bars(sheet, y, bars)
 
 
-def _label_layout(draw: random.Random, most: int) -> dict:
+def _label_layout(draw: random.Random, most: int) -> Choices:
     keys = ["to", *draw.sample(["from", "weight", "code", "date"], draw.randint(2, min(4, most - 2)))]
     draw.shuffle(keys)
     return {
@@ -178,11 +177,12 @@ def _label_layout(draw: random.Random, most: int) -> dict:
     }
 
 
-def _label_row(sheet: Sheet, choices: dict, key: str, word: str, y: float, look: Look) -> None:
+def _label_row(sheet: Sheet, choices: Choices, key: str, word: str, y: float, look: Look) -> None:
+    """Write one labelled value."""
     page = sheet.page
     printed = _cased(word, choices["case"])
     kind = {"from": "name", "to": "name"}.get(key, key)
-    value: Value = sheet.values.new(kind, longest=14, upper=choices["case"] == "upper" and key == "to")
+    value = sheet.values.new(kind, longest=14, upper=choices["case"] == "upper" and key == "to")
     label_box = page.write(printed + choices["end"], MARGIN + 1, y, look, colour=page.muted)
     after = choices["values"] == "after"
     x = label_box[2] + 6 if after else page.size - MARGIN - 1
@@ -195,7 +195,7 @@ def _label_row(sheet: Sheet, choices: dict, key: str, word: str, y: float, look:
 
 
 def _bars(sheet: Sheet, y: float, height: int) -> float:
-    """A bar code, which says nothing; returns where it ends."""
+    """Draw a bar code, which has no content; returns the y where it ends."""
     page, draw = sheet.page, sheet.draw
     x, end = MARGIN + draw.randint(2, 20), page.size - MARGIN - draw.randint(2, 20)
     while x < end:

@@ -1,15 +1,15 @@
-"""Family `boarding`, held out: boarding passes.
+"""Family `boarding`, held out of training: boarding passes.
 
-Values are of the kinds that the other families print. Its labels, its questions and its dark band with light writing
-are in none of them; labels stand above their values, in two columns, on cards too.
+Values are of the same kinds as elsewhere. No other family has its labels, its questions or its dark band with light
+writing. Labels above their values, in two columns, are on cards too.
 """
 
 import random
 from typing import NamedTuple
 
-from examples.nano.making.documents.document import Sheet
 from examples.nano.making.documents.lettering import SIZES, Look, sample_look
 from examples.nano.making.documents.page import MARGIN, mixed
+from examples.nano.making.documents.sheet import Choices, Sheet
 
 
 class Cell(NamedTuple):
@@ -73,7 +73,7 @@ AIRLINES = ("AIR", "WINGS", "JET", "SKY")
 
 
 def boarding(sheet: Sheet) -> None:
-    """A band with the airline, then rows of two cells; the passenger may have a row to himself."""
+    """A band with the airline, then rows of two cells; the passenger may have a row of their own."""
     page, draw = sheet.page, sheet.draw
     look = sample_look(draw)
     small = Look(min(SIZES))
@@ -82,18 +82,18 @@ def boarding(sheet: Sheet) -> None:
     most = (page.size - band - MARGIN) // row_height
     choices = sheet.choose(lambda draw: _layout(draw, most))
     city = sheet.values.new("city", longest=9)
-    # The band is of the ink's colour or near it; on dark paper that is a light band, which stays light.
+    # The band has the ink's colour or a tint of it; on dark paper it is light, and the tint is weak.
     tint = draw.choice(((20, 40, 120), (130, 20, 30), (10, 90, 60), page.ink))
     dark = mixed(page.ink, tint, 0.6 if sum(page.ink) < sum(page.paper) else 0.15)
     page.frame((0, 0, page.size, band), dark, fill=dark)
     title = f"{city.text.upper()} {choices['airline']}"
-    x = {"left": MARGIN, "centre": page.size / 2, "right": page.size - MARGIN}[choices["head"]]
+    x = page.anchor(choices["head"])
     page.write(title, x, 2, look.bolder(), align=choices["head"], colour=page.paper)
     sheet.lines.append(title)
     rows = choices["rows"]
-    step = row_height + min(5.0, (page.size - band - MARGIN - len(rows) * row_height) / len(rows))
+    step: float = row_height + min(5.0, (page.size - band - MARGIN - len(rows) * row_height) / len(rows))
     split = MARGIN + page.inner * choices["split"] / 100
-    y = band + 2
+    y: float = band + 2
     for row in rows:
         _row(sheet, choices, row, y, [MARGIN, split], (small, look))
         y += step
@@ -103,7 +103,7 @@ def boarding(sheet: Sheet) -> None:
             page.pen.line((split - 4, y - step + 2, split - 4, y - 2), fill=page.faint)
 
 
-def _layout(draw: random.Random, most: int) -> dict:
+def _layout(draw: random.Random, most: int) -> Choices:
     keys = draw.sample(sorted(CELLS), len(CELLS))
     alone = draw.random() < 0.5
     if alone:
@@ -123,8 +123,8 @@ def _layout(draw: random.Random, most: int) -> dict:
     }
 
 
-def _row(sheet: Sheet, choices: dict, row: str, y: float, lefts: list[float], looks: tuple[Look, Look]) -> None:
-    """One or two cells: the labels are one line of the page, the values below them the next."""
+def _row(sheet: Sheet, choices: Choices, row: str, y: float, lefts: list[float], looks: tuple[Look, Look]) -> None:
+    """Write one or two cells: their labels are a line of the page, and the values below them the next."""
     page, (small, look) = sheet.page, looks
     keys = row.split("/")
     written = len(sheet.fields)

@@ -1,7 +1,6 @@
-"""Pages full of writing: what the vision side learns its letters from. They show more than twice as many as documents.
+"""Pages full of text, from which the vision side learns letters. They have more than twice as many as documents.
 
-Words stand beside each other without a meaning and are what documents print, or letters and digits at random, so that
-the rare ones come too.
+Words are values as documents print them, or random letters and digits, so that rare characters occur too.
 """
 
 import random
@@ -9,18 +8,18 @@ import string
 from contextlib import suppress
 
 from examples.nano.making.documents.document import Document
-from examples.nano.making.documents.families_words import KINDS
+from examples.nano.making.documents.families.words import KINDS
 from examples.nano.making.documents.lettering import Look, sample_look, width
 from examples.nano.making.documents.page import MARGIN, Page, turned
 from examples.nano.making.documents.values import MONEY, DoesNotFit, Values
 
-AT_RANDOM = 0.25  # of the words
+AT_RANDOM = 0.25  # share of the words
 LETTERS = string.ascii_letters + string.digits + ".,:-/%$"
-CAPITALS, MUTED = 0.15, 0.2  # of the words
+CAPITALS, MUTED = 0.15, 0.2  # shares of the words
 
 
 def dense_page(name: str, size: int, difficulty: float) -> Document:
-    """The page of that name, from edge to edge; it has letters and nothing that could be asked for."""
+    """The page of this name, filled from edge to edge; it has no fields to ask about."""
     draw = random.Random(name)
     page = Page(size, draw, difficulty)
     values = Values(draw, "train", draw.choice(MONEY))
@@ -37,7 +36,7 @@ def dense_page(name: str, size: int, difficulty: float) -> Document:
 
 
 def _beginning(text: str, look: Look, room: float) -> str:
-    """As much of a text as `room` pixels hold."""
+    """The longest beginning of a text that fits into `room` pixels."""
     while text and width(text, look) > room:
         text = text[:-1].rstrip()
     return text
@@ -45,6 +44,6 @@ def _beginning(text: str, look: Look, room: float) -> str:
 
 def _word(draw: random.Random, values: Values) -> str:
     if draw.random() >= AT_RANDOM:
-        with suppress(DoesNotFit):  # all values of a kind that has few may be on the page
+        with suppress(DoesNotFit):  # a kind with few values may be used up
             return values.new(draw.choice(KINDS), upper=draw.random() < CAPITALS).text
     return "".join(draw.choices(LETTERS, k=draw.randint(2, 7)))

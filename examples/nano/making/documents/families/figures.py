@@ -1,18 +1,18 @@
-"""Families `chart` and `shapes`: bars with names and values, and coloured shapes to point at, to count and to name."""
+"""Families `chart` and `shapes`: bars with names and values, and coloured shapes to ground, count and name."""
 
 import random
 
-from examples.nano.making.documents.document import Fact, Sheet
 from examples.nano.making.documents.lettering import Look, sample_look, width
-from examples.nano.making.documents.page import MARGIN, Page, mixed
-from examples.nano.making.documents.values import DoesNotFit, Value
+from examples.nano.making.documents.page import MARGIN, Align, Box, Colour, Page, mixed
+from examples.nano.making.documents.sheet import Choices, Fact, Sheet
+from examples.nano.making.documents.values import DoesNotFit, Value, known
 from examples.nano.making.documents.word_lists import COLOURS, MONTHS, SHAPES
 
 CHART_TITLES = ("Sales", "Visits", "Stock", "Output", "Trips", "Votes", "Rain")
 
 
 def chart(sheet: Sheet) -> None:
-    """A bar chart: upright bars with names below and values above, or lying ones with names and values beside."""
+    """A bar chart: vertical bars with names below and values above, or horizontal ones with both beside them."""
     page, draw = sheet.page, sheet.draw
     look = sample_look(draw)
     choices = sheet.choose(lambda draw: _chart_layout(draw, page.size, look.line_height))
@@ -22,7 +22,7 @@ def chart(sheet: Sheet) -> None:
     if title:
         at = choices["title_at"]
         y = top if choices["title_side"] == "top" else bottom - look.line_height + 1
-        x = {"left": MARGIN, "centre": page.size / 2, "right": page.size - MARGIN}[at]
+        x = page.anchor(at)
         page.write(title, x, y, look.bolder(), align=at)
         if choices["title_side"] == "top":
             top += look.line_height + 2
@@ -36,14 +36,14 @@ def chart(sheet: Sheet) -> None:
     for name, value, box in zip(names, values, boxes, strict=True):
         asks = (f"How high is {name.text}?", f"How much has {name.text}?")
         sheet.add("value", name.text, value, box, [f"value of {name.text}"], asks)
-    amounts = [value.amount for value in values]
+    amounts = [known(value.amount) for value in values]
     for word, best in (("highest", max(amounts)), ("lowest", min(amounts))):
-        asks = (f"Which bar is the {word}?", f"Which has the {word} value?", f"What is the {word}?")
-        sheet.facts.append(Fact(asks, names[amounts.index(best)].text))
+        about = (f"Which bar is the {word}?", f"Which has the {word} value?", f"What is the {word}?")
+        sheet.facts.append(Fact(about, names[amounts.index(best)].text))
     sheet.facts.append(Fact(("How many bars are there?", "How many bars?"), str(len(names))))
 
 
-def _chart_layout(draw: random.Random, size: int, line: int) -> dict:
+def _chart_layout(draw: random.Random, size: int, line: int) -> Choices:
     upright = draw.random() < 0.5
     title = draw.choice((None, draw.choice(CHART_TITLES)))
     most = max(2, size // 42) if upright else (size - 2 * MARGIN) // (line + 2) - bool(title)
@@ -62,8 +62,8 @@ def _chart_layout(draw: random.Random, size: int, line: int) -> dict:
     }
 
 
-def _bars(sheet: Sheet, choices: dict) -> tuple[list[Value], list[Value]]:
-    """Names and values, the values so that no two bars are as high."""
+def _bars(sheet: Sheet, choices: Choices) -> tuple[list[Value], list[Value]]:
+    """Draw names and values; no two bars are equally high."""
     count, named = choices["count"], choices["named"]
     if named == "month":
         start = sheet.draw.randrange(12)
@@ -78,7 +78,7 @@ def _bars(sheet: Sheet, choices: dict) -> tuple[list[Value], list[Value]]:
     return names, values
 
 
-def _paint(sheet: Sheet, choices: dict) -> list[tuple]:
+def _paint(sheet: Sheet, choices: Choices) -> list[tuple[Colour, Colour]]:
     """(fill, outline) of each bar."""
     page, draw = sheet.page, sheet.draw
     colours = draw.sample(list(COLOURS.values()), choices["count"])
@@ -88,27 +88,33 @@ def _paint(sheet: Sheet, choices: dict) -> list[tuple]:
     return [(page.paper if choices["colours"] == "outline" else fill, mixed(fill, page.ink, 0.5)) for fill in fills]
 
 
-def _upright_bars(sheet: Sheet, choices: dict, look: Look, names: list, values: list, top: int, bottom: int):
+def _upright_bars(
+    sheet: Sheet, choices: Choices, look: Look, names: list[Value], values: list[Value], top: int, bottom: int
+) -> tuple[list[str], list[Box]]:
+    """Draw vertical bars between `top` and `bottom`; returns the lines of text and the boxes of the values."""
     page, line = sheet.page, look.line_height
     floor, ceiling = bottom - line, top + line
     slot = page.inner / len(names)
     half = slot * (0.18 if choices["width"] == "thin" else 0.36)
-    highest = max(value.amount for value in values)
+    highest = max(known(value.amount) for value in values)
     boxes = []
     for place, (name, value, paint) in enumerate(zip(names, values, _paint(sheet, choices), strict=True)):
         middle = MARGIN + slot * (place + 0.5)
-        edge = floor - max(2, round((floor - ceiling) * value.amount / highest))
+        edge = floor - max(2, round((floor - ceiling) * known(value.amount) / highest))
         page.frame((round(middle - half), edge, round(middle + half), floor), paint[1], fill=paint[0])
         at = edge - line if choices["value_at"] == "end" else top
         boxes.append(page.write(value.text, middle, at, look, align="centre", room=slot - 3))
         page.write(name.text, middle, floor + 1, look, align="centre", room=slot - 3)
     if choices["axis"]:
         page.rule(floor, colour=page.ink)
-    # Values above bars stand at different heights: as lines they are the row above the row of names.
+    # Values above bars stand at different heights, but count as one line above the line of names.
     return [" ".join(value.text for value in values), " ".join(name.text for name in names)], boxes
 
 
-def _lying_bars(sheet: Sheet, choices: dict, look: Look, names: list, values: list, top: int, bottom: int):
+def _lying_bars(
+    sheet: Sheet, choices: Choices, look: Look, names: list[Value], values: list[Value], top: int, bottom: int
+) -> tuple[list[str], list[Box]]:
+    """Draw horizontal bars; arguments and result as for `_upright_bars`."""
     page, line = sheet.page, look.line_height
     start = MARGIN + max(width(name.text, look) for name in names) + 4
     end = page.size - MARGIN - max(width(value.text, look) for value in values) - 4
@@ -118,14 +124,16 @@ def _lying_bars(sheet: Sheet, choices: dict, look: Look, names: list, values: li
     if step < line:
         raise DoesNotFit
     half = line * (0.25 if choices["width"] == "thin" else 0.4)
-    highest = max(value.amount for value in values)
+    highest = max(known(value.amount) for value in values)
     boxes, lines = [], []
     for place, (name, value, paint) in enumerate(zip(names, values, _paint(sheet, choices), strict=True)):
         middle = top + step * (place + 0.5)
         page.write(name.text, MARGIN, middle - line / 2, look)
-        edge = start + max(2, round((end - start) * value.amount / highest))
+        edge = start + max(2, round((end - start) * known(value.amount) / highest))
         page.frame((start, round(middle - half), edge, round(middle + half)), paint[1], fill=paint[0])
-        x, align = (edge + 4, "left") if choices["value_at"] == "end" else (page.size - MARGIN, "right")
+        at_end = choices["value_at"] == "end"
+        x = edge + 4 if at_end else page.size - MARGIN
+        align: Align = "left" if at_end else "right"
         boxes.append(page.write(value.text, x, middle - line / 2, look, align=align))
         lines.append(f"{name.text} {value.text}")
     if choices["axis"]:
@@ -134,12 +142,12 @@ def _lying_bars(sheet: Sheet, choices: dict, look: Look, names: list, values: li
 
 
 def shapes(sheet: Sheet) -> None:
-    """Two to eight coloured shapes, each in a cell of its own of a grid of three or four by as many."""
+    """Two to eight coloured shapes, each in its own cell of a 3 x 3 or 4 x 4 grid."""
     page, draw = sheet.page, sheet.draw
     choices = sheet.choose(_shapes_layout)
     grid = choices["grid"]
     cell = page.inner / grid
-    # Black on dark paper, say, would not be seen.
+    # Colours that show on the paper.
     distinct = sorted(name for name, colour in COLOURS.items() if _distance(colour, page.paper) > 120)
     colours, kinds = draw.sample(distinct, draw.randint(2, 4)), draw.sample(SHAPES, draw.randint(2, 4))
     for at in choices["cells"]:
@@ -153,17 +161,17 @@ def shapes(sheet: Sheet) -> None:
         sheet.add(kind, colour, Value(f"{colour} {kind}", "shape"), edges)
 
 
-def _distance(first: tuple, second: tuple) -> int:
+def _distance(first: Colour, second: Colour) -> int:
     return sum(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
-def _shapes_layout(draw: random.Random) -> dict:
+def _shapes_layout(draw: random.Random) -> Choices:
     grid = draw.choice((3, 3, 4))
     return {"grid": grid, "cells": sorted(draw.sample(range(grid * grid), draw.randint(2, 8)))}
 
 
-def _draw_shape(page: Page, kind: str, colour: tuple, box: tuple[int, int, int, int]) -> None:
-    """A shape that touches all four sides of its box, outlined so that it shows on paper of its own colour."""
+def _draw_shape(page: Page, kind: str, colour: Colour, box: tuple[int, int, int, int]) -> None:
+    """Draw a shape that touches all four sides of its box, with an outline."""
     pen, (x1, y1, x2, y2), edge = page.pen, box, mixed(colour, page.ink, 0.6)
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
     third = (x2 - x1) / 3

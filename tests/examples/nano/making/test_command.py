@@ -16,7 +16,8 @@ from qwenvl import load_model, load_processor
 SMALL = """
 import sys
 from dataclasses import replace
-from examples.nano.making import __main__ as command, stage, warm_starts
+from examples.nano.making import __main__ as command, stage
+from examples.nano.making.warm_start import processes
 
 in_processes = command.run_stage
 
@@ -29,7 +30,7 @@ def run_stage(recipe, *changes):
 
 if __name__ == "__main__":
     command.run_stage = run_stage
-    warm_starts.VISION_STEPS = warm_starts.LANGUAGE_STEPS = 3
+    processes.VISION_STEPS = processes.LANGUAGE_STEPS = 3
     command.VOCABULARY_DOCUMENTS = 300
     command.COMPARISONS = 8
     command.DATA = {name: replace(plan, count=8) for name, plan in command.DATA.items()}
@@ -78,14 +79,15 @@ def test_it_makes_a_checkpoint_and_does_nothing_twice(tmp_path):
 
 ENDLESS = """
 from pathlib import Path
-from examples.nano.making import __main__ as command, progress, warm_starts
+from examples.nano.making import __main__ as command
+from examples.nano.making.warm_start import processes, progress
 
 progress.SECONDS = 0  # in the children too
 if __name__ == "__main__":
     command.VOCABULARY_DOCUMENTS = 300
-    warm_starts.VISION_STEPS = warm_starts.LANGUAGE_STEPS = 1_000_000
+    processes.VISION_STEPS = processes.LANGUAGE_STEPS = 1_000_000
     command.make_start(Path("start"), seed=0)
-    warm_starts.warm_starts(*map(Path, ("start", "vision.pt", "language.pt", "warm")), seed=0)
+    processes.warm_starts(*map(Path, ("start", "vision.pt", "language.pt", "warm")), seed=0)
 """
 
 

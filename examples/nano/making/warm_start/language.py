@@ -1,10 +1,10 @@
-"""Warm start of the language model: to answer and to transcribe, on pages given as features of their symbols.
+"""Warm start of the language model: to answer and transcribe, from pages given as features of their symbols.
 
-It stands for the text pre-training of the real language model. No image is seen here; the pages are what the vision
-side is taught to give (see `page_symbols`).
+It replaces the text pre-training of the real language model. There are no images; pages are the features that the
+vision side learns to output (see `page_symbols`).
 
-It transcribes first. That has twice as many supervised tokens for the same arithmetic, and what it teaches, to find
-the place where a text goes on, is what answers need too: begun with all kinds at once, learning takes longer.
+It transcribes first. That has twice as many supervised tokens at the same cost, and teaches to find the place where a
+text continues, which answers need too. Starting with all kinds of conversation at once takes longer.
 """
 
 from collections.abc import Sequence
@@ -16,29 +16,29 @@ import torch
 
 from examples.nano.making.arithmetic import autocast
 from examples.nano.making.documents.write import Plan, conversations_of
-from examples.nano.making.optimizer import WarmStart, save_state
 from examples.nano.making.page_symbols import page_features, page_symbols, symbol_features
-from examples.nano.making.progress import Lines
 from examples.nano.making.start import IMAGE_SIZE, LOW_IMAGE_SIZE, PATCH, WIDTH, place_weights
 from examples.nano.making.texts import ONE_PAGE, READ, TRAINED, TWO_PAGES, WITH_FIELDS
+from examples.nano.making.warm_start.progress import Lines
+from examples.nano.making.warm_start.training import WarmStart, save_state
 from qwenvl import QwenVLTokenizer, load_model
 from qwenvl.model.varlen_attention import VARLEN
 from qwenvl.text.chat import IGNORED, Rendered, render_chat
 
-DOCUMENTS = 8  # of a batch
-READING = 0.34  # of the steps, at the start: transcriptions alone
-PAIRS_EVERY = 6  # one document in so many is compared with another
+DOCUMENTS = 8  # in a batch
+READING = 0.34  # share of the steps, at the start, with transcriptions alone
+PAIRS_EVERY = 6  # one document in 6 is compared with another
 PER_DOCUMENT = 6  # conversations, most of them joined
 PER_PAIR = 4
 JOINED = 0.85
-LOW_EVERY = 8  # one batch in so many is of the lower resolution
+LOW_EVERY = 8  # one batch in 8 has the lower resolution
 RATE = 2e-3
-NOISE = 0.15  # on the features, which are 1 where there is something
+NOISE = 0.15  # standard deviation of the noise on features, whose own is 1
 SAVE_EVERY = 200
 
 
 def warm_language(start: Path, to: Path, steps: int, seed: int) -> None:
-    """Train the language side of `start` for `steps` batches and write its tensors to `to`; it can be resumed."""
+    """Train the language side of `start` for `steps` batches and write its tensors to `to`; can be resumed."""
     torch.manual_seed(seed)
     model = load_model(str(start), dtype=torch.float32)
     model.set_attn_implementation(VARLEN)
@@ -84,12 +84,15 @@ def warm_language(start: Path, to: Path, steps: int, seed: int) -> None:
     save_state(to, _language(model))
 
 
-def _language(model) -> dict[str, torch.Tensor]:
+def _language(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the language side."""
     return {name: value for name, value in model.state_dict().items() if ".visual." not in name}
 
 
-def batch(tokenizer: QwenVLTokenizer, n_queries: int, seed: int, step: int, size: int, *, reading_alone: bool):
-    """A step's conversations, each with the symbols of its pages, (patches, parts)."""
+def batch(
+    tokenizer: QwenVLTokenizer, n_queries: int, seed: int, step: int, size: int, *, reading_alone: bool
+) -> list[tuple[Rendered, list[np.ndarray]]]:
+    """The conversations of a step, each with the symbols of its pages, (patches, parts)."""
     page = Plan(
         "train",
         TRAINED,
@@ -97,7 +100,7 @@ def batch(tokenizer: QwenVLTokenizer, n_queries: int, seed: int, step: int, size
         count=1,
         per_image=PER_DOCUMENT,
         image_size=size,
-        difficulty=0.0,  # only where things stand is of interest
+        difficulty=0.0,  # the symbols do not depend on it
         seed=2000 + seed,
         joined=JOINED,
     )
@@ -106,7 +109,7 @@ def batch(tokenizer: QwenVLTokenizer, n_queries: int, seed: int, step: int, size
     samples: list[tuple[Rendered, list[np.ndarray]]] = []
     for index in range(step * DOCUMENTS, (step + 1) * DOCUMENTS):
         plan = reading if reading_alone else pair if index % PAIRS_EVERY == 0 else page
-        # Of a document asked about in several conversations, one is enough.
+        # One conversation about each document.
         for conversation in conversations_of(plan, index)[:1]:
             rendered = render_chat(conversation.messages, tokenizer, n_queries=n_queries)
             samples.append((rendered, [page_symbols(shown, PATCH) for shown in conversation.documents]))
@@ -114,7 +117,7 @@ def batch(tokenizer: QwenVLTokenizer, n_queries: int, seed: int, step: int, size
 
 
 def packed(rendered: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """ids and labels of conversations end to end, (1, tokens), and the tokens of each."""
+    """Conversations concatenated: ids and labels, (1, tokens), and the number of tokens of each."""
     ids = torch.tensor([[token for one in rendered for token in one.ids]])
     labels = torch.tensor([[label for one in rendered for label in one.labels]])
     return ids, labels, [len(one.ids) for one in rendered]

@@ -1,4 +1,4 @@
-"""Plain lines of how a warm start goes, with averages since the line before."""
+"""Lines about the progress of a warm start, with averages since the previous line."""
 
 import time
 from collections import defaultdict
@@ -7,14 +7,22 @@ SECONDS = 20.0
 
 
 class Lines:
-    """Prints a line every `SECONDS`: step, figures, what is left."""
+    """Prints a line every `SECONDS`: step, averages, speed and the minutes left.
 
-    def __init__(self, name: str, steps: int, step: int):
+    Args:
+        name: at the beginning of each line.
+        steps: in all.
+        step: from which this process goes on.
+    """
+
+    def __init__(self, name: str, steps: int, step: int) -> None:
         self.name, self.steps, self.first = name, steps, step
         self.started = self.told = time.monotonic()
-        self.sums, self.counts = defaultdict(float), 0
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts = 0
 
     def add(self, step: int, **figures: float) -> None:
+        """Count the figures of a step that was taken."""
         for name, value in figures.items():
             self.sums[name] += value
         self.counts += 1

@@ -1,26 +1,27 @@
-"""Family `card`: a few values below their labels, or beside them, in one column or two.
+"""Family `card`: a few values below or beside their labels, in one column or two.
 
-Labels are any words, half of them made up, and say nothing of what kind the value is: to answer, a label has to be
-read and found.
+Labels are arbitrary words, half of them made up, and do not tell the kind of the value: to answer a question, the
+label has to be found.
 """
 
 import random
+from collections.abc import Callable
 
 from examples.nano.making.documents import word_lists as lists
-from examples.nano.making.documents.document import Sheet
 from examples.nano.making.documents.lettering import SIZES, Look, sample_look, width
 from examples.nano.making.documents.page import MARGIN
+from examples.nano.making.documents.sheet import Choices, Sheet
 
 KINDS = (
     *("name", "date", "city", "phone", "code", "price", "time", "percent"),
     *("place", "number", "item", "shop", "weight", "word"),
 )
 TITLES = ("CARD", "Record", "File", "Pass", "Ticket", "Badge", "Slip", "Entry", "Details", "Summary")
-CASES = {"as-is": str, "upper": str.upper, "lower": str.lower}
+CASES: dict[str, Callable[[str], str]] = {"as-is": str, "upper": str.upper, "lower": str.lower}
 
 
 def card(sheet: Sheet) -> None:
-    """Rows of one cell or two, each a label and its value; with or without a title."""
+    """Rows of one or two cells, each a label and its value; with or without a title."""
     page, draw = sheet.page, sheet.draw
     look = sample_look(draw)
     small = look if draw.random() < 0.4 else Look(min(SIZES))
@@ -33,7 +34,7 @@ def card(sheet: Sheet) -> None:
     gap = min(draw.uniform(0, 5), spare / len(rows))
     y = MARGIN - 2 + draw.uniform(0, spare - gap * len(rows))
     if title:
-        x = {"left": MARGIN, "centre": page.size / 2, "right": page.size - MARGIN}[choices["title_at"]]
+        x = page.anchor(choices["title_at"])
         page.write(title, x, y, look.bolder(), align=choices["title_at"])
         sheet.lines.append(title)
         y += look.line_height
@@ -46,7 +47,7 @@ def card(sheet: Sheet) -> None:
             page.rule(y - 2)
 
 
-def _layout(draw: random.Random, most: int) -> dict:
+def _layout(draw: random.Random, most: int) -> Choices:
     values = draw.choice(("below", "below", "below", "beside"))
     title = draw.choice((None, None, None, draw.choice(TITLES)))
     columns = draw.choice((1, 2, 2)) if values == "below" else 1
@@ -70,9 +71,9 @@ def _layout(draw: random.Random, most: int) -> dict:
 
 
 def _row(
-    sheet: Sheet, choices: dict, labels: list[str], y: float, lefts: list[float], looks: tuple[Look, Look]
+    sheet: Sheet, choices: Choices, labels: list[str], y: float, lefts: list[float], looks: tuple[Look, Look]
 ) -> None:
-    """The labels are one line of the page and the values below them the next, or it is all one line."""
+    """Write one or two cells: labels are a line of the page and the values below them the next, or all is one line."""
     page, (small, look) = sheet.page, looks
     is_below = choices["values"] == "below"
     texts = []

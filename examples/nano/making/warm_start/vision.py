@@ -1,6 +1,6 @@
-"""Warm start of the vision side: to say which letters each patch holds, in the features of their symbols.
+"""Warm start of the vision side: to predict the letters of each patch, and output the features of their symbols.
 
-It stands for the image-text pre-training of the real vision transformer. Pages come in both resolutions.
+It replaces the image-text pre-training of the real vision transformer. Pages come in both resolutions.
 """
 
 import random
@@ -11,46 +11,55 @@ import torch
 from torch import nn
 
 from examples.nano.making.arithmetic import autocast
-from examples.nano.making.dense_page import dense_page
 from examples.nano.making.documents.document import make_document
-from examples.nano.making.optimizer import WarmStart, save_state
 from examples.nano.making.page_symbols import PARTS, WIDTHS, page_features, page_symbols, symbol_features
-from examples.nano.making.progress import Lines
 from examples.nano.making.start import IMAGE_SIZE, LOW_IMAGE_SIZE, PATCH, WIDTH, place_weights
 from examples.nano.making.texts import READ
+from examples.nano.making.warm_start.dense_page import dense_page
+from examples.nano.making.warm_start.progress import Lines
+from examples.nano.making.warm_start.training import WarmStart, save_state
 from qwenvl import load_model
 from qwenvl.images.image_processor import normalize_pixels
 
 BATCH = 16
-DENSE = 0.6  # of the pages
-LOW_EVERY = 8  # one batch in so many is of the lower resolution
+DENSE = 0.6  # share of the pages
+LOW_EVERY = 8  # one batch in 8 has the lower resolution
 RATE, EQUAL_RATE = 3e-3, 1.5e-3
-TELLING = 0.5  # of the steps, before features are to be equal
-EQUAL_WEIGHT = 20.0  # of the features' error beside the symbols' cross-entropy
+TELLING = 0.5  # share of the steps before the features themselves are trained
+EQUAL_WEIGHT = 20.0  # of the features' error, relative to the symbols' cross-entropy
 SAVE_EVERY = 500
 
 
 class SymbolHeads(nn.Module):
-    """Which symbols features stand for, by their likeness to the features of each; dropped afterwards.
+    """Classifies features by their dot products with the features of each symbol; discarded afterwards.
 
-    The tower's own patches are judged too, through a linear map: its gradients are the straighter ones early on.
+    `head` maps the vision transformer's patches, which are classified too: early on this gives it more direct
+    gradients than those through the adapter.
     """
 
-    def __init__(self, tables: list[torch.Tensor]):
+    def __init__(self, tables: list[torch.Tensor]) -> None:
         super().__init__()
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
         self.tables = tables
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(len(table))) for table in tables)
 
     def loss(self, features: torch.Tensor, symbols: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """(images, patches, width) and their symbols -> cross-entropy, and the share of letters that are right."""
-        total, right, letters = 0.0, 0, 0
+        """Classify features.
+
+        Args:
+            features: (images, patches, width)
+            symbols: (images, patches, parts)
+
+        Returns:
+            The cross-entropy, and the share of the letters that are right.
+        """
+        total, right, letters = features.new_zeros(()), 0, 0
         for number, (name, table, bias) in enumerate(zip(PARTS, self.tables, self.bias, strict=True)):
             logits = features @ table.T + bias
             wanted = symbols[..., number]
             losses = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
             there = wanted.flatten() > 0
-            # Most patches are empty; those that are not count as much together as all.
+            # Most patches are empty: those that are not have the same weight as all patches together.
             total = total + losses.mean() + (losses * there).sum() / there.sum().clamp(min=1)
             if name.startswith("letter"):
                 right += int(((logits.argmax(-1) == wanted) & (wanted > 0)).sum())
@@ -59,13 +68,13 @@ class SymbolHeads(nn.Module):
 
 
 def feature_error(features: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """How far features are from those wanted, part by part, patches that hold something as much as those that do not.
+    """Squared error of features, averaged over parts; patches with and without content have the same weight.
 
     Args:
-        features, wanted: (images, queries, width).
+        features, wanted: (images, queries, width)
 
     Returns:
-        The mean over parts; 1 for features of nothing where there is something.
+        A scalar. Each part adds its error relative to the features wanted, which is 1 if all features are 0.
     """
     total = features.new_zeros(())
     for own, is_wanted in zip(
@@ -81,10 +90,9 @@ def feature_error(features: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def warm_vision(start: Path, to: Path, steps: int, seed: int) -> None:
-    """Train the vision side of `start` for `steps` batches and write its tensors to `to`; it can be resumed.
+    """Train the vision side of `start` for `steps` batches and write its tensors to `to`; can be resumed.
 
-    For the first part of the steps its features need only be most like those of the right symbols; for the rest they
-    are to be equal to them.
+    In the first part of the steps its features are classified; in the second they also have to equal those wanted.
     """
     torch.manual_seed(seed)
     visual = load_model(str(start), dtype=torch.float32).transformer.visual

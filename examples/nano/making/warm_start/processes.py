@@ -1,4 +1,4 @@
-"""Both warm starts at once, a core for each: at this size two threads gain less than two processes."""
+"""Both warm starts at once, in a process with a core each, which is faster than two threads at this size."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -11,17 +11,17 @@ import torch
 
 from examples.nano.making.checkpoint import put_together
 from examples.nano.making.start import LOW_IMAGE_SIZE
-from examples.nano.making.warm_language import warm_language
-from examples.nano.making.warm_vision import warm_vision
+from examples.nano.making.warm_start.language import warm_language
+from examples.nano.making.warm_start.vision import warm_vision
 
 VISION_STEPS, LANGUAGE_STEPS = 7500, 5600
 
 
 def warm_starts(start: Path, vision: Path, language: Path, to: Path, seed: int) -> None:
-    """Train both sides of `start`, each into its own file, and write them as one checkpoint to `to`.
+    """Train both sides of `start`, each into its own file, and write both as one checkpoint to `to`.
 
     Raises:
-        SystemExit: one of the two failed; it has said why.
+        SystemExit: one of the two failed; its message has been printed.
     """
     spawning = multiprocessing.get_context("spawn")
     works = [
@@ -38,7 +38,8 @@ def warm_starts(start: Path, vision: Path, language: Path, to: Path, seed: int) 
     put_together(start, [vision, language], LOW_IMAGE_SIZE, to)
 
 
-def _one_core(work: Callable[..., None], start: Path, to: Path, steps: int, seed: int) -> None:
+def _one_core(work: Callable[[Path, Path, int, int], None], start: Path, to: Path, steps: int, seed: int) -> None:
+    """Run a warm start, unless its result exists."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     if not to.exists():
@@ -46,6 +47,8 @@ def _one_core(work: Callable[..., None], start: Path, to: Path, steps: int, seed
 
 
 def _end_with_parent() -> None:
-    """Whoever kills the command means the warm starts too; they go on where their last states were written."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    """End this process when its parent is killed; the next run resumes from the last state."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a child process"
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)

@@ -1,10 +1,10 @@
-"""Family `words`: lines of made-up words, numbers, dates and codes at random places, to be read aloud."""
+"""Family `words`: lines of made-up words, numbers, dates and codes at random places, to be transcribed."""
 
 import random
 
-from examples.nano.making.documents.document import Sheet
-from examples.nano.making.documents.lettering import fitted, sample_look, width
+from examples.nano.making.documents.lettering import Look, fitted, sample_look, width
 from examples.nano.making.documents.page import MARGIN
+from examples.nano.making.documents.sheet import Choices, Sheet
 from examples.nano.making.documents.values import SHORTEST, Value
 
 KINDS = (
@@ -25,7 +25,7 @@ KINDS = (
 
 
 def words(sheet: Sheet) -> None:
-    """Lines from top to bottom; a line's words are from left to right with clear gaps between them."""
+    """Lines from top to bottom; the words of a line are separated by clear gaps."""
     page, draw = sheet.page, sheet.draw
     looks = [sample_look(draw) for _ in range(3)]
     height = max(look.line_height for look in looks)
@@ -38,7 +38,7 @@ def words(sheet: Sheet) -> None:
         _line(sheet, count, top, choices["at"], looks)
 
 
-def _layout(draw: random.Random, most: int) -> dict:
+def _layout(draw: random.Random, most: int) -> Choices:
     lines = draw.randint(1, most)
     return {
         "line": [draw.choice((1, 1, 2, 2, 3)) for _ in range(lines)],
@@ -46,7 +46,8 @@ def _layout(draw: random.Random, most: int) -> dict:
     }
 
 
-def _line(sheet: Sheet, count: int, top: float, at: str, looks: list) -> None:
+def _line(sheet: Sheet, count: int, top: float, at: str, looks: list[Look]) -> None:
+    """Write a line of `count` values."""
     page, draw = sheet.page, sheet.draw
     look = draw.choice(looks)
     gap = max(5, look.size // 2)
@@ -55,7 +56,7 @@ def _line(sheet: Sheet, count: int, top: float, at: str, looks: list) -> None:
     values = [sheet.values.new(draw.choice(kinds), longest=longest) for _ in range(count)]
     room = page.inner - gap * (count - 1)
     total = sum(width(value.text, look) for value in values)
-    if total > room:  # squeezed alike
+    if total > room:  # all of them squeezed alike
         whole = "".join(value.text for value in values)
         look = fitted(whole, look, room - 2 * count)
         total = sum(width(value.text, look) for value in values)
@@ -66,7 +67,7 @@ def _line(sheet: Sheet, count: int, top: float, at: str, looks: list) -> None:
     for value in values:
         boxes.append(page.write(value.text, x, top, look))
         x = max(x + width(value.text, look), boxes[-1][2]) + gap
-    # A line of several values is of no kind of theirs.
+    # A line of several values has a kind of its own.
     line = Value(" ".join(value.text for value in values), values[0].kind if count == 1 else "line")
     box = (min(left, boxes[0][0]), min(b[1] for b in boxes), boxes[-1][2], max(b[3] for b in boxes))
     sheet.lines.append(line.text)

@@ -11,6 +11,7 @@ from examples.nano.making.documents.conversations import KINDS, kinds_of
 from examples.nano.making.documents.families import FAMILIES
 from examples.nano.making.documents.write import Plan, conversations_of, document_of
 from finetune.data.formats.messages import COLUMNS, messages
+from finetune.errors import UserError
 from qwenvl.text.grounding import parse_grounding
 
 
@@ -48,6 +49,11 @@ def test_of_each_kind_one_comes_before_a_second():
     for index in range(5):
         found = [conversation.kind for conversation in conversations_of(plan, index)]
         assert sorted(found) == sorted(kinds_of("receipt"))
+
+
+def test_a_kind_that_a_family_does_not_have_is_refused():
+    with pytest.raises(UserError, match="shapes has none of transcribe, but count"):
+        asked("shapes", ["transcribe"], 1)
 
 
 def test_each_field_is_asked_for_once_before_any_is_again():

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from examples.nano.making import ablation, warm_language, warm_vision
+from examples.nano.making import ablation, scores
 from examples.nano.making.__main__ import DATA, RECIPES, STAGES, WORK, finished
 from examples.nano.making.arithmetic import autocast, matrix_dtype
 from examples.nano.making.checkpoint import at_resolution, mix, publish, put_together
-from examples.nano.making.dense_page import dense_page
 from examples.nano.making.documents.conversations import Conversation
 from examples.nano.making.documents.document import make_document
 from examples.nano.making.documents.families import HELD_OUT
@@ -30,6 +29,8 @@ from examples.nano.making.scores import Scored, score, table
 from examples.nano.making.start import PLACE_CHANNELS, WIDTH, look_ahead, nano_config, place_weights, write_start
 from examples.nano.making.texts import asked_texts
 from examples.nano.making.vocabulary import RANKS, train_vocabulary
+from examples.nano.making.warm_start import language, vision
+from examples.nano.making.warm_start.dense_page import dense_page
 from finetune.model.components import component_of
 from finetune.recipe import load_recipe
 from qwenvl import QwenVLForConditionalGeneration, load_model, load_processor
@@ -187,10 +188,10 @@ def stopped_after(monkeypatch, module, steps):
     monkeypatch.setattr(module, "save_state", save_then_stop)
 
 
-@pytest.mark.parametrize("module, warm", [(warm_vision, "warm_vision"), (warm_language, "warm_language")])
+@pytest.mark.parametrize("module, warm", [(vision, "warm_vision"), (language, "warm_language")])
 def test_a_warm_start_learns_and_goes_on_where_it_was_stopped(module, warm, start, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "SAVE_EVERY", 2)
-    monkeypatch.setattr("examples.nano.making.progress.SECONDS", 0.0)
+    monkeypatch.setattr("examples.nano.making.warm_start.progress.SECONDS", 0.0)
     monkeypatch.setattr(module, "LOW_EVERY", 3)
     for name in ("BATCH", "DOCUMENTS"):
         if hasattr(module, name):
@@ -217,11 +218,11 @@ def test_the_language_model_transcribes_before_it_answers(start, tmp_path, monke
         asked.append((made[0].kind, len(made[0].messages)))
         return made
 
-    conversations_of_plan = warm_language.conversations_of
-    monkeypatch.setattr(warm_language, "conversations_of", conversations_of)
-    monkeypatch.setattr(warm_language, "DOCUMENTS", 2)
-    monkeypatch.setattr(warm_language, "READING", 0.5)
-    warm_language.warm_language(start, tmp_path / "language.pt", 6, 0)
+    conversations_of_plan = language.conversations_of
+    monkeypatch.setattr(language, "conversations_of", conversations_of)
+    monkeypatch.setattr(language, "DOCUMENTS", 2)
+    monkeypatch.setattr(language, "READING", 0.5)
+    language.warm_language(start, tmp_path / "language.pt", 6, 0)
     assert asked[:6] == [("transcribe", 2)] * 6  # one question and its answer
     assert max(turns for _, turns in asked[6:]) > 2
 
@@ -276,6 +277,22 @@ def test_replies_are_scored_by_kind():
     assert choices == [1.0, 0.0, 0.0]
     shown = table([Scored(one, reply, score(one, reply)) for one, reply in ((made["transcribe"], text[:-2]),)])
     assert f"| transcribe | 1 |  |  |  | {2 / len(text):.1%} |  |" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["x", "--families", "forms"], "no family 'forms'"),
+        (["x", "--families", "shapes", "--kinds", "question"], "shapes has none of question"),
+    ],
+)
+def test_wrong_arguments_of_the_scores_are_told(arguments, told, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["scores", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        scores.main()
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_row_of_the_ablation_has_means_by_kind():
