@@ -139,11 +139,9 @@ def test_a_file_that_changed_is_an_error_of_its_rows(tmp_path):
     ],
 )
 def test_a_list_inside_an_object(tmp_path, text, remedy):
-    from test_data_sources import read
-
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError) as caught:
-        read(tmp_path / "a.json")
+        JsonRows(tmp_path / "a.json", str(tmp_path / "a.json"))
     assert remedy.replace("DIR", str(tmp_path)) in str(caught.value)
 
 
