@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from finetune.batches.collate import Collator
-from finetune.data.checking import check_samples
+from finetune.data.checking import Rules, check_samples
 from finetune.data.samples import Samples
 from finetune.data.worker_processes import default_processes
 from finetune.recipe import Source
@@ -82,9 +82,7 @@ def peak_memory() -> tuple[float, float]:
 def measure_images(file: Path, model: str, workers: int) -> float:
     """Images a second, decoded and resized to uint8, through the collator and as many loader workers."""
     processor, samples = load_processor(model), samples_of(file)
-    collator = Collator(
-        samples, processor.tokenizer, processor.image_processor, "assistant", False, processor.n_queries
-    )
+    collator = Collator(samples, Rules(processor.tokenizer, None, processor.n_queries), processor.image_processor)
     rows = [{"sample": index} for index in range(len(samples))]
     loader = DataLoader(rows, BATCH, collate_fn=collator, num_workers=workers, persistent_workers=workers > 0)
     for _ in loader:  # a pass first in which workers start

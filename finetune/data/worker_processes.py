@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -191,29 +190,3 @@ def _sigint_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def ended_by_the_trainer_alone(worker: int, then: Callable[[int], None] | None = None):
-    """A loader's `worker_init_fn`, for one that has to work on after the run was told to stop.
-
-    Ctrl-C, torchrun and a cluster's scheduler signal every process of a run. The trainer wants to end its step and
-    save, for which it needs more batches, and PyTorch raises in it as soon as a worker is gone. So a worker hears only
-    the SIGTERM that its own trainer sends; a trainer that was killed is missed by PyTorch's watchdog.
-
-    Args:
-        worker: its number.
-        then: what else is to be done as the worker starts, called with `worker`.
-    """
-    # Not on Windows, where no signal comes, and not on macOS, which does not tell who sent it.
-    if hasattr(signal, "sigwaitinfo"):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_at_the_word_of, args=(os.getppid(),), daemon=True).start()
-    if then is not None:
-        then(worker)
-
-
-def _end_at_the_word_of(trainer: int):
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-        pass
-    os._exit(0)

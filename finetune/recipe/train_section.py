@@ -166,7 +166,7 @@ class OwnTrainKeys(Section):
     """How it is trained: fields of TRL's SFTConfig by their own names, and keys that it lacks."""
 
     if TYPE_CHECKING:
-        # `Train` takes every field of `FIELDS` that is not in `OWNED`. Those that the code reads have their types here.
+        # `Train` takes every field of `FIELDS` that is not in `OWNED`; these are the types of those that are read.
         def __init__(self, **fields: Any) -> None: ...
 
         num_train_epochs: float

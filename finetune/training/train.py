@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 from finetune.batches.collate import Collator
 from finetune.data.checking import Checked
-from finetune.data.reading import read_checked
+from finetune.data.reading import read_checked, rules_of
 from finetune.data.samples import Samples
 from finetune.data.shown_rows import shown_samples
 from finetune.data.summary import count_rows, describe_data, lines_left_out
@@ -288,17 +288,7 @@ class _Road:
         cache = cache_images(recipe, model, self.processor, self.samples, self.checked, self.task, self.say)
         self.phases.begin("load")
         collators = {
-            name: Collator(
-                samples,
-                self.processor.tokenizer,
-                self.processor.image_processor,
-                data.labels,
-                data.grounding,
-                self.processor.n_queries,
-                data.max_length,
-                data.on_long,
-                cache,
-            )
+            name: Collator(samples, rules_of(recipe, self.processor), self.processor.image_processor, cache)
             for name, samples in self.samples.items()
         }
         if self.task is not None:

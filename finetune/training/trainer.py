@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.batches.collate import Collator
 from finetune.batches.packing import split_batch
-from finetune.data.worker_processes import ended_by_the_trainer_alone
+from finetune.data.loader_workers import ignore_signals_from_others
 from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskEvaluation, TaskScore
 from finetune.memory.out_of_memory import DoesNotFit, PackBudget
@@ -131,7 +131,7 @@ class QwenVLTrainer(SFTTrainer):
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         of_workers = loader.base_dataloader  # what Accelerate has made around it starts none itself
-        of_workers.worker_init_fn = partial(ended_by_the_trainer_alone, then=of_workers.worker_init_fn)
+        of_workers.worker_init_fn = partial(ignore_signals_from_others, then=of_workers.worker_init_fn)
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None):
