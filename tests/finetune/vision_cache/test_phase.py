@@ -21,6 +21,7 @@ from finetune.errors import Failed, UserError
 from finetune.recipe import RecipeError, load_recipe
 from finetune.recipe.sections import Data
 from finetune.replies.replies import without_adapter
+from finetune.terminal import say_nothing
 from finetune.training import train as train_module
 from finetune.training.train import train
 from finetune.vision_cache.cache import cache_folder
@@ -213,7 +214,7 @@ def test_prepared_data_is_known_by_its_bytes(tmp_path):
     few = settings(tmp_path / "run", train__max_steps=1)
     file = write_recipe(tmp_path / "run", **few, data__vision_cache="disk")
     first, _ = run(file)
-    prepare(load_recipe(file), tmp_path / "prepared", say=lambda line: None)
+    prepare(load_recipe(file), tmp_path / "prepared", say=say_nothing)
     sources = [
         f"data.train.0.path={tmp_path / 'prepared' / 'train'}",
         f"evaluate.data.0.path={tmp_path / 'prepared' / 'eval'}",
@@ -229,7 +230,7 @@ def test_prepared_data_is_known_by_its_bytes(tmp_path):
 def test_streamed_data_is_cached_as_any_other(tmp_path, monkeypatch):
     """Its rows are fetched before the run looks at them, and lie in files from then on."""
     file = write_recipe(tmp_path / "run", **settings(tmp_path / "run"), data__vision_cache="disk")
-    prepare(load_recipe(file), tmp_path / "prepared", say=lambda line: None)
+    prepare(load_recipe(file), tmp_path / "prepared", say=say_nothing)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     load = datasets.load_dataset_builder
     monkeypatch.setattr(
