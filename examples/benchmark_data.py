@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.batches.collate import Collator
-from finetune.data.checking import check_samples
+from finetune.data.checking import Rules, check_samples
 from finetune.data.samples import Samples
 from finetune.data.worker_processes import default_processes
 from finetune.recipe import Source
@@ -108,9 +108,7 @@ def peak_memory() -> tuple[float, float]:
 def measure_images(file: Path, model: str, workers: int) -> float:
     """Images per second, decoded and resized to uint8 by the collator in `workers` loader workers."""
     processor, samples = load_processor(model), samples_of(file)
-    collator = Collator(
-        samples, processor.tokenizer, processor.image_processor, "assistant", False, processor.n_queries
-    )
+    collator = Collator(samples, Rules(processor.tokenizer, None, processor.n_queries), processor.image_processor)
     rows = [{"sample": index} for index in range(len(samples))]
     loader = DataLoader(Rows(rows), BATCH, collate_fn=collator, num_workers=workers, persistent_workers=workers > 0)
     for _ in loader:  # a first pass, which starts the workers

@@ -25,6 +25,7 @@ from PIL import Image
 from finetune.batches.collate import Collator
 from finetune.batches.image_request import ImageRequest
 from finetune.batches.images import image_arguments
+from finetune.data.checking import Rules
 from finetune.data.samples import Samples
 from finetune.model.adapters import put_lora
 from finetune.quantities import format_bytes
@@ -112,8 +113,7 @@ def main() -> None:
         samples = Samples([Source(path=str(write_pages(Path(folder), images)), format="messages")])
 
         def collator(cache: VisionCache | None) -> Collator:
-            settings = ("assistant", False, tiny.n_queries)
-            return Collator(samples, tiny.tokenizer, image_processor, *settings, vision_cache=cache)
+            return Collator(samples, Rules(tiny.tokenizer, None, tiny.n_queries), image_processor, cache)
 
         where = (
             torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"

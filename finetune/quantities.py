@@ -1,6 +1,6 @@
-"""Logged quantities as people read them: 1.2k, 5.3 GB, 2h 04m. For lines, tables and charts; files keep exact numbers.
+"""Quantities as text for people: 1.2k, 5.3 GB, 2h 04m. For terminals, tables and charts; files keep exact numbers.
 
-NaN and infinities are shown, not hidden: a loss of nan is what somebody must see.
+NaN and infinities are shown: a loss of nan must be seen.
 """
 
 import math
@@ -38,7 +38,7 @@ def format_bytes(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """45s, 12m 05s, 2h 04m, 3d 04h: the two largest units, the rest cut off."""
+    """45s, 12m 05s, 2h 04m, 3d 04h: the two largest units, rounded down."""
     if not math.isfinite(seconds):
         return f"{seconds:g}s"
     total = max(0, int(seconds))
@@ -53,19 +53,19 @@ def format_duration(seconds: float) -> str:
 
 
 def format_loss(value: float) -> str:
-    """A loss, metric or gradient norm: four decimals, 1.2345; what those cannot show as 1.23e-05 or 1.23e+06."""
+    """A loss, metric or gradient norm: four decimals, 1.2345; very small and large ones as 1.23e-05 or 1.23e+06."""
     if math.isfinite(value) and (0 < abs(value) < 0.001 or abs(value) >= 1e5):
         return f"{value:.2e}"
     return f"{value:.4f}"
 
 
 def format_learning_rate(value: float) -> str:
-    """1.00e-04; 0 where a schedule begins or ends there."""
+    """1.00e-04; 0 for zero, where a schedule begins or ends."""
     return f"{value:.2e}" if value else "0"
 
 
 def _scale(value: float, units: tuple[str, ...]) -> tuple[float, str]:
-    """The value in the largest unit that it fills, as it will be rounded: 999 950 is 1.0M, not 1000k."""
+    """The value in the largest unit in which it is at least 1 when rounded: 999 950 is 1.0M, not 1000k."""
     scaled = float(value)
     for unit in units:
         if abs(scaled) < 999.5 or unit == units[-1]:

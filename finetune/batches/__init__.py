@@ -1,1 +1,1 @@
-"""Samples as the model takes them: collated, packed, with their images or the features of these."""
+"""Samples as the model takes them: collated and packed, with their images or cached features."""

@@ -1,4 +1,4 @@
-"""Work that may be too much for the memory, tried."""
+"""Run work that may run out of memory."""
 
 import gc
 import re
@@ -14,31 +14,31 @@ OTHER_ERRORS = (
     "DefaultCPUAllocator: not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-"""In the messages of RuntimeErrors that mean the same as `torch.OutOfMemoryError`."""
+"""Texts in RuntimeErrors that mean the same as `torch.OutOfMemoryError`."""
 
 
 class OutOfMemory(NamedTuple):
-    """What came of work that did not fit into the memory; `said`, the allocator's own words."""
+    """Work did not fit into memory; `said` is the beginning of the allocator's message."""
 
     said: str
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, of a GPU or of the host."""
+    """Whether an error means that a GPU or the host is out of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OTHER_ERRORS)
 
 
 def attempt(work: Callable[[], T]) -> T | OutOfMemory:
-    """What `work` returns, or that it did not fit: then all that it held is free again."""
+    """Return what `work` returns, or `OutOfMemory` after freeing what it held."""
     try:
         return work()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         said = ". ".join(re.split(r"\.\s", str(error))[:3]).rstrip(".")
-    # Only here: the error has a traceback, this the frames, and they the tensors that filled the memory.
+    # Only after the except clause: until then the error's traceback keeps the frames, and their tensors, alive.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

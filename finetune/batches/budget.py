@@ -1,4 +1,4 @@
-"""How many tokens one forward may have, and why so many."""
+"""How many tokens one forward may have, and why."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ REPLY_BATCH_ROWS = 64
 """Most replies in one batch."""
 
 ENCODED_TOGETHER = 8
-"""Images that the vision tower encodes at once; with more, a tower of the published size is no faster."""
+"""Images that the vision tower encodes at once; the published one is no faster with more."""
 
 KEPT_FEATURE_BYTES = 256_000_000
 """Image features that are kept while replies are made: 120 images of the published model in 16 bits."""
@@ -45,7 +45,7 @@ class ChosenBudget:
         return f"up to {self.tokens:,} tokens in one forward: {self.reason}"
 
     def of_all_processes(self, device: torch.device) -> "ChosenBudget":
-        """The lowest of those that the processes of a run have chosen, each by its own GPU; all call it together."""
+        """The lowest of the budgets that the processes of a run chose, each for its own GPU. A collective call."""
         if self.tokens is None or not (dist.is_available() and dist.is_initialized()):
             return self
         lowest = torch.tensor(self.tokens, device=device)
@@ -54,7 +54,7 @@ class ChosenBudget:
 
 
 def packing_budget(data: Data, lengths: np.ndarray) -> int | None:
-    """Tokens of one forward where memory has no say; None where every conversation has its own."""
+    """Tokens of one forward by the recipe alone, whatever the memory; None where every conversation has its own."""
     if not data.packing:
         return None
     if isinstance(data.tokens_per_batch, int):

@@ -1,17 +1,16 @@
-"""Samples to one batch: rendered, laid end to end without padding, images decoded to uint8 or their features found."""
+"""Samples to one batch: rendered, concatenated without padding, with decoded images or their cached features."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from finetune.batches.image_request import ImageRequest, VisionCache, read_pixels
 from finetune.batches.images import image_columns
 from finetune.data.checking import Rules
-from finetune.data.shortening import Fitted, OnLong
+from finetune.data.samples import Samples
 from qwenvl import QwenVLImageProcessor, QwenVLTokenizer
-from qwenvl.text.chat import IGNORED, LabelRule
+from qwenvl.text.chat import IGNORED
 
 
 @dataclass(frozen=True)
@@ -19,38 +18,30 @@ class Collator:
     """Makes batches in loader workers; pickles to them.
 
     Attributes:
-        samples: a sequence of `finetune.data` samples, indexed by the batch's rows.
-        labels, grounding, n_queries: see `chat.render_chat`.
-        max_length, on_long: as the samples were checked; see `shortening.render_fitting`.
-        vision_cache: has the features of images that were encoded before; None where there is none.
+        samples: indexed by the batch's rows.
+        rules: those that the samples were checked by.
+        image_processor: makes pixels of an image.
+        vision_cache: has the features of images that were encoded before; None reads every image.
     """
 
-    samples: Sequence[Any]
-    tokenizer: QwenVLTokenizer
+    samples: Samples
+    rules: Rules
     image_processor: QwenVLImageProcessor
-    labels: LabelRule
-    grounding: bool
-    n_queries: int
-    max_length: int | None = None
-    on_long: OnLong = "error"
     vision_cache: VisionCache | None = None
 
-    def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
-        """A conversation as it is trained."""
-        rules = Rules(
-            self.tokenizer, self.max_length, self.n_queries, self.labels, self.grounding, on_long=self.on_long
-        )
-        return rules.fit(messages)
+    @property
+    def tokenizer(self) -> QwenVLTokenizer:
+        return self.rules.tokenizer
 
     def __call__(self, rows: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
         """Collate rows `{"sample": index into samples}`.
 
         Returns:
-            `input_ids`, `labels`, `position_ids`: (1, tokens of all rows), positions beginning anew for each; the
+            `input_ids`, `labels`, `position_ids`: (1, tokens of all rows), positions start at 0 in each row; the
             first label of each is -100, as nothing before it may predict it.
             `sequence_lengths`, `sequence_images`, `samples`: (rows,), tokens, images and index of each.
             `pixel_values`: (images, 3, S, S), uint8, in reading order; absent where there are none. Or features in
-            their place, see `batch_images.image_columns`.
+            their place, see `images.image_columns`.
 
             Two rows of 3 and 2 tokens:
 
@@ -60,7 +51,7 @@ class Collator:
 
         Raises:
             ImageError: an image that cannot be read; file and row are named.
-            UserError: an image that was encoded is not what it was then.
+            UserError: an image has changed since it was encoded.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -69,7 +60,7 @@ class Collator:
         requests: list[ImageRequest] = []
         for row in rows:
             sample = self.samples[row["sample"]]
-            rendered = self.fit(sample.messages).rendered
+            rendered = self.rules.fit(sample.messages).rendered
             ids += rendered.ids
             labels += [IGNORED, *rendered.labels[1:]]
             positions += range(len(rendered.ids))

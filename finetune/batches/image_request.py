@@ -1,4 +1,4 @@
-"""An image to be read: asked for, told apart from others without a look at it, and read."""
+"""Requests for images: what to read, a key without decoding, and reading."""
 
 import hashlib
 import os
@@ -20,20 +20,20 @@ class ImageRequest(NamedTuple):
 
 
 class VisionCache(Protocol):
-    """Looks up what images were encoded to; `finetune.vision_cache.cache` has the one that is used in training."""
+    """Has the features of encoded images; `finetune.vision_cache.cache` has the one that is used in training."""
 
     def get(self, request: ImageRequest) -> torch.Tensor:
         """(n_queries, hidden) features of an image, or (3, S, S) uint8 pixels where it was not encoded.
 
         Raises:
-            UserError: the image or its features are not what they were when the run began.
+            UserError: the image or its features have changed since the run began.
             ImageError: an image that was not encoded cannot be read.
         """
         ...
 
 
 def image_key(source: Any, access: ImageAccess) -> str:
-    """Tells images apart without decoding them: an image in memory by its content, one elsewhere by its place."""
+    """A key of an image without decoding it: by content for one in memory, else by its path or URL."""
     if isinstance(source, Mapping):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if isinstance(source, str | os.PathLike):

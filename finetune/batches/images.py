@@ -1,4 +1,4 @@
-"""The images of a batch: pixels to encode, features that were encoded before, or some of each."""
+"""The images of a batch: pixels to encode, cached features, or some of each."""
 
 from collections.abc import Sequence
 

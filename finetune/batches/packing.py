@@ -1,4 +1,4 @@
-"""Which sequences share one forward: no padding, up to a budget of tokens, images kept with their sequence."""
+"""Which sequences share one forward: no padding, up to a budget of tokens, each with its images."""
 
 from collections.abc import Sequence
 from typing import Any

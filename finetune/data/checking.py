@@ -1,7 +1,7 @@
-"""All data looked at before training: every row rendered, none of its images opened.
+"""Check all data before training: every row is rendered, none of its images is opened.
 
-An image takes the same number of tokens whatever it shows, so lengths are exact without pixels. What cannot be trained
-on is reported with its file, row, field and reason, or counted; nothing is lost silently.
+Every image takes the same number of tokens, so lengths are exact without pixels. What cannot be trained on is reported
+with its file, row, field and reason, or counted; nothing is dropped silently.
 """
 
 import contextlib
@@ -18,12 +18,13 @@ from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.samples import Samples
 from finetune.data.shortening import Fitted, OnLong, render_fitting
 from finetune.data.worker_processes import map_chunks
+from finetune.errors import InputError
 from qwenvl.text.chat import LabelRule
 from qwenvl.text.grounding import parse_grounding
 from qwenvl.text.tokenizer import QwenVLTokenizer
 
 CHUNK = 1000
-"""Samples checked at once. Chunks do not depend on one another, so they may as well be checked side by side."""
+"""Samples checked at once. Chunks are independent of one another, so several processes can check them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +51,19 @@ class Shortened:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a look at all samples found. The arrays have one entry for each sample that is kept.
+    """What a check of all samples found. The arrays have one entry for each sample that is kept.
 
     Every sample is in exactly one of `kept`, `dropped_long` and the `refused` ones.
 
     Attributes:
         kept: (kept,) int64, indices into the samples, ascending.
-        lengths: (kept,) int64, tokens, after what is shortened was shortened; so are the next two.
+        lengths: (kept,) int64, tokens; like the next two, after turns were left out.
         images: (kept,) int64, images of the sample.
         supervised: (kept,) int64, trained tokens.
         source: (kept,) int64, which of the sources the sample is from.
         weights: of the sources.
         problems: one for each row (or sample of it) that cannot be used.
-        refused: samples that are left out for these problems; more than the problems where one row gives several.
+        refused: samples that are left out for these problems; more than the problems where a row makes several.
         dropped_long: samples left out because they are longer than allowed.
         shortened: those of the kept ones that lost turns.
     """
@@ -80,14 +81,14 @@ class Checked:
 
     @property
     def total(self) -> int:
-        """Samples that were looked at."""
+        """Samples that were checked."""
         return len(self.kept) + self.refused + len(self.dropped_long)
 
     def weighted_indices(self, seed: int) -> list[int]:
         """The kept samples' indices in order, each as often as the weight of its source says.
 
-        A weight of 2.5 is every sample twice and a half of them a third time; which half, the seed draws, the same for
-        every epoch.
+        A weight of 2.5 is every sample twice and a half of them a third time. The seed draws that half, the same one
+        for every epoch.
         """
         times = np.empty(len(self.kept), np.int64)
         for number, weight in enumerate(self.weights):
@@ -101,14 +102,14 @@ class Checked:
 
 @dataclass(frozen=True)
 class Rules:
-    """What training makes of a sample.
+    """How training renders a sample, and which samples it leaves out.
 
     Attributes:
         tokenizer, labels, grounding, n_queries: as for `chat.render_chat`.
         max_length: tokens a sample may have; None is any number.
-        on_long: what becomes of longer ones. "drop" leaves them out and counts them, "drop_turns" leaves out turns at
-            the front as far as that helps (see `shortening.render_fitting`). They are never cut elsewhere.
-        on_bad_row: what becomes of a sample that cannot be used. "skip" leaves it out and lists it.
+        on_long: "error" refuses data with longer samples, "drop" leaves these out and counts them, "drop_turns" leaves
+            out turns at their front where that is enough (see `shortening.render_fitting`).
+        on_bad_row: "error" refuses data with samples that cannot be used, "skip" leaves these out and lists them.
     """
 
     tokenizer: QwenVLTokenizer
@@ -120,7 +121,11 @@ class Rules:
     on_bad_row: Literal["error", "skip"] = "error"
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
-        """The messages as they are trained; errors as of `chat.render_chat`."""
+        """Render messages as they are trained.
+
+        Raises:
+            InputError: as `chat.render_chat`.
+        """
         return render_fitting(
             messages,
             self.tokenizer,
@@ -145,7 +150,7 @@ def check_samples(
     show_progress: bool = True,
     processes: int | None = None,
 ) -> Checked:
-    """Render every sample and see whether it can be trained on: `look_at`, and an error if it found one.
+    """Render every sample and raise where it cannot be trained on: `look_at`, and its `refusal` as an error.
 
     Args:
         samples: all of them.
@@ -153,9 +158,9 @@ def check_samples(
         show_progress, processes: see `look_at`.
 
     Raises:
-        DataError: some rows cannot be used or are too long and that is an error, listed together after all were read;
-            or none is left.
-        WorkerDied: a process of several ended by itself.
+        DataError: rows cannot be used or are too long, and the rules make that an error; all are listed together. Or
+            no sample is left.
+        WorkerDied: a worker process was killed or crashed.
     """
     rules = Rules(tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row)
     checked = look_at(samples, rules, show_progress=show_progress, processes=processes)
@@ -167,35 +172,34 @@ def check_samples(
 def look_at(samples: Samples, rules: Rules, *, show_progress: bool = True, processes: int | None = None) -> Checked:
     """Render every sample, keep what can be trained on, and list the rest.
 
-    A sample cannot be used when its row is not as its format wants it, an image is not where it is said to be, nothing
-    in it is trained, or grounding markup in it is malformed, and would be trained as plain text. A row is looked at
-    whole, also the turns that are left out for its length.
+    A sample cannot be used if its row does not have the form of its format, an image does not exist, nothing in it is
+    trained, or its grounding markup is malformed and would be trained as plain text. The whole row is checked, also
+    the turns that are left out for its length.
 
     Args:
         samples: all of them.
-        rules: what makes them right or wrong.
-        show_progress: show a bar on a terminal, or lines elsewhere, if it takes longer than some seconds.
-        processes: that check side by side; the result is the same for any number. None takes several where there is
-            enough to do (see `worker_processes.map_chunks`).
+        rules: what they are checked by.
+        show_progress: show a bar on a terminal, or lines elsewhere, if it takes longer than a few seconds.
+        processes: how many check; the result is the same for any number. None takes several where there is enough to
+            do (see `worker_processes.map_chunks`).
 
     Raises:
-        WorkerDied: a process of several ended by itself.
+        WorkerDied: a worker process was killed or crashed.
     """
     found = _Found()
     chunks = [range(start, min(start + CHUNK, len(samples))) for start in range(0, len(samples), CHUNK)]
     with (
-        RowProgress("checking data", len(samples)) if show_progress else contextlib.nullcontext() as progress,
+        RowProgress("checking data", len(samples), shown=show_progress) as progress,
         contextlib.closing(map_chunks(check_chunk, (samples, rules), chunks, processes)) as results,
     ):
         for chunk, result in zip(chunks, results, strict=True):
             found.add(result)
-            if progress is not None:
-                progress.add(len(chunk))
+            progress.add(len(chunk))
     return found.checked(samples)
 
 
 def refusal(checked: Checked, rules: Rules) -> DataError | None:
-    """Why a run would not train on this data; None where it would."""
+    """Why a run would not train on this data, as an error to raise; None where it would."""
     errors = checked.problems if rules.on_bad_row == "error" else []
     if rules.on_long == "error":
         reason = f"tokens, more than max_length={rules.max_length}"
@@ -211,10 +215,10 @@ def refusal(checked: Checked, rules: Rules) -> DataError | None:
 class _Found:
     """What was found in some samples, in their order."""
 
-    kept: array = field(default_factory=lambda: array("q"))
-    lengths: array = field(default_factory=lambda: array("q"))
-    images: array = field(default_factory=lambda: array("q"))
-    supervised: array = field(default_factory=lambda: array("q"))
+    kept: "array[int]" = field(default_factory=lambda: array("q"))
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+    images: "array[int]" = field(default_factory=lambda: array("q"))
+    supervised: "array[int]" = field(default_factory=lambda: array("q"))
     problems: list[BadRow] = field(default_factory=list)
     refused: int = 0
     dropped_long: list[TooLong] = field(default_factory=list)
@@ -222,9 +226,9 @@ class _Found:
 
     def refuse(self, problem: BadRow) -> None:
         self.refused += 1
-        # The samples of one row share its problem, and it is told once.
+        # The samples of one row share its problem, which is listed once.
         if not self.problems or problem.args != self.problems[-1].args:
-            # Made anew: one that was raised holds on to all that was read when it was.
+            # A copy: the traceback of one that was raised keeps alive all that was read then.
             self.problems.append(BadRow(*problem.args))
 
     def add(self, later: "_Found") -> None:
@@ -283,14 +287,14 @@ def _check(sample: Sample, rules: Rules) -> Fitted:
             raise BadField(place, f"malformed grounding markup: {problems[0].reason}")
     try:
         fitted = rules.fit(sample.messages)
-    except ValueError as error:  # half a surrogate pair, say: what only the tokenizer can know
+    except ValueError as error:  # what only the tokenizer finds, such as half a surrogate pair
         raise BadField("messages", str(error)) from error
     for number, source in enumerate(image_sources(sample.messages)):
         try:
             check_image(source, sample.access)
-        except ValueError as error:
+        except InputError as error:
             raise BadField(f"images[{number}]", str(error)) from error
-    # Asked of the messages, as the rule "structure" finds something to train in every conversation.
+    # By the messages: with labels "structure" something is trained in every conversation.
     if not fitted.rendered.supervised or all(message["role"] != "assistant" for message in sample.messages):
         raise BadField("messages", "nothing in it is trained: it has no assistant's turn")
     return fitted
@@ -304,7 +308,7 @@ def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
 
 
 def grounding_texts(messages: Sequence[Mapping[str, Any]], everywhere: bool) -> Iterator[tuple[str, str]]:
-    """(place, text) of what will be read as grounding markup."""
+    """(place, text) of all text that is read as grounding markup."""
     for index, message in enumerate(messages):
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -317,7 +321,7 @@ def grounding_texts(messages: Sequence[Mapping[str, Any]], everywhere: bool) -> 
 def _summary(checked: Checked, rules: Rules) -> str:
     said = []
     if checked.problems and rules.on_bad_row == "error":
-        said.append(f"{checked.refused:,} cannot be used (mend them, or leave them out with on_bad_row: skip)")
+        said.append(f"{checked.refused:,} cannot be used (fix them, or leave them out with on_bad_row: skip)")
     if checked.dropped_long and rules.on_long == "error":
         longest = max(long.tokens for long in checked.dropped_long)
         said.append(

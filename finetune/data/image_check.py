@@ -1,4 +1,4 @@
-"""Every image of the data opened once, as training will open it: which cannot be decoded, and how fast it goes."""
+"""Open every image of the data once, as training will: which cannot be decoded, and how long it takes."""
 
 import contextlib
 import time
@@ -20,11 +20,11 @@ CHUNK = 32
 
 @dataclass(frozen=True)
 class OpenedImages:
-    """What opening them found.
+    """The result of opening images.
 
     Attributes:
-        opened: images that were opened; one that neighbouring samples share, once.
-        seconds: it took.
+        opened: images that were opened; one that neighbouring samples share counts once.
+        seconds: that it took.
         problems: one for each image of a sample that cannot be decoded. Training would stop at it.
     """
 
@@ -36,39 +36,38 @@ class OpenedImages:
 def open_images(
     samples: Samples, checked: Checked, rules: Rules, *, show_progress: bool = True, processes: int | None = None
 ) -> OpenedImages:
-    """Open every image of the samples that are kept, those of turns that are left out apart.
+    """Open every image of the samples that are kept, except those of turns that are left out.
 
     Args:
         samples, checked, rules: see `checking.look_at`; so are `show_progress` and `processes`.
 
     Raises:
-        WorkerDied: a process of several ended by itself.
+        WorkerDied: a worker process was killed or crashed.
     """
     kept = checked.kept[checked.images > 0]
     chunks = [range(start, min(start + CHUNK, len(kept))) for start in range(0, len(kept), CHUNK)]
     started, opened = time.monotonic(), 0
     problems: list[BadRow] = []
     with (
-        RowProgress("opening images", len(kept)) if show_progress else contextlib.nullcontext() as progress,
+        RowProgress("opening images", len(kept), shown=show_progress) as progress,
         contextlib.closing(map_chunks(open_chunk, (samples, rules, kept), chunks, processes)) as results,
     ):
         for chunk, (count, bad) in zip(chunks, results, strict=True):
             opened += count
             problems += bad
-            if progress is not None:
-                progress.add(len(chunk))
+            progress.add(len(chunk))
     return OpenedImages(opened, time.monotonic() - started, problems)
 
 
 def open_chunk(task: tuple[Samples, Rules, np.ndarray], chunk: range) -> tuple[int, list[BadRow]]:
-    """Open the images of some of the kept samples; how many those were, and what cannot be decoded."""
+    """Open the images of some of the kept samples; returns their number, and the problems."""
     samples, rules, kept = task
     reasons: dict[str, str | None] = {}
     opened, problems = 0, []
     for index in kept[chunk.start : chunk.stop].tolist():
         sample = samples[index]
         images = rules.fit(sample.messages).rendered.images
-        # In the row they are counted from its beginning, which may have been left out.
+        # Images are numbered from the beginning of the row, which may have been left out.
         before = sum(1 for _ in image_sources(sample.messages)) - len(images)
         for number, source in enumerate(images, start=before):
             name = f"{sample.access.root}:{source}" if isinstance(source, str) else None

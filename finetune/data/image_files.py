@@ -1,7 +1,7 @@
-"""Images as files: that a reference may be followed, how large the image is, its encoded bytes. Nothing is decoded.
+"""Images as files: whether a reference may be followed, the size of the image, its encoded bytes. Nothing is decoded.
 
-Training opens images with `qwenvl.load_image`, which decides alone what is reached. Here the same rules find a
-bad reference before training begins, for the price of a look into the folder.
+Training opens images with `qwenvl.load_image`, which alone decides what may be reached. The same rules are applied
+here to find a bad reference before training, at the cost of looking at the file's entry.
 """
 
 import base64
@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 from PIL import ExifTags, Image
 
 from finetune.data.sample import Sample
+from finetune.errors import Interrupted, UserError
 from qwenvl.images.image_urls import UrlError, fetch
-from qwenvl.images.images import ImageAccess, ImageError, load_image
+from qwenvl.images.images import ImageAccess, load_image
 
 # Only formats whose header Pillow reads in this process, and that `load_image` decodes.
 _HEADER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -30,7 +31,7 @@ _DATA_URI = re.compile("data:", re.IGNORECASE)
 def absolute(source: Any, root: Path) -> Any:
     """The source with its path, if it is one, made absolute: relative ones start at `root`. Nothing is opened."""
     if isinstance(source, Mapping):
-        # Its bytes are the image; the path beside them is only a name.
+        # The bytes are the image; the path is only a name.
         return dict(source)
     if not isinstance(source, str) or _is_url(source) or not source:
         return source
@@ -38,23 +39,23 @@ def absolute(source: Any, root: Path) -> Any:
 
 
 def check_image(source: Any, access: ImageAccess) -> None:
-    """Whether an image may be had, as far as that is known before it is opened.
+    """Check that an image may be read, as far as that is known before it is opened.
 
-    A path must lead to a regular file within the root, links followed. Bytes, data URIs and URLs that are allowed are
-    taken as they are.
+    A path must lead to a regular file within the root after links are followed. Bytes, data URIs and allowed URLs are
+    not checked further.
 
     Raises:
-        ValueError: why not.
+        UserError: why not.
     """
     if isinstance(source, bytes | Mapping):
         return
     if not isinstance(source, str):
-        raise ValueError(f"a {type(source).__name__} is not an image source")
+        raise UserError(f"a {type(source).__name__} is not an image source")
     if _DATA_URI.match(source):
         return
     if _URL.match(source):
         if not access.allow_urls:
-            raise ValueError(f"{_shown(source)} is a URL; download it, or allow URLs (data.allow_urls)")
+            raise UserError(f"{_shown(source)} is a URL; download it, or allow URLs (data.allow_urls)")
         return
     _find(source, access)
 
@@ -82,17 +83,16 @@ def upright_size(source: Any, access: ImageAccess) -> tuple[int, int]:
     JPEG, WebP, GIF, BMP, and PNG with EXIF at its head: from the file's header. Everything else is decoded.
 
     Raises:
-        ValueError: the image cannot be had.
+        UserError, ImageError: it cannot be read.
     """
     try:
         size = _header_size(source, access)
-    except Exception:  # headers raise anything at all; decoding finds out what is wrong, or reads what this could not
+    except Interrupted:
+        raise
+    except Exception:  # a damaged header may raise anything; decoding says what is wrong, or reads the image
         size = None
     if size is None or size[0] * size[1] > access.max_pixels:
-        try:
-            return load_image(source, access=access).size
-        except ImageError as error:
-            raise ValueError(str(error)) from error
+        return load_image(source, access=access).size
     return size
 
 
@@ -100,10 +100,10 @@ def read_encoded(source: Any, access: ImageAccess) -> bytes:
     """The encoded bytes of an image, as they are stored.
 
     Raises:
-        ValueError: they cannot be had.
+        UserError, ImageError: they cannot be read.
     """
     if isinstance(source, str) and _DATA_URI.match(source):
-        load_image(source, access=access)  # which is strict about what a data URI is
+        load_image(source, access=access)  # raises where it is not a well-formed data URI
         return base64.b64decode(source.partition(",")[2], validate=True)
     if isinstance(source, str) and _URL.match(source):
         check_image(source, access)
@@ -116,25 +116,25 @@ def read_encoded(source: Any, access: ImageAccess) -> bytes:
                 address_allowed=access.address_allowed,
             )
         except UrlError as error:
-            raise ValueError(f"{error.reason}; {error.remedy}") from error
+            raise UserError(f"{error.reason}; {error.remedy}") from error
     try:
         with _open(source, access) as file:
             data = file.read(access.max_bytes + 1)
     except OSError as error:
-        raise ValueError(f"{_shown(str(source))} cannot be read ({error.strerror})") from error
+        raise UserError(f"{_shown(str(source))} cannot be read ({error.strerror})") from error
     if len(data) > access.max_bytes:
-        raise ValueError(f"it is longer than the {access.max_bytes:,} bytes allowed")
+        raise UserError(f"it is longer than the {access.max_bytes:,} bytes allowed")
     return data
 
 
 def _header_size(source: Any, access: ImageAccess) -> tuple[int, int] | None:
-    """From the header alone; None where it does not tell."""
+    """The size by the file's header alone; None where it does not say it."""
     if isinstance(source, str) and _is_url(source):
         return None
     with _open(source, access) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is the limit here
         image = Image.open(file, formats=_HEADER_FORMATS)
-        # A PNG may have its EXIF behind the pixels.
+        # A PNG may have its EXIF after the pixels.
         if image.format == "PNG" and "exif" not in image.info:
             return None
         turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
@@ -151,34 +151,34 @@ def _open(source: Any, access: ImageAccess) -> BinaryIO:
 
 
 def _find(path: str, access: ImageAccess) -> str:
-    """The regular file that a path leads to, links followed.
+    """The regular file that a path leads to after links are followed.
 
     Raises:
-        ValueError: there is none, or it may not be reached.
+        UserError: there is none, or it may not be reached.
     """
     shown = _shown(path)
     if "://" in path:
-        raise ValueError(f"{shown} is a kind of URL that is not read; give a path, an http(s) URL or a data URI")
+        raise UserError(f"{shown} is a kind of URL that is not read; give a path, an http(s) URL or a data URI")
     if path.startswith(("//", "\\\\")):
-        raise ValueError(f"{shown} is a network path; mount the share and give a path on this machine")
+        raise UserError(f"{shown} is a network path; mount the share and give a path on this machine")
     root = os.path.realpath(access.root or "")
     try:
         target = os.path.realpath(os.path.join(root, path), strict=True)  # noqa: PTH118
-        if access.root is not None and not Path(target).is_relative_to(root):
-            raise ValueError(f"{shown} lies outside {root}; move it inside, or set data.images_root to a wider folder")
         info = os.lstat(target)
     except FileNotFoundError:
-        raise ValueError(f"there is no file {shown}") from None
+        raise UserError(f"there is no file {shown}") from None
     except OSError as error:
-        raise ValueError(f"{shown} cannot be reached ({error.strerror})") from error
-    except UnicodeError:
-        raise ValueError(f"{shown} has characters that no path can have") from None
+        raise UserError(f"{shown} cannot be reached ({error.strerror})") from error
+    except ValueError:  # half a surrogate pair, or a null character
+        raise UserError(f"{shown} has characters that no path can have") from None
+    if access.root is not None and not Path(target).is_relative_to(root):
+        raise UserError(f"{shown} lies outside {root}; move it inside, or set data.images_root to a wider folder")
     if not stat.S_ISREG(info.st_mode):
-        raise ValueError(f"{shown} is no regular file")
+        raise UserError(f"{shown} is not a regular file")
     if info.st_size == 0:
-        raise ValueError(f"{shown} is empty")
+        raise UserError(f"{shown} is empty")
     if info.st_size > access.max_bytes:
-        raise ValueError(f"{shown} has {info.st_size:,} bytes, more than the {access.max_bytes:,} allowed")
+        raise UserError(f"{shown} has {info.st_size:,} bytes, more than the {access.max_bytes:,} allowed")
     return target
 
 

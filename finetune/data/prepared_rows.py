@@ -1,4 +1,4 @@
-"""Samples as rows of Parquet files in the project's `messages` format, with the bytes of their images inside."""
+"""Samples as rows of Parquet files in the `messages` format, with the bytes of their images."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +15,23 @@ from finetune.data.image_files import read_encoded
 from finetune.data.sample import BadRow, DataError, Sample
 from finetune.data.samples import Samples
 from finetune.data.sources.arrow_rows import ORIGIN
+from finetune.errors import InputError, UserError
 from finetune.files.atomic_writes import writing_file
 from qwenvl.images.images import ImageAccess, ImageError, load_image
 
+
+class BadImages(DataError):
+    """Samples that have images that cannot be read."""
+
+
 GROUP_ROWS = 100
-"""Rows of a row group: so many are in memory at once."""
+"""Rows of a row group, the most that are in memory at once."""
 JPEG_QUALITY = 95
 
 
 @cache
 def schema() -> pa.Schema:
-    """Columns of the files: `messages`, `images` in the order of their places, and `origin`, the row's first place."""
+    """Columns of the files: `messages`, `images` in reading order, and `origin`, where the row was read from."""
     import datasets
 
     flag, text = datasets.Value("bool"), datasets.Value("string")
@@ -41,15 +47,16 @@ def schema() -> pa.Schema:
 
 
 def make_row(sample: Sample, image_size: int | None) -> dict[str, Any]:
-    """The row of a sample. Each of its images is decoded, so that none is found to be bad in training.
+    """The row of a sample. Each of its images is decoded, so that a damaged one is found now and not in training.
 
     Args:
-        image_size: pixels of the longer side, above which an image becomes a smaller copy; None keeps all as they are.
+        image_size: pixels; an image with a longer side is stored as a smaller copy. None stores all as they are.
 
     Raises:
         BadRow: an image that cannot be read.
     """
-    messages, images = [], []
+    messages: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     for message in sample.messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -58,7 +65,7 @@ def make_row(sample: Sample, image_size: int | None) -> dict[str, Any]:
                 name = f"images[{len(images)}]"
                 try:
                     images.append(make_image(part["image"], sample.access, image_size))
-                except ValueError as error:
+                except InputError as error:
                     raise BadRow(sample.origin, name, str(error)) from error
         parts = [{key: value for key, value in part.items() if key != "image"} for part in parts]
         messages.append({"role": message["role"], "content": parts, "grounding": message.get("grounding")})
@@ -67,17 +74,17 @@ def make_row(sample: Sample, image_size: int | None) -> dict[str, Any]:
 
 
 def make_image(source: Any, access: ImageAccess, image_size: int | None) -> dict[str, Any]:
-    """The {"bytes", "path"} of an image: as it is stored, or a copy that is not larger than `image_size`.
+    """The {"bytes", "path"} of an image: its encoded bytes, or those of a copy not larger than `image_size`.
 
     Raises:
-        ValueError: it cannot be read.
+        InputError: it cannot be read.
     """
     path = _file_name(source)
     data = read_encoded(source, access)
     try:
         image = load_image({"bytes": data, "path": path}, access=access)
     except ImageError as error:
-        raise ValueError(f"{path or 'the image'}: {error.reason}; {error.remedy}") from error
+        raise UserError(f"{path or 'the image'}: {error.reason}; {error.remedy}") from error
     if image_size is not None and max(image.size) > image_size:
         data = _smaller(image, image_size, is_jpeg=data.startswith(b"\xff\xd8\xff"))
     return {"bytes": data, "path": path}
@@ -86,15 +93,16 @@ def make_image(source: Any, access: ImageAccess, image_size: int | None) -> dict
 def _file_name(source: Any) -> str | None:
     """What messages call the image."""
     path = source.get("path") if isinstance(source, Mapping) else source
-    is_path = isinstance(path, str) and not path.lower().startswith(("data:", "http:", "https:"))
-    return Path(path).name or None if is_path else None
+    if not isinstance(path, str) or path.lower().startswith(("data:", "http:", "https:")):
+        return None
+    return Path(path).name or None
 
 
 def _smaller(image: Image.Image, longer_side: int, *, is_jpeg: bool) -> bytes:
-    """Photographs stay JPEG: they have lost what it loses. Everything else becomes PNG, which loses nothing."""
+    """Encode a smaller copy: JPEG for what was JPEG, else PNG, which is lossless."""
     scale = longer_side / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     if is_jpeg:
         image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")
@@ -118,13 +126,13 @@ def write_shard(
     Args:
         skip_bad: leave samples with a bad image out; otherwise one of them keeps the file from being written.
         threads: decode the images.
-        add_done: is told of the rows that are done, some at a time.
+        add_done: called with the number of rows that were written, a group at a time.
 
     Returns:
         The problems of the samples left out.
 
     Raises:
-        DataError: with the problems of all bad samples. There is no file.
+        BadImages: with the problems of all bad samples; no file is written.
     """
     problems: list[BadRow] = []
     with writing_file(file) as partial:
@@ -137,7 +145,7 @@ def write_shard(
                     writer.write_table(pa.Table.from_pylist(good, schema()))
                 add_done(len(group))
         if problems and not skip_bad:
-            raise DataError(f"{file} is not written", problems)
+            raise BadImages(f"{file} is not written", problems)
     return problems
 
 

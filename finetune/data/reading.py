@@ -1,11 +1,13 @@
-"""The data of a recipe, opened and looked at: the first step of training, and all of `finetune check`."""
+"""Open and check the data of a recipe: the first step of training and of `finetune check`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from finetune.data.checking import Checked, Rules, look_at, refusal
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
+from finetune.errors import InputError
 from finetune.recipe import Recipe, Source
 from qwenvl import ImageAccess, QwenVLProcessor
 
@@ -17,18 +19,18 @@ class DataPart:
     Attributes:
         sources: of the recipe, those that could be opened.
         samples: of these sources; None where there are none.
-        checked: what was found in them.
-        errors: why a run would not train on this; none where it would.
+        checked: what was found in them; None with `samples`.
+        errors: why a run would not train on this; empty where it would.
     """
 
     sources: Sequence[Source]
     samples: Samples | None
     checked: Checked | None
-    errors: Sequence[ValueError | OSError]
+    errors: Sequence[InputError]
 
 
 def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
-    """What a recipe makes of a sample."""
+    """How a recipe checks and renders a sample."""
     data = recipe.data
     return Rules(
         processor.tokenizer,
@@ -44,14 +46,14 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
 def read_checked(
     recipe: Recipe, processor: QwenVLProcessor, *, show_progress: bool = True, processes: int | None = None
 ) -> dict[str, tuple[Samples, Checked]]:
-    """The samples of "train" and, where there is evaluation, "eval", all of them looked at.
+    """The samples of "train" and, where there is evaluation, of "eval", all of them checked.
 
     Args:
         show_progress, processes: see `checking.look_at`.
 
     Raises:
-        FileNotFoundError, DataError: what a run would not train on, of both parts together.
-        WorkerDied: a process of several ended by itself.
+        MissingFileError, DataError: why a run would not train on this, for both parts together.
+        WorkerDied: a worker process was killed or crashed.
     """
     parts = look_at_data(recipe, processor, show_progress=show_progress, processes=processes)
     errors = [(name, error) for name, part in parts.items() for error in part.errors]
@@ -59,18 +61,22 @@ def read_checked(
         raise errors[0][1]
     if errors:
         raise DataError("\n".join(f"{name} data: {error}" for name, error in errors))
-    return {name: (part.samples, part.checked) for name, part in parts.items()}
+    read = {}
+    for name, part in parts.items():
+        assert part.samples is not None and part.checked is not None, "without errors all sources were opened"
+        read[name] = part.samples, part.checked
+    return read
 
 
 def look_at_data(
     recipe: Recipe, processor: QwenVLProcessor, *, show_progress: bool = True, processes: int | None = None
 ) -> dict[str, DataPart]:
-    """As `read_checked`, but errors are returned: a source that cannot be opened keeps none from being looked at.
+    """As `read_checked`, but errors are returned, and the other sources are checked where one cannot be opened.
 
     Raises:
-        WorkerDied: a process of several ended by itself.
+        WorkerDied: a worker process was killed or crashed.
     """
-    parts = {"train": recipe.data.train}
+    parts: dict[str, Sequence[Source]] = {"train": recipe.data.train}
     if recipe.evaluate is not None:
         parts["eval"] = recipe.evaluate.data
     rules = rules_of(recipe, processor)
@@ -86,22 +92,21 @@ def look_at_data(
     return looked_at
 
 
-def _open(
-    recipe: Recipe, sources: Sequence[Source]
-) -> tuple[Sequence[Source], Samples | None, list[ValueError | OSError]]:
+def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], Samples | None, list[InputError]]:
     """The sources that can be opened, their samples, and why the others cannot."""
-    root = recipe.data.images_root
+    root = None if recipe.data.images_root is None else Path(recipe.data.images_root)
     access = ImageAccess(root=root, allow_urls=recipe.data.allow_urls)
     try:
         return sources, Samples(sources, images_root=root, access=access), []
-    except (DataError, OSError) as error:
+    except InputError as error:
         if len(sources) == 1:
             return [], None, [error]
-    opened, errors = [], []
+    opened: list[Source] = []
+    errors: list[InputError] = []
     for source in sources:
         try:
             Samples([source], images_root=root, access=access)
             opened.append(source)
-        except (DataError, OSError) as error:
+        except InputError as error:
             errors.append(error)
     return opened, Samples(opened, images_root=root, access=access) if opened else None, errors

@@ -1,4 +1,4 @@
-"""How far a pass over rows is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a pass over rows: a bar on a terminal, a line every few seconds elsewhere."""
 
 import sys
 import time
@@ -6,29 +6,31 @@ import time
 from tqdm import tqdm
 
 from finetune.quantities import format_count, format_duration
+from finetune.terminal import terminal_line
 
-QUIET_SECONDS = 3.0  # nothing is shown of a pass that is done by then
+QUIET_SECONDS = 3.0  # a pass that is done by then shows nothing
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 class RowProgress:
-    """Shows rows and rows a second on stderr while rows are done.
+    """Shows rows and rows a second on stderr.
 
     Args:
-        what: what is done to them, for the reader.
+        what: what is done, such as "checking data".
         total: rows; None where that is not known.
         done: rows that were done before.
-        unit: what they are, if not rows.
+        unit: what is counted, if not rows.
+        shown: False shows nothing.
     """
 
-    def __init__(self, what: str, total: int | None, done: int = 0, unit: str = "rows"):
-        self.what, self.total, self.rows, self.unit = what, total, done, unit
+    def __init__(self, what: str, total: int | None, done: int = 0, unit: str = "rows", *, shown: bool = True):
+        self.what, self.total, self.rows, self.unit, self.shown = terminal_line(what), total, done, unit, shown
         self._before, self._start = done, time.monotonic()
         self._said = self._start + QUIET_SECONDS - LINE_SECONDS
-        self._bar = None
+        self._bar: tqdm | None = None
 
     def __enter__(self) -> "RowProgress":
-        if sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.total,
                 initial=self.rows,
@@ -39,18 +41,18 @@ class RowProgress:
             )
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def add(self, rows: int) -> None:
-        """So many more rows are done."""
+        """Count rows that were done."""
         self.rows += rows
         if self._bar is not None:
             self._bar.update(rows)
             return
         now = time.monotonic()
-        if now - self._said >= LINE_SECONDS:
+        if self.shown and now - self._said >= LINE_SECONDS:
             print(f"{self.what}: {self._line(now)}", file=sys.stderr, flush=True)
             self._said = now
 

@@ -1,4 +1,4 @@
-"""One training sample, where it came from, and what to say when a row makes none."""
+"""A training sample, where it came from, and the errors for rows and sources that cannot be used."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from finetune.errors import UserError
 from qwenvl.images.images import ImageAccess
 
 SHOWN_PROBLEMS = 20
-"""Rows that one error lists; their number is always given whole."""
+"""Rows that one error lists; it always says how many there are."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Origin:
 
     Attributes:
         file: the file, folder or hub dataset, as the recipe names it.
-        row: counted from 1, for people. In JSON Lines it is the line of the file, empty lines counted.
+        row: counted from 1. In JSON Lines it is the line of the file, counting empty lines.
     """
 
     file: str
@@ -29,13 +29,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation to train on. Pixels are not in it: images stay what the data names them by until
+    """One conversation to train on, without pixels: images are the data's references to them until
     `load_image(source, access=sample.access, name=str(sample.origin))` opens them.
 
     Attributes:
         messages: as `qwenvl.chat.render_chat` takes them. The source of an image part is an absolute path, a data URI,
             a URL, encoded bytes, or {"bytes", "path"}.
-        origin: the row it is made of.
+        origin: the row it was made from.
         access: what its image references may reach: the source's own folder, unless the recipe says another.
     """
 
@@ -45,7 +45,7 @@ class Sample:
 
 
 class BadField(UserError):
-    """A field of a row that no sample can be made of. A format raises it; who read the row adds where that was.
+    """A field of a row that is not as the format needs it. The formats raise it; `BadRow` adds where the row is.
 
     Attributes: `field`, as in the row (`images[0]`, `messages[1].content`), and `reason`.
     """
@@ -73,9 +73,9 @@ class BadRow(UserError):
 
 
 class DataError(UserError):
-    """Data that cannot be used: a source as a whole, or rows of it, of which `problems` has all.
+    """Data that cannot be used: a source as a whole, or rows of it.
 
-    Attributes: `problems`.
+    Attributes: `message`; `problems`, of all rows that cannot be used.
     """
 
     def __init__(self, message: str, problems: Sequence[BadRow] = ()):

@@ -1,4 +1,4 @@
-"""The samples of several sources as one sequence, made when they are asked for."""
+"""The samples of several sources by number, made on access."""
 
 import hashlib
 import json
@@ -14,22 +14,22 @@ from finetune.data.formats.row_format import RowFormat
 from finetune.data.image_files import absolute, file_size, image_paths, upright_size
 from finetune.data.sample import BadField, BadRow, DataError, Sample
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import Source, read_source
+from finetune.data.sources.sources import RowSource, read_source
 from qwenvl.images.images import ImageAccess
 
 _LOOKED_AT = 1000
-"""Samples whose image files a fingerprint looks at, or up to twice as many."""
+"""Samples whose image files count in a fingerprint; up to twice as many."""
 
 
-class Samples(Sequence[Sample]):
-    """Sources one after the other, sample by sample: `samples[31]` reads and converts one row, and opens no image.
+class Samples:
+    """The samples of several sources, one source after the other: `samples[31]` reads and converts one row, and opens
+    no image.
 
-    Pickles to loader workers: paths and row offsets, no rows. A row that gives several
-    samples (questions, phrases or captions in a list) is found by counting them all here, which reads the text of all
-    rows of such a source once.
+    Pickles to loader workers as paths and row offsets, without rows. Where a row may make several samples (questions,
+    phrases or captions in a list), the constructor reads the text of all rows of the source once to count them.
 
     Args:
-        sources: as `sources.Source` describes; converted in this order.
+        sources: in this order.
         images_root: folder that relative image paths start at and all paths must stay in; None is the folder of each
             source's own file.
         access: everything else that images may reach, no URLs by default; its own root counts as `images_root`.
@@ -39,13 +39,13 @@ class Samples(Sequence[Sample]):
         weights: for each source its weight.
 
     Raises:
-        FileNotFoundError: a source's file does not exist.
+        MissingFileError: a source's file does not exist.
         DataError: a source that cannot be read, holds no rows, or whose format, columns or prompt are wrong.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[RowSource],
         *,
         images_root: str | Path | None = None,
         access: ImageAccess | None = None,
@@ -65,6 +65,7 @@ class Samples(Sequence[Sample]):
 
         Raises:
             BadRow: its row makes no sample.
+            DataError: its file cannot be read.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self)} samples, no index {index}")
@@ -72,9 +73,12 @@ class Samples(Sequence[Sample]):
         number = bisect_right([samples.stop for samples in self.ranges], index)
         return self._parts[number].sample(index - self.ranges[number].start)
 
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
     def scan(self, start: int, stop: int) -> Iterator[Sample | BadRow]:
-        """Samples `start` to `stop` in order, to look at their text: the bytes of images that a row holds may be a
-        stand-in. A row that makes no sample comes as its error, once for each index it has."""
+        """Samples `start` to `stop` in order, for their text: placeholders may replace the bytes of images that a row
+        holds. A row that makes no sample comes as its error, once for each index it has."""
         for samples, part in zip(self.ranges, self._parts, strict=True):
             first, last = max(start, samples.start), min(stop, samples.stop)
             if first < last:
@@ -83,12 +87,11 @@ class Samples(Sequence[Sample]):
     def fingerprint(self, *, images: bool = True) -> str:
         """Hexadecimal digest of what the samples are made of: the data files, and how their rows are read.
 
-        The contents of text files count in full, those of Parquet and Arrow files by their sizes and ends, a hub
-        dataset by the fingerprint that its library gives it. Of images in files of their own, the sizes in bytes of
-        those of some samples count, spread over all: that shows a folder that was resized or replaced, at a price that
-        does not grow with the data (a look at each of a million files takes minutes on a network disk). Their times do
-        not count, as copies have others. A single image that was changed goes unnoticed; `finetune prepare` takes the
-        images in, and then nothing does.
+        Text files count by their whole content, Parquet and Arrow files by their sizes and ends, a hub dataset by the
+        fingerprint that its library gives it. Images in files of their own count by the sizes in bytes of those of
+        some samples, evenly spaced: this finds a folder that was resized or replaced, in a time that does not grow
+        with the data (looking at a million files takes minutes on a network disk). Modification times do not count, as
+        copies have others. A change of a single image can go unnoticed, but not in data that `finetune prepare` wrote.
 
         Args:
             images: False leaves image files out.
@@ -113,19 +116,21 @@ class _Part:
     Attributes:
         rows: of the source.
         row_format: how they are read.
-        access: what their images may reach.
+        root: where relative image paths start.
+        access: what their images may reach, below `root`.
         count: rows to use.
         ends: for each row the number of samples up to and with it; None where every row is one sample.
     """
 
     rows: Rows
     row_format: RowFormat
+    root: Path
     access: ImageAccess
     count: int
-    ends: array | None
+    ends: "array[int] | None"
 
     @classmethod
-    def read(cls, source: Source, root: str | Path | None, access: ImageAccess) -> "_Part":
+    def read(cls, source: RowSource, root: str | Path | None, access: ImageAccess) -> "_Part":
         try:
             row_format = RowFormat(source.format, source.columns or {}, source.prompt, source.box_form)
         except DataError as error:
@@ -141,7 +146,7 @@ class _Part:
             if ends[-1] == count:
                 ends = None
         folder = Path(rows.folder if root is None else root).absolute()
-        return cls(rows, row_format, replace(access, root=folder), count, ends)
+        return cls(rows, row_format, folder, replace(access, root=folder), count, ends)
 
     def __len__(self) -> int:
         return self.count if self.ends is None else self.ends[-1]
@@ -178,7 +183,7 @@ class _Part:
         }
 
     def _find(self, index: int) -> tuple[int, int]:
-        """Row, and which of its samples."""
+        """The row of a sample, and which of the row's samples it is."""
         if self.ends is None:
             return index, 0
         row = bisect_right(self.ends, index)
@@ -188,7 +193,7 @@ class _Part:
         return 1 if self.ends is None else self.ends[row] - (self.ends[row - 1] if row else 0)
 
     def _scan_rows(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
-        # Stand-ins have no size, so where sizes are read the rows are read whole.
+        # Placeholders have no image size: where sizes are read, whole rows are read.
         whole = self.row_format.reads_image_size
         return Rows.scan(self.rows, start, stop) if whole else self.rows.scan(start, stop)
 
@@ -212,13 +217,13 @@ class _Part:
         ]
 
     def _image_size(self, source: Any) -> tuple[int, int]:
-        return upright_size(absolute(source, self.access.root), self.access)
+        return upright_size(absolute(source, self.root), self.access)
 
     def _with_absolute_paths(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(message["content"], str):
             return message
         parts = [
-            {**part, "image": absolute(part["image"], self.access.root)} if part["type"] == "image" else part
+            {**part, "image": absolute(part["image"], self.root)} if part["type"] == "image" else part
             for part in message["content"]
         ]
         return {**message, "content": parts}

@@ -1,7 +1,7 @@
-"""Conversations that are too long, made to fit by leaving out whole turns from the front.
+"""Make conversations fit a maximum length by leaving out whole turns at the front.
 
-The check of the data and the collator both render here, so what is checked is what is trained. Nothing is cut in the
-middle of a turn, and an image goes or stays with its turn.
+The check of the data and the collator both render here, so what is checked is what is trained. A turn is never cut,
+and is left out together with its images.
 """
 
 from bisect import bisect_left
@@ -22,7 +22,7 @@ class Fitted:
     Attributes:
         messages: those that are kept: a leading system message, and the last turns.
         rendered: of these messages; longer than allowed where nothing could make it fit.
-        turns_dropped: turns left out at the front.
+        turns_dropped: number of turns left out at the front.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -40,10 +40,10 @@ def render_fitting(
     grounding: bool,
     n_queries: int,
 ) -> Fitted:
-    """Render a conversation, and if it is too long and `on_long` is "drop_turns", as few turns less as make it fit.
+    """Render a conversation; if it is too long and `on_long` is "drop_turns", without as many turns as needed to fit.
 
-    The images that stay are numbered anew: the first "Picture 1:" of what is trained is the first that is shown. What
-    does not fit even as its last exchange, or may not be shortened, comes whole and too long, for the caller to see.
+    The images that are kept are renumbered: "Picture 1:" is the first of them. A conversation whose last exchange
+    alone does not fit, or that may not be shortened, is returned whole and too long.
 
     Args:
         messages: as for `chat.render_chat`.
@@ -51,7 +51,7 @@ def render_fitting(
         tokenizer, labels, grounding, n_queries: as for `chat.render_chat`.
 
     Raises:
-        ValueError: as `chat.render_chat`.
+        InputError: as `chat.render_chat`.
     """
 
     def render(kept: Sequence[Mapping[str, Any]]) -> Rendered:
@@ -65,7 +65,7 @@ def render_fitting(
     def without(turns: int) -> Sequence[Mapping[str, Any]]:
         return [*system, *messages[starts[turns] :]]
 
-    # Fewer turns are never longer, so the first number that is enough is found by halving.
+    # Fewer turns are never longer, so the smallest number that is enough is found by bisection.
     numbers = range(1, len(starts))
     enough = bisect_left(numbers, True, key=lambda turns: len(render(without(turns)).ids) <= max_length)
     if enough == len(numbers):
@@ -77,8 +77,8 @@ def render_fitting(
 def turn_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Where a conversation's turns begin, as indices of messages: one or more of the user, and the replies to them.
 
-    A reply before any user's message is a turn by itself. User's messages at the end that nobody replies to belong to
-    the turn before them: nothing in them is trained.
+    A reply before the first user message is a turn of its own. User messages at the end without a reply belong to the
+    turn before them, as nothing in them is trained.
     """
     roles = [message["role"] for message in messages]
     first = 1 if roles[0] == "system" else 0

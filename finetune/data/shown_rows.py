@@ -1,4 +1,4 @@
-"""Which rows a report shows replies to: settled before there is any reply, so that none is picked by how it went."""
+"""Which rows a report shows replies to: chosen before any reply is made, so that replies do not decide it."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -9,11 +9,11 @@ from finetune.data.samples import Samples
 
 
 def choose_shown(parts: Sequence[Sequence[int]], document: Callable[[int], Hashable | None], count: int) -> list[int]:
-    """The first rows that are each of another document, of the sources in turn; where these run out, the others.
+    """The first rows of different documents, from the sources in turn; where there are too few, other rows as well.
 
     Args:
         parts: the rows of each source.
-        document: what a row is about; None is nothing that another row is about. Asked for as few rows as will do.
+        document: a key of what a row is about; None if no other row is about it. Called for no more rows than needed.
         count: rows to choose.
     """
     chosen: list[int] = []
@@ -40,7 +40,7 @@ def choose_shown(parts: Sequence[Sequence[int]], document: Callable[[int], Hasha
 
 
 def document_of(images: Sequence[Any]) -> Hashable | None:
-    """What tells a row's images from those of another document; None where it has none. Nothing is opened."""
+    """A key of a row's images; None where it has none. Nothing is opened."""
     return tuple(map(_image_key, images)) or None
 
 
@@ -51,7 +51,7 @@ def _image_key(source: Any) -> Hashable:
 
 
 def shown_samples(samples: Samples, checked: Checked, count: int) -> list[int]:
-    """Indices of the samples of evaluation data, without those left out, whose replies are shown."""
+    """Indices of the kept samples of evaluation data whose replies are shown."""
 
     def document(index: int) -> Hashable | None:
         return document_of(list(image_sources(samples[index].messages)))

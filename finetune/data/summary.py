@@ -1,4 +1,4 @@
-"""What was found in the data, for the terminal, run.json and the list of rows left out."""
+"""Summaries of checked data, for the terminal, run.json and the list of rows left out."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from finetune.data.checking import Checked
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 
-# What tells one problem from another of its kind: quoted data, and numbers.
+# In the text of a problem, what is of one row only: quoted data, and numbers.
 _DETAIL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d[\d,.]*""")
 _LONGEST_KIND = 160  # characters
 
@@ -40,12 +40,12 @@ def lines_left_out(checked: Checked) -> Iterator[str]:
     """A JSON line for each row that is not trained on, or not whole, with its reason."""
     for problem in checked.problems:
         yield json.dumps({"origin": str(problem.origin), "reason": str(problem)}, ensure_ascii=False) + "\n"
-    for sample in checked.dropped_long:
-        yield json.dumps({"origin": str(sample.origin), "reason": f"too long: {sample.tokens} tokens"}) + "\n"
-    for sample in checked.shortened:
-        turns = sample.turns_dropped
+    for long in checked.dropped_long:
+        yield json.dumps({"origin": str(long.origin), "reason": f"too long: {long.tokens} tokens"}) + "\n"
+    for shortened in checked.shortened:
+        turns = shortened.turns_dropped
         reason = f"shortened: trained without its first {turns} turns"
-        yield json.dumps({"origin": str(sample.origin), "reason": reason, "turns_dropped": turns}) + "\n"
+        yield json.dumps({"origin": str(shortened.origin), "reason": reason, "turns_dropped": turns}) + "\n"
 
 
 def count_rows(checked: Checked) -> dict[str, int]:
@@ -61,19 +61,19 @@ def count_rows(checked: Checked) -> dict[str, int]:
 
 
 def problem_kinds(problems: Iterable[BadRow]) -> list[tuple[str, int]]:
-    """Problems counted by kind, the most frequent first: field and reason, whatever the row has in them."""
+    """Problems counted by kind, the most frequent first: field and reason without what is of one row only."""
     kinds = Counter(_kind(problem) for problem in problems)
     return kinds.most_common()
 
 
 def _kind(problem: BadRow) -> str:
-    # The row in the place of its parts: images[0] and images[1] are one kind.
+    # Without indices: images[0] and images[1] are one kind.
     text = re.sub(r"\[\d+\]", "[]", problem.field) + ": " + _DETAIL.sub("…", problem.reason)
     return text if len(text) <= _LONGEST_KIND else text[:_LONGEST_KIND] + "…"
 
 
 class SourceCount(NamedTuple):
-    """The samples of a source: all, those that are kept, and as many as its weight makes of them in an epoch."""
+    """Numbers of a source's samples: all, those that are kept, and those that an epoch draws by its weight."""
 
     total: int
     kept: int

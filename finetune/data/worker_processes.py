@@ -1,10 +1,10 @@
-"""Work on many samples in several processes: results in the samples' order, and no process left behind.
+"""Work on many samples in several processes: results in the samples' order, and no process survives.
 
     with closing(map_chunks(work, shared, chunks, processes=None)) as results:
         for result in results: ...
 
-The processes are started anew (spawn): they share no thread, lock or CUDA context with this one, and each takes some
-seconds to import what it needs. A script that comes here needs its `if __name__ == "__main__":`.
+The processes are spawned: they share no thread, lock or CUDA context with this one, and each takes some seconds to
+import what it needs. A script that calls this needs its `if __name__ == "__main__":`.
 """
 
 import contextlib
@@ -12,10 +12,9 @@ import multiprocessing
 import os
 import pickle
 import signal
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
@@ -23,36 +22,36 @@ from typing import Any, NamedTuple, TypeVar
 from finetune.errors import Failed
 
 MOST_PROCESSES = 8
-WORTHWHILE_SECONDS = 20.0  # of work by one process; less is done before others have started
-AHEAD = 4  # chunks begun for each process before the first of them is taken: bounds what waits in memory
+WORTHWHILE_SECONDS = 20.0  # of work by one process; less is done before other processes have started
+AHEAD = 4  # chunks per process whose results may wait in memory to be taken
 
 Shared = TypeVar("Shared")
 Result = TypeVar("Result")
 
 
 class WorkerDied(Failed):
-    """A worker process ended by itself: killed, for want of memory say, or crashed."""
+    """A worker process was killed, for example because memory ran out, or crashed."""
 
 
 def default_processes() -> int:
-    """Processes to use: the CPUs of this machine that this process may use, shared with the others of its run."""
+    """Processes to use: the CPUs that this process may use, divided by the processes of its run on this machine."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), MOST_PROCESSES))
 
 
 def map_chunks(
     work: Callable[[Shared, range], Result], shared: Shared, chunks: Sequence[range], processes: int | None
-) -> Iterator[Result]:
-    """`work(shared, chunk)` for each chunk, in order; in this process, or in several where that is faster.
+) -> Generator[Result]:
+    """Yield `work(shared, chunk)` for each chunk, in order; in this process, or in several where that is faster.
 
     Args:
         work, shared: a function of a module, and what it needs besides the chunk; both pickle.
         chunks: ranges of samples, of about the same size.
-        processes: how many; 1 is this one alone. None is `default_processes()`, if the time of the first chunk says
-            that starting them pays.
+        processes: how many; 1 is this one alone. None is `default_processes()` where the time of the first chunk shows
+            that starting them is worthwhile.
 
     Raises:
-        WorkerDied: a process ended before its work.
+        WorkerDied: a process ended before its work was done.
     """
     done = 0
     if processes is None:
@@ -74,16 +73,16 @@ def map_chunks(
 
 def map_in_processes(
     work: Callable[[Shared, range], Result], shared: Shared, chunks: Sequence[range], processes: int
-) -> Iterator[Result]:
-    """As `map_chunks`, in so many processes. They are gone when the iterator is closed or raises.
+) -> Generator[Result]:
+    """As `map_chunks`, in this many processes. They are ended when the generator is closed or raises.
 
     Raises:
-        WorkerDied: a process ended before its work.
+        WorkerDied: a process ended before its work was done.
     """
     task = pickle.dumps((work, shared))
     workers: list[_Worker] = []
     try:
-        with _sigint_held_back():
+        with _blocking_sigint():
             for _ in range(min(processes, len(chunks))):
                 workers.append(_Worker())
         for worker in workers:
@@ -94,11 +93,13 @@ def map_in_processes(
             while idle and begun < min(len(chunks), taken + AHEAD * len(workers)):
                 idle.pop().give(begun, chunks[begun])
                 begun += 1
-            busy = {worker.connection: worker for worker in workers if worker not in idle}
-            for connection in wait(busy):
-                number, result = busy[connection].take()
-                ready[number] = result
-                idle.append(busy[connection])
+            busy = [worker for worker in workers if worker not in idle]
+            answered = wait([worker.connection for worker in busy])
+            for worker in busy:
+                if worker.connection in answered:
+                    number, result = worker.take()
+                    ready[number] = result
+                    idle.append(worker)
             while taken in ready:
                 yield ready.pop(taken)
                 taken += 1
@@ -110,42 +111,43 @@ def map_in_processes(
 
 
 class _Crash(NamedTuple):
-    """What a chunk raised in a worker."""
+    """An exception in a worker, and its traceback as text."""
 
     error: Exception
-    told: str
+    text: str
 
 
 class _Worker:
-    """A process, the pipe to it, and the chunk it is at."""
+    """A process, the pipe to it, and the chunk it works on."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
-        theirs.close()  # or its end would not show here
+        theirs.close()  # else reading from our end would not fail when the process has ended
         self.chunk: range | None = None
 
-    def send(self, task: bytes):
-        with self._noticing_its_end():
+    def send(self, task: bytes) -> None:
+        with self._raising_its_end():
             self.connection.send_bytes(task)
 
-    def give(self, number: int, chunk: range):
+    def give(self, number: int, chunk: range) -> None:
         self.chunk = chunk
-        with self._noticing_its_end():
+        with self._raising_its_end():
             self.connection.send((number, chunk))
 
     def take(self) -> tuple[int, Any]:
-        with self._noticing_its_end():
+        with self._raising_its_end():
             number, result = self.connection.recv()
         if isinstance(result, _Crash):
-            result.error.add_note(f"In a worker process:\n{result.told}")
+            result.error.add_note(f"In a worker process:\n{result.text}")
             raise result.error
         return number, result
 
     @contextlib.contextmanager
-    def _noticing_its_end(self) -> Iterator[None]:
+    def _raising_its_end(self) -> Iterator[None]:
+        """Raise WorkerDied where the pipe is broken."""
         try:
             yield
         except (EOFError, ConnectionError) as error:
@@ -155,9 +157,9 @@ class _Worker:
             if code == -9:
                 how += " (the kernel does that where memory runs out)"
             where = f"at samples {self.chunk.start + 1:,} to {self.chunk.stop:,}" if self.chunk else "as it started"
-            raise WorkerDied(f"a worker process {how}, {where}. Nothing was decided: run it again") from error
+            raise WorkerDied(f"a worker process {how}, {where}. Run it again") from error
 
-    def end(self):
+    def end(self) -> None:
         self.process.join(5)
         if self.process.is_alive():
             self.process.kill()
@@ -166,8 +168,8 @@ class _Worker:
         self.process.close()
 
 
-def _serve(connection: Connection):
-    """What a worker does: until the other end is gone, one chunk after the other."""
+def _serve(connection: Connection) -> None:
+    """Work on one chunk after the other until the other end of the pipe is closed; runs in a worker process."""
     with contextlib.suppress(EOFError, ConnectionError):
         work, shared = pickle.loads(connection.recv_bytes())
         while True:
@@ -180,40 +182,14 @@ def _serve(connection: Connection):
 
 
 @contextlib.contextmanager
-def _sigint_held_back() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal. Those started in here never see it: this one ends them."""
+def _blocking_sigint() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C, which a terminal sends to all of its processes: this one ends them."""
     if os.name == "nt":
         yield
         return
-    resource_tracker.ensure_running()  # or it would be started with the first process, and let signals through again
+    resource_tracker.ensure_running()  # else the first process would start it, which unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def ended_by_the_trainer_alone(worker: int, then: Callable[[int], None] | None = None):
-    """A loader's `worker_init_fn`, for one that has to work on after the run was told to stop.
-
-    Ctrl-C, torchrun and a cluster's scheduler signal every process of a run. The trainer wants to end its step and
-    save, for which it needs more batches, and PyTorch raises in it as soon as a worker is gone. So a worker hears only
-    the SIGTERM that its own trainer sends; a trainer that was killed is missed by PyTorch's watchdog.
-
-    Args:
-        worker: its number.
-        then: what else is to be done as the worker starts, called with `worker`.
-    """
-    # Not on Windows, where no signal comes, and not on macOS, which does not tell who sent it.
-    if hasattr(signal, "sigwaitinfo"):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_at_the_word_of, args=(os.getppid(),), daemon=True).start()
-    if then is not None:
-        then(worker)
-
-
-def _end_at_the_word_of(trainer: int):
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-        pass
-    os._exit(0)

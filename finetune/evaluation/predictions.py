@@ -45,15 +45,15 @@ def write_predictions(
     asked, prompts = [], []
     for row in rows:
         sample = collator.samples[row]
-        parts = split_last_reply(collator.fit(sample.messages).messages)
+        parts = split_last_reply(collator.rules.fit(sample.messages).messages)
         if parts is None:
             continue
         rendered = render_chat(
             parts[0],
             collator.tokenizer,
             add_generation_prompt=True,
-            grounding=collator.grounding,
-            n_queries=collator.n_queries,
+            grounding=collator.rules.grounding,
+            n_queries=collator.rules.n_queries,
         )
         asked.append((sample, *parts))
         prompts.append(Prompt(rendered.ids, rendered.images, sample.access, str(sample.origin)))

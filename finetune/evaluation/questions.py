@@ -23,7 +23,8 @@ from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import Source, read_source
+from finetune.data.sources.sources import RowSource as Source
+from finetune.data.sources.sources import read_source
 from finetune.errors import UserError
 from finetune.evaluation.question import Question
 from finetune.evaluation.task_rows import Asked, RowReader

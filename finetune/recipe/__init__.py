@@ -6,7 +6,7 @@ Nothing heavy is imported on the way, so a typing mistake costs no time. Paths i
 relative ones are taken from the working directory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from pydantic import Field
 from finetune.recipe.checks import findings_across
 from finetune.recipe.overrides import apply_overrides, read_overrides
 from finetune.recipe.problems import Place, Problem, RecipeError
-from finetune.recipe.sections import Adapter, Data, Evaluate, Freeze, Model, Section, Source, Word
+from finetune.recipe.sections import Adapter, Data, Evaluate, Finding, Freeze, Model, Section, Source, Word
 from finetune.recipe.train_section import DECIDING, LearningRates, OwnTrainKeys, Train
 from finetune.recipe.validation import validate
 from finetune.recipe.yaml_file import Document, read_file, read_yaml, write_yaml
@@ -60,7 +60,7 @@ class Recipe(Section):
     resume: Literal["auto", "never"] = "auto"
     """auto goes on where the run in the output folder stopped; never refuses a folder that holds a run."""
 
-    def findings(self):
+    def findings(self) -> Iterator[Finding]:
         yield from findings_across({name: getattr(self, name) for name in type(self).model_fields})
 
     def train_arguments(self) -> dict[str, Any]:
@@ -110,8 +110,8 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), file: str = "recipe")
     return validate(document, Recipe)
 
 
-def _put_single_sources_in_lists(document: Document):
-    """`data.train` and `evaluate.data` may be one mapping; below they are lists, so that paths have one form."""
+def _put_single_sources_in_lists(document: Document) -> None:
+    """Make `data.train` and `evaluate.data` lists, where the recipe has a single source: paths then have one form."""
     for section, key in (("data", "train"), ("evaluate", "data")):
         holder = document.value.get(section) if isinstance(document.value, dict) else None
         if not isinstance(holder, dict) or not isinstance(holder.get(key), dict):

@@ -84,7 +84,8 @@ def apply_overrides(document: Document, overrides: Iterable[Override]) -> Iterat
             here = here[index]
 
 
-def _forget(document: Document, path: KeyPath):
+def _forget(document: Document, path: KeyPath) -> None:
+    """Drop the places and problems at `path` and below it."""
     for known in [known for known in document.places if known[: len(path)] == path]:
         del document.places[known]
     document.problems = [(wrong, problem) for wrong, problem in document.problems if wrong[: len(path)] != path]

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Self
 
 from finetune.errors import UserError
 
@@ -19,7 +20,7 @@ class Place:
     override: str | None = None
     """The whole override, for a value that did not come from the file."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"override {self.override}" if self.override is not None else f"{self.file}:{self.line}"
 
 
@@ -36,7 +37,7 @@ class Problem:
     reason: str
     remedy: str = ""
 
-    def __str__(self):
+    def __str__(self) -> str:
         where = f"{self.place}: {self.key}" if self.key else str(self.place)
         return f"{where}: {self.reason}; {self.remedy}" if self.remedy else f"{where}: {self.reason}"
 
@@ -55,7 +56,7 @@ class RecipeError(UserError):
         )
         super().__init__("\n".join(map(str, self.problems)))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[Problem, ...]]]:
         return type(self), (self.problems,)
 
 
@@ -72,7 +73,8 @@ def nearest(word: str, candidates: Sequence[str]) -> list[str]:
 
 def edit_distance(a: str, b: str) -> int:
     """Letters inserted, deleted, replaced or swapped with their neighbour to turn `a` into `b`."""
-    before, last = [], list(range(len(b) + 1))
+    before: list[int] = []
+    last = list(range(len(b) + 1))
     for i, letter in enumerate(a, start=1):
         row = [i]
         for j, other in enumerate(b, start=1):

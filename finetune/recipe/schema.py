@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe's sections, and what it says about a key."""
+"""The JSON Schema of a recipe's sections, and look-ups in it."""
 
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ def schema_of(section: type[Section]) -> dict[str, Any]:
 
 
 def part(schema: dict[str, Any], path: tuple[str | int, ...]) -> dict[str, Any] | None:
-    """The schema of what stands at `path`, references resolved; None where nothing may stand."""
+    """The schema of the value at `path`, references resolved; None for a path that the schema does not have."""
     here = resolve(schema, schema)
     for step in path:
         found = None
@@ -30,7 +30,7 @@ def part(schema: dict[str, Any], path: tuple[str | int, ...]) -> dict[str, Any] 
 
 
 def alternatives(here: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The members of a choice, or the one there is."""
+    """The members of an `anyOf`; a schema without one is its only member."""
     return [resolve(choice, schema) for choice in here.get("anyOf", [here])]
 
 
@@ -40,7 +40,7 @@ def resolve(here: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def keys_at(schema: dict[str, Any], path: tuple[str | int, ...]) -> list[str]:
-    """The keys of the section at `path`; none where it is no section."""
+    """The keys of the section at `path`; empty where `path` is not a section."""
     here = part(schema, path)
     choices = alternatives(here, schema) if here else []
     return [key for choice in choices for key in choice.get("properties", {})]

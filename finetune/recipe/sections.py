@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,10 +15,13 @@ NAME = re.compile(r"\w[\w.-]*")
 
 
 class Named(Protocol):
-    """Of a source, what names it: where it is, and the name it was given, if any."""
+    """A source that has a name: the one it was given, else that of its path."""
 
-    path: str
-    name: str | None
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def name(self) -> str | None: ...
 
 
 def source_name(source: Named) -> str:
@@ -34,12 +37,12 @@ def source_names(sources: Sequence[Named]) -> list[str]:
 
 
 def name_given_twice(names: Sequence[str]) -> str | None:
-    """The first name that several sources have; None where all differ, as scores are told apart by them."""
+    """The first name that several sources share; None where all differ, as they must: scores go by these names."""
     return next((name for number, name in enumerate(names) if name in names[:number]), None)
 
 
 class Finding(NamedTuple):
-    """Keys that do not go together, or a value that is wrong for more than its type."""
+    """Keys that do not go together, or a value that its type allows but that is wrong."""
 
     keys: tuple[str, ...]
     """Dotted paths from the section that found it; the first is the one to look at."""
@@ -63,7 +66,7 @@ class Section(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _refuse_findings(self):
+    def _refuse_findings(self) -> Self:
         findings = tuple(self.findings())
         if findings:
             text = "; ".join(f"{', '.join(finding.keys)}: {finding.reason}" for finding in findings)
@@ -71,15 +74,15 @@ class Section(BaseModel):
         return self
 
 
-class ReadOnlyDict(dict):
-    """A mapping in a recipe: cannot be changed either."""
+class ReadOnlyDict(dict[str, Any]):
+    """A mapping in a recipe, as immutable as the sections."""
 
-    def _refuse(self, *_, **__):
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError("a recipe does not change after it was read")
 
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Self], tuple[dict[str, Any]]]:
         return type(self), (dict(self),)
 
 
@@ -115,7 +118,7 @@ class Model(Section):
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """For norms, rotary positions and SwiGLU: liger fuses each of them (GPU); auto takes it where it is installed."""
 
-    def findings(self):
+    def findings(self) -> Iterator[Finding]:
         if "language" not in self.quantize:
             yield Finding(("quantize",), "the language model is in 4 bits where anything is", "add language")
         if len(set(self.quantize)) < len(self.quantize):
@@ -147,7 +150,7 @@ class Adapter(Section):
     train_embeddings: Literal["auto"] | bool = "auto"
     """Train token embeddings and output head in full; auto does for a base model, which never saw ChatML's tokens."""
 
-    def findings(self):
+    def findings(self) -> Iterator[Finding]:
         if not self.targets and not self.vision_targets:
             yield Finding(("targets", "vision_targets"), "the adapter has no layer to sit on", "name at least one")
         for key in ("targets", "vision_targets"):
@@ -205,7 +208,7 @@ class Source(Section):
     streaming: bool = False
     """Fetch a hub dataset row by row, and none beyond limit, instead of whole."""
 
-    def findings(self):
+    def findings(self) -> Iterator[Finding]:
         roles = ROLES[self.format]
         for role in self.columns:
             if role not in roles:
@@ -247,7 +250,7 @@ class NamedSource(Source):
     name: Word | None = None
     """The word its score is logged under, such as old for eval_anls_old; null takes the name of its file."""
 
-    def findings(self):
+    def findings(self) -> Iterator[Finding]:
         yield from super().findings()
         if self.name is not None and not NAME.fullmatch(self.name):
             yield Finding(("name",), f"{self.name!r} is not one word", "use letters, digits, _, . and - only")
@@ -296,7 +299,7 @@ class Data(Section):
     vision_cache_gb: Annotated[float, Field(gt=0)] | None = None
     """Most GB of the vision cache; null takes what fits, in memory at most half of what is free."""
 
-    def findings(self):
+    def findings(self) -> Iterator[Finding]:
         if self.vision_cache_gb is not None and self.vision_cache == "off":
             yield Finding(
                 ("vision_cache_gb", "vision_cache"),
@@ -310,18 +313,31 @@ class Data(Section):
                     "is the budget of packing, which is off",
                     "remove it or set packing: true",
                 )
-            is_number = isinstance(self.tokens_per_batch, int)
-            if is_number and self.max_length is not None and self.tokens_per_batch < self.max_length:
+            tokens, longest = self.tokens_per_batch, self.max_length
+            if isinstance(tokens, int) and longest is not None and tokens < longest:
                 yield Finding(
                     ("tokens_per_batch", "max_length"),
-                    f"{self.tokens_per_batch} tokens cannot hold a conversation of max_length {self.max_length}",
+                    f"{tokens} tokens cannot hold a conversation of max_length {longest}",
                     "raise one or lower the other",
                 )
 
 
 TaskName = Literal[
-    *("docvqa", "infographicvqa", "chartqa", "textvqa", "vqav2", "ocrvqa", "gqa", "refcoco", "refcoco+", "refcocog"),
-    *("flickr30k", "nocaps", "screenspot", "multiple_choice", "custom"),
+    "docvqa",
+    "infographicvqa",
+    "chartqa",
+    "textvqa",
+    "vqav2",
+    "ocrvqa",
+    "gqa",
+    "refcoco",
+    "refcoco+",
+    "refcocog",
+    "flickr30k",
+    "nocaps",
+    "screenspot",
+    "multiple_choice",
+    "custom",
 ]
 MetricName = Literal[
     "anls", "relaxed_accuracy", "vqa_score", "exact_match", "multiple_choice", "grounding", "click", "cider_d"
@@ -348,7 +364,7 @@ class Evaluate(Section):
     limit: Count | None = None
     """Evaluate on only the first so many rows, over all sources."""
 
-    def findings(self):
+    def findings(self) -> Iterator[Finding]:
         if self.task == "custom" and self.metric is None:
             yield Finding(("metric", "task"), "task custom has no score of its own", "set metric, such as anls")
         if self.task is not None and (name := name_given_twice(source_names(self.data))) is not None:

@@ -1,9 +1,11 @@
 """The `train` section: TRL's `SFTConfig` by its own names, without importing it, and a few keys of our own."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from pydantic import AfterValidator, Field, create_model
 
@@ -96,7 +98,17 @@ DEFAULTS = {"learning_rate": (1e-5, "The default is the published LoRA script's;
 MORE_CHOICES = {"optim": (("auto",), "auto is AdamW in float32, or in 8 bits and paged where only that fits the GPU.")}
 """What we take beside TRL's choices, and a sentence on it."""
 
-LIMITS: dict[str, dict[str, float]] = {
+
+class Limits(TypedDict, total=False):
+    """Bounds of a number, as pydantic's `Field` takes them."""
+
+    gt: float
+    ge: float
+    lt: float
+    le: float
+
+
+LIMITS: dict[str, Limits] = {
     "learning_rate": {"gt": 0},
     "num_train_epochs": {"gt": 0},
     "per_device_train_batch_size": {"ge": 1},
@@ -153,6 +165,39 @@ class LearningRates(Section):
 class OwnTrainKeys(Section):
     """How it is trained: fields of TRL's SFTConfig by their own names, and keys that it lacks."""
 
+    if TYPE_CHECKING:
+        # `Train` takes every field of `FIELDS` that is not in `OWNED`; these are the types of those that are read.
+        def __init__(self, **fields: Any) -> None: ...
+
+        num_train_epochs: float
+        max_steps: int
+        per_device_train_batch_size: int
+        per_device_eval_batch_size: int
+        gradient_accumulation_steps: int
+        learning_rate: float
+        lr_scheduler_type: str
+        warmup_steps: float
+        optim: str
+        logging_steps: float
+        eval_strategy: Literal["no", "steps", "epoch"]
+        eval_steps: float | None
+        eval_on_start: bool
+        save_strategy: Literal["no", "steps", "epoch", "best"]
+        save_steps: float
+        save_total_limit: int | None
+        load_best_model_at_end: bool
+        gradient_checkpointing: bool
+        gradient_checkpointing_kwargs: Mapping[str, Any] | str | None
+        activation_checkpointing: bool | None
+        activation_checkpointing_kwargs: Mapping[str, Any] | str | None
+        activation_offloading: bool
+        dataloader_prefetch_factor: int | None
+        dataloader_persistent_workers: bool
+        dataloader_multiprocessing_context: str | None
+        dataloader_drop_last: bool
+        deepspeed: Mapping[str, Any] | str | None
+        fsdp: bool | str | None
+
     learning_rates: LearningRates = Field(default_factory=LearningRates)
     """Learning rates of single components; what is null takes learning_rate."""
     vision_layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -190,21 +235,19 @@ class OwnTrainKeys(Section):
 def _annotation(name: str, about: dict[str, Any]) -> Any:
     limits = LIMITS.get(name)
     more, _ = MORE_CHOICES.get(name, ((), ""))
-    bounded = (lambda kind: Annotated[kind, Field(**limits)]) if limits else (lambda kind: kind)
-    kinds = {
-        "integer": bounded(int),
+    integer: Any = int if limits is None else Annotated[int, Field(**limits)]
+    real: Any = float if limits is None else Annotated[float, Field(**limits)]
+    kinds: dict[str, Any] = {
+        "integer": integer,
         # Whole numbers stay whole: TRL takes both where it says float.
-        "number": bounded(int) | bounded(float),
+        "number": integer | real,
         "boolean": bool,
         "string": Literal[(*about["choices"], *more)] if "choices" in about else str,
         "array": Words,
         "object": Annotated[dict[str, Any], AfterValidator(read_only)],
         "null": None,
     }
-    annotation = None
-    for number, kind in enumerate(sorted(about["types"], key=list(kinds).index)):
-        annotation = kinds[kind] if number == 0 else annotation | kinds[kind]
-    return annotation
+    return reduce(or_, (kinds[kind] for kind in kinds if kind in about["types"]))
 
 
 def _field(name: str, about: dict[str, Any]) -> tuple[Any, Any]:
@@ -214,10 +257,13 @@ def _field(name: str, about: dict[str, Any]) -> tuple[Any, Any]:
     return _annotation(name, about), Field(default=read_only(default), description=description)
 
 
-Train = create_model(
-    "Train",
-    __base__=OwnTrainKeys,
-    __doc__=OwnTrainKeys.__doc__,
-    __module__=__name__,
-    **{name: _field(name, about) for name, about in FIELDS.items() if name not in OWNED},
-)
+if TYPE_CHECKING:
+    Train = OwnTrainKeys
+else:
+    Train = create_model(
+        "Train",
+        __base__=OwnTrainKeys,
+        __doc__=OwnTrainKeys.__doc__,
+        __module__=__name__,
+        **{name: _field(name, about) for name, about in FIELDS.items() if name not in OWNED},
+    )

@@ -38,54 +38,65 @@ ELSEWHERE = {
     "use_rslora": "adapter.rslora",
     "warmup_ratio": "train.warmup_steps",
 }
-"""Names that PEFT, older Transformers and the published script have for keys of ours."""
+"""What PEFT, older Transformers and the published script call keys of a recipe."""
 
 
 def validate(document: Document, kind: type[Section]) -> Any:
-    """The document as `kind`, the class of a whole recipe.
+    """Make a recipe of a document.
+
+    Args:
+        document: the plain values and their places.
+        kind: the class of a whole recipe.
 
     Raises:
-        RecipeError: with all that is wrong: single values, keys of one section that do not go together, and sections
-            that do not go together, as far as these are right in themselves.
+        RecipeError: with everything that is wrong: single values, keys of one section that do not go together, and
+            sections that do not go together. A section with a wrong value is not compared with others.
     """
-    judge = _Judge(document, kind)
+    collected = _Problems(document, kind)
     if not isinstance(document.value, dict):
         keys = ", ".join(kind.model_fields)
-        judge.add((), f"a recipe is a mapping with the keys {keys}, and this is {found(document.value)}")
-        raise RecipeError(judge.problems)
+        collected.add((), f"a recipe is a mapping with the keys {keys}, and this is {found(document.value)}")
+        raise RecipeError(collected.problems)
     try:
         recipe = kind.model_validate(document.value)
     except ValidationError as error:
-        judge.look_at(error)
+        collected.add_errors(error)
     else:
         if not document.problems:
             return recipe
-    judge.look_again()
-    raise RecipeError(judge.problems)
+    collected.add_contradictions()
+    raise RecipeError(collected.problems)
 
 
-class _Judge:
+class _Problems:
+    """The problems of a document, one for each value.
+
+    Attributes:
+        problems: found so far.
+        wrong: the paths of the values that have one.
+    """
+
     def __init__(self, document: Document, kind: type[Section]):
         self.document, self.kind = document, kind
         self.schema = schema_of(kind)
         self.problems = [problem for _, problem in document.problems]
         self.wrong = {path for path, _ in document.problems}
 
-    def add(self, path: KeyPath, reason: str, remedy: str = ""):
-        """A problem with the value at `path`, unless one was found there or above it."""
+    def add(self, path: KeyPath, reason: str, remedy: str = "") -> None:
+        """Add a problem with the value at `path`, unless there is one with it or above it already."""
         if any(_is_above(wrong, path) for wrong in self.wrong if wrong):
             return
         self.problems.append(Problem(self.document.place(path), dotted(path), reason, remedy))
         self.wrong.add(path)
 
-    def look_at(self, error: ValidationError):
-        """Turn pydantic's errors into problems."""
+    def add_errors(self, error: ValidationError) -> None:
+        """Add pydantic's errors as problems."""
         errors = error.errors(include_url=False)
         meant = {
             dotted(key)
             for one in errors
             if one["type"] == "extra_forbidden"
-            for key in self.add_unknown(one["loc"][:-1], one["loc"][-1])
+            for key in self.add_unknown(one["loc"][:-1], str(one["loc"][-1]))
         }
         for one in errors:
             path = one["loc"]
@@ -94,14 +105,14 @@ class _Judge:
             elif one["type"] == "missing" and dotted(path) not in meant:
                 self.add(path, "this key is required", f"give it {self.expected(path)}")
             elif one["type"] == "too_short" and any(_is_above(path, other["loc"]) for other in errors if other != one):
-                pass  # items that are wrong do not count for pydantic, and are reported themselves
+                pass  # pydantic does not count items that are wrong; they are reported themselves
             elif one["type"] not in ("missing", "extra_forbidden"):
                 path, value = self.existing(path)
                 reason = f"expected {self.expected(path)}, found {found(value)}"
-                self.add(path, reason, remedy(value, part(self.schema, path), self.schema))
+                self.add(path, reason, remedy(value, self.schema_at(path), self.schema))
 
-    def look_again(self):
-        """What else is wrong, once the values that are wrong by themselves are taken out."""
+    def add_contradictions(self) -> None:
+        """Add keys that do not go together, checked without the values that are wrong by themselves."""
         rest = copy.deepcopy(self.document.value)
         for path in self.wrong:
             _remove(rest, path)
@@ -116,11 +127,16 @@ class _Judge:
                         self.add_findings(one["ctx"]["findings"], (name, *one["loc"]))
         self.add_findings(findings_across(right), ())
 
+    def schema_at(self, path: KeyPath) -> dict[str, Any]:
+        about = part(self.schema, path)
+        assert about is not None, f"pydantic reported {dotted(path)}, which the schema does not have"
+        return about
+
     def expected(self, path: KeyPath) -> str:
-        return expected(part(self.schema, path), self.schema)
+        return expected(self.schema_at(path), self.schema)
 
     def existing(self, path: KeyPath) -> tuple[KeyPath, Any]:
-        """The value at `path`, without the steps by which pydantic says which member of a choice it tried."""
+        """The value at `path`, and the path without the steps that name the member of a union pydantic tried."""
         value = self.document.value
         for depth, step in enumerate(path):
             try:
@@ -130,7 +146,7 @@ class _Judge:
         return path, value
 
     def add_unknown(self, section: KeyPath, key: str) -> list[KeyPath]:
-        """Report an unknown key; returns the keys of this section that were likely meant."""
+        """Add an unknown key; return the paths of the keys of its section that were likely meant."""
         path = (*section, key)
         owned = OWNED if section == ("train",) else {}
         if key in owned:
@@ -151,15 +167,15 @@ class _Judge:
         return [(*section, name) for name in near if name in keys]
 
     def elsewhere(self, key: str) -> list[str]:
-        """Where else in a recipe there is such a key."""
+        """Where else in a recipe there is a key of this name."""
         if key in ELSEWHERE:
             return [ELSEWHERE[key]]
         if key in self.kind.model_fields:
             return [key]
         return [f"{section}.{key}" for section in self.kind.model_fields if key in keys_at(self.schema, (section,))]
 
-    def add_findings(self, findings: Iterable[Finding], above: KeyPath):
-        """Report findings of the section at `above`, with the places of all their keys."""
+    def add_findings(self, findings: Iterable[Finding], above: KeyPath) -> None:
+        """Add findings of the section at `above`, with the places of all their keys."""
         for finding in findings:
             paths = [(*above, *key.split(".")) for key in finding.keys]
             if any(_is_above(wrong, path) for path in paths for wrong in self.wrong if wrong):
@@ -172,6 +188,7 @@ class _Judge:
                 self.problems.append(problem)
 
     def described(self, path: KeyPath) -> str:
+        """A key with the place of its value."""
         place = self.document.places.get(path)
         if place is None:
             return f"{dotted(path)} by its default"
@@ -182,8 +199,8 @@ def _is_above(path: KeyPath, other: KeyPath) -> bool:
     return other[: len(path)] == path
 
 
-def _remove(value: Any, path: KeyPath):
-    # A list goes as a whole: without one item the others would have other indices.
+def _remove(value: Any, path: KeyPath) -> None:
+    # A list is removed as a whole: without one item the others would have other indices.
     while path and isinstance(path[-1], int):
         path = path[:-1]
     for step in path[:-1]:

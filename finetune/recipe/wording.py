@@ -1,4 +1,4 @@
-"""What a key takes, what stands there, and what was likely meant, in words; read from the JSON Schema."""
+"""In words: what a key takes, what was found there, and what was likely meant; read from the JSON Schema."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ YES, NO = ("true", "yes", "on"), ("false", "no", "off")
 
 
 def expected(about: dict[str, Any], schema: dict[str, Any]) -> str:
-    """What is taken: `a whole number, at least 1, or null`.
+    """What a key takes: `a whole number, at least 1, or null`.
 
     Args:
         about: the schema of the key.
@@ -23,7 +23,7 @@ def expected(about: dict[str, Any], schema: dict[str, Any]) -> str:
     texts: list[str] = []
     for choice in choices:
         if choice.get("type") == "integer" and "number" in kinds:
-            continue  # said by "a number"
+            continue  # "a number" includes it
         if choice.get("type") == "array":
             items = expected(choice["items"], schema)
             texts.append("a list of such" if items in texts else f"a list of {items}")
@@ -43,11 +43,11 @@ def _one(choice: dict[str, Any]) -> str:
         return ("a whole number" if kind == "integer" else "a number") + (f", {limits}" if limits else "")
     if "properties" in choice:
         return f"a mapping ({', '.join(choice['properties'])})" if len(choice["properties"]) < 10 else "a mapping"
-    return PLAIN[kind]
+    return PLAIN[choice["type"]]
 
 
 def found(value: Any) -> str:
-    """What stands there instead."""
+    """What was found in its place."""
     match value:
         case None:
             return "null"
@@ -66,7 +66,7 @@ def found(value: Any) -> str:
 
 
 def remedy(value: Any, about: dict[str, Any], schema: dict[str, Any]) -> str:
-    """What to write instead, where it can be guessed; else empty."""
+    """What to write instead; empty where it cannot be guessed."""
     choices = alternatives(about, schema)
     kinds = {choice.get("type") for choice in choices}
     if isinstance(value, float) and "integer" in kinds and value.is_integer() and abs(value) < 1e15:
@@ -86,5 +86,5 @@ def remedy(value: Any, about: dict[str, Any], schema: dict[str, Any]) -> str:
 
 
 def _words(choices: list[dict[str, Any]]) -> list[str]:
-    # Where only some words are allowed.
+    """The words that a key takes, where it takes only some."""
     return [word for choice in choices for word in [*choice.get("enum", ()), choice.get("const")] if word]

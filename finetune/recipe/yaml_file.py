@@ -8,7 +8,7 @@ that stands twice, a tag, a merge key and a second document are problems; anchor
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -33,12 +33,12 @@ class Document:
 
     value: Any
     places: dict[KeyPath, Place] = field(default_factory=dict)
-    """Of each key and list item, by its path; the document itself is `()`."""
+    """Of each key and list item, by its path; `()` is the document itself."""
     problems: list[tuple[KeyPath, Problem]] = field(default_factory=list)
-    """What is wrong, though the rest could be read, and with which value."""
+    """What is wrong, with the path of the value; the rest could be read."""
 
     def place(self, path: KeyPath) -> Place:
-        """Where `path` was written, or what is nearest above it."""
+        """Where `path` was written; where it was not, the place of its nearest parent."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places[path]
@@ -121,21 +121,34 @@ def plain_value(text: str) -> Any:
 
 @dataclass
 class _Node:
-    """A value with its place; lists and mappings hold nodes. Aliases share the node, so bombs cost nothing yet."""
+    """A value with its place; lists and mappings hold nodes.
+
+    Aliases share one node. `size` counts it as often as it is used, so that nested aliases are refused before they are
+    written out.
+    """
 
     value: Any
     place: Place
     size: int = 1
 
 
+class _Mark(Protocol):
+    """A place in PyYAML's words: line and column from 0."""
+
+    line: int
+    column: int
+
+
 class _Reader:
+    """Turns PyYAML's events into nodes, and collects what is wrong on the way."""
+
     def __init__(self, text: str, file: str, override: str | None):
         self.file, self.override = file, override
         self.events = yaml.parse(text, Loader=yaml.SafeLoader)
-        self.anchors: dict[str, _Node] = {}
+        self.anchors: dict[str | None, _Node] = {}
         self.problems: list[tuple[KeyPath, Problem]] = []
 
-    def place(self, mark: yaml.Mark | None) -> Place:
+    def place(self, mark: _Mark | None) -> Place:
         if mark is None or self.override is not None:
             return Place(self.file, override=self.override)
         return Place(self.file, mark.line + 1, mark.column + 1)
@@ -155,7 +168,7 @@ class _Reader:
             self._problem((), event, "a second document begins here", "a recipe is one document: remove the ---")
         return root
 
-    def _problem(self, path: KeyPath, event: yaml.Event, reason: str, remedy: str = ""):
+    def _problem(self, path: KeyPath, event: yaml.Event, reason: str, remedy: str = "") -> None:
         self.problems.append((path, Problem(self.place(event.start_mark), dotted(path), reason, remedy)))
 
     def _node(self, event: yaml.Event, path: KeyPath) -> _Node:
@@ -166,6 +179,7 @@ class _Reader:
                 )
                 return _Node(None, self.place(event.start_mark))
             return self.anchors[event.anchor]
+        assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent), "all other events end something"
         if event.tag is not None:
             self._problem(path, event, f"the tag {event.tag} is not allowed", "write the value plainly")
         if len(path) > MAX_DEPTH:
@@ -196,7 +210,7 @@ class _Reader:
             return None
 
     def _list(self, node: _Node, path: KeyPath) -> list[_Node]:
-        items = []
+        items: list[_Node] = []
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
             items.append(self._node(event, (*path, len(items))))
             node.size += items[-1].size
@@ -247,7 +261,7 @@ class _Writer(yaml.SafeDumper):
         style = '"' if any(mark in text for mark in "\x85\u2028\u2029\ufeff") else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
-    def ignore_aliases(self, data):
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 

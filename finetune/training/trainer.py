@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.batches.collate import Collator
 from finetune.batches.packing import split_batch
-from finetune.data.worker_processes import ended_by_the_trainer_alone
+from finetune.data.loader_workers import ignore_signals_from_others
 from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskEvaluation, TaskScore
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
@@ -141,7 +141,7 @@ class QwenVLTrainer(SFTTrainer):
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader: Any = super()._get_dataloader(*args, **kwargs)
         with_workers = loader.base_dataloader  # Accelerate's wrapper starts no workers itself
-        with_workers.worker_init_fn = partial(ended_by_the_trainer_alone, then=with_workers.worker_init_fn)
+        with_workers.worker_init_fn = partial(ignore_signals_from_others, then=with_workers.worker_init_fn)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

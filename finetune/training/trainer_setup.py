@@ -8,6 +8,7 @@ from trl import SFTConfig
 
 from finetune.batches.collate import Collator
 from finetune.batches.image_request import VisionCache
+from finetune.data.reading import rules_of
 from finetune.files.disk_space import check_disk_space
 from finetune.model.base import Base
 from finetune.recipe import Recipe
@@ -70,22 +71,13 @@ def make_trainer(
     if is_main:
         check_disk_space(run.path, checkpoint_bytes(trained, arguments), "the checkpoints")
     budget = plan.budget.of_all_processes(arguments.device)
+    rules = rules_of(recipe, base.processor)
     limits = {"eval": None if recipe.evaluate is None else recipe.evaluate.limit}
     trainer = QwenVLTrainer(
         trained.model,
         arguments,
         collators={
-            name: Collator(
-                samples,
-                base.processor.tokenizer,
-                base.processor.image_processor,
-                recipe.data.labels,
-                recipe.data.grounding,
-                base.processor.n_queries,
-                recipe.data.max_length,
-                recipe.data.on_long,
-                cache,
-            )
+            name: Collator(samples, rules, base.processor.image_processor, cache)
             for name, samples in data.samples.items()
         },
         indices={
@@ -94,7 +86,7 @@ def make_trainer(
         run=run,
         tokens_per_batch=budget.tokens,
         out_of_memory=budget.lowered,
-        learning_rates=recipe.train.learning_rates and recipe.train.learning_rates.model_dump(),
+        learning_rates=None if recipe.train.learning_rates is None else recipe.train.learning_rates.model_dump(),
         vision_layer_decay=recipe.train.vision_layer_decay,
         shuffle=recipe.data.shuffle,
         task_evaluation=data.task,

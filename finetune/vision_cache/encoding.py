@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.batches.budget import ENCODED_TOGETHER
 from finetune.batches.image_request import read_pixels
+from finetune.data.loader_workers import ignore_signals_from_others
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import SHOWN_PROBLEMS
-from finetune.data.worker_processes import ended_by_the_trainer_alone
 from finetune.errors import UserError
 from finetune.memory.free_memory import free_host_memory
 from finetune.model.computing import own_device
@@ -260,7 +260,7 @@ class _Encoding:
             batch_sampler=left,
             num_workers=self.data.workers,
             collate_fn=_together,
-            worker_init_fn=ended_by_the_trainer_alone,
+            worker_init_fn=ignore_signals_from_others,
             pin_memory=self.device.type == "cuda",
             # A separate generator leaves the random numbers of the training as they are without a cache.
             generator=torch.Generator(),

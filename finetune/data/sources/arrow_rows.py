@@ -1,7 +1,7 @@
 """Rows of the datasets library: Parquet files, folders written by `save_to_disk`, datasets of the hub.
 
-They lie in memory-mapped Arrow files, which loader workers share. Images are read as they are stored, never decoded,
-and where only the text of rows is wanted, their bytes are not even read from disk.
+The rows are in memory-mapped Arrow files, which loader workers share. Images are read as they are stored, never
+decoded; a scan for text does not read their bytes from disk.
 """
 
 import copy
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 BLOCK = 256
 """Rows that `scan` takes from the files at once."""
 ORIGIN = {"file": pa.string(), "row": pa.int64()}
-"""A column `origin` of these says of each row where it was before `finetune prepare` took it."""
+"""Fields of the column `origin`: where each row was before `finetune prepare` copied it."""
 _STAND_IN = b"\0"
 _ENDS = 1 << 20  # bytes
 
 
 class ArrowRows(Rows):
-    """The rows of one split of a `datasets.Dataset`. Rows with an `origin` (see `ORIGIN`) are told by it.
+    """The rows of one split of a `datasets.Dataset`; the origin of a row that has the column `origin` is that one.
 
     Args:
         dataset: a split.
         name: the source, as the recipe names it.
         folder: see `Rows`.
-        digest: of the files, where the dataset's own fingerprint does not follow their content.
+        digest: of the files; empty takes the dataset's own fingerprint.
     """
 
     def __init__(self, dataset: "datasets.Dataset", name: str, folder: Path, digest: str = ""):
@@ -82,8 +82,10 @@ def is_origin(schema: pa.Schema) -> bool:
 
 
 def files_digest(files: list[Path]) -> str:
-    """Digest of large binary files by their sizes and their first and last mebibyte: the footers of Parquet and Arrow
-    files say where everything is, and reading all of it would cost as much as an epoch."""
+    """Digest of large binary files by their sizes and their first and last mebibyte.
+
+    The footers of Parquet and Arrow files say where everything is; reading all of it would take as long as an epoch.
+    """
     digest = sha256()
     for file in files:
         size = file.stat().st_size
@@ -96,11 +98,11 @@ def files_digest(files: list[Path]) -> str:
 
 
 def _undecoded(features: "datasets.Features") -> "datasets.Features":
-    """The features with every image, and other media, left as bytes and path, at any depth."""
+    """The features with decoding switched off for images and other media, at any depth."""
     import datasets
 
     def leave(feature: Any) -> Any:
-        # Everything that has a switch for it is media, but for JSON, whose values are kept as its text.
+        # Only media have this switch, and JSON, whose values are decoded.
         if hasattr(feature, "decode") and not isinstance(feature, datasets.Json):
             feature = copy.copy(feature)
             feature.decode = False
@@ -129,7 +131,7 @@ def _without_bytes(column: pa.Array) -> pa.Array:
         names = [kind.field(i).name for i in range(kind.num_fields)]
         return pa.StructArray.from_arrays(inner, names=names, mask=pc.is_null(column)) if inner else column
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        # `flatten` gives the values of this slice only, so the offsets are counted anew.
+        # `flatten` gives the values of this slice only, so the offsets are recomputed.
         lengths = pc.fill_null(pc.list_value_length(column), 0)
         offsets = pa.array(
             [0, *pc.cumulative_sum(lengths).to_pylist()], pa.int64() if pa.types.is_large_list(kind) else pa.int32()

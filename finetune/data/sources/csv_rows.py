@@ -1,6 +1,6 @@
 """Rows of a CSV or TSV file, by number: a header, then a record for each row; every value is text.
 
-Nothing is made a number or a date: an answer of `007` stays that. An empty field is a value that is not there.
+Nothing is converted to a number or a date: an answer of `007` stays so. An empty field is a missing value.
 """
 
 import codecs
@@ -10,9 +10,10 @@ from array import array
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from finetune.data.sample import BadRow, DataError, Origin
+from finetune.data.sources.local_files import open_data
 from finetune.data.sources.rows import Rows
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -22,14 +23,14 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 class CsvRows(Rows):
     """The rows of a CSV file (UTF-8, quoted as in RFC 4180; quoted fields may hold line breaks).
 
-    Opening it reads it once, for the places of the records and its digest; 24 bytes a row are kept.
+    The constructor reads the file once, for the positions of the records and a digest; 24 bytes a row are kept.
 
     Args:
         path, name: see `Rows`.
         delimiter: between fields.
 
     Raises:
-        DataError: no UTF-8, quotes that do not match, no header, or a header that names a column twice or none.
+        DataError: not UTF-8, quotes that do not match, no header, or a header that does not name every column once.
     """
 
     def __init__(self, path: Path, name: str, delimiter: str = ","):
@@ -38,9 +39,8 @@ class CsvRows(Rows):
         self._offsets = array("q", [0])  # bytes; of record i (the header is 0) and, last, of the end
         self._lines = array("q", [1])  # the line that the record begins in, from 1
         self._header: list[str] = []
-        digest = sha256()
         with path.open("rb") as file:
-            lines = _Lines(file, name, digest)
+            lines = _Lines(file, name)
             records = csv.reader(lines, delimiter=delimiter, strict=True)
             try:
                 for record in records:
@@ -53,11 +53,11 @@ class CsvRows(Rows):
                         self._offsets[-1], self._lines[-1] = lines.bytes, records.line_num + 1
             except csv.Error as error:
                 raise DataError(
-                    f"{name}: line {records.line_num}: {error}; no row can be told from there on"
+                    f"{name}: line {records.line_num}: {error}; the rows after it cannot be read"
                 ) from error
         if not self._header:
             raise DataError(f"{name}: is empty; its first line must name the columns")
-        self._digest = digest.hexdigest()
+        self._digest = lines.digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._offsets) - 2
@@ -67,10 +67,10 @@ class CsvRows(Rows):
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         record = range(len(self))[index] + 1
-        with self._path.open("rb") as file:
+        with open_data(self._path) as file:
             file.seek(self._offsets[record])
             data = file.read(self._offsets[record + 1] - self._offsets[record])
-        # Lines end at \n only, as they did when their places were noted.
+        # Lines end at \n only, as they did when their positions were noted.
         lines = io.StringIO(data.decode(errors="replace"), newline="\n")
         values = next(csv.reader(lines, delimiter=self._delimiter), [])
         if len(values) != len(self._header):
@@ -92,20 +92,20 @@ class CsvRows(Rows):
 
 
 class _Lines(Iterator[str]):
-    """The lines of a file as text, and how many bytes they were."""
+    """The lines of a file as text; `bytes` and `digest` are of those that were read."""
 
-    def __init__(self, file, name: str, digest):
-        self._file, self._name, self._digest = file, name, digest
-        self.bytes = 0
+    def __init__(self, file: BinaryIO, name: str):
+        self._file, self._name = file, name
+        self.bytes, self.digest = 0, sha256()
 
     def __next__(self) -> str:
         line = next(self._file)
-        self._digest.update(line)
+        self.digest.update(line)
         bom = len(codecs.BOM_UTF8) if not self.bytes and line.startswith(codecs.BOM_UTF8) else 0
         try:
             text = line[bom:].decode()
         except UnicodeDecodeError as error:
             place = self.bytes + bom + error.start
-            raise DataError(f"{self._name}: byte {place} is no UTF-8; save the file as UTF-8") from error
+            raise DataError(f"{self._name}: byte {place} is not UTF-8; save the file as UTF-8") from error
         self.bytes += len(line)
         return text

@@ -1,4 +1,4 @@
-"""A folder of images with a metadata file, as the datasets library has it.
+"""A folder of images with a metadata file, in the layout of the datasets library.
 
 `file_name` (or `file_names`), a path within the folder, stands for the column `image` (`images`), and `X_file_name`
 for `X`.

@@ -1,6 +1,6 @@
-"""A JSON file that holds a list, however long: where its elements lie, found in one pass that keeps none of them.
+"""Find the elements of a JSON file that holds a list, of any length, in one pass that keeps none of them.
 
-The file is read through a window that holds a mebibyte, or one element where that is longer.
+The file is read through a window of a mebibyte, or of one element where that is longer.
 """
 
 import codecs
@@ -15,17 +15,17 @@ from finetune.data.sample import DataError
 
 CHUNK = 1 << 20
 """Bytes read at once."""
-_EDGE = 16  # characters: the longest beginning of a number, literal or escape that looks wrong until the rest is there
+_EDGE = 16  # characters: the longest part of a number, literal or escape that looks wrong without its end
 _SPACE = re.compile(r"[ \t\n\r]*")
 _KEY = re.compile(r'[ \t\n\r]*("(?:[^"\\]|\\.)*")[ \t\n\r]*:[ \t\n\r]*')
 _TURNS = ("messages", "conversations", "prompt")  # lists that a single row holds
 
 
-def find_elements(path: Path, name: str) -> tuple[array, array, str]:
+def find_elements(path: Path, name: str) -> tuple["array[int]", "array[int]", str]:
     """Where the elements of a file's list begin and end, in bytes from its beginning; and the file's SHA-256.
 
     Raises:
-        DataError: no JSON (with line and column), no list, or no UTF-8.
+        DataError: not JSON (with line and column), not a list, or not UTF-8.
     """
     starts, ends = array("q"), array("q")
     with path.open("rb") as file:
@@ -90,12 +90,12 @@ class _Window:
 
     def skip_space(self) -> None:
         while True:
-            self.advance(_SPACE.match(self.text, self.at).end() - self.at)
+            self.advance(_after_space(self.text, self.at) - self.at)
             if self.at < len(self.text) or not self._take():
                 return
 
     def skip_value(self) -> None:
-        """Go past one value.
+        """Advance past one value.
 
         Raises:
             DataError: there is none.
@@ -110,13 +110,13 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.name}: cannot be read as JSON ({why_unreadable(error)})") from error
             else:
-                # A number at the end of the window may go on behind it.
+                # A number at the end of the window may continue after it.
                 if end <= len(self.text) - _EDGE or not self._take():
                     self.advance(end - self.at)
                     return
 
     def refuse(self, reason: str, place: int | None = None) -> NoReturn:
-        """Raises DataError with line and column of `place`, in characters of `text`; None is where reading stands."""
+        """Raise a DataError with line and column of `place`, in characters of `text`; None is the current position."""
         place = self.at if place is None else place
         line = self._lines + self.text.count("\n", 0, place) + 1
         newline = self.text.rfind("\n", 0, place)
@@ -129,7 +129,7 @@ class _Window:
     def refuse_other_than_list(self) -> NoReturn:
         first = self.next()
         if first != "{":
-            self.skip_value()  # which says what is wrong where it is no JSON
+            self.skip_value()  # raises where it is not JSON
             kind = {'"': "text", "t": "a truth value", "f": "a truth value", "n": "null"}.get(first, "a number")
             raise DataError(f"{self.name}: must hold a list of rows, not {kind}")
         key, remedy = self._first_list(), ""
@@ -152,18 +152,18 @@ class _Window:
                 _, end = self._values.raw_decode(self.text, key.end())
             except (ValueError, RecursionError):
                 return None
-            at = _SPACE.match(self.text, end).end() + 1
+            at = _after_space(self.text, end) + 1
         return None
 
     def _take(self) -> bool:
-        """Let go of what was read and take more of the file, as much again as is left; False at its end."""
+        """Drop what was read and read on, at least as much as is left in the window; False at the file's end."""
         data = self._file.read(max(CHUNK, len(self.text) - self.at))
         self.digest.update(data)
         try:
             more = self._decode(data, final=not data)
         except UnicodeDecodeError as error:
             place = self._taken - (len(error.object) - len(data)) + error.start
-            raise DataError(f"{self.name}: cannot be read as JSON (byte {place} is no UTF-8)") from error
+            raise DataError(f"{self.name}: cannot be read as JSON (byte {place} is not UTF-8)") from error
         self._taken += len(data)
         if not data:
             return False
@@ -174,14 +174,21 @@ class _Window:
         return True
 
 
+def _after_space(text: str, at: int) -> int:
+    """The first place from `at` on that is not white space."""
+    space = _SPACE.match(text, at)
+    assert space is not None, "the pattern matches no characters as well"
+    return space.end()
+
+
 def why_unreadable(error: Exception) -> str:
-    """What else than its grammar keeps JSON from being read."""
+    """Why JSON that may be well-formed cannot be read."""
     if isinstance(error, UnicodeDecodeError):
-        return f"byte {error.start} is no UTF-8"
+        return f"byte {error.start} is not UTF-8"
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
 
 
 def kind_of(value: Any) -> str:
-    """JSON's own word for a value."""
+    """What JSON calls a value."""
     names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,23 +1,24 @@
 """Rows of a JSON or JSON Lines file, by number.
 
-A file may have millions of rows: of each only the place in the file is kept, 16 bytes, and the row itself is read when
-it is asked for.
+A file may have millions of rows: only the position of each in the file is kept, 16 bytes, and the row is read on
+access.
 """
 
 import codecs
 import json
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune.data.sample import BadRow, DataError, Origin
 from finetune.data.sources.json_list import find_elements, kind_of, why_unreadable
+from finetune.data.sources.local_files import open_data
 
 
-class Rows(Sequence[Mapping[str, Any]]):
+class Rows(ABC):
     """Raw rows by number, from 0, as mappings of columns to values; images are not decoded.
 
     Attributes:
@@ -28,14 +29,29 @@ class Rows(Sequence[Mapping[str, Any]]):
     name: str
     folder: Path
 
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Row `index`.
+
+        Raises:
+            BadRow: it cannot be read.
+            DataError: its file cannot be read.
+        """
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
     def origin(self, index: int) -> Origin:
         """Where row `index` came from."""
         return Origin(self.name, index + 1)
 
     def scan(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
-        """Rows `start` to `stop` in order, for their text: the bytes of images may be a stand-in.
+        """Rows `start` to `stop` in order, for their text: placeholders may replace the bytes of images.
 
-        A row that cannot be read comes as the error itself, so that the ones after it are read too.
+        A row that cannot be read comes as its error, so that the rows after it are read too.
         """
         for index in range(start, stop):
             try:
@@ -49,25 +65,25 @@ class Rows(Sequence[Mapping[str, Any]]):
 
 
 class TextRows(Rows):
-    """Rows of a text file, each read from its place when it is asked for.
+    """Rows of a text file, each read from its position on access.
 
-    A subclass finds the places (`_path`, `_starts`, `_digest`) and reads the row at one.
+    A subclass sets `_path`, `_starts` (the positions) and `_digest`, and reads a row at its position.
     """
 
     _path: Path
-    _starts: array
+    _starts: "array[int]"
     _digest: str
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        # Opened anew each time: loader workers that share an open file would move each other's place in it.
-        with self._path.open("rb") as file:
+        # Opened for each row: loader workers that share an open file would move each other's position in it.
+        with open_data(self._path) as file:
             return self._read(file, index)
 
     def scan(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
-        with self._path.open("rb") as file:
+        with open_data(self._path) as file:
             for index in range(start, stop):
                 try:
                     yield self._read(file, index)
@@ -85,10 +101,10 @@ class TextRows(Rows):
 class JsonRows(TextRows):
     """The rows of a JSON file that holds a list.
 
-    Opening it reads it once, for the places of the rows and its digest.
+    The constructor reads the file once, for the positions of the rows and a digest.
 
     Raises:
-        DataError: no JSON, or no list.
+        DataError: not JSON, or not a list.
     """
 
     def __init__(self, path: Path, name: str):
@@ -104,11 +120,11 @@ class JsonRows(TextRows):
 class JsonLinesRows(TextRows):
     """The rows of a JSON Lines file (UTF-8; a byte order mark, CRLF and empty lines are fine).
 
-    Opening it reads it once, for the places of the lines and its digest. A line that is no JSON is an error of its own
-    row only.
+    The constructor reads the file once, for the positions of the lines and a digest. A line that is not JSON is an
+    error of its own row only.
 
     Raises:
-        DataError: UTF-16, or no file of lines at all.
+        DataError: the file is UTF-16.
     """
 
     def __init__(self, path: Path, name: str):
@@ -138,15 +154,15 @@ class JsonLinesRows(TextRows):
 
 
 def row_from_json(data: bytes, origin: Origin, field: str) -> Mapping[str, Any]:
-    """The row that its JSON text gives; `field` is what a problem calls the text.
+    """The row of a JSON text; `field` is what a problem calls the text.
 
     Raises:
-        BadRow: no JSON, or no object.
+        BadRow: not JSON, or not an object.
     """
     try:
         row = json.loads(data.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise BadRow(origin, field, f"is no JSON (column {error.colno}: {error.msg})") from error
+        raise BadRow(origin, field, f"is not JSON (column {error.colno}: {error.msg})") from error
     except (ValueError, RecursionError) as error:
         raise BadRow(origin, field, f"cannot be read as JSON ({why_unreadable(error)})") from error
     if not isinstance(row, dict):

@@ -1,14 +1,15 @@
-"""Hub datasets row by row: fetched into a folder of the datasets cache once, then read as any Arrow rows.
+"""Hub datasets row by row: fetched into a folder of the datasets cache once, then read like other Arrow rows.
 
-For the first thousands of rows of a dataset that would fill the disk. What is fetched is exactly `limit` rows (and
-what the hub's own files make come with them: a row group of a Parquet file), so lengths are known and the data is
-checked before training, as always. The rows come in parts of bounded size, each whole or not there, so a fetch that
-was cut off goes on where it stopped; rows that are there are never asked of the hub again, and need no network.
+For the first thousands of rows of a dataset that would fill the disk. Exactly `limit` rows are kept (the hub sends
+whole row groups of a Parquet file), so that lengths are known and the data is checked before training, as always. The
+rows are written in parts of bounded size, each whole or not there: a fetch that was interrupted continues where it
+stopped. Rows that were fetched are not fetched again, and need no network.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import islice
@@ -22,29 +23,30 @@ from finetune.data.row_progress import RowProgress
 from finetune.data.sample import DataError
 from finetune.data.sources.arrow_rows import ArrowRows
 from finetune.data.sources.rows import Rows
-from finetune.errors import Failed, Interrupted
+from finetune.errors import Failed, Interrupted, UserError
 from finetune.files.atomic_writes import clean_partials, write_text, writing_file
+from finetune.files.path_errors import path_errors
 
 if TYPE_CHECKING:
     import datasets
 
 BLOCK_ROWS = 100
-"""Rows fetched before they are counted and measured."""
+"""Rows fetched at once."""
 PART_ROWS, PART_BYTES = 10_000, 128 << 20
-"""A part is written when it has one of these."""
+"""A part is written when it has this many rows or bytes."""
 STATE_FILE = "stream.json"
 
 
 @dataclass
 class Fetched:
-    """What of a dataset is in its folder; `stream.json` has it.
+    """What has been fetched of a dataset, as `stream.json` has it.
 
     Attributes:
         dataset, config, split: what is streamed.
         revision: the dataset's commit on the hub.
         parts: file name and rows of each part, in order.
-        position: where the stream stands behind the last part, as the datasets library says it.
-        complete: whether that is the end.
+        position: of the stream after the last part; the datasets library's `state_dict`.
+        complete: whether that is the end of the dataset.
     """
 
     dataset: str
@@ -64,22 +66,29 @@ class Fetched:
 
 
 def read_stream(dataset_id: str, config: str | None, split: str | None, limit: int | None) -> Rows:
-    """The first `limit` rows of a hub dataset (None: all), fetched as far as they are not here yet.
+    """The first `limit` rows of a hub dataset (None: all); those that are missing here are fetched.
 
-    Several processes may ask for the same: one fetches, the others wait.
+    Where several processes ask for the same dataset, one fetches and the others wait.
 
     Raises:
-        DataError: the dataset cannot be had, was changed since the fetch began, or its rows do not fit one another.
+        DataError: the dataset cannot be loaded, was changed since the fetch began, or its rows have different types.
+        PathError: the rows cannot be written to the datasets cache.
         Failed: the connection broke; what was fetched until then stays.
     """
     folder = stream_folder(dataset_id, config, split or "train")
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        fetched = _read_state(folder)
-        if fetched is None or not fetched.has(limit):
-            clean_partials(folder)
-            fetched = _fetch(folder, fetched, dataset_id, config, split or "train", limit)
+    with _cache_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            fetched = _read_state(folder)
+            if fetched is None or not fetched.has(limit):
+                clean_partials(folder)
+                fetched = _fetch(folder, fetched, dataset_id, config, split or "train", limit)
     return _rows(folder, fetched, limit)
+
+
+def _cache_errors(folder: Path) -> AbstractContextManager[None]:
+    """Turn an OSError about the folder in the datasets cache into an error for the user."""
+    return path_errors(folder, "keep the streamed rows in", "Make room there, or set HF_HOME to a folder elsewhere")
 
 
 def stream_folder(dataset_id: str, config: str | None, split: str) -> Path:
@@ -100,6 +109,8 @@ def _fetch(
     try:
         builder = datasets.load_dataset_builder(dataset_id, config)
         stream = builder.as_streaming_dataset(split=split)
+    except Interrupted:
+        raise
     except Exception as error:  # no network, no such dataset, no right to it, an unknown config or split, ...
         raise DataError(
             f"{name}: cannot be streamed from the hub ({type(error).__name__}: {error}); streaming has whole splits "
@@ -110,7 +121,7 @@ def _fetch(
     elif fetched.revision != str(builder.hash):
         raise DataError(
             f"{name}: was changed on the hub since its first {fetched.rows:,} rows were fetched; delete {folder} to "
-            "fetch it anew, or set limit to no more than these rows"
+            "fetch it again, or set limit to no more than these rows"
         )
     if stream.features is not None:
         stream = stream.decode(False)
@@ -119,7 +130,7 @@ def _fetch(
 
     wanted = None if limit is None else limit - fetched.rows
     spool = _Spool(folder, fetched, name)
-    # The state is asked for after a row was taken, and before the next one is: it then says where the next one is.
+    # The position is asked for after the last row of a block and before the next one: it is where the next one is.
     rows = iter(stream)
     with RowProgress(f"fetching {name}", limit, fetched.rows) as progress:
         try:
@@ -127,7 +138,7 @@ def _fetch(
                 spool.add(block, stream.state_dict())
                 progress.add(len(block))
                 wanted = None if wanted is None else wanted - len(block)
-        except (DataError, Interrupted):
+        except (UserError, Failed, Interrupted):
             raise
         except Exception as error:  # whatever a connection or a damaged file raises, in several libraries
             spool.flush()
@@ -142,7 +153,7 @@ def _fetch(
 
 
 class _Spool:
-    """Blocks of rows until they are a part."""
+    """Collects blocks of rows, and writes them as parts."""
 
     def __init__(self, folder: Path, fetched: Fetched, name: str):
         self.folder, self.fetched, self.name = folder, fetched, name
@@ -150,7 +161,7 @@ class _Spool:
         self._features = _features(folder / fetched.parts[0][0]) if fetched.parts else None
 
     def add(self, rows: list[Mapping[str, Any]], position: dict[str, Any]) -> None:
-        """Take rows, and where the stream stands behind them.
+        """Take rows, and the position of the stream after them.
 
         Raises:
             DataError: a row does not fit the ones before.
@@ -161,15 +172,20 @@ class _Spool:
             self.flush()
 
     def flush(self, complete: bool = False) -> None:
-        """Write what was taken as a part, and the state with it."""
-        if self._blocks:
-            name = f"part-{len(self.fetched.parts):05}.arrow"
-            _write_arrow(self.folder / name, [table for table, _ in self._blocks])
-            self.fetched.parts.append((name, sum(len(table) for table, _ in self._blocks)))
-            self.fetched.position = self._blocks[-1][1]
-            self._blocks = []
-        self.fetched.complete = complete
-        write_text(self.folder / STATE_FILE, json.dumps(asdict(self.fetched), indent=1) + "\n")
+        """Write the rows that were taken as a part, and then the state.
+
+        Raises:
+            PathError: the datasets cache cannot be written.
+        """
+        with _cache_errors(self.folder):
+            if self._blocks:
+                name = f"part-{len(self.fetched.parts):05}.arrow"
+                _write_arrow(self.folder / name, [table for table, _ in self._blocks])
+                self.fetched.parts.append((name, sum(len(table) for table, _ in self._blocks)))
+                self.fetched.position = self._blocks[-1][1]
+                self._blocks = []
+            self.fetched.complete = complete
+            write_text(self.folder / STATE_FILE, json.dumps(asdict(self.fetched), indent=1) + "\n")
 
     def _table(self, rows: list[Mapping[str, Any]]) -> pa.Table:
         import datasets
@@ -182,7 +198,7 @@ class _Spool:
         try:
             columns = {name: [row.get(name) for row in rows] for name in names}
             block = datasets.Dataset.from_dict(columns, features=self._features)
-            # Images that the dataset keeps as files of the hub come in too.
+            # With the bytes of images that the dataset keeps as files of the hub.
             table = datasets.table.embed_table_storage(block.data.table)
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise DataError(
@@ -199,35 +215,38 @@ def _rows(folder: Path, fetched: Fetched, limit: int | None) -> Rows:
     dataset = datasets.concatenate_datasets(parts)
     if limit is not None and limit < len(dataset):
         dataset = dataset.select(range(limit))
-    # By what the rows are and not how they lie: the same whether they came in one go or several.
+    # Of what the rows are, not of their files: the same whether they were fetched at once or in parts.
     made_of = [fetched.dataset, fetched.config, fetched.split, fetched.revision]
     digest = sha256(json.dumps(made_of).encode()).hexdigest()
     return ArrowRows(dataset, f"{fetched.dataset} [{fetched.split}]", folder, digest)
 
 
 def _read_state(folder: Path) -> Fetched | None:
-    """What was fetched, as far as its parts are still there and whole."""
+    """What was fetched before; None where nothing was.
+
+    Raises:
+        DataError: the state or a part of the rows is damaged.
+    """
     try:
-        stored = json.loads((folder / STATE_FILE).read_text())
+        fetched = Fetched(**json.loads((folder / STATE_FILE).read_text()))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise DataError(
-            f"{folder / STATE_FILE} is damaged ({error}): delete {folder} to fetch the rows anew"
-        ) from None
-    fetched = Fetched(**stored)
+            f"{folder / STATE_FILE} is damaged ({error}): delete {folder} to fetch the rows again"
+        ) from error
     for name, rows in fetched.parts:
         try:
-            there = sum(batch.num_rows for batch in _batches(folder / name))
+            found = sum(batch.num_rows for batch in _batches(folder / name))
         except (OSError, pa.ArrowException):
-            there = None
-        if there != rows:
-            raise DataError(f"{folder / name} is missing or damaged: delete {folder} to fetch the rows anew")
+            found = -1
+        if found != rows:
+            raise DataError(f"{folder / name} is missing or damaged: delete {folder} to fetch the rows again")
     return fetched
 
 
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
-    # Mapped, so that of the batches only their headers are read.
+    # Memory-mapped, so that only the headers of the batches are read.
     with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
         yield from reader
 

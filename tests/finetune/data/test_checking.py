@@ -123,7 +123,7 @@ def test_long_samples_are_an_error(check, tmp_path):
 REFUSED = [
     (chat(images=["gone.png"]), "images[0]", "there is no file"),
     (chat(images=["a.png", "../outside.png"]), "images[1]", "lies outside"),
-    (chat(images=["fifo"]), "images[0]", "is no regular file"),
+    (chat(images=["fifo"]), "images[0]", "is not a regular file"),
     (chat(images=["https://example.org/a.png"]), "images[0]", "allow URLs"),
     ({"messages": [{"role": "user", "content": "Hi"}]}, "messages", "no assistant's turn"),
     (chat("Hi", "\ud800"), "messages", "surrogate"),
@@ -152,7 +152,7 @@ def test_bad_rows_are_one_error_of_all(check, tmp_path):
         check(rows)
     first, *listed, last = str(caught.value).splitlines()
     assert first.startswith(
-        "of 2,346 samples, 2,345 cannot be used (mend them, or leave them out with on_bad_row: skip)"
+        "of 2,346 samples, 2,345 cannot be used (fix them, or leave them out with on_bad_row: skip)"
     )
     assert len(listed) == 20
     assert listed[0] == f"  {tmp_path / 'train.jsonl'}, row 2, messages[1].content: is blank"

@@ -23,6 +23,7 @@ from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.files.disk_space import NotEnoughDiskSpace
 from finetune.recipe import Recipe, load_recipe
 from finetune.run.folder import RunFolder
+from finetune.terminal import labelled
 from finetune.training.train import train
 from qwenvl import QwenVLProcessor
 from qwenvl.images.images import ImageAccess, load_image
@@ -40,8 +41,13 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(preparing, "SHARD_ROWS", 4)
 
 
-def silent(line):
+def silent(*line):
     pass
+
+
+def noting(said: list[str]):
+    """A `say` that collects the lines."""
+    return lambda label, text="": said.append(labelled(label, text))
 
 
 def write_lines(file, rows):
@@ -84,7 +90,9 @@ def mixed_sources(folder, weights):
 
 def recipe_from(file, said: list[str], output) -> Recipe:
     """The recipe of a file with what `prepare` said to put into it."""
-    snippet = yaml.safe_load("\n".join(said[said.index("In the recipe, in place of what is there:") + 1 :]))
+    snippet = yaml.safe_load(
+        "\n".join(said[said.index("to use it   put this into the recipe, in place of what is there:") + 1 :])
+    )
     changes = {f"{section}.{key}": value for section, keys in snippet.items() for key, value in keys.items()}
     return load_recipe(file, [f"output={output}", *(f"{key}={json.dumps(value)}" for key, value in changes.items())])
 
@@ -108,7 +116,7 @@ def test_samples_are_the_same(tmp_path, tiny_processor, small_shards, weights):
         write_recipe(tmp_path, data__train=mixed_sources(tmp_path, weights), data__images_root=str(tmp_path))
     )
     said = []
-    manifest = prepare(recipe, tmp_path / "prepared", say=said.append)
+    manifest = prepare(recipe, tmp_path / "prepared", say=noting(said))
     assert manifest.complete
     _, wanted = read(recipe, tiny_processor.tokenizer)
     prepared = recipe_from(tmp_path / "recipe.yaml", said, tmp_path / "other")
@@ -132,7 +140,7 @@ def test_training_from_it_is_training_from_the_originals(tmp_path, small_shards)
     sources = [{"path": str(tmp_path / name), "format": "messages"} for name in ("train.jsonl", "more.jsonl")]
     recipe = load_recipe(file, [f"data.train={json.dumps([sources[0], {**sources[1], 'weight': 1.4}])}"])
     said = []
-    prepare(recipe, tmp_path / "prepared", say=said.append)
+    prepare(recipe, tmp_path / "prepared", say=noting(said))
     runs = [
         RunFolder(train(wanted, silent))
         for wanted in (recipe, recipe_from(tmp_path / "recipe.yaml", said, tmp_path / "prepared_run"))
@@ -148,7 +156,7 @@ def test_training_from_it_is_training_from_the_originals(tmp_path, small_shards)
 def test_rows_are_told_by_their_first_place(tmp_path, tiny_processor):
     recipe = load_recipe(write_recipe(tmp_path))
     said = []
-    prepare(recipe, tmp_path / "prepared", say=said.append)
+    prepare(recipe, tmp_path / "prepared", say=noting(said))
     samples = Samples(recipe_from(tmp_path / "recipe.yaml", said, tmp_path / "other").data.train)
     assert str(samples[9].origin) == f"{tmp_path / 'train.jsonl'}, row 10"
     with pytest.raises(DataError, match=rf"{tmp_path / 'train.jsonl'}, row 11, length"):
@@ -164,7 +172,7 @@ def test_larger_images_become_copies(tmp_path, small_shards):
     source = {"path": write_lines(tmp_path / "captions.jsonl", rows), "format": "caption"}
     recipe = load_recipe(write_recipe(tmp_path, data__train=[source], data__images_root=str(tmp_path)))
     said = []
-    prepare(recipe, tmp_path / "prepared", 120, say=said.append)
+    prepare(recipe, tmp_path / "prepared", 120, say=noting(said))
     assert any("pixels are smaller copies" in line for line in said)
     table = pq.read_table(tmp_path / "prepared" / "train" / "00000.parquet")
     png, jpeg, same = (row["images"][0]["bytes"] for row in table.to_pylist())
@@ -215,9 +223,9 @@ def test_an_interrupted_prepare_goes_on(tmp_path, monkeypatch, small_shards, err
     said = []
     with monkeypatch.context() as patch:
         written = fail_at(patch, 0, None)
-        prepare(recipe, tmp_path / "prepared", say=said.append)
-    assert "going on: 1 of 4 files are there" in said
-    assert "train/00001.parquet is missing or damaged: it is written again" in said
+        prepare(recipe, tmp_path / "prepared", say=noting(said))
+    assert "continuing  1 of 4 files are there" in said
+    assert "damaged     train/00001.parquet is missing or damaged: it is written again" in said
     assert [len(table) for table in written] == [4, 4, 2]
     names = [f"train/0000{number}.parquet" for number in range(4)]
     for name in names:
@@ -230,9 +238,9 @@ def test_an_interrupted_prepare_goes_on(tmp_path, monkeypatch, small_shards, err
 def test_what_is_prepared_is_not_written_again(tmp_path, monkeypatch):
     recipe = load_recipe(write_recipe(tmp_path))
     first, second = [], []
-    prepare(recipe, tmp_path / "prepared", say=first.append)
+    prepare(recipe, tmp_path / "prepared", say=noting(first))
     fail_at(monkeypatch, 1, AssertionError("written again"))
-    prepare(recipe, tmp_path / "prepared", say=second.append)
+    prepare(recipe, tmp_path / "prepared", say=noting(second))
     assert second == first
 
 
@@ -250,8 +258,26 @@ def test_other_input_is_refused_with_the_difference(tmp_path):
     assert (tmp_path / "prepared" / "prepared.json").read_bytes() == before
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
-    with pytest.raises(UserError, match=r"no prepared data and not empty \(thesis.txt\)"):
+    with pytest.raises(UserError, match=r"not prepared data and not empty \(thesis.txt\)"):
         prepare(load_recipe(file), tmp_path / "full", say=silent)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path))
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(UserError, match=rf"cannot .* {tmp_path / 'file'}: .*file"):
+        prepare(recipe, tmp_path / "file", say=silent)
+    with pytest.raises(UserError, match=r"cannot .*file"):
+        prepare(recipe, tmp_path / "file" / "below", say=silent)
+
+
+def test_a_damaged_manifest_is_refused(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path))
+    prepare(recipe, tmp_path / "prepared", say=silent)
+    for text in ("{", "[1]", "{}", '{"made_from": {}, "counts": {}, "other": 1}', "\xff"):
+        (tmp_path / "prepared" / "prepared.json").write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=r"prepared.json is damaged .*: remove .* to prepare the data again"):
+            prepare(recipe, tmp_path / "prepared", say=silent)
 
 
 def with_bad_images(folder):
@@ -272,7 +298,7 @@ def test_bad_images_are_found(tmp_path, small_shards):
     with pytest.raises(DataError) as caught:
         prepare(recipe, tmp_path / "prepared", say=silent)
     text = str(caught.value)
-    assert "of 12 samples, 2 have images that cannot be read (mend them, or leave them out with on_bad_row" in text
+    assert "of 12 samples, 2 have images that cannot be read (fix them, or leave them out with on_bad_row" in text
     assert f"{tmp_path / 'captions.jsonl'}, row 6, images[0]: 5.jpg: its JPEG data cannot be decoded" in text
     assert f"{tmp_path / 'captions.jsonl'}, row 11, images[0]: 10.png: its content is not an image" in text
     folder = tmp_path / "prepared" / "train"
@@ -293,7 +319,7 @@ def test_bad_images_are_found(tmp_path, small_shards):
 def test_bad_images_are_left_out_and_listed(tmp_path, small_shards, tiny_processor):
     file = write_recipe(tmp_path, data__train=[with_bad_images(tmp_path)], data__images_root=str(tmp_path))
     recipe, said = load_recipe(file, ["data.on_bad_row=skip"]), []
-    manifest = prepare(recipe, tmp_path / "prepared", say=said.append)
+    manifest = prepare(recipe, tmp_path / "prepared", say=noting(said))
     assert [shard["rows"] for shard in manifest.shards.values()] == [4, 3, 3]
     assert (
         f"left out    2 rows with images that cannot be read; {tmp_path / 'prepared' / 'left_out.jsonl'} lists them"
@@ -331,7 +357,7 @@ def test_data_of_a_task_stays_where_its_columns_are(tmp_path):
         evaluation = {"data": data, "predictions": 0, "task": "custom", "metric": "anls"}
         file = write_recipe(tmp_path, evaluate=evaluation, data__images_root="/")
         said = []
-        prepare(load_recipe(file), folder, say=said.append)
+        prepare(load_recipe(file), folder, say=noting(said))
         assert any(line.startswith("evaluate    its data stays where it is: task custom") for line in said) is stays
         assert (folder / "eval").exists() is not stays
         used = recipe_from(file, said, tmp_path / "other").evaluate.data[0]
@@ -348,7 +374,7 @@ def test_sources_that_are_scored_keep_their_folders_and_names(tmp_path):
     evaluation = {"data": sources, "task": "custom", "metric": "anls", "sample": 6}
     recipe = load_recipe(write_recipe(tmp_path, evaluate=evaluation))
     said = []
-    prepare(recipe, tmp_path / "prepared", say=said.append)
+    prepare(recipe, tmp_path / "prepared", say=noting(said))
     prepared = recipe_from(tmp_path / "recipe.yaml", said, tmp_path / "other")
     assert [(source.path, source.name) for source in prepared.evaluate.data] == [
         (str(tmp_path / "prepared" / "eval" / name), name) for name in ("new", "old")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.batches.collate import Collator
-from finetune.data.checking import check_samples
+from finetune.data.checking import Rules, check_samples
 from finetune.data.samples import Samples
 from finetune.data.shortening import render_fitting, turn_starts
 from finetune.data.summary import count_rows, describe_data, lines_left_out
@@ -140,16 +140,8 @@ def read(tmp_path, tiny_processor, tiny_images):
     samples = Samples([SimpleNamespace(**source)], images_root=tiny_images[0].parent)
     rule = {"max_length": 120, "on_long": "drop_turns"}
     checked = check_samples(samples, tiny_processor.tokenizer, n_queries=N_QUERIES, show_progress=False, **rule)
-    collator = Collator(
-        samples,
-        tiny_processor.tokenizer,
-        tiny_processor.image_processor,
-        "assistant",
-        False,
-        N_QUERIES,
-        **rule,
-    )
-    return checked, collator
+    rules = Rules(tiny_processor.tokenizer, n_queries=N_QUERIES, **rule)
+    return checked, Collator(samples, rules, tiny_processor.image_processor)
 
 
 def test_what_is_shortened_is_counted_and_listed(read):

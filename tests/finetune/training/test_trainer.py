@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from finetune.batches.collate import Collator
+from finetune.data.checking import Rules
 from finetune.model.adapters import put_lora
 from finetune.run.folder import RunFolder
 from finetune.training.trainer import NonFiniteLoss, QwenVLTrainer
@@ -41,14 +42,8 @@ def make_trainer(tiny_folder, tiny_processor, samples, tmp_path):
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.02)
-        collator = Collator(
-            samples,
-            tiny_processor.tokenizer,
-            tiny_processor.image_processor,
-            "assistant",
-            False,
-            tiny_processor.n_queries,
-        )
+        rules = Rules(tiny_processor.tokenizer, None, tiny_processor.n_queries)
+        collator = Collator(samples, rules, tiny_processor.image_processor)
         defaults = {
             "max_steps": 1,
             "per_device_train_batch_size": 8,

@@ -101,7 +101,7 @@ def test_bytes_that_are_no_utf8_are_told_by_their_place(tmp_path, monkeypatch, s
     monkeypatch.setattr(json_list, "CHUNK", size)
     for data, place in ((b'["\xc3\xa4", "\xff"]', 8), (b'\xef\xbb\xbf["\xe2\x82"]', 5), (b'["\xe2\x82', 2)):
         (tmp_path / "a.json").write_bytes(data)
-        with pytest.raises(DataError, match=rf"byte {place} is no UTF-8"):
+        with pytest.raises(DataError, match=rf"byte {place} is not UTF-8"):
             find_elements(tmp_path / "a.json", "a.json")
 
 
@@ -123,7 +123,7 @@ def test_a_file_that_changed_is_an_error_of_its_rows(tmp_path):
     rows = JsonRows(tmp_path / "a.json", "a.json")
     (tmp_path / "a.json").write_text('[{"a": 1}, {"a":')
     assert rows[0] == {"a": 1}
-    with pytest.raises(BadRow, match=r"a.json, row 2, row: is no JSON"):
+    with pytest.raises(BadRow, match=r"a.json, row 2, row: is not JSON"):
         rows[1]
     assert [type(row) for row in rows.scan(0, 2)] == [dict, BadRow]
 
@@ -139,11 +139,9 @@ def test_a_file_that_changed_is_an_error_of_its_rows(tmp_path):
     ],
 )
 def test_a_list_inside_an_object(tmp_path, text, remedy):
-    from tests.finetune.data.sources.test_sources import read
-
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError) as caught:
-        read(tmp_path / "a.json")
+        JsonRows(tmp_path / "a.json", str(tmp_path / "a.json"))
     assert remedy.replace("DIR", str(tmp_path)) in str(caught.value)
 
 
@@ -188,7 +186,7 @@ def test_csv_as_pythons_reader_has_it(tmp_path):
         (b"image,image\n", "its first line must name every column, each once"),
         (b'a,b\n1,2\n3,"x" y\n', "a.csv: line 3: ',' expected after '\"'"),
         (b'a,b\n1,"2\n', "a.csv: line 2: unexpected end of data"),
-        (b"a,b\n1,\xff\n", "a.csv: byte 6 is no UTF-8"),
+        (b"a,b\n1,\xff\n", "a.csv: byte 6 is not UTF-8"),
     ],
 )
 def test_a_bad_csv_file_is_refused(tmp_path, data, reason):
