@@ -5,13 +5,13 @@ NaN and infinities are shown, not hidden: a loss of nan is what somebody must se
 
 import math
 import numbers
-from typing import Any
+from typing import Any, TypeGuard
 
 COUNT_SUFFIXES = ("", "k", "M", "B", "T")
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value from a log is a number to show: Python's or NumPy's, NaN and infinities too, but no bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
