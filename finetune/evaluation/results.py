@@ -76,13 +76,14 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     file = folder / RESULTS
-    results = _read_object(file)
+    remedy = "remove it, and the same command writes it again"
+    results = _read_object(file, remedy)
     if results is not None and not {"speed", "notes"} <= results.keys():
-        raise UserError(f"{file} lacks its speed or notes: remove it, and the same command writes it again")
+        raise UserError(f"{file} lacks its speed or notes: {remedy}")
     return results
 
 
-def _read_object(file: Path) -> dict[str, Any] | None:
+def _read_object(file: Path, remedy: str) -> dict[str, Any] | None:
     """A JSON object; None where there is no such file."""
     if not file.is_file():
         return None
@@ -91,9 +92,9 @@ def _read_object(file: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): give another --out, or remove the folder") from None
+        raise UserError(f"{file} is not JSON ({error}): {remedy}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{file} is not a JSON object: give another --out, or remove the folder")
+        raise UserError(f"{file} is not a JSON object: {remedy}")
     return value
 
 
@@ -144,7 +145,7 @@ class PredictionFile:
         ):
             if os.path.lexists(path) and not is_right:
                 raise UserError(f"{path} is not a {kind}: give another --out, or remove it")
-        stored = _read_object(self.folder / IDENTITY)
+        stored = _read_object(self.folder / IDENTITY, "give another --out, or remove the folder")
         if stored is None:
             if self.file.exists():
                 raise UserError(f"{self.file} is there without its {IDENTITY}: give another --out, or remove it")

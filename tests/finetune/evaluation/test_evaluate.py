@@ -156,6 +156,42 @@ def test_a_damaged_line_is_named(whole, tmp_path):
         run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("taken", "taken: "),
+        ("taken/below", "taken/below: "),
+        ("link", "is a symbolic link to .*gone"),
+        ("n" * 300, "too long"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_weights_load(tmp_path, monkeypatch, name, told):
+    write_questions(tmp_path / "questions.jsonl")
+    (tmp_path / "taken").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(evaluate_module, "load_model", None)
+    with pytest.raises(UserError, match=rf"cannot write .*{told}.*with --out"):
+        run(tmp_path, out=tmp_path / name)
+
+
+def test_damaged_files_are_named_before_weights_load(whole, tmp_path, monkeypatch):
+    write_questions(tmp_path / "questions.jsonl")
+    monkeypatch.setattr(evaluate_module, "load_model", None)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "compared").write_text("x")
+    with pytest.raises(UserError, match="compared is not a folder"):
+        run(tmp_path, compare=str(TINY))
+    (out / "evaluation.json").write_text((whole[0] / "out" / "evaluation.json").read_text())
+    (out / "predictions.jsonl").write_text("")
+    (out / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json is not JSON .*: remove it"):
+        run(tmp_path)
+    (out / "evaluation.json").write_text("[]")
+    with pytest.raises(UserError, match=r"evaluation\.json is not a JSON object: give another --out"):
+        run(tmp_path)
+
+
 def changed_model(folder):
     """The tiny checkpoint with other weights in its head."""
     torch.manual_seed(0)
