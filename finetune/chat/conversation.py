@@ -1,4 +1,4 @@
-"""One conversation with a model: its history, its images (each encoded once), and the replies."""
+"""A conversation with a model: its turns, its images (each encoded once), and the replies."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +10,15 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from finetune.errors import UserError
-from finetune.replies.replies import stop_ids_of, without_adapter
+from finetune.replies.replies import reply_text, stop_ids_of, without_adapter
 from finetune.replies.task_replies import Style
-from qwenvl import QwenVLImageProcessor, QwenVLTokenizer, load_image
+from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer, load_image
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
 from qwenvl.text.grounding import split_markup
 
 Message = dict[str, Any]
 
-# A character is at most 4 bytes, and a token at least one: what has not become text by then never will.
+# A character has at most 4 bytes and a token at least one: 4 tokens that are not valid UTF-8 never will be.
 LONGEST_CHARACTER = 4
 
 
@@ -28,10 +28,10 @@ class ChatImage:
 
     Attributes:
         path: absolute.
-        size: width and height, upright, in pixels.
-        version: of the file, which may change while the conversation goes on.
+        size: width and height of the upright image in pixels.
+        version: modification time and size of the file, which may change during the conversation.
         pixels: (3, S, S) uint8.
-        features: (n_queries, hidden), once it was encoded.
+        features: (n_queries, hidden), None until it is encoded.
     """
 
     path: Path
@@ -46,9 +46,9 @@ class Answer:
     """A reply.
 
     Attributes:
-        text: grounding tags kept, other control tokens left out; blank where there was none.
-        prompt_tokens: of what was asked, the conversation before it included.
-        ended: whether the model ended it; otherwise it was stopped, or is as long as replies may be.
+        text: with grounding tags, without other control tokens; blank if there was no reply.
+        prompt_tokens: tokens of the prompt, earlier turns included.
+        ended: whether the model ended the reply; otherwise it was stopped or reached the most new tokens.
         stopped: whether Ctrl-C stopped it.
     """
 
@@ -67,12 +67,12 @@ class Conversation:
         tokenizer: of the model.
         image_processor: of the model; None for one that reads text only.
         style: "chat" for ChatML with all turns so far; "base" for raw text, each prompt by itself.
-        system: the system message; None for the usual one.
+        system: the system message; None for the default one.
         max_new_tokens: most tokens of a reply.
-        temperature: 0 always takes the likeliest token; above, tokens are drawn.
+        temperature: 0 always takes the likeliest token; above 0, tokens are sampled.
         messages: the turns so far, as `qwenvl.text.chat.render_chat` takes them, without the system message.
         images: of `messages`, in reading order.
-        waiting: images that go into the next message.
+        waiting: images for the next message.
     """
 
     model: torch.nn.Module
@@ -91,7 +91,7 @@ class Conversation:
 
         Raises:
             UserError: the model reads text only.
-            ImageError: it cannot be read.
+            ImageError: the image cannot be read.
         """
         if self.image_processor is None:
             raise UserError("this is a text-only checkpoint: it takes no images")
@@ -107,30 +107,29 @@ class Conversation:
         self.waiting.append(ChatImage(path, image.size, version, pixels))
         return self.waiting[-1]
 
-    def forget(self):
-        """Begin anew; the system message stays."""
+    def forget(self) -> None:
+        """Start over; the system message stays."""
         self.messages, self.images, self.waiting = [], [], []
 
     @property
     def with_system(self) -> list[Message]:
-        """All messages, the given system message first."""
+        """All messages, starting with the given system message."""
         return self._with_system(self.messages)
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda piece: None) -> Answer:
-        """Add a message and reply to it. A turn without a reply is not kept, and its images wait again.
+        """Add a message and reply to it. A turn without a reply is dropped; its images stay for the next message.
 
         Args:
-            text: `<ref>`, `<box>` and `<quad>` in it are tokens where they are well formed.
-            on_text: is given the reply piece by piece. Whole characters only; a byte that is none shows as U+FFFD.
+            text: well-formed `<ref>`, `<box>` and `<quad>` in it become tokens.
+            on_text: called with the pieces of the reply, in whole characters; bytes that are not UTF-8 become U+FFFD.
 
         Returns:
-            The reply; Ctrl-C while it is made stops it.
+            The reply; Ctrl-C during generation stops it.
 
         Raises:
-            ValueError: text that cannot be encoded.
-            UserError: the conversation is longer than the model can take.
+            InputError: text that cannot be encoded, or a conversation that is longer than the model allows.
         """
-        if self.style == "base":  # it knows no turns
+        if self.style == "base":  # it has no turns
             self.messages, self.images = [], []
         images = [*self.images, *self.waiting]
         messages = [*self.messages, self._user_message(text)]
@@ -139,7 +138,7 @@ class Conversation:
         if room < 1:
             raise UserError(
                 f"the conversation is {len(prompt.ids):,} tokens long, and the model takes "
-                f"{self._base.config.max_position_embeddings:,}: begin anew"
+                f"{self._base.config.max_position_embeddings:,}: start a new one"
             )
         answer = self._generate(prompt, images, min(room, self.max_new_tokens), on_text)
         if answer.text.strip():
@@ -148,7 +147,7 @@ class Conversation:
         return answer
 
     @property
-    def _base(self) -> torch.nn.Module:
+    def _base(self) -> QwenVLForConditionalGeneration:
         return without_adapter(self.model)
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
@@ -200,20 +199,22 @@ class Conversation:
         except KeyboardInterrupt:
             stopped = True
             stream.end()
-        text = _text(self.tokenizer, stream.ids)
+        text = reply_text(self.tokenizer, stream.ids)
         return Answer(text, len(prompt.ids), stream.ended, stopped)
 
     @torch.no_grad()
     def _features(self, images: Sequence[ChatImage]) -> torch.Tensor | None:
         """(images, n_queries, hidden) in reading order; None where there are none."""
+        features = []
         for image in images:
             if image.features is None:
                 image.features = self._base.get_image_features(image.pixels[None].to(self._base.device))[0]
-        return torch.stack([image.features for image in images]) if images else None
+            features.append(image.features)
+        return torch.stack(features) if features else None
 
 
 class _Stream(BaseStreamer):
-    """Takes new tokens as they come, and hands out the text that they have become."""
+    """Receives new tokens from `generate` and passes on their text, in whole characters."""
 
     def __init__(self, tokenizer: QwenVLTokenizer, stop_ids: Sequence[int], on_text: Callable[[str], None]):
         self.tokenizer, self.stop_ids, self.on_text = tokenizer, stop_ids, on_text
@@ -222,8 +223,8 @@ class _Stream(BaseStreamer):
         self._prompt_seen = False
         self._open: list[int] = []  # tokens that end within a character
 
-    def put(self, value: torch.Tensor):
-        if not self._prompt_seen:  # the first to come
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_seen:  # `generate` puts the prompt first
             self._prompt_seen = True
             return
         for token in value.reshape(-1).tolist():
@@ -234,25 +235,21 @@ class _Stream(BaseStreamer):
                 self._open.append(token)
                 self._show(last=False)
 
-    def end(self):
+    def end(self) -> None:
         self._show(last=True)
 
-    def _show(self, last: bool):
+    def _show(self, last: bool) -> None:
         try:
-            text = _text(self.tokenizer, self._open, errors="strict")
+            text = reply_text(self.tokenizer, self._open, errors="strict")
         except UnicodeDecodeError:
             if not last and len(self._open) < LONGEST_CHARACTER:
                 return
-            text = _text(self.tokenizer, self._open)
+            text = reply_text(self.tokenizer, self._open)
         self._open = []
         if text:
             self.on_text(text)
 
 
-def _text(tokenizer: QwenVLTokenizer, ids: Sequence[int], errors: str = "replace") -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=True, keep_grounding=True, errors=errors)
-
-
 def _grounding_flag(text: str) -> dict[str, bool]:
-    """The key that makes a message's markup tokens, where there is any."""
+    """The key that turns a message's markup into tokens, if it has any."""
     return {"grounding": True} if any(is_tag for _, is_tag in split_markup(text)) else {}

@@ -1,4 +1,4 @@
-"""A conversation as a row of training data, in the `messages` format, with its images where the row finds them."""
+"""Saves a conversation as a row of training data in the `messages` format, with its images beside the file."""
 
 import filecmp
 import json
@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.files.path_errors import path_errors
 
 
 def append_row(file: str | Path, messages: Sequence[Mapping[str, Any]]) -> int:
-    """Add a conversation to a JSON Lines file, to be trained on as it is.
+    """Append a conversation to a JSON Lines file, as a row to train on.
 
-    Images below the file's folder are named by their place there. Others are copied into `NAME_images` beside the
-    file, since a row's images are only looked for in its own folder.
+    Images below the file's folder are referred to by their relative path. Others are copied into `NAME_images` beside
+    the file, since a row's images must be in the folder of its file.
 
     Args:
-        file: `.jsonl`; made where it does not exist.
+        file: `.jsonl`; created if it does not exist.
         messages: as `qwenvl.text.chat.render_chat` takes them; image sources are absolute paths.
 
     Returns:
-        The line that the row has in the file, counted from 1.
+        The row's line number in the file, from 1.
 
     Raises:
-        UserError: not a `.jsonl` file, or no reply in the conversation.
-        OSError: it cannot be written; the file is as it was.
+        UserError: not a `.jsonl` file, no reply in the conversation, or a file or image that cannot be written; the
+            file is unchanged then.
     """
     file = Path(file).expanduser().absolute()
     if file.suffix != ".jsonl":
@@ -36,25 +37,29 @@ def append_row(file: str | Path, messages: Sequence[Mapping[str, Any]]) -> int:
     images: list[str] = []
     written = [_without_sources(message, images) for message in messages]
     row = {"messages": written, "images": [_place(Path(image), file) for image in images]}
-    line = json.dumps(row, ensure_ascii=False) + "\n"
+    with path_errors(file, "save the conversation to", "Give another file"):
+        return _append_line(file, json.dumps(row, ensure_ascii=False))
+
+
+def _append_line(file: Path, line: str) -> int:
+    """Append a line to a file, whose last line may lack its end; returns its number, from 1."""
     with file.open("ab+") as opened:
         size = opened.seek(0, os.SEEK_END)
         opened.seek(0)
         before = opened.read()
-        if before and not before.endswith(b"\n"):
-            line = "\n" + line
+        is_open = bool(before) and not before.endswith(b"\n")
         try:
-            opened.write(line.encode())
+            opened.write((b"\n" if is_open else b"") + line.encode() + b"\n")
             opened.flush()
             os.fsync(opened.fileno())
         except OSError:
             os.ftruncate(opened.fileno(), size)
             raise
-    return before.count(b"\n") + 1 + (bool(before) and not before.endswith(b"\n"))
+    return before.count(b"\n") + is_open + 1
 
 
 def _without_sources(message: Mapping[str, Any], images: list[str]) -> dict[str, Any]:
-    """The message with bare image places; their sources are added to `images`."""
+    """The message with its image sources moved to `images`."""
     if isinstance(message["content"], str):
         return dict(message)
     parts = []
@@ -67,17 +72,24 @@ def _without_sources(message: Mapping[str, Any], images: list[str]) -> dict[str,
 
 
 def _place(image: Path, file: Path) -> str:
-    """How the row names an image, which is put below the file's folder if it is not there."""
+    """The path of an image in the row; the image is copied below the file's folder if it is not there."""
     folder = file.parent.resolve()
     if image.resolve().is_relative_to(folder):
         return str(image.resolve().relative_to(folder))
     copies = file.with_name(f"{file.stem}_images")
-    copies.mkdir(exist_ok=True)
+    with path_errors(copies, "copy images to", "Give another file"):
+        copies.mkdir(exist_ok=True)
+    with path_errors(image, f"copy to {copies} the image", "See that it can be read, or give another file"):
+        return f"{copies.name}/{_copy_name(image, copies)}"
+
+
+def _copy_name(image: Path, copies: Path) -> str:
+    """The name of an image's copy in a folder; it is copied if it is not there."""
     number = 1
     while True:
         copy = copies / (image.name if number == 1 else f"{image.stem}-{number}{image.suffix}")
         if not copy.exists():
             shutil.copyfile(image, copy)
         if filecmp.cmp(image, copy, shallow=False):
-            return f"{copies.name}/{copy.name}"
+            return copy.name
         number += 1  # another image of the same name

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace):
     # Only now, with files that are there, is anything heavy imported.
     from transformers.utils import logging
 
-    from finetune.chat.chat import chat
+    from finetune.chat.terminal_chat import chat
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

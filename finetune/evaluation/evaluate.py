@@ -1,17 +1,15 @@
-"""The road of `finetune evaluate`: a model, a task, its data -> replies, a score with its interval, a page to look at.
+"""`finetune evaluate`: a model, a task and its data -> replies, a score with its interval, and a page to look at.
 
     evaluate(Evaluation("runs/docvqa", find_task("docvqa"), (EvaluationSource("validation.parquet"),)))
 
-What is wrong with data, folder or settings is told before weights are loaded. Replies are written as they come; the
-same call after an interruption asks what is left.
+Wrong data, folders and settings are reported before weights are loaded. Replies are written as they come; after an
+interruption, the same call asks the remaining questions.
 """
 
 import gc
-import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,19 +31,22 @@ from finetune.evaluation.results import (
     Record,
     Scored,
     compare_scored,
+    hold_folder,
+    read_results,
     record_of,
     score_records,
     submission,
     summary,
+    with_scores,
+    write_json,
 )
 from finetune.evaluation.tasks import Task
-from finetune.files.atomic_writes import write_text
 from finetune.model.computing import choose_dtype, is_random, own_device
 from finetune.recipe.sections import NamedSource, source_names
-from finetune.replies.replies import Decoding, generate_replies, plan_replies, stop_ids_of
+from finetune.replies.replies import Decoding, generate_replies, plan_replies, stop_ids_of, without_adapter
 from finetune.replies.task_replies import Style
 from finetune.run.environment import describe_environment
-from finetune.run.folder import RunFolder
+from finetune.terminal import Say, say
 from qwenvl import ImageAccess, load_model, load_processor
 
 
@@ -111,229 +112,299 @@ class Evaluation:
     out: Path | None = None
 
 
-def evaluate(evaluation: Evaluation, say: Callable[[str], None] = print) -> Path:
-    """Ask, score and report, or go on with an evaluation that was interrupted.
+def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
+    """Ask, score and report; or continue an evaluation that was interrupted.
+
+    Args:
+        evaluation: what to ask which model.
+        say: prints a labelled line.
 
     Returns:
-        The folder with the results; `results` says what is in it.
+        The folder with the results; `results` lists its files.
 
     Raises:
-        UserError, ValueError, FileNotFoundError: the input is wrong (see the message).
+        InputError: the model, the data, the folder or a setting is wrong; found before weights are loaded, except for
+            damaged images.
         RunLocked: another process holds the folder.
         Failed: the device's memory does not hold a single prompt.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    return _Road(evaluation, say).walk()
+    task = evaluation.task
+
+    models = find_models(evaluation, say)
+    questions = read_questions(evaluation, models, say)
+    asked = questions[models[0].style]
+    folder = evaluation.out or default_folder(evaluation.model, task.name)
+    files = [prediction_file(evaluation, folder, model, questions[model.style]) for model in models]
+
+    with hold_folder(folder):
+        for file in files:
+            file.check()
+        earlier = read_results(folder)
+        replies = [
+            reply_to(evaluation, model, questions[model.style], file, say)
+            for model, file in zip(models, files, strict=True)
+        ]
+        results = describe(evaluation, asked, files[0].identity, replies, earlier)
+        records = [one.records for one in replies]
+        if asked.answered:
+            scores = [
+                score_records(task, questions[model.style], own) for model, own in zip(models, records, strict=True)
+            ]
+            results |= score_summary(evaluation, records[0], scores)
+            records = [with_scores(own, scored) for own, scored in zip(records, scores, strict=True)]
+        else:
+            write_json(folder / SUBMISSION, submission(task, records[0]), indent=1)
+            results["submission"] = SUBMISSION
+        for file, own in zip(files, records, strict=True):
+            file.write(own)
+        write_json(folder / RESULTS, results)
+        page = write_evaluation_page(folder, results, asked, *records)
+        for label, text in summary(results):
+            say(label, text)
+        say("replies", folder / PREDICTIONS)
+        say("results", folder / RESULTS)
+        say("page", page)
+    return folder
 
 
-class _Road:
-    """The steps of one evaluation."""
+Role = Literal["model", "compared"]
 
-    def __init__(self, evaluation: Evaluation, say: Callable[[str], None]):
-        self.evaluation, self.say = evaluation, say
-        self.task = evaluation.task
-        self.asked: dict[Style, QuestionSample] = {}
-        self.notes: list[str] = []
-        self.speed: dict[str, float] | None = None
 
-    def walk(self) -> Path:
-        evaluation = self.evaluation
-        names = {"model": evaluation.model} | ({"compared": evaluation.compare} if evaluation.compare else {})
-        styles = {}
-        for label, name in names.items():
-            styles[label] = evaluation.style or style_of(name)
-            self.say(f"{label:<11} {name}, asked as a {styles[label]} model")
-        for style in styles.values():
-            self.read_questions(style)
-        out = evaluation.out or default_folder(evaluation.model, self.task.name)
-        files = {
-            label: PredictionFile(
-                out / COMPARED if label == "compared" else out, self.identity(name, self.asked[styles[label]])
-            )
-            for label, name in names.items()
-        }
-        with ExitStack() as stack:
-            stack.enter_context(RunFolder(out).lock())
-            for file in files.values():
-                file.check()
-            records = {
-                label: self.answer(name, self.asked[styles[label]], files[label]) for label, name in names.items()
-            }
-            questions = {label: self.asked[styles[label]] for label in names}
-            self.finish(out, questions, files, records)
-        return out
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """One of the models: its role, its name as given, and how it is asked."""
 
-    # Before anything heavy is loaded
+    role: Role
+    name: str
+    style: Style
 
-    def read_questions(self, style: Style):
-        if style in self.asked:
-            return
-        evaluation = self.evaluation
+
+def find_models(evaluation: Evaluation, say: Say) -> list[EvaluatedModel]:
+    """The model, and the one it is compared with.
+
+    Raises:
+        InputError: there is no such model, or its style is unknown.
+    """
+    given: list[tuple[Role, str]] = [("model", evaluation.model)]
+    if evaluation.compare:
+        given.append(("compared", evaluation.compare))
+    models = []
+    for role, name in given:
+        model = EvaluatedModel(role, name, evaluation.style or style_of(name))
+        say(role, f"{name}, asked as a {model.style} model")
+        models.append(model)
+    return models
+
+
+def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say: Say) -> dict[Style, QuestionSample]:
+    """The questions in the style of each model; they differ in their prompts alone.
+
+    Raises:
+        UserError: rows that cannot be asked, or a source that cannot be read.
+    """
+    root = evaluation.images_root
+    samples: dict[Style, QuestionSample] = {}
+    for style in dict.fromkeys(model.style for model in models):
         parts = [
             Questions(
                 source,
-                self.task,
-                images_root=evaluation.images_root,
-                access=ImageAccess(root=evaluation.images_root, allow_urls=evaluation.allow_urls),
+                evaluation.task,
+                images_root=root,
+                access=ImageAccess(root=None if root is None else Path(root), allow_urls=evaluation.allow_urls),
                 style=style,
                 shots=evaluation.shots,
                 grounding=evaluation.grounding,
                 on_bad_row=evaluation.on_bad_row,
-                # One that is missing then counts as wrong, like one that is damaged.
+                # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",
             )
             for source in evaluation.sources
         ]
-        asked = QuestionSample(
+        samples[style] = QuestionSample(
             parts,
             names=source_names(evaluation.sources),
             limit=evaluation.limit,
             sample=evaluation.sample,
             seed=evaluation.seed,
         )
-        if not self.asked:
-            self.say(f"{'task':<11} {self.task.name}: {self.task.metric} on {asked}")
-            if asked.problems:
-                self.say(f"{'left out':<11} {len(asked.problems):,} rows that cannot be asked; {RESULTS} lists them")
-        self.asked[style] = asked
+    first = samples[models[0].style]
+    say("task", f"{evaluation.task.name}: {evaluation.task.metric} on {first}")
+    if first.problems:
+        say("left out", f"{len(first.problems):,} rows that cannot be asked; {RESULTS} lists them")
+    return samples
 
-    def identity(self, model: str, asked: QuestionSample) -> dict[str, Any]:
-        """What must be the same for replies to belong together."""
-        evaluation, task = self.evaluation, asdict(self.task)
-        return {
-            "model": model_fingerprint(model),
-            "task": {key: task[key] for key in ("name", "metric", "max_new_tokens", "stop")},
-            "data": {
-                "questions": len(asked),
-                "fingerprint": asked.fingerprint(),
-            },
-            "settings": {
-                "style": asked[0].style,
-                "shots": evaluation.shots,
-                "dtype": choose_dtype(evaluation.dtype),
-                "quantization": evaluation.quantization,
-            },
-        }
 
-    # Replies
+def prediction_file(
+    evaluation: Evaluation, folder: Path, model: EvaluatedModel, questions: QuestionSample
+) -> PredictionFile:
+    """The file for the replies of a model, with what must be the same for replies to belong together."""
+    task = evaluation.task
+    identity = {
+        "model": model_fingerprint(model.name),
+        "task": {
+            "name": task.name,
+            "metric": task.metric,
+            "max_new_tokens": task.max_new_tokens,
+            "stop": task.stop,
+        },
+        "data": {"questions": len(questions), "fingerprint": questions.fingerprint()},
+        "settings": {
+            "style": model.style,
+            "shots": evaluation.shots,
+            "dtype": choose_dtype(evaluation.dtype),
+            "quantization": evaluation.quantization,
+        },
+    }
+    return PredictionFile(folder / COMPARED if model.role == "compared" else folder, identity)
 
-    def answer(self, model_name: str, asked: QuestionSample, file: PredictionFile) -> list[Record]:
-        """The records of all questions in their order: those that are there, and those of new replies."""
-        records = file.open()
-        left = [number for number in range(len(asked)) if number not in records]
-        if records:
-            self.say(f"{'resume':<11} {len(records):,} of {len(asked):,} replies of {model_name} are there")
-        if left:
-            self.generate(model_name, asked, left, file, records)
-        return [records[number] for number in range(len(asked))]
 
-    def generate(self, model_name: str, asked: QuestionSample, left: list[int], file: PredictionFile, records: dict):
-        evaluation, processor = self.evaluation, load_processor(model_name)
-        prompts = QuestionPrompts(asked, left, processor.tokenizer, processor.n_queries)
-        with ReplyProgress("reading questions", len(left)) as progress:
-            plan = plan_replies(prompts, progress.reached)
-        model = load_model(
-            model_name,
-            dtype=choose_dtype(evaluation.dtype),
-            quantization=evaluation.quantization,
-            device_map=own_device() if torch.cuda.is_available() else None,
-        )
-        if is_random(model):
-            self.notes.append(f"{model_name} has random weights: it shows that evaluation works, not that it reads.")
-        stops = self.task.stop if asked[0].style == "base" else ()
-        decoding = Decoding(
-            self.task.max_new_tokens,
-            stop_ids_of(model, processor.tokenizer, asked[0].style),
-            tuple(stop for stop in stops if stop not in processor.tokenizer.control_tokens),
-            batch_tokens=evaluation.batch_tokens,
-        )
-        started = time.monotonic()
-        with ReplyProgress(f"{self.task.name}, {model_name}", len(left)) as progress:
-            replies = generate_replies(
-                model,
-                prompts,
-                plan,
-                processor.tokenizer,
-                processor.image_processor,
-                decoding,
-                on_bad_image=evaluation.on_bad_image,
-            )
-            for done, reply in enumerate(replies, start=1):
-                number = left[reply.index]
-                records[number] = record_of(self.task, number, asked[number], reply)
-                file.append([records[number]])
-                progress.reached(done)
-        seconds = time.monotonic() - started
-        if model_name == evaluation.model:
-            self.speed = {
-                "replies": len(left),
-                "seconds": round(seconds, 2),
-                "examples_per_second": round(len(left) / max(seconds, 1e-9), 3),
-            }
-        # One model at a time: the next one may need the room.
-        del model, replies
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+@dataclass(frozen=True)
+class Replies:
+    """The replies of one model.
 
-    # Scores
+    Attributes:
+        records: one for each question, in their order, without scores.
+        speed: of the replies that were generated now; None where all were there already.
+        notes: what a reader of the numbers should know about the model.
+    """
 
-    def finish(self, out: Path, questions: dict, files: dict[str, PredictionFile], records: dict[str, list[Record]]):
-        asked = questions["model"]
-        results = self.describe(out, asked, records)
-        scored: dict[str, Scored] = {}
-        if asked.answered:
-            for label, own in records.items():
-                scored[label] = score_records(self.task, questions[label], own)
-            results |= scored["model"].summary()
-            if "compared" in scored:
-                theirs = scored["compared"]
-                difference = compare_scored(self.task, records["model"], scored["model"], theirs)
-                results["compared"] = {"model": self.evaluation.compare, **theirs.summary(), **difference}
-        else:
-            text = json.dumps(submission(self.task, records["model"]), indent=1, ensure_ascii=False)
-            write_text(out / SUBMISSION, text + "\n")
-            results["submission"] = SUBMISSION
-        for label, own in records.items():
-            files[label].write(own)
-        write_text(out / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-        page = write_evaluation_page(out, results, asked, records["model"], records.get("compared"))
-        for line in summary(results):
-            self.say(line)
-        self.say(f"{'replies':<11} {out / PREDICTIONS}")
-        self.say(f"{'results':<11} {out / RESULTS}")
-        self.say(f"{'page':<11} {page}")
+    records: list[Record]
+    speed: dict[str, float] | None = None
+    notes: tuple[str, ...] = ()
 
-    def describe(self, out: Path, asked: QuestionSample, records: dict[str, list[Record]]) -> dict[str, Any]:
-        """All of `results.json` but the scores."""
-        speed, notes = self.speed, self.notes
-        if (out / RESULTS).is_file():  # of this same evaluation: what replies that were there took, and what was noted
-            before = json.loads((out / RESULTS).read_text(encoding="utf-8"))
-            speed, notes = speed or before["speed"], list(dict.fromkeys([*before["notes"], *notes]))
-        evaluation = self.evaluation
-        return {
-            "model": evaluation.model,
-            "task": self.task.name,
-            "metric": self.task.metric,
-            "data": [source.path for source in evaluation.sources],
-            "questions": len(asked),
-            "of": asked.total,
-            "unreadable": [
-                {key: record[key] for key in ("id", "origin", "unreadable")}
-                for record in records["model"]
-                if "unreadable" in record
-            ],
-            "left_out": [str(problem) for problem in asked.problems],
-            "notes": notes,
-            "settings": {
-                "style": asked[0].style,
-                "max_new_tokens": self.task.max_new_tokens,
-                **{key: getattr(evaluation, key) for key in ("shots", "limit", "sample", "seed", "batch_tokens")},
-                "dtype": choose_dtype(evaluation.dtype),
-                "quantization": evaluation.quantization,
-            },
-            "speed": speed,
-            "identity": self.identity(evaluation.model, asked),
-            "environment": describe_environment(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"),
-        }
+
+def reply_to(
+    evaluation: Evaluation, model: EvaluatedModel, questions: QuestionSample, file: PredictionFile, say: Say
+) -> Replies:
+    """The replies to all questions: those that are in the file, and new ones, which are added to it as they come.
+
+    Raises:
+        ImageError: an image cannot be read, and that is refused.
+        Failed: the device's memory does not hold a single prompt.
+    """
+    kept = file.open()
+    numbers = [number for number in range(len(questions)) if number not in kept]
+    if kept:
+        say("resume", f"{len(kept):,} of {len(questions):,} replies of {model.name} are there")
+    new = generate(evaluation, model, questions, numbers, file) if numbers else Replies([])
+    # The next model may need the memory of this one.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    records = kept | {record["number"]: record for record in new.records}
+    return replace(new, records=[records[number] for number in range(len(questions))])
+
+
+def generate(
+    evaluation: Evaluation,
+    model: EvaluatedModel,
+    questions: QuestionSample,
+    numbers: Sequence[int],
+    file: PredictionFile,
+) -> Replies:
+    """Load the model and reply to the questions with these numbers."""
+    task = evaluation.task
+    processor = load_processor(model.name)
+    tokenizer = processor.tokenizer
+    prompts = QuestionPrompts(questions, numbers, tokenizer, processor.n_queries)
+    with ReplyProgress("reading questions", len(numbers)) as progress:
+        plan = plan_replies(prompts, progress.reached)
+    loaded = load_model(
+        model.name,
+        dtype=choose_dtype(evaluation.dtype),
+        quantization=evaluation.quantization,
+        device_map=own_device() if torch.cuda.is_available() else None,
+    )
+    notes = []
+    if is_random(without_adapter(loaded)):
+        notes.append(f"{model.name} has random weights: it shows that evaluation works, not that it reads.")
+    stop_texts = task.stop if model.style == "base" else ()
+    decoding = Decoding(
+        task.max_new_tokens,
+        stop_ids_of(loaded, tokenizer, model.style),
+        tuple(text for text in stop_texts if text not in tokenizer.control_tokens),
+        batch_tokens=evaluation.batch_tokens,
+    )
+    records = []
+    started = time.monotonic()
+    with ReplyProgress(f"{task.name}, {model.name}", len(numbers)) as progress:
+        for reply in generate_replies(
+            loaded,
+            prompts,
+            plan,
+            tokenizer,
+            processor.image_processor,
+            decoding,
+            on_bad_image=evaluation.on_bad_image,
+        ):
+            number = numbers[reply.index]
+            records.append(record_of(task, number, questions[number], reply))
+            file.append(records[-1:])
+            progress.reached(len(records))
+    seconds = time.monotonic() - started
+    speed = {
+        "replies": len(records),
+        "seconds": round(seconds, 2),
+        "examples_per_second": round(len(records) / max(seconds, 1e-9), 3),
+    }
+    return Replies(records, speed, tuple(notes))
+
+
+def describe(
+    evaluation: Evaluation,
+    questions: QuestionSample,
+    identity: Mapping[str, Any],
+    replies: Sequence[Replies],
+    earlier: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """All of `results.json` but the scores.
+
+    Args:
+        evaluation: what was asked.
+        questions, identity: of the model.
+        replies: of the model and of the one it is compared with.
+        earlier: `results.json` of the same evaluation, finished before: the speed of replies that were there already,
+            and its notes. None where there is none.
+    """
+    notes = [note for one in replies for note in one.notes]
+    return {
+        "model": evaluation.model,
+        "task": evaluation.task.name,
+        "metric": evaluation.task.metric,
+        "data": [source.path for source in evaluation.sources],
+        "questions": len(questions),
+        "of": questions.total,
+        "unreadable": [
+            {key: record[key] for key in ("id", "origin", "unreadable")}
+            for record in replies[0].records
+            if "unreadable" in record
+        ],
+        "left_out": [str(problem) for problem in questions.problems],
+        "notes": notes if earlier is None else list(dict.fromkeys([*earlier["notes"], *notes])),
+        "settings": {
+            "style": identity["settings"]["style"],
+            "max_new_tokens": evaluation.task.max_new_tokens,
+            "shots": evaluation.shots,
+            "limit": evaluation.limit,
+            "sample": evaluation.sample,
+            "seed": evaluation.seed,
+            "batch_tokens": evaluation.batch_tokens,
+            "dtype": choose_dtype(evaluation.dtype),
+            "quantization": evaluation.quantization,
+        },
+        "speed": replies[0].speed or (earlier and earlier["speed"]),
+        "identity": identity,
+        "environment": describe_environment(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"),
+    }
+
+
+def score_summary(evaluation: Evaluation, records: Sequence[Record], scores: Sequence[Scored]) -> dict[str, Any]:
+    """The scores in `results.json`, of the model and of the one it is compared with."""
+    ours, *others = scores
+    found = ours.summary()
+    if others:
+        difference = compare_scored(evaluation.task, records, ours, others[0])
+        found["compared"] = {"model": evaluation.compare, **others[0].summary(), **difference}
+    return found

@@ -1,11 +1,11 @@
-"""What is known of a model before it is loaded: how it is asked, what it is told by, where its results go."""
+"""What an evaluation needs to know about a model before it is loaded: its style, its fingerprint, its folder."""
 
 import hashlib
 from pathlib import Path
 
-from transformers import GenerationConfig
-
 from finetune.errors import UserError
+from finetune.files.path_errors import path_errors
+from finetune.replies.model_style import is_run, stored_style
 from finetune.replies.task_replies import Style
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.loading import find_source
@@ -18,31 +18,19 @@ def style_of(model: str) -> Style:
     """How a model is asked: a base checkpoint in raw text; a chat model, and all that is trained here, in ChatML.
 
     Raises:
-        UserError: a checkpoint whose generation config does not say.
-        FileNotFoundError: there is no such model.
+        InputError: there is no such model, or its generation config does not say.
     """
-    source = find_source(model)
-    if source.adapter is not None or is_run(model):
-        return "chat"
-    try:
-        chat_format = getattr(GenerationConfig.from_pretrained(source.base), "chat_format", None)
-    except OSError:
-        chat_format = None
-    if chat_format not in ("chatml", "raw"):
+    style = stored_style(model)
+    if style is None:
         raise UserError(
             f"{model}: its generation config does not say whether it is a chat model (chat_format: chatml) or a base "
             "model (raw). Give --style chat or --style base"
         )
-    return "chat" if chat_format == "chatml" else "base"
-
-
-def is_run(model: str) -> bool:
-    """Whether a path is a folder that a training wrote."""
-    return (Path(model) / "run.json").is_file()
+    return style
 
 
 def default_folder(model: str, task: str) -> Path:
-    """Beside a run's other results; of another model under `runs/evaluations`."""
+    """The folder of an evaluation's results: inside a run folder; for any other model, under `runs/evaluations`."""
     if is_run(model):
         return Path(model) / EVALUATIONS / task
     folder = Path(model)
@@ -51,13 +39,18 @@ def default_folder(model: str, task: str) -> Path:
 
 
 def model_fingerprint(model: str) -> dict[str, str | None]:
-    """The base's weights by `qwenvl.checkpoint.fingerprint`, and the adapter's files by their SHA-256."""
+    """Digests of the base's weights (see `qwenvl.checkpoint.fingerprint`) and of the adapter's files (SHA-256).
+
+    Raises:
+        InputError: there is no such model, or a file of it cannot be read.
+    """
     source = find_source(model)
     digest = None
     if source.adapter is not None:
         hashed = hashlib.sha256()
         for name in ADAPTER_FILES:
             file = Path(source.adapter) / name
-            hashed.update(file.read_bytes() if file.is_file() else b"")
+            with path_errors(file, "read", "See that it can be read"):
+                hashed.update(file.read_bytes() if file.is_file() else b"")
         digest = hashed.hexdigest()[:32]
     return {"base": weights_fingerprint(source.base), "adapter": digest}

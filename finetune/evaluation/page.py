@@ -1,7 +1,7 @@
-"""An evaluation to look at: `evaluation.html`, one file that loads nothing and runs nothing.
+"""The page of an evaluation, `evaluation.html`: one file without scripts that loads nothing.
 
-The score with its interval and its groups, the worst rows, and, where two models are compared, the rows on which they
-differ most; with images, and the gold and the predicted boxes on them. Data is shown as text, whatever it holds.
+It shows the score with its interval and groups, the worst rows and, where two models are compared, the rows on which
+they differ most; with images, and the gold and predicted boxes on them. Data is always shown as text, never as markup.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,16 +34,19 @@ def write_evaluation_page(
     records: Records,
     compared: Records | None = None,
 ) -> Path:
-    """Write `evaluation.html` into the evaluation's folder; one that is there is replaced when the new one is whole.
+    """Write `evaluation.html`; an earlier page is replaced atomically.
 
     Args:
-        folder: where it goes.
+        folder: of the evaluation.
         results: as in `results.json`.
         questions, records: all of them, in the same order.
         compared: the records of the model that is compared with.
 
     Returns:
         The page's path.
+
+    Raises:
+        PathError: the page cannot be written.
     """
     sections = [
         _headline(results),
@@ -104,7 +107,7 @@ def _notes(results: Mapping[str, Any]) -> str:
 
 
 def _sources(results: Mapping[str, Any]) -> str:
-    """A line for each source, where there are several."""
+    """A line for each source; empty where there is one source."""
     sources = results.get("sources")
     if not sources:
         return ""
@@ -160,16 +163,16 @@ def _first(questions: Sequence[Question], records: Records) -> str:
 
 
 def _panel(question: Question, record: Mapping[str, Any], compared: Mapping[str, Any] | None = None) -> str:
-    """One question: its images, what is right, and what was replied; by two models side by side."""
+    """One question with its images, its right answers and its reply, or the replies of two models side by side."""
     small = [thumbnail(source, question.access) for source in question.images]
     single = small[0] if len(small) == 1 and isinstance(small[0], Image.Image) else None
     gold = _gold_regions(record)
     replies = [record] if compared is None else [record, compared]
     drawn = [""] * len(replies)
     if single is not None and gold:
-        for place, one in enumerate(replies):
+        for number, one in enumerate(replies):
             pair = gold, _reply_regions(one["reply"])
-            drawn[place] = image_tag(draw_pair(single, *pair)) + pair_legend(*pair)
+            drawn[number] = image_tag(draw_pair(single, *pair)) + pair_legend(*pair)
     images = "" if any(drawn) else "".join(map(image_tag, small))
     images = f'<div class="images">{images}</div>' if images else ""
     answers = "; ".join(dict.fromkeys(record["answers"]))
@@ -209,7 +212,7 @@ def _gold_regions(record: Mapping[str, Any]) -> tuple[Region, ...]:
 
 
 def _reply_regions(reply: str) -> tuple[Region, ...]:
-    """The boxes of a reply; a base model goes on after an open `<box>`, so its reply begins within one."""
+    """The boxes of a reply. The reply of a base model may continue an open `<box>` of its prompt."""
     return parse_grounding(reply).regions or parse_grounding(f"<box>{reply.strip()}").regions
 
 

@@ -1,8 +1,8 @@
-"""What the model replies to a few evaluation rows, before and after training, for the report."""
+"""The model's replies to a few evaluation rows before and after training, for the run's report."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from finetune.batches.collate import Collator
+from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
 from finetune.replies.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
 from finetune.report.images import jpeg_settings
@@ -21,8 +22,8 @@ IMAGE_FOLDER = "predictions"
 THUMBNAIL = 640  # pixels of the longer side; enough to read a receipt in the report
 
 
-def split_last_reply(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str] | None:
-    """The conversation up to its last reply, and that reply; None where it does not end in one."""
+def split_last_reply(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str] | None:
+    """The conversation before its last reply, and that reply; None where it does not end with one."""
     if messages[-1]["role"] != "assistant":
         return None
     answer = messages[-1]["content"]
@@ -34,13 +35,15 @@ def split_last_reply(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str,
 def write_predictions(
     model: torch.nn.Module, collator: Collator, rows: Sequence[int], *, run: Path, when: str, max_new_tokens: int
 ) -> None:
-    """Reply to samples greedily and append the replies to the run's predictions.
+    """Generate greedy replies to samples and add them to the run's predictions.
 
     Args:
-        model: in any mode; left in it.
-        collator: of the samples that `rows` are indices into.
-        run: the run folder; images go into it as small JPEGs, named by content.
-        when: "before" or "after"; earlier records of the same are replaced.
+        model: its mode is left as it is.
+        collator: has the samples.
+        rows: indices of samples.
+        run: the run folder; images are written into it as small JPEGs, named by their content.
+        when: "before" or "after" training; earlier records of the same time are replaced.
+        max_new_tokens: most tokens of a reply.
     """
     asked, prompts = [], []
     for row in rows:
@@ -82,7 +85,7 @@ def write_predictions(
     replace_records(run / PREDICTIONS, when, records)
 
 
-def _last_question(messages: Sequence[dict[str, Any]]) -> str:
+def _last_question(messages: Sequence[Mapping[str, Any]]) -> str:
     content = messages[-1]["content"]
     if isinstance(content, str):
         return content
@@ -90,7 +93,14 @@ def _last_question(messages: Sequence[dict[str, Any]]) -> str:
 
 
 def keep_images(sources: Sequence[Any], access: ImageAccess, name: str, run: Path) -> list[str]:
-    """Images made small, in the run folder; their paths there."""
+    """Write small copies of images into the run folder.
+
+    Returns:
+        Their paths relative to that folder.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
     return [_keep_image(load_image(source, access=access, name=name), run) for source in sources]
 
 
@@ -105,12 +115,20 @@ def _keep_image(image: Image.Image, run: Path) -> str:
     return f"{IMAGE_FOLDER}/{name}"
 
 
-def replace_records(file: Path, when: str, records: list[dict[str, Any]]):
-    """Put the records of one time in the place of those that are there."""
+def replace_records(file: Path, when: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write records to a predictions file, in place of its earlier records of the same time.
+
+    Raises:
+        UserError: a line of the file is damaged.
+    """
     kept = []
     if file.is_file():
         # At \n only: strings may hold other line separators.
-        lines = file.read_text(encoding="utf-8").split("\n")
-        kept = [line for line in lines if line and json.loads(line)["when"] != when]
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+            try:
+                if line and json.loads(line)["when"] != when:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{file}, line {number}: is damaged; delete the line") from None
     lines = kept + [json.dumps(record, ensure_ascii=False) for record in records]
     write_text(file, "".join(line + "\n" for line in lines))

@@ -20,16 +20,16 @@ class Question:
     Attributes:
         id: the data's own name for it, else `row 12`, or `row 12.3` for the third question of a row; no other question
             of the same source has it.
-        origin: the row it is from.
+        origin: its row.
         text: the question as in the data; the phrase of grounding, the prompt of captions.
         answers: gold answers: the letter for multiple choice, markup for grounding. Empty where they are hidden.
         box: gold box, x1, y1, x2, y2 in pixels of the upright image, or None.
         image_size: width and height in pixels where there may be a box, else None.
-        group: what it is counted under, or None.
-        images: its sources, as `load_image` takes them.
-        access: what they may reach.
+        group: the group that its score counts for, or None.
+        images: image sources, as `load_image` takes them.
+        access: which files and URLs they may reach.
         style: how it is asked.
-        messages: what is asked, in parts; image parts are filled from `images` in order.
+        messages: the prompt's messages, in parts; image parts are filled from `images` in order.
         options: of multiple choice.
         shots: solved examples that are shown before it.
         source: the name of its source, where an evaluation has several.
@@ -53,11 +53,11 @@ class Question:
     def render(self, tokenizer: QwenVLTokenizer, n_queries: int = 256) -> Rendered:
         """The prompt: a chat that waits for a reply, or raw text for a base model to go on with.
 
-        `Rendered.images` are to be opened with `self.access`. Those of solved examples from another folder are read
-        here, by that folder's rules, and come as encoded bytes.
+        Open `Rendered.images` with `self.access`. Images of solved examples with another access are read here, and
+        come as encoded bytes.
 
         Raises:
-            ValueError: text the tokenizer cannot write, or an image of a solved example that cannot be read.
+            InputError: text that the tokenizer cannot encode, or an image of a solved example that cannot be read.
         """
         if self.style == "chat":
             return render_chat(self._filled(), tokenizer, add_generation_prompt=True, n_queries=n_queries)
@@ -80,8 +80,8 @@ class Question:
                 {**part, "image": read_encoded(part["image"], self.access)} if part["type"] == "image" else part
                 for part in parts
             ]
-        if self.box is not None:  # the answer's markup brings the `<box>` that the prompt ends in
+        if self.box is not None:  # the answer's markup includes the `<box>` that the prompt ends in
             text = last["text"].removesuffix("<box>") + self.answers[0]
-        else:  # the answer that most people gave, the first of equals, as in training
+        else:  # the most frequent answer, the first one of equals, as in training
             text = f"{last['text']} {Counter(self.answers).most_common(1)[0][0]}"
         return [*parts, {**last, "text": text}]

@@ -1,13 +1,14 @@
-"""The questions of an evaluation: those of its sources, all of them or a sample that a seed draws.
+"""The questions of an evaluation: those of all its sources, or a sample of them drawn by a seed.
 
-A sample has as many questions of each source as of any other; a source with fewer gives all it has, and the others
-share what is left. So a small source is scored as exactly as a large one, and in the score over all of them, their
-questions' mean, it is not drowned by it.
+A sample takes the same number of questions from each source; a source with fewer gives all it has, and the others
+share the rest. So a small source is scored as precisely as a large one, and has the same weight in the score over all
+questions.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import overload
 
 import numpy as np
 
@@ -24,16 +25,16 @@ class QuestionSample(Sequence[Question]):
 
     Args:
         parts: the questions of each source.
-        names: of the sources; with several, each question says which it is from.
-        limit: only the first so many, over all sources; None is all.
-        sample: so many of these, drawn without replacement; None is all.
+        names: of the sources; with several, each question has the name of its source.
+        limit: use only the first `limit` questions, over all sources; None uses all.
+        sample: number of these to draw, without replacement; None takes all.
         seed: of the draw.
 
     Attributes:
-        chosen: (questions,) int64, their numbers among those of all sources, ascending.
-        total: questions of all sources.
-        answered: whether all answers are there to score with.
-        counts: name of each source -> questions chosen of it; empty where there is one source.
+        chosen: (questions,) int64, their numbers among the questions of all sources, ascending.
+        total: number of questions of all sources.
+        answered: whether all questions have gold answers to score with.
+        counts: name of each source -> number of questions chosen from it; empty where there is one source.
 
     Raises:
         UserError: two sources have one name.
@@ -69,7 +70,13 @@ class QuestionSample(Sequence[Question]):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, index: int) -> Question:
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Question]: ...
+    def __getitem__(self, index: int | slice) -> Question | list[Question]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
         number = self.chosen[index]
         part = int(np.searchsorted(self._ends, number, side="right"))
         question = self._parts[part][int(number - (self._ends[part - 1] if part else 0))]
@@ -83,11 +90,11 @@ class QuestionSample(Sequence[Question]):
 
     @property
     def problems(self) -> list[BadRow]:
-        """What is wrong with the rows that were left out."""
+        """The problems of the rows that were left out."""
         return [problem for part in self._parts for problem in part.problems]
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of what is asked: the sources' rows, prompts and names, and which were chosen."""
+        """Hexadecimal digest of the questions: the sources' rows, prompts and names, and the chosen numbers."""
         digest = hashlib.sha256(" ".join(part.fingerprint() for part in self._parts).encode())
         digest.update(" ".join(self.counts).encode())
         digest.update(self.chosen.tobytes())
@@ -95,14 +102,13 @@ class QuestionSample(Sequence[Question]):
 
 
 def fair_shares(sizes: Sequence[int], count: int) -> list[int]:
-    """How many to take of each, `count` in all, or all there are: equal numbers, as far as each has so many.
+    """How many to take from each source, `count` in total: equal numbers, as far as each source has enough.
 
-    fair_shares([500, 30, 300], 200) == [85, 30, 85]. What does not divide goes to the larger ones, of equals to the
-    first.
+    fair_shares([500, 30, 300], 200) == [85, 30, 85]. A remainder goes to the larger sources, the first one of equals.
     """
     shares = [0] * len(sizes)
     left = min(count, sum(sizes))
-    # The smallest first: what it cannot give is left to those after it.
+    # The smallest first: what it lacks is left to the others.
     for place, number in enumerate(sorted(range(len(sizes)), key=lambda number: (sizes[number], -number))):
         shares[number] = min(sizes[number], left // (len(sizes) - place))
         left -= shares[number]
@@ -110,11 +116,13 @@ def fair_shares(sizes: Sequence[int], count: int) -> list[int]:
 
 
 class QuestionPrompts(Sequence[Prompt]):
-    """The prompts of some questions, rendered when they are asked for.
+    """The prompts of some questions, each rendered on access.
 
     Args:
-        questions: all of them.
+        questions: all questions.
         numbers: which of them, in this order.
+        tokenizer: of the model.
+        n_queries: positions of an image, of the model.
     """
 
     def __init__(
@@ -126,7 +134,13 @@ class QuestionPrompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> Prompt:
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
         question = self.questions[self.numbers[index]]
         rendered = question.render(self._tokenizer, self._n_queries)
         return Prompt(rendered.ids, rendered.images, question.access, str(question.origin))

@@ -1,10 +1,10 @@
-"""The questions of an evaluation: the rows of a source, asked as a task asks them.
+"""The questions of one source: its rows, with the prompts of a task.
 
     questions = Questions(source, find_task("docvqa"), style="chat")
     prompt = questions[0].render(tokenizer, n_queries)
 
-All rows are looked at once, when the questions are made: what is wrong with any of them is told before a model is
-loaded. After that a question is read when it is asked for, and its images only when it is rendered.
+The constructor checks all rows once, so that bad rows are reported before a model is loaded. After that a question is
+read on access, and its images only when it is rendered.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, overload
 
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.formats.row_format import COLUMNS, RowFormat
@@ -23,7 +23,6 @@ from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import RowSource as Source
 from finetune.data.sources.sources import read_source
 from finetune.errors import UserError
 from finetune.evaluation.question import Question
@@ -35,12 +34,35 @@ from qwenvl import ImageAccess
 
 __all__ = ["Question", "Questions"]
 
-# Roles of columns beside those of the formats.
+# Roles of columns in addition to those of the formats.
 _MORE_ROLES = ("id", "group", "options")
 
 
+class QuestionSource(Protocol):
+    """A source of questions: as one of `data.sources.sources`, but a `format` of None is the task's."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def config(self) -> str | None: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def streaming(self) -> bool: ...
+    @property
+    def format(self) -> str | None: ...
+    @property
+    def columns(self) -> Mapping[str, str]: ...
+    @property
+    def prompt(self) -> str | None: ...
+    @property
+    def box_form(self) -> str | None: ...
+
+
 class RowImages(Sequence[Any]):
-    """The images of a row, read from the data when they are looked at and not kept."""
+    """The images of a row, read from the data on access and not kept."""
 
     def __init__(self, questions: "Questions", index: int, count: int):
         self._questions, self._index, self._count = questions, index, count
@@ -48,7 +70,7 @@ class RowImages(Sequence[Any]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, place):
+    def __getitem__(self, place: int | slice) -> Any:
         return self._questions._sources(self._index)[place]
 
     def __iter__(self) -> Iterator[Any]:
@@ -56,29 +78,30 @@ class RowImages(Sequence[Any]):
 
 
 class Questions(Sequence[Question]):
-    """The questions of one source, by number; see the head of this file.
+    """The questions of one source, by number.
 
     Args:
-        source: as `data.sources.sources.Source` describes; its columns map the task's roles (and `id`, `group`,
-            `options`), its format is the task's or None, its prompt takes the place of the task's.
-        task: what is asked and scored.
+        source: its columns map the task's roles (and `id`, `group`, `options`), its format is the task's or None, its
+            prompt replaces the task's.
+        task: gives the prompts and the metric.
         images_root, access: as for `finetune.data.samples.Samples`.
         style: "chat", or "base" for raw text.
-        shots: solved examples before each question, for style base. They are drawn by the question's id, the same in
-            every run.
-        shot_source: where they are drawn from; None is the source itself, without the row that is asked.
+        shots: number of solved examples before each question, for style base. The question's id is the seed of their
+            draw, so they are the same in every run.
+        shot_source: where they are drawn from; None is the source itself, without the row of the question.
         grounding: read markup in all texts as tokens, as `data.grounding` of a recipe does.
         on_bad_row: "error" reports all bad rows together; "skip" leaves them out and lists them.
-        look_for_images: a row whose image is not where it says is a bad one; False leaves that to who opens it.
+        look_for_images: treat a row whose image file is missing as a bad row; False leaves that to the reader of the
+            image.
 
     Attributes:
         task, style: as given.
-        ids: of the questions, each once.
-        answered: whether the answers are there to score with; False where all are hidden.
-        problems: what is wrong with the rows that were left out.
+        ids: unique ids of the questions.
+        answered: whether there are gold answers to score with; False where all are hidden.
+        problems: the problems of the rows that were left out.
 
     Raises:
-        FileNotFoundError: the source's file does not exist.
+        MissingFileError: the source's file does not exist.
         DataError: a source that cannot be read or holds no rows, wrong columns, bad rows, answers of some rows hidden
             and of others not, or too few examples to draw from.
         UserError: a prompt without its placeholder, or shots for style chat.
@@ -86,14 +109,14 @@ class Questions(Sequence[Question]):
 
     def __init__(
         self,
-        source: Source,
+        source: QuestionSource,
         task: Task,
         *,
         images_root: str | Path | None = None,
         access: ImageAccess | None = None,
         style: Style = "chat",
         shots: int = 0,
-        shot_source: Source | None = None,
+        shot_source: QuestionSource | None = None,
         grounding: bool = False,
         on_bad_row: Literal["error", "skip"] = "error",
         look_for_images: bool = True,
@@ -112,7 +135,8 @@ class Questions(Sequence[Question]):
             raise DataError(f"{source.path}: {'limit is below 1' if len(self._rows) else 'holds no rows'}")
         access = ImageAccess() if access is None else access
         root = images_root if images_root is not None else access.root
-        self._access = replace(access, root=Path(self._rows.folder if root is None else root).absolute())
+        self._root = Path(self._rows.folder if root is None else root).absolute()
+        self._access = replace(access, root=self._root)
         self._reader = RowReader(
             task=task,
             columns=columns,
@@ -134,7 +158,7 @@ class Questions(Sequence[Question]):
                 grounding=grounding,
                 on_bad_row=on_bad_row,
             )
-        # The same data may be named as shot_source as well.
+        # shot_source may be the same data.
         self._draws_from_itself = self._examples._rows.fingerprint() == self._rows.fingerprint()
         if shots:
             self._check_examples()
@@ -142,12 +166,18 @@ class Questions(Sequence[Question]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> Question:
-        """The question of that number.
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Question]: ...
+    def __getitem__(self, index: int | slice) -> Question | list[Question]:
+        """The question with this number.
 
         Raises:
-            BadRow: its row changed since all were looked at, and is bad now.
+            BadRow: its row has changed since the constructor checked it, and is bad now.
         """
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self)} questions, no index {index}")
         index %= len(self)
@@ -155,7 +185,7 @@ class Questions(Sequence[Question]):
         return replace(question, shots=tuple(self._drawn(index))) if self._shots else question
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of what is asked: the rows, how they are read, the prompt and the solved examples."""
+        """Hexadecimal digest of the rows, how they are read, the prompt and the solved examples."""
         reader = self._reader
         asked = {
             "rows": self._rows.fingerprint(),
@@ -176,12 +206,15 @@ class Questions(Sequence[Question]):
         bad: dict[int, BadRow] = {}
         hidden: dict[int, BadRow] = {}
         taken: set[str] = set()
-        # Sizes cannot be read from the stand-ins that a scan may give for image bytes.
+        # A scan may replace image bytes by placeholders, from which no size can be read.
         scan = Rows.scan if self.task.is_grounding else type(self._rows).scan
         with RowProgress("reading questions", self._count) as progress:
             for row, given in enumerate(scan(self._rows, 0, self._count)):
                 progress.add(1)
                 origin = self._rows.origin(row)
+                if isinstance(given, BadRow):
+                    bad[row] = given
+                    continue
                 try:
                     asked = self._checked(given, row)
                     name = self._reader.question_id(given) or f"row {origin.row}"
@@ -196,27 +229,25 @@ class Questions(Sequence[Question]):
                 for item in range(len(asked)):
                     place = f".{item + 1}" if len(asked) > 1 else ""
                     question_id = f"{name}{place}"
-                    if question_id in taken:  # not the data's own name for this question alone
+                    if question_id in taken:  # the data's own id is not unique
                         question_id = f"{name} (row {row + 1}){place}"
                     taken.add(question_id)
                     self.ids.append(question_id)
                     self._row_of.append(row)
                     self._item_of.append(item)
-        self._judge(bad, hidden, on_bad_row)
+        self._leave_out(bad, hidden, on_bad_row)
 
-    def _checked(self, given: Mapping[str, Any] | BadRow, row: int) -> list[Asked]:
-        if isinstance(given, BadRow):
-            raise given
+    def _checked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
         asked = self._asked(given, row)
         for number, source in enumerate(asked[0].sources if self._look_for_images else ()):
             try:
-                check_image(absolute(source, self._access.root), self._access)
+                check_image(absolute(source, self._root), self._access)
             except ValueError as error:
                 raise BadRow(self._rows.origin(row), f"images[{number}]", str(error)) from error
         return asked
 
-    def _judge(self, bad: dict[int, BadRow], hidden: dict[int, BadRow], on_bad_row: str) -> None:
-        """What is to be said of all rows together; both by row."""
+    def _leave_out(self, bad: dict[int, BadRow], hidden: dict[int, BadRow], on_bad_row: str) -> None:
+        """Leave out bad rows and rows with hidden answers, both by row; or raise, as `on_bad_row` says."""
         if bad and on_bad_row == "error":
             raise DataError(
                 f"{self._name}: of {self._count:,} rows, {len(bad):,} cannot be asked as task {self.task.name} "
@@ -246,7 +277,7 @@ class Questions(Sequence[Question]):
     def _plain(self, index: int) -> Question:
         """The question without solved examples."""
         row, item = self._row_of[index], self._item_of[index]
-        # A scan leaves the bytes of images on disk, unless their size is to be read from them.
+        # A scan leaves image bytes on disk; grounding reads the image's size from them.
         given = self._rows[row] if self.task.is_grounding else next(iter(self._rows.scan(row, row + 1)))
         if isinstance(given, BadRow):
             raise given
@@ -270,7 +301,7 @@ class Questions(Sequence[Question]):
         """The images of a question, paths absolute."""
         row = self._row_of[index]
         asked = self._item(self._rows[row], row, self._item_of[index])
-        return tuple(absolute(source, self._access.root) for source in asked.sources)
+        return tuple(absolute(source, self._root) for source in asked.sources)
 
     def _item(self, given: Mapping[str, Any], row: int, item: int) -> Asked:
         asked = self._asked(given, row)
@@ -286,7 +317,7 @@ class Questions(Sequence[Question]):
             raise BadRow(self._rows.origin(row), error.field, error.reason) from None
 
     def _image_size(self, source: Any) -> tuple[int, int]:
-        return upright_size(absolute(source, self._access.root), self._access)
+        return upright_size(absolute(source, self._root), self._access)
 
     # ---- solved examples
 
@@ -297,7 +328,7 @@ class Questions(Sequence[Question]):
         return [self._examples._plain(place if place < start else place + (stop - start)) for place in places]
 
     def _same_row(self, index: int) -> tuple[int, int]:
-        """The examples that would give the answer away: the questions of the row that is asked."""
+        """The range of examples from the question's own row, which would give the answer away."""
         if not self._draws_from_itself:
             return 0, 0
         row, rows = self._row_of[index], self._examples._row_of
@@ -315,8 +346,8 @@ class Questions(Sequence[Question]):
             )
 
 
-def _columns(source: Source, task: Task) -> dict[str, str]:
-    """Role -> column: the format's own names, the task's, the source's, later ones first."""
+def _columns(source: QuestionSource, task: Task) -> dict[str, str]:
+    """Role -> column: the source's name for it, else the task's, else the format's own."""
     if source.format is not None and source.format != task.format:
         raise DataError(f"{source.path}: task {task.name} reads format {task.format}, not {source.format}")
     own = COLUMNS[task.format]
@@ -325,14 +356,14 @@ def _columns(source: Source, task: Task) -> dict[str, str]:
         if role not in roles:
             meant = nearest(role, roles)
             said = f"did you mean {' or '.join(meant)}? " if meant else ""
-            raise DataError(f"{source.path}: columns: {role} is no role; {said}The roles are {', '.join(roles)}")
+            raise DataError(f"{source.path}: columns: there is no role {role}; {said}The roles are {', '.join(roles)}")
     if task.format in CONVERSATIONS:
         return dict(RowFormat(task.format, source.columns or {}).columns)
     return {role: role for role in own} | dict(task.columns) | dict(source.columns or {})
 
 
-def _box_form(source: Source, task: Task) -> str | None:
-    """How the gold boxes of columns are written."""
+def _box_form(source: QuestionSource, task: Task) -> str | None:
+    """How gold boxes are written in their column."""
     if task.format != "grounding":
         return None
     box_form = source.box_form or task.box_form

@@ -1,18 +1,20 @@
-"""What an evaluation writes: the replies as they come, the scores at the end; and how one that stopped goes on.
+"""The files of an evaluation: replies as they come, scores at the end; and how an interrupted one continues.
 
 | name | what |
 |---|---|
-| `evaluation.json` | the identity: model, task, data and settings; another one is never mixed in |
+| `evaluation.json` | the identity: model, task, data and settings; replies of another one are never mixed in |
 | `predictions.jsonl` | a line for each question, as replies come; at the end in the order of the data, with scores |
 | `results.json` | the score with its interval, that of each source and group, counts, settings, versions |
 | `submission.json` | in place of a score where the answers are hidden |
-| `evaluation.html` | all of it to look at |
-| `compared/` | the first two of the model that it is compared with |
+| `evaluation.html` | a page with all of it |
+| `compared/` | the first two files, of the model that it is compared with |
 """
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ from finetune.evaluation.bootstrap import Interval, difference_interval, score_i
 from finetune.evaluation.questions import Question
 from finetune.evaluation.tasks import Task
 from finetune.files.atomic_writes import make_folder, write_text
+from finetune.files.path_errors import path_errors
 from finetune.quantities import format_duration, format_loss
 from finetune.replies.replies import Reply
 from finetune.run.identity import compare_runs
+from finetune.run.lock import lock_folder
+from finetune.terminal import terminal_line
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +45,61 @@ Record = dict[str, Any]
 """A line of `predictions.jsonl`."""
 
 
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Create the evaluation's folder and keep other processes out of it.
+
+    Raises:
+        PathError: the folder cannot be written.
+        RunLocked: another process holds it.
+    """
+    with ExitStack() as stack:
+        with writing(folder):
+            stack.enter_context(lock_folder(folder))
+        yield
+
+
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Turns an OSError about a path of the evaluation into a sentence."""
+    return path_errors(path, "write", "Give another folder with --out")
+
+
+def write_json(path: Path, value: Any, indent: int = 2) -> None:
+    """Write a JSON file, atomically."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """What `results.json` says; None where the evaluation has not finished before.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / RESULTS
+    remedy = "remove it, and the same command writes it again"
+    results = _read_object(file, remedy)
+    if results is not None and not {"speed", "notes"} <= results.keys():
+        raise UserError(f"{file} lacks its speed or notes: {remedy}")
+    return results
+
+
+def _read_object(file: Path, remedy: str) -> dict[str, Any] | None:
+    """A JSON object; None where there is no such file."""
+    if not file.is_file():
+        return None
+    with path_errors(file, "read", "Give another folder with --out"):
+        data = file.read_bytes()
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is not a JSON object: {remedy}")
+    return value
+
+
 def record_of(task: Task, number: int, question: Question, reply: Reply) -> Record:
-    """The line of one question; `score` comes at the end, as some metrics look at all replies at once."""
+    """The line of one question, without its score: some metrics look at all replies at once."""
     record = {
         "number": number,
         "id": question.id,
@@ -56,6 +114,7 @@ def record_of(task: Task, number: int, question: Question, reply: Reply) -> Reco
     if question.group is not None:
         record["group"] = question.group
     if question.box is not None:
+        assert question.image_size is not None, "a box comes with the size of its image"
         record |= {"box": list(question.box), "image_size": list(question.image_size)}
     if reply.unreadable is not None:
         record["unreadable"] = reply.unreadable
@@ -74,21 +133,23 @@ class PredictionFile:
         self.folder, self.identity = folder, identity
         self.file = folder / PREDICTIONS
 
-    def check(self):
+    def check(self) -> None:
         """Refuse a folder that holds another evaluation. Changes nothing.
 
         Raises:
-            UserError: it does, and in what it differs.
+            UserError: it does, with the differences; or what is there is no folder, or damaged.
         """
-        file = self.folder / IDENTITY
-        if not file.is_file():
+        for path, is_right, kind in (
+            (self.folder, self.folder.is_dir(), "folder"),
+            (self.file, self.file.is_file(), "file"),
+        ):
+            if os.path.lexists(path) and not is_right:
+                raise UserError(f"{path} is not a {kind}: give another --out, or remove it")
+        stored = _read_object(self.folder / IDENTITY, "give another --out, or remove the folder")
+        if stored is None:
             if self.file.exists():
                 raise UserError(f"{self.file} is there without its {IDENTITY}: give another --out, or remove it")
             return
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON ({error}): give another --out, or remove the folder") from None
         if differences := compare_runs(stored, dict(self.identity)):
             lines = "\n  ".join(differences)
             raise UserError(
@@ -100,19 +161,18 @@ class PredictionFile:
         """The records that are there already, by the number of their question.
 
         Raises:
-            UserError: the folder holds another evaluation, or a line of the file is damaged.
+            UserError: the folder holds another evaluation or cannot be written, or a line of the file is damaged.
         """
         self.check()
         make_folder(self.folder)
         if not (self.folder / IDENTITY).is_file():
-            write_text(self.folder / IDENTITY, json.dumps(self.identity, indent=2, ensure_ascii=False) + "\n")
-        if not self.file.is_file():
-            return {}
-        # At \n only: strings may hold other line separators.
-        *lines, half = self.file.read_bytes().split(b"\n")
-        if half:
-            logger.warning("%s: removed its half last line (%d bytes)", self.file, len(half))
-            with self.file.open("r+b") as file:
+            write_json(self.folder / IDENTITY, self.identity)
+        with writing(self.file), self.file.open("a+b") as file:
+            file.seek(0)
+            # At \n only: strings may hold other line separators.
+            *lines, half = file.read().split(b"\n")
+            if half:
+                logger.warning("%s: removed its half last line (%d bytes)", self.file, len(half))
                 file.truncate(sum(len(line) + 1 for line in lines))
         records = {}
         for number, line in enumerate(lines, start=1):
@@ -124,12 +184,12 @@ class PredictionFile:
                 raise UserError(f"{self.file}, line {number}: {reason}") from None
         return records
 
-    def append(self, records: Iterable[Record]):
+    def append(self, records: Iterable[Record]) -> None:
         """Add lines, in one write: a killed process leaves at most a half last one."""
-        with self.file.open("ab", buffering=0) as file:
+        with writing(self.file), self.file.open("ab", buffering=0) as file:
             file.write("".join(_line(record) for record in records).encode())
 
-    def write(self, records: Sequence[Record]):
+    def write(self, records: Sequence[Record]) -> None:
         """Replace the file by these records, atomically."""
         write_text(self.file, "".join(_line(record) for record in records))
 
@@ -176,36 +236,42 @@ class Scored:
 
 
 def score_records(task: Task, questions: Sequence[Question], records: Sequence[Record]) -> Scored:
-    """Score the replies to all questions, in the same order, and put each question's into its record."""
+    """Score the replies to all questions; `records` are in the order of `questions`."""
     scores = task.score_all(questions, [record["reply"] for record in records])
     values = [0.0 if "unreadable" in record else value for record, value in zip(records, scores.values, strict=True)]
-    for record, value in zip(records, values, strict=True):
-        record["score"] = value
     groups = _groups(records)
-    members: dict[str, list[float]] = {}
-    for record, value in zip(records, values, strict=True):
-        if "group" in record:
-            members.setdefault(record["group"], []).append(value)
+    members = _by_key(records, values, "group")
     return Scored(
         values,
         task.aggregate(np.array(values), groups),
         score_interval(values, groups, task.aggregate),
         {name: sum(members[name]) / len(members[name]) for name in sorted(members)},
         {name: len(members[name]) for name in members},
-        _source_scores(task, records),
+        _source_scores(task, records, values),
     )
 
 
-def _source_scores(task: Task, records: Sequence[Record]) -> dict[str, PartScore]:
-    parts: dict[str, list[Record]] = {}
-    for record in records:
-        if "source" in record:
-            parts.setdefault(record["source"], []).append(record)
+def with_scores(records: Sequence[Record], scored: Scored) -> list[Record]:
+    """The records, each with its score."""
+    return [{**record, "score": value} for record, value in zip(records, scored.values, strict=True)]
+
+
+def _by_key(records: Sequence[Record], values: Sequence[float], key: str) -> dict[str, list[float]]:
+    """Scores by what the records have under `key`; records without it are left out."""
+    members: dict[str, list[float]] = {}
+    for record, value in zip(records, values, strict=True):
+        if key in record:
+            members.setdefault(record[key], []).append(value)
+    return members
+
+
+def _source_scores(task: Task, records: Sequence[Record], values: Sequence[float]) -> dict[str, PartScore]:
     scores = {}
-    for name, part in parts.items():
-        values, groups = [record["score"] for record in part], _groups(part)
-        total = task.aggregate(np.array(values), groups)
-        scores[name] = PartScore(total, score_interval(values, groups, task.aggregate), len(part))
+    for name, part in _by_key(records, values, "source").items():
+        groups = _groups([record for record in records if record.get("source") == name])
+        scores[name] = PartScore(
+            task.aggregate(np.array(part), groups), score_interval(part, groups, task.aggregate), len(part)
+        )
     return scores
 
 
@@ -241,38 +307,37 @@ def _line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """The lines at the end: a label in 11 columns, a space, what it says."""
+def summary(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The lines at the end, each a label and its text."""
     lines = []
-
-    def line(label: str, text: str):
-        lines.append(f"{label:<11} {text}")
-
     if "score" in results:
-        line(results["metric"], f"{score_text(results)}, {results['questions']:,} questions")
+        lines.append((results["metric"], f"{score_text(results)}, {results['questions']:,} questions"))
         compared = results.get("compared")
         for name, source in results["sources"].items():
             other = f"; compared: {format_loss(compared['sources'][name]['score'])}" if compared else ""
-            line(f"  {name}", f"{score_text(source)}, {source['questions']:,} questions{other}")
+            lines.append((f"  {name}", f"{score_text(source)}, {source['questions']:,} questions{other}"))
         for name, group in results["groups"].items():
-            line(f"  {name}", f"{format_loss(group['score'])}, {group['questions']:,} questions")
+            score = format_loss(group["score"])
+            lines.append((f"  {terminal_line(name)}", f"{score}, {group['questions']:,} questions"))
         if compared:
             low, high = compared["difference_interval"]
-            line("compared", f"{score_text(compared)}, {compared['model']}")
-            line(
-                "difference",
-                f"{compared['difference']:+.4f} (95% {low:+.4f} to {high:+.4f}); "
-                f"{compared['better']:,} questions better, {compared['worse']:,} worse",
+            lines.append(("compared", f"{score_text(compared)}, {compared['model']}"))
+            lines.append(
+                (
+                    "difference",
+                    f"{compared['difference']:+.4f} (95% {low:+.4f} to {high:+.4f}); "
+                    f"{compared['better']:,} questions better, {compared['worse']:,} worse",
+                )
             )
     else:
-        line("submission", f"the answers are hidden: {results['submission']} is written in place of a score")
+        lines.append(("submission", f"the answers are hidden: {results['submission']} is written in place of a score"))
     if results["unreadable"]:
-        line("unreadable", f"{len(results['unreadable']):,} questions on images that cannot be read: counted as wrong")
-    for note in results["notes"]:
-        line("note", note)
+        count = len(results["unreadable"])
+        lines.append(("unreadable", f"{count:,} questions on images that cannot be read: counted as wrong"))
+    lines += [("note", note) for note in results["notes"]]
     if speed := results["speed"]:
         rate = f"{speed['examples_per_second']:.2f} examples/s"
-        line("speed", f"{rate}, {speed['replies']:,} replies in {format_duration(speed['seconds'])}")
+        lines.append(("speed", f"{rate}, {speed['replies']:,} replies in {format_duration(speed['seconds'])}"))
     return lines
 
 

@@ -1,11 +1,11 @@
-"""The task's score while a model trains: a fixed sample of questions, replied to greedily by the model as it is.
+"""The task's score while a model trains: greedy replies to a fixed sample of questions.
 
-Where the evaluation data has several sources, each has a score of its own as well: new documents and old ones, what is
-learned and what is forgotten. The score over all questions of the sample picks the best checkpoint; as the sources
-have equal shares of it, that weighs them alike as long as none runs out of questions.
+Where the evaluation data has several sources, each source also has its own score: new documents and old ones, what is
+learned and what is forgotten. The score over all questions of the sample picks the best checkpoint; sources have equal
+shares of the sample, hence equal weights, as long as each has enough questions.
 
-Neither the model's mode and generation config nor any random number is touched: with and without it, training is the
-same bit for bit.
+The model's mode, its generation config and the random number generators are left as they were: training is bitwise the
+same with and without it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from finetune.evaluation.predictions import PREDICTIONS, keep_images, replace_re
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
 from finetune.evaluation.reply_progress import ReplyProgress
-from finetune.evaluation.results import Record, Scored, record_of, score_records
+from finetune.evaluation.results import Record, Scored, record_of, score_records, with_scores
 from finetune.evaluation.tasks import task_of
 from finetune.quantities import format_loss
 from finetune.recipe import Recipe
@@ -34,12 +34,19 @@ from finetune.recipe.sections import source_names
 from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies, stop_ids_of
 from qwenvl import ImageAccess, QwenVLProcessor
 
-BATCH_TOKENS = 4096  # beside gradients and optimizer states; too much for the memory halves it
+BATCH_TOKENS = 4096  # leaves memory for gradients and optimizer states; halved after an out-of-memory error
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The score at one step: `records`, one for each question, and what they are worth."""
+    """The score at one step.
+
+    Attributes:
+        step: optimizer steps done.
+        metric: of the task.
+        records: one for each question, with its score.
+        scored: their scores together.
+    """
 
     step: int
     metric: str
@@ -47,8 +54,8 @@ class TaskScore:
     scored: Scored
 
     def added_to(self, summary: Mapping[str, Any], when: str) -> dict[str, Any]:
-        """What `run.json` says of the score, with this one as `before` or `after`: that of all questions, and of the
-        questions of each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`."""
+        """The score in `run.json`, with this one added as `before` or `after`: over all questions, and over those of
+        each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`."""
         scored = self.scored
         sources = {name: (part.questions, part.score) for name, part in scored.sources.items()}
         groups = {name: (scored.counts[name], score) for name, score in scored.groups.items()}
@@ -63,7 +70,7 @@ class TaskScore:
         return {**summary, "metric": self.metric, "questions": len(self.records), when: scored.total, **parts}
 
     def metrics(self) -> dict[str, float]:
-        """As they are logged: `eval_anls`, and one for each source and group, `eval_anls_boarding`."""
+        """The scores by logged key: `eval_anls`, and one for each source and group, `eval_anls_boarding`."""
         key = f"eval_{self.metric}"
         sources = {f"{key}_{name}": part.score for name, part in self.scored.sources.items()}
         groups = {f"{key}_{name}": score for name, score in self.scored.groups.items()}
@@ -73,32 +80,36 @@ class TaskScore:
 class TaskEvaluation:
     """Scores a model on the sample of a recipe's `evaluate` section.
 
-    All processes take a share of the questions and get all replies, so that each has the same score.
+    Each process replies to a share of the questions; the replies are gathered, so that all have the same score.
 
     Args:
         recipe: with an evaluate section that names a task.
         processor: of the model.
 
     Attributes:
-        task: what is scored; `questions` the sample.
-        key: what the score is logged as.
-        last: the latest score, with the step it is of.
-        vision_cache: has the features of the sample's images where they were encoded before training.
+        task: the task of the questions.
+        questions: the sample.
+        key: the logged key of the score.
+        last: the latest score, with its step.
+        vision_cache: has the features of the sample's images if they were encoded before training; else None.
 
     Raises:
         DataError: rows that cannot be asked (see `Questions`).
-        UserError: the answers are hidden.
+        UserError: no evaluate section or task, or hidden answers.
     """
 
     def __init__(self, recipe: Recipe, processor: QwenVLProcessor):
         evaluate, data = recipe.evaluate, recipe.data
+        if evaluate is None:
+            raise UserError("the recipe has no evaluate section: set evaluate.data and evaluate.task")
+        root = None if data.images_root is None else Path(data.images_root)
         self.task = task_of(evaluate)
         parts = [
             Questions(
                 source,
                 self.task,
-                images_root=data.images_root,
-                access=ImageAccess(root=data.images_root, allow_urls=data.allow_urls),
+                images_root=root,
+                access=ImageAccess(root=root, allow_urls=data.allow_urls),
                 style="chat",
                 grounding=data.grounding,
                 on_bad_row=data.on_bad_row,
@@ -124,8 +135,8 @@ class TaskEvaluation:
         """`docvqa: anls on 200 of 5,949 questions (boarding 100, before 100)`"""
         return f"{self.task.name}: {self.task.metric} on {self.questions}"
 
-    def note_stop_ids(self, model: torch.nn.Module):
-        """Before training, while the model's generation config is its own: Transformers' trainer changes it."""
+    def note_stop_ids(self, model: torch.nn.Module) -> None:
+        """Take the stop tokens from the model's generation config, before Transformers' trainer changes it."""
         self._stop_ids = stop_ids_of(model, self._processor.tokenizer)
 
     def evaluate(
@@ -140,32 +151,35 @@ class TaskEvaluation:
         """Reply to the sample and score the replies; on all processes together.
 
         Args:
-            model: not wrapped for several processes; in any mode, and left in it.
+            model: not wrapped by DDP or FSDP; its mode is left as it is.
+            accelerator: of the trainer.
             step: optimizer steps done.
-            bar: show a bar on a terminal; a trainer's live line does not share one.
-            tick: called for every reply of this process.
+            bar: show a bar on a terminal; a trainer's live line excludes one.
+            tick: called after every reply of this process.
 
         Raises:
-            UserError: an image of the sample is damaged, or a source is called like a group of the data.
+            UserError: an image of the sample is damaged, or a source has the name of a group of the data.
         """
         replies = self._share(model, accelerator, bar and accelerator.is_main_process, tick)
         if accelerator.num_processes > 1:
             replies = gather_object(replies)
         replies = sorted(replies, key=lambda reply: reply.index)
-        # Only now, when every process knows, so that none waits for another that has given up.
-        if bad := [reply for reply in replies if reply.unreadable]:
-            lines = "\n  ".join(reply.unreadable for reply in bad)
+        # After the gathering, so that all processes raise together and none waits for another.
+        if bad := [reply.unreadable for reply in replies if reply.unreadable]:
+            lines = "\n  ".join(bad)
             raise UserError(f"evaluate.data: {len(bad)} of the sampled questions are on damaged images:\n  {lines}")
         records = [record_of(self.task, reply.index, self.questions[reply.index], reply) for reply in replies]
         scored = score_records(self.task, self.questions, records)
         if both := scored.sources.keys() & scored.groups.keys():
             named = ", ".join(sorted(both))
             raise UserError(f"evaluate.data: {named} is the name of a source and of a group: rename the source")
-        self.last = TaskScore(step, self.task.metric, records, scored)
+        self.last = TaskScore(step, self.task.metric, with_scores(records, scored), scored)
         return self.last
 
-    def _share(self, model: torch.nn.Module, accelerator: Accelerator, bar: bool, tick: Callable) -> list[Reply]:
-        """The replies to every n-th question, by their numbers in the sample."""
+    def _share(
+        self, model: torch.nn.Module, accelerator: Accelerator, bar: bool, tick: Callable[[], Any]
+    ) -> list[Reply]:
+        """This process's replies, to every n-th question; their index is the number in the sample."""
         assert self._stop_ids is not None, "note_stop_ids comes first"
         numbers = list(range(accelerator.process_index, len(self.questions), accelerator.num_processes))
         tokenizer = self._processor.tokenizer
@@ -190,20 +204,21 @@ class TaskEvaluation:
         return replies
 
     def score_of(self, trainer: Trainer) -> TaskScore:
-        """The score of a trainer's model as it is between trainings: the one of its step, if that is the latest."""
+        """The score of a trainer's model outside training: the latest if it is of the same step, else a new one."""
         state, step = trainer.state, trainer.state.global_step
         if step and trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            assert state.best_global_step is not None, "the trainer sets it with best_model_checkpoint"
             step = state.best_global_step
         if self.last is not None and self.last.step == step:
             return self.last
         return self.evaluate(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator, step)
 
     def without_scores(self, log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The log for a summary that has a line of its own for the score."""
+        """The log history without the scores, for a summary with a separate line for the score."""
         return [{key: value for key, value in one.items() if not key.startswith(self.key)} for one in log_history]
 
-    def write_predictions(self, score: TaskScore, count: int, run: Path, when: str):
-        """Some replies of a score, for the run's report: see `evaluation.predictions` and `shown_rows`."""
+    def write_predictions(self, score: TaskScore, count: int, run: Path, when: str) -> None:
+        """Write some replies of a score for the run's report; see `evaluation.predictions` and `shown_rows`."""
         records = []
         for number in self._shown(count):
             question, record = self.questions[number], score.records[number]
@@ -225,7 +240,7 @@ class TaskEvaluation:
         replace_records(run / PREDICTIONS, when, records)
 
     def _shown(self, count: int) -> list[int]:
-        """Numbers of the questions whose replies are shown: the same ones each time."""
+        """The numbers of the questions whose replies are shown, the same ones each time."""
         ends = list(accumulate(self.questions.counts.values())) or [len(self.questions)]
         parts = [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         return choose_shown(parts, lambda number: document_of(self.questions[number].images), count)

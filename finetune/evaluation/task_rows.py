@@ -1,7 +1,7 @@
-"""What the rows of a task's data ask: from columns, or from a conversation up to its last reply.
+"""The questions in a row of a task's data: from its columns, or from a conversation up to its last reply.
 
-Nothing is opened here but, for boxes, the header of an image. Where a row may hold the stand-ins of image bytes
-(`Rows.scan`), what comes out of it is the same.
+No image is opened, except that boxes need the size in its header. A row whose image bytes are placeholders
+(`Rows.scan`) gives the same questions.
 """
 
 import re
@@ -32,10 +32,11 @@ class Asked:
 
     Attributes:
         text: the question as in the data.
-        messages: what is asked, the prompt applied; image parts name no image.
-        sources: the images of these parts in order, as in the row.
+        messages: the prompt's messages; their image parts have no source.
+        sources: the sources of these parts in order, as in the row.
         answers: gold answers; empty where they are hidden.
-        box: gold box, x1, y1, x2, y2 in pixels, and `image_size` (width, height), or None.
+        box: gold box, x1, y1, x2, y2 in pixels, or None.
+        image_size: width and height in pixels where there may be a box, or None.
         options: of multiple choice.
     """
 
@@ -50,16 +51,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class RowReader:
-    """How the rows of one source are read for a task.
+    """Reads the rows of one source for a task.
 
     Attributes:
         task: the task.
         columns: role -> column, for every role.
-        prompt: with the places of what the row says.
-        style: whom it asks.
-        box_form: of a gold box in columns.
-        grounding: every text is grounding text.
-        image_size: width and height of an image as the row names it; ValueError where it cannot be had.
+        prompt: with placeholders for the row's texts.
+        style: of the model that is asked.
+        box_form: form of a gold box in its column.
+        grounding: treat every text as grounding text.
+        image_size: gives the width and height of an image source of a row; raises ValueError if it cannot.
     """
 
     task: Task
@@ -74,7 +75,7 @@ class RowReader:
         """The questions of a row, at least one.
 
         Raises:
-            BadField: the row is not as the task wants it.
+            BadField: a field does not fit the task.
         """
         if self.task.format in CONVERSATIONS:
             asked = [self._conversation(row)]
@@ -95,7 +96,7 @@ class RowReader:
         return asked
 
     def group(self, row: Mapping[str, Any]) -> str | None:
-        """The group a row belongs to, where the data has groups.
+        """The group of a row; None where the data has no groups.
 
         Raises:
             BadField: the score is a mean of groups, and the row has none.
@@ -111,13 +112,15 @@ class RowReader:
         return self.task.group_names.get(str(value), str(value))
 
     def question_id(self, row: Mapping[str, Any]) -> str | None:
-        """The data's own name of a row's question; None where it has none.
+        """The id that the data gives to a row's question; None where it gives none.
 
         Raises:
             BadField: it is neither text nor a whole number.
         """
         column = self.columns.get("id")
-        value = None if column is None else row.get(column)
+        if column is None:
+            return None
+        value = row.get(column)
         if value is None or value == "":
             return None
         if isinstance(value, bool) or not isinstance(value, str | int):
@@ -177,7 +180,7 @@ class RowReader:
         name = self.columns["box"]
         value = _may_be_hidden(row, name)
         box = None if value is None else self._pixels(fields.numbers(value, name, 4), name, size)
-        # The training format says what is a good phrase and box; a hidden box has the image's own in its place.
+        # The training format checks phrase and box; in place of a hidden box it gets that of the whole image.
         whole = {**row, name: (0, 0, *size) if box is None else box}
         conversations = grounding(whole, self.columns, lambda _: size, "xyxy", PLACEHOLDER)
         asked = []
@@ -193,7 +196,7 @@ class RowReader:
         try:
             if self.box_form == "xyxy_fraction":
                 if not all(-0.5 <= number <= 1.5 for number in numbers):
-                    raise ValueError(f"{numbers} are no fractions of the image")
+                    raise ValueError(f"{numbers} are not fractions of the image")
                 numbers = [number * side for number, side in zip(numbers, (width, height) * 2, strict=True)]
             box = Box.from_xywh(*numbers) if self.box_form == "xywh" else Box(*numbers)
         except ValueError as error:
@@ -223,7 +226,7 @@ class RowReader:
         name = self.columns["conversations" if self.task.format != "messages" else "messages"]
         parts = split_last_reply(conversation)
         if parts is None:
-            raise BadField(name, "does not end in an assistant's reply, which is the gold answer")
+            raise BadField(name, "does not end with an assistant's reply, which is the gold answer")
         messages, answer = parts
         if not any(message["role"] == "user" for message in messages):
             raise BadField(name, "asks nothing before its last reply")
@@ -232,7 +235,7 @@ class RowReader:
         text = "".join(part["text"] for part in asked[-1]["content"] if part["type"] == "text").strip()
         if self.style == "base":
             asked = [self._one_prompt(asked, name)]
-        box = size = None
+        box, size = None, None
         if self.task.is_grounding:
             if not sources:
                 raise BadField(name, "holds no image that its box could be in")
@@ -247,13 +250,13 @@ class RowReader:
 
     def _one_prompt(self, asked: list[Message], name: str) -> Message:
         if len(asked) != 1:
-            raise BadField(name, "is more than one question, which a base model cannot be asked; use style chat")
+            raise BadField(name, "has several turns, and a base model takes a single question; use style chat")
         ending = {"text": "", "grounding": True} if self.task.is_grounding else {"text": " Answer:"}
         return {**asked[0], "content": [*asked[0]["content"], {"type": "text", **ending}]}
 
 
 def _may_be_hidden(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column that must be there but may be None."""
+    """The value of a column, None where it is hidden; the column itself must exist."""
     if column not in row:
         there = ", ".join(map(str, row))
         raise BadField(
@@ -265,7 +268,7 @@ def _may_be_hidden(row: Mapping[str, Any], column: str) -> Any:
 
 
 def _answers(value: Any, name: str) -> tuple[str, ...]:
-    """Gold answers; none where the value is None, an empty list or nothing but blanks, as in hidden test splits."""
+    """Gold answers; none where the value is None, an empty list or all blank, as in hidden test splits."""
     if value is None:
         return ()
     if not isinstance(value, list | tuple):
@@ -284,7 +287,7 @@ def _gold_letter(answer: Any, options: tuple[str, ...], name: str) -> str:
     """The letter of the right option, given as its number from 0, its letter or its text."""
     if isinstance(answer, str):
         answer = answer.strip()
-        # Before the texts: AI2D counts, "2" is the third option even where the options are numbers themselves.
+        # Before the texts: in AI2D "2" is the third option, even where the options themselves are numbers.
         if answer.isdecimal():
             answer = int(answer)
         elif answer in options:
@@ -298,8 +301,8 @@ def _gold_letter(answer: Any, options: tuple[str, ...], name: str) -> str:
     )
 
 
-def _without_sources(message: Message, sources: list[Any], grounding: bool) -> Message:
-    """The message with its images taken out of their parts and added to `sources`; flags on the parts."""
+def _without_sources(message: Mapping[str, Any], sources: list[Any], grounding: bool) -> Message:
+    """The message with the sources of its images moved to `sources`, and its grounding flag moved to its parts."""
     content = message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     flag = {"grounding": True} if grounding or message.get("grounding") else {}

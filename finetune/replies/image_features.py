@@ -1,4 +1,4 @@
-"""The image features of a long run of questions: each image is read ahead by a thread and encoded once."""
+"""The image features of many questions: threads read images ahead, and each image is encoded once."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,19 @@ from finetune.batches.image_request import ImageRequest, VisionCache, read_pixel
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor
 from qwenvl.images.images import ImageError
 
-READERS = 4  # threads that decode; Pillow decodes and resizes without holding the interpreter's lock
+READERS = 4  # threads that decode; Pillow releases the GIL while it decodes and resizes
 
 
 class ImageStore:
-    """Features by key. Those least recently used go when there are more than `keep_bytes` of them.
+    """Features by key, at most `keep_bytes` of them: the least recently used are dropped.
+
+    Use it as a context manager, which ends the reader threads.
 
     Args:
-        model: encodes, on its device, in the mode it is in.
+        model: encodes on its device, in its current mode.
         image_processor: of the model.
-        keep_bytes: of features. What one call of `features` asks for is kept together whatever it takes.
-        cache: has features of images that were encoded before; None where there is none.
+        keep_bytes: bytes of features to keep. The images of one call of `features` are kept even if they are more.
+        cache: has features of images that were encoded before; None without one.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class ImageStore:
         self._model, self._image_processor, self._keep_bytes = model, image_processor, keep_bytes
         self._cache = cache
         self._readers = ThreadPoolExecutor(READERS, "read-images")
-        self._coming: dict[str, Future] = {}  # being read, or read and not encoded yet
+        self._pending: dict[str, Future[torch.Tensor]] = {}  # being read, or read and not encoded yet
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._unreadable: dict[str, ImageError] = {}
         self._bytes = 0
@@ -43,24 +45,24 @@ class ImageStore:
     def __enter__(self) -> "ImageStore":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._readers.shutdown(wait=True, cancel_futures=True)
 
-    def read_ahead(self, requests: Mapping[str, ImageRequest]):
-        """Begin to read images (by key) that will be asked for; those already here or on their way are left."""
+    def read_ahead(self, requests: Mapping[str, ImageRequest]) -> None:
+        """Start to read images, by key, except those that are here or being read already."""
         for key, request in requests.items():
-            if key not in self._coming and key not in self._features and key not in self._unreadable:
-                self._coming[key] = self._readers.submit(self._read, request)
+            if key not in self._pending and key not in self._features and key not in self._unreadable:
+                self._pending[key] = self._readers.submit(self._read, request)
 
     def features(self, requests: Mapping[str, ImageRequest]) -> dict[str, torch.Tensor | ImageError]:
-        """Features of images by key.
+        """The features of images, by key.
 
         Returns:
-            for each key (n_queries, hidden) on the model's device, or why the image cannot be had.
+            key -> (n_queries, hidden) on the model's device, or the error if the image cannot be read.
         """
         self.read_ahead(requests)
         wanted = list(requests)
-        missing = [key for key in wanted if key in self._coming]
+        missing = [key for key in wanted if key in self._pending]
         for start in range(0, len(missing), ENCODED_TOGETHER):
             self._encode(missing[start : start + ENCODED_TOGETHER])
         found: dict[str, torch.Tensor | ImageError] = {}
@@ -82,22 +84,22 @@ class ImageStore:
         return read_pixels(request, self._image_processor)
 
     @torch.no_grad()
-    def _encode(self, keys: Sequence[str]):
+    def _encode(self, keys: Sequence[str]) -> None:
         read: dict[str, torch.Tensor] = {}
         for key in keys:
             try:
-                read[key] = self._coming[key].result()
+                read[key] = self._pending[key].result()
             except ImageError as error:
                 self._unreadable[key] = error
-                del self._coming[key]
+                del self._pending[key]
         pixels = {key: one for key, one in read.items() if one.dtype == torch.uint8}
         if pixels:
             features = self._model.get_image_features(torch.stack(list(pixels.values())).to(self._model.device))
             self.encoded += len(pixels)
-            # A copy of its own: a view would keep the whole stack in memory.
+            # Cloned, since a view would keep the whole stack in memory.
             read |= {key: one.clone() for key, one in zip(pixels, features, strict=True)}
         for key, one in read.items():
-            # Only now: what did not fit into memory is tried again, with fewer.
-            del self._coming[key]
+            # Not earlier: after an out-of-memory error the images are encoded again, in a smaller batch.
+            del self._pending[key]
             self._features[key] = one.to(self._model.device)
             self._bytes += one.nbytes

@@ -1,11 +1,11 @@
-"""What several prompts of a batch begin with, computed once: the page and all before it, for all questions on it.
+"""The common prefix of several prompts of a batch, computed once: the page and the text before it.
 
     row 1   ....<img>page A</img>  ..What is the date?
     row 2   ....<img>page A</img>  What is the total in March?
     row 3   <img>page B, later</img>  ...........Who signed?
 
-Each distinct prefix is run once, its keys and values are given to every row that begins with it, and `generate` goes
-on with the rest. Both blocks are padded on the left (dots).
+Each distinct prefix runs through the model once, its keys and values are copied to every row that begins with it, and
+`generate` continues with the rests. Both blocks are padded on the left (dots).
 """
 
 from collections.abc import Hashable, Sequence
@@ -23,9 +23,9 @@ class PrefixedBatch:
     """A batch cut into prefixes and rests.
 
     Attributes:
-        prefixes: the distinct ones; none: rows are whole.
-        prefix_of: (rows,) which of them each row begins with.
-        rests: what comes after, at least a token.
+        prefixes: the distinct prefixes; empty where rows are whole.
+        prefix_of: (rows,) the number of each row's prefix.
+        rests: (rows,) what follows it, at least one token.
     """
 
     prefixes: list[list[int]]
@@ -45,19 +45,20 @@ class PrefixedBatch:
 
 
 def cut_prefixes(rows: Sequence[Sequence[int]], groups: Sequence[Hashable], config: QwenVLConfig) -> PrefixedBatch:
-    """Cut each row after what all rows of its group have in common; never inside an image.
+    """Cut each row after the common prefix of its group, never inside an image.
 
-    A row that is alone in its group is cut where its last image ends, as the others are; without an image before its
-    last token.
+    A row that is alone in its group is cut after its last image; without images, before its last token.
 
     Args:
         rows: token ids.
-        groups: (rows,) rows that may share a prefix have the same.
+        groups: (rows,) the same key for rows that may share a prefix.
+        config: of the model.
     """
     members: dict[Hashable, list[list[int]]] = {}
     for ids, group in zip(rows, groups, strict=True):
         members.setdefault(group, []).append(list(ids))
-    prefixes, number_of = [], {}
+    prefixes: list[list[int]] = []
+    number_of: dict[Hashable, int] = {}
     for group, own in members.items():
         number_of[group] = len(prefixes)
         prefixes.append(_prefix(own, config))
@@ -67,11 +68,11 @@ def cut_prefixes(rows: Sequence[Sequence[int]], groups: Sequence[Hashable], conf
 
 
 def _prefix(rows: list[list[int]], config: QwenVLConfig) -> list[int]:
-    # What the first and the last in order have in common, all between them have.
+    # The common prefix of the smallest and the largest row is that of all rows.
     first, last = min(rows), max(rows)
     shortest = min(map(len, rows)) - 1
-    parted = next((place for place in range(shortest) if first[place] != last[place]), shortest)
-    common = first[:parted]
+    length = next((place for place in range(shortest) if first[place] != last[place]), shortest)
+    common = first[:length]
     images_end = len(common) - common[::-1].index(config.image_end_id) if config.image_end_id in common else 0
     if len(rows) == 1 and images_end:
         return common[:images_end]
@@ -89,16 +90,17 @@ def generate_from_prefixes(
     pad: int,
     **generation: Any,
 ) -> torch.Tensor:
-    """As `model.generate` on the whole rows.
+    """Generate as `model.generate` would on the whole rows.
 
     Args:
-        features: for each row those of its images, (n_queries, hidden) each, in reading order.
-        pad: the id to fill up with.
-        generation: for `generate`.
+        model: without PEFT's wrapper.
+        batch: the rows.
+        features: for each row the features of its images, (n_queries, hidden) each, in reading order.
+        pad: id of the padding token.
+        generation: keyword arguments of `generate`.
 
     Returns:
-        (rows, length + new tokens): the padded rows, whose length is that of the longest prefix and the longest rest
-        together, and what was generated.
+        (rows, `batch.length` + new tokens) the padded rows with the generated tokens.
     """
     device = model.device
     ids, mask = _padded(batch.rests, pad, device)
@@ -125,7 +127,7 @@ def generate_from_prefixes(
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, length) ids filled up on the left, and their mask."""
+    """(rows, length) ids padded on the left, and their attention mask."""
     length = max(map(len, rows))
     ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)

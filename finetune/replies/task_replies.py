@@ -1,11 +1,11 @@
-"""The answer within a model's reply."""
+"""The answer in a model's reply."""
 
 import re
 from collections.abc import Sequence
 from typing import Literal
 
 Style = Literal["chat", "base"]
-"""How a model is asked: in ChatML, or in raw text that a base model goes on with."""
+"""How a model is asked: in ChatML, or in raw text that a base model continues."""
 
 _TURN_ENDS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 _MARKUP = re.compile("<(?:ref|box|quad)>")
@@ -13,13 +13,13 @@ _LEAD_IN = re.compile(r"\b(?:is|are|a|an|the)\s+")
 
 
 def answer_of(reply: str, *, stop: Sequence[str] = (), keeps_markup: bool = False, shortens: bool = False) -> str:
-    """What a reply says, without what stands around it; of an answer, the answer itself.
+    """The answer in a reply, without the text around it; an answer by itself is unchanged.
 
     Args:
         reply: decoded, with or without the tokens that end a turn.
-        stop: texts at which it is cut as well.
-        keeps_markup: leave boxes in; otherwise they go with their coordinates, and their phrases stay as text.
-        shortens: cut a sentence down, see `shortened`.
+        stop: further texts at which it is cut.
+        keeps_markup: keep boxes; otherwise they are removed with their coordinates, and their phrases stay as text.
+        shortens: shorten a sentence, see `shortened`.
     """
     answer = _before(reply.strip(), (*_TURN_ENDS, *stop)).strip()
     if not keeps_markup and _MARKUP.search(answer):
@@ -32,9 +32,9 @@ def answer_of(reply: str, *, stop: Sequence[str] = (), keeps_markup: bool = Fals
 def shortened(answer: str) -> str:
     """`Yes, it is a red car.` -> `yes`; `The man is holding a frisbee` -> `frisbee`; `a cup of tea` -> `cup`.
 
-    GQA's answers are single words, which a model that was not trained for them puts into sentences. Kept is what comes
+    GQA's answers are single words, and a model that was not trained on them answers in sentences. Keeps the text
     before the first period, comma or exclamation mark, after the last "is", "are" or article, and before "of", in
-    lower case. The published script does the same on letters instead of words, which makes "tree" of "banana tree".
+    lower case. The published script matches letters instead of words, which shortens "banana tree" to "tree".
     """
     answer = re.split("[.,!]", answer.strip(), maxsplit=1)[0].lower()
     return _LEAD_IN.split(answer)[-1].split(" of ")[0].strip()

@@ -1,9 +1,9 @@
-"""Line charts as SVG to stand in an HTML page: no library, no script, colours from the page's style sheet.
+"""Line charts as inline SVG: no library, no script, colours from the page's style sheet.
 
     line_chart("Loss", [Series("each log", points, "dots"), Series("smoothed", smooth(points), "line")], unit="nats")
 
-The page's sheet gives the colours (`STYLE` says which), so that one chart serves a light and a dark page and paper.
-Text keeps its size ratio: a chart is meant to be shown 300 to 520 pixels wide.
+The style sheet defines the colours that `STYLE` refers to, so that one chart suits light and dark pages and paper.
+Text scales with the chart, which is meant to be shown 300 to 520 pixels wide.
 """
 
 import math
@@ -15,15 +15,15 @@ from finetune.quantities import format_count
 
 Points = Sequence[tuple[float, float]]
 
-# In units of the SVG's own: the whole, and the frame of the curves in it.
+# In units of the SVG: the whole chart, and the frame of the curves in it.
 WIDTH, HEIGHT = 440, 240
 LEFT, TOP, RIGHT, BOTTOM = 50, 12, 14, 40
 INNER_WIDTH, INNER_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
-MAX_LINE_POINTS = 600  # more than there are pixels
+MAX_LINE_POINTS = 600  # more than the chart has pixels
 MAX_DOTS = 250
-LARGEST, SMALLEST = 1e30, 1e-30  # of numbers that an axis is made for
-SPIKE = 20  # how many times the range of 95 % of the values one must lie above it to be cut off
+LARGEST, SMALLEST = 1e30, 1e-30  # magnitudes that an axis can show
+SPIKE = 20  # values are cut off if the largest is this many times the range of the lower 95 % above the smallest
 
 Colour = Literal["a", "b", "c", "d", "e", "f"]
 
@@ -44,10 +44,13 @@ STYLE = """
 
 
 class Series(NamedTuple):
-    """One curve: name for the legend, (x, y) within +-LARGEST in the order of x, and how to draw it.
+    """One curve.
 
-    `look`: "line"; "dots", faint, for raw values; "marks", a line with a mark at each point, for few points.
-    `colour`: one of those of the page's sheet, `--series-a` and so on.
+    Attributes:
+        name: for the legend.
+        points: (x, y) within +-LARGEST, sorted by x.
+        look: "line"; "dots", faint, for raw values; "marks", a line with a mark at each point, for few points.
+        colour: one of the style sheet's, `--series-a` and so on.
     """
 
     name: str
@@ -68,14 +71,14 @@ class Axis(NamedTuple):
 def line_chart(title: str, series: Sequence[Series], *, unit: str, from_zero: bool = False) -> str:
     """A `<figure>`: title, unit, legend where there are several curves, and the chart over optimizer steps.
 
-    Values that stick out by far above all others (a spike of the gradient norm) are drawn as triangles at the upper
-    edge, and said in words, so that they do not flatten the rest.
+    Values far above all others (a spike of the gradient norm) are drawn as triangles at the upper edge and counted in
+    a remark, so that they do not flatten the rest.
 
     Args:
         title: plain text, as all other text here.
         series: at least one point in all of them together.
         unit: of y.
-        from_zero: begin the y axis at 0, for rates and sizes; else it spans the values.
+        from_zero: start the y axis at 0, for rates and sizes; otherwise it spans the values.
 
     Raises:
         ValueError: no points.
@@ -102,11 +105,11 @@ def line_chart(title: str, series: Sequence[Series], *, unit: str, from_zero: bo
 
 
 def smooth(points: Points) -> list[tuple[float, float]]:
-    """The points' course without their noise and without their spikes.
+    """Smooth a curve and drop its spikes.
 
-    A running mean forwards and then one backwards over it: what one lags behind, the other makes up for. In each a
-    value's weight falls to 1/e over a fortieth of the points, and weights are counted over the points there are, so
-    that the ends are not drawn to 0.
+    Applies an exponential moving average forwards and then backwards, so that the lags cancel. In each the weight of a
+    value falls to 1/e over a fortieth of the points; weights are normalised by their sum, so that the ends are not
+    drawn to 0.
     """
     ceiling = spike_limit(y for _, y in points)
     kept = [(x, y) for x, y in points if y <= ceiling]
@@ -126,7 +129,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 def spike_limit(values: Iterable[float]) -> float:
-    """What lies above is cut off; infinity where nothing sticks out so far. Few values are never cut."""
+    """The value above which points are cut off; infinity if there are no spikes, or fewer than 20 values."""
     ordered = sorted(values)
     if len(ordered) < 20:
         return math.inf
@@ -140,9 +143,9 @@ def make_axis(low: float, high: float, *, whole: bool = False, snug: bool = Fals
     """An axis over the values with four to eight ticks at 1, 2 or 5 times a power of ten.
 
     Args:
-        low, high: the values' range.
-        whole: for step numbers, 0 and above: ticks at whole numbers only.
-        snug: end the axis at the values, not at the tick beyond them.
+        low, high: range of the values.
+        whole: ticks at whole numbers only, for step numbers from 0.
+        snug: end the axis at the values, not at the next tick.
     """
     if whole and high - low < 1:
         low, high = max(low - 1.0, 0.0), high + 1.0
@@ -166,7 +169,7 @@ def _round_step(rough: float) -> float:
 
 
 def _tick_label(value: float, step: float) -> str:
-    """As many decimals as the step needs, the same on every tick; 2e-5 and 12k where digits would pile up."""
+    """The same number of decimals on every tick, as the step needs; 2e-5 and 12k for very small and large steps."""
     if abs(value) < step / 2:
         return "0"
     if step >= 500:
@@ -222,7 +225,7 @@ def _curve(series: Series, x_axis: Axis, y_axis: Axis, ceiling: float) -> str:
 
 
 def _thin(points: Points, most: int) -> Points:
-    """At most about `most` of the points, evenly taken, the last one among them."""
+    """At most about `most` points, evenly spaced, including the last one."""
     if len(points) <= most:
         return points
     every = math.ceil(len(points) / most)

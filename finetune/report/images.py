@@ -1,4 +1,4 @@
-"""Images in a report: made small, held by the page itself, with the boxes of target and reply drawn on them."""
+"""Images in a report: thumbnails inside the page, with the boxes of target and reply drawn on them."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ SMALL = 256  # pixels of the longer side, up to which letters are a few pixels l
 
 
 def thumbnail(source: Any, access: ImageAccess) -> Image.Image | str:
-    """An image made small; or why it cannot be shown."""
+    """A small copy of an image, or why it cannot be shown."""
     try:
         image = load_image(source, access=access)
     except ImageError as error:
@@ -29,7 +29,7 @@ def thumbnail(source: Any, access: ImageAccess) -> Image.Image | str:
 
 
 def image_tag(small: Image.Image | str) -> str:
-    """An `<img>` that holds its own bytes; in its place the reason where there is no image."""
+    """An `<img>` with the bytes of the image, or a note with the reason if there is none."""
     if isinstance(small, str):
         return f'<div class="nothing">No image: {show(small)}</div>'
     file = io.BytesIO()
@@ -40,19 +40,19 @@ def image_tag(small: Image.Image | str) -> str:
 
 
 def jpeg_settings(image: Image.Image, quality: int) -> dict[str, int]:
-    """How to save an image as JPEG; a small one nearly as it is, as its letters would not survive being blurred."""
+    """Settings to save an image as JPEG: almost lossless for a small one, whose letters would become unreadable."""
     return {"quality": 95, "subsampling": 0} if max(image.size) <= SMALL else {"quality": quality}
 
 
 def draw_pair(image: Image.Image, target: Sequence[Region], reply: Sequence[Region]) -> Image.Image:
-    """Boxes of the target and of the reply, each in its colour: `draw_regions` gives colours by label, in order."""
+    """Draw the boxes of target and reply, in two colours: `draw_regions` assigns colours to labels in their order."""
     named = [
         Region(region.kind, region.points, name, region.span)
         for name, regions in (("target", target), ("reply", reply))
         for region in regions
     ]
     with warnings.catch_warnings():
-        # An image too small for the labels is drawn without; the legend below it has the colours.
+        # An image that is too small for labels is drawn without; the legend below it has the colours.
         warnings.simplefilter("ignore", UserWarning)
         return draw_regions(image, named, line_width=2, font_size=12)
 

@@ -1,11 +1,11 @@
-"""Which of a run's logged keys are scores (eval_anls), and which are of a part of the data (eval_anls_boarding)."""
+"""Which logged keys of a run are scores (eval_anls), and which are of a part of the data (eval_anls_boarding)."""
 
 from collections.abc import Iterable
 from typing import get_args
 
 from finetune.recipe.sections import MetricName
 
-# Of an evaluation the numbers on speed and amounts, which say nothing about the model: ours, Transformers', TRL's.
+# Endings of an evaluation's speeds and counts, which say nothing about the model: ours, Transformers', TRL's.
 _NOT_A_SCORE = (
     *("_runtime", "_seconds", "_per_second", "_preparation_time"),
     *("_tokens", "_samples", "_images", "_entropy"),
@@ -15,9 +15,9 @@ _PARTS = tuple(f"{whole}_" for whole in _WHOLES)
 
 
 def is_score(key: str) -> bool:
-    """Whether a logged key is an evaluation's judgement of the model: eval_loss, eval_anls, not eval_runtime.
+    """Whether a logged key rates the model: eval_loss and eval_anls, not eval_runtime.
 
-    The score of a part of the data is one, whatever that part is called: eval_anls_images.
+    So does the score of a part of the data, whatever its name: eval_anls_images.
     """
     return key.startswith("eval_") and (key.startswith(_PARTS) or not key.endswith(_NOT_A_SCORE))
 
@@ -25,8 +25,8 @@ def is_score(key: str) -> bool:
 def parts_of_scores(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     """The scores among logged keys, each with those of its parts: {"eval_anls": {"eval_anls_boarding": "boarding"}}.
 
-    A part, a source or a group of the data, has its key behind that of the whole; without that it is a score by
-    itself. Keys are in the order they come.
+    The key of a part, a source or a group of the data, starts with that of the whole; a key without its whole is a
+    score by itself. The order of the keys is kept.
     """
     scores = [key for key in dict.fromkeys(keys) if is_score(key)]
     wholes = {f"{key}_": key for key in scores if key in _WHOLES}

@@ -1,6 +1,6 @@
-"""The page around a report: its style sheet, and the ways in which data becomes HTML.
+"""The page of a report: its style sheet, and the functions that turn data into HTML.
 
-Whatever comes from a file goes through `show` (or `html.escape` over `readable`): data is text here, never markup.
+Everything that comes from a file goes through `show` (or `html.escape` over `readable`): data is text, never markup.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from html import escape
 
 from finetune.report import charts
 
-# Nothing is loaded, nothing runs: should markup ever slip through, the browser still refuses to fetch or execute it.
+# A page loads and runs nothing. Should markup ever get through, the browser still refuses to fetch or execute it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 LONGEST_CELL = 500  # characters
@@ -118,8 +118,8 @@ def page(title: str, body: str) -> str:
 
 
 def readable(text: object) -> str:
-    """Text that can be written as UTF-8 and hides nothing: control characters become their pictures (U+2400...),
-    halves of surrogate pairs and what turns the reading order U+FFFD."""
+    """Text that can be encoded as UTF-8 and hides nothing: control characters become their pictures (U+2400...);
+    lone surrogates and bidirectional overrides become U+FFFD."""
     return str(text).replace("\r\n", "\n").translate(_PICTURES)
 
 
@@ -129,12 +129,12 @@ def show(text: object) -> str:
 
 
 def table(rows: Iterable[Iterable[str]], *, head: Iterable[str] = (), numeric: Iterable[int] = ()) -> str:
-    """A `<table>`; the first cell of a row heads it. Cells are data and are escaped.
+    """A `<table>`; the first cell of a row is its heading. Cells are escaped.
 
     Args:
         rows: cells, as text.
-        head: the columns' names; none: no head.
-        numeric: columns to set flush right.
+        head: names of the columns; empty for no head.
+        numeric: numbers of the columns to align right.
     """
     right = set(numeric)
 
@@ -151,7 +151,7 @@ def table(rows: Iterable[Iterable[str]], *, head: Iterable[str] = (), numeric: I
 
 
 def tiles(values: Iterable[tuple[str, str, str]]) -> str:
-    """Small panels of (name, value, what else there is to say, which may be empty); data, escaped."""
+    """Small panels of (name, value, remark, which may be empty); all are escaped."""
     panels = [
         f'<div class="panel tile"><div class="name">{show(name)}</div><div class="value">{show(value)}</div>'
         + (f'<div class="more">{show(more)}</div>' if more else "")
@@ -162,7 +162,7 @@ def tiles(values: Iterable[tuple[str, str, str]]) -> str:
 
 
 def flatten(value: object, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested data as rows of (dotted key, text): what the report knows no better way to show."""
+    """Nested data as rows of (dotted key, text), for data without a section of its own."""
     if isinstance(value, Mapping):
         return [
             row for key, inner in value.items() for row in flatten(inner, f"{prefix}.{key}" if prefix else str(key))

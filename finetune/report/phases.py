@@ -10,7 +10,7 @@ LONGEST = 10**12  # seconds; beyond any run
 
 
 def phases_table(phases: Any) -> str:
-    """A line for each phase of `run.json` (see `phases.Phases`), with its share of all; empty where there is none."""
+    """A line for each phase of `run.json` (see `phases.Phases`), with its share of the time; empty without phases."""
     if not isinstance(phases, Mapping):
         return ""
     seconds = {

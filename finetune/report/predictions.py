@@ -1,4 +1,4 @@
-"""What the model replied before and after training, row by row beside the target: a section of the report."""
+"""A section of the report: replies before and after training, row by row beside the target."""
 
 import difflib
 import re
@@ -16,29 +16,35 @@ from qwenvl.images.images import ImageAccess
 from qwenvl.text.grounding import parse_grounding
 
 MAX_ROWS = 100  # shown; some 40 kB each
-MAX_DIFF_WORDS = 600  # of a text; comparing takes the square of it
-ALIKE = 0.5  # share of words in common below which marking the others would mark nearly everything
+MAX_DIFF_WORDS = 600  # of a text; the time of a comparison grows with the square
+ALIKE = 0.5  # minimum share of common words; below it, nearly everything would be marked
 
 WHEN = ("before", "after")
 
-# How these rows came to be here: see `finetune.data.shown_rows`.
+# See `finetune.data.shown_rows`.
 CHOSEN = (
     "These are the first rows of the evaluation data (of the sample, where one is scored), one of each document as "
     "far as there are enough, its sources in turn: chosen before training, whatever the replies."
 )
 UNBOUNDED = ("cider_d",)
-"""Metrics without a score that is all right."""
+"""Metrics without a score that means "right"."""
 
-# Numbers, words of the scripts that write them apart, stretches of white space, each other character by itself.
+# Numbers, words of scripts with spaces, runs of white space, and every other character by itself.
 _WORDS = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+|\s+|.", re.DOTALL)
 
 
 @dataclass
 class Row:
-    """An evaluation row and the replies to it: `replies["before"]`, `replies["after"]`, either of which may lack.
+    """An evaluation row and the replies to it.
 
-    `others` are further right answers; `scores` is what each reply is worth by the task's `metric`, where there is a
-    task; `source` says which source the row is from, where there are several.
+    Attributes:
+        origin, question, target: as in the records.
+        images: paths in the run folder.
+        others: further right answers.
+        replies: the replies "before" and "after" training; either may be missing.
+        scores: the score of each reply, where there is a task.
+        metric: the task's metric; empty without a task.
+        source: name of the row's source; empty where there is one source.
     """
 
     origin: str
@@ -52,25 +58,24 @@ class Row:
     source: str = ""
 
     def matches(self, when: str) -> bool:
-        """Whether the reply is the target, white space around it apart."""
+        """Whether the reply equals the target, apart from white space around it."""
         return self.replies[when].strip() == self.target.strip()
 
     def is_judged(self, when: str) -> bool:
-        """Whether the task's score says if the reply is right."""
+        """Whether the task's score tells if the reply is right."""
         return when in self.scores and self.metric not in UNBOUNDED
 
     def is_right(self, when: str) -> bool:
-        """Whether the reply has the whole score; without a score, whether it is the target."""
+        """Whether the reply has the full score; without a score, whether it equals the target."""
         return self.scores[when] > 1 - 1e-9 if self.is_judged(when) else self.matches(when)
 
 
 def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Records of `predictions.jsonl` brought together by row, in the order in which the rows first come.
+    """Group the records of `predictions.jsonl` by row, in the order of each row's first record.
 
-    A record says when ("before" | "after"), origin, question, images (paths in the run folder), target, prediction;
-    where there is a task, also other right answers (others), the reply's score, its metric, and of several sources the
-    row's (source).
-    Of two records on the same row at the same time the later one counts.
+    A record has `when` ("before" | "after"), `origin`, `question`, `images` (paths in the run folder), `target` and
+    `prediction`; with a task also `others` (further right answers), `score` and `metric`; with several sources also
+    `source`. Of two records on the same row at the same time the later one counts.
     """
     rows: dict[tuple[str, str, str], Row] = {}
     for record in records:
@@ -78,18 +83,19 @@ def pair_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
         images = record.get("images")
         paths = tuple(map(str, images)) if isinstance(images, list) else ()
         others = record.get("others")
-        others = tuple(map(str, others)) if isinstance(others, list) else ()
-        row = rows.setdefault((origin, question, target), Row(origin, question, target, paths, others))
+        answers = tuple(map(str, others)) if isinstance(others, list) else ()
+        row = rows.setdefault((origin, question, target), Row(origin, question, target, paths, answers))
         row.metric, row.source = _text(record.get("metric")), _text(record.get("source"))
         if record.get("when") in WHEN:
             row.replies[record["when"]] = _text(record.get("prediction"))
-            if is_number(score := record.get("score")):
+            score = record.get("score")
+            if is_number(score):
                 row.scores[record["when"]] = score
     return list(rows.values())
 
 
 def predictions_section(rows: Sequence[Row], run: Path) -> str:
-    """The section's HTML: how many replies are right, how the rows were chosen, then a panel for each row."""
+    """The section's HTML: how many replies are right, how the rows were chosen, and a panel for each row."""
     counts = []
     for when in WHEN:
         answered = [row for row in rows if when in row.replies]
@@ -107,7 +113,7 @@ def predictions_section(rows: Sequence[Row], run: Path) -> str:
 
 
 def compare(target: str, reply: str) -> str:
-    """The reply as HTML, set against the target: `<mark>` on what is not in the target, `<del>` on what is missing.
+    """The reply as HTML, compared with the target: `<mark>` on text that the target lacks, `<del>` on missing text.
 
     Texts with little in common, or too long to compare, are shown without marks.
     """
@@ -129,9 +135,9 @@ def compare(target: str, reply: str) -> str:
 
 
 def _likeness(wanted: list[str], said: list[str]) -> float:
-    """0 to 1: twice the words in common and in order, over the words of both."""
-    words = [[word for word in text if not word.isspace()] for text in (wanted, said)]
-    return difflib.SequenceMatcher(None, *words, autojunk=False).ratio()
+    """0 to 1: twice the number of common words in the same order, over the number of words of both."""
+    ours, theirs = ([word for word in text if not word.isspace()] for text in (wanted, said))
+    return difflib.SequenceMatcher(None, ours, theirs, autojunk=False).ratio()
 
 
 # --- one row ---------------------------------------------------------------------------------------------------------
@@ -141,11 +147,11 @@ def _panel(row: Row, run: Path) -> str:
     thumbnails = [thumbnail(path, ImageAccess(root=run)) for path in row.images]
     regions = {when: parse_grounding(reply).regions for when, reply in row.replies.items()}
     regions["target"] = parse_grounding(row.target).regions
-    # Markup does not say which of several images it is about.
+    # The markup of a box does not name its image, so boxes are drawn only where there is one.
     single = thumbnails[0] if len(thumbnails) == 1 and isinstance(thumbnails[0], Image.Image) else None
-    with_boxes = single is not None and any(regions.values())
+    boxed = single if any(regions.values()) else None
     images = ""
-    if not with_boxes and thumbnails:
+    if boxed is None and thumbnails:
         images = f'<div class="images">{"".join(map(image_tag, thumbnails))}</div>'
     asked = (
         f'<div><div class="name">Question</div>{_said(show(row.question))}'
@@ -154,9 +160,9 @@ def _panel(row: Row, run: Path) -> str:
     sides = []
     for when in WHEN:
         drawn = ""
-        if with_boxes and when in row.replies:
+        if boxed is not None and when in row.replies:
             pair = regions["target"], regions[when]
-            drawn = image_tag(draw_pair(single, *pair)) + pair_legend(*pair)
+            drawn = image_tag(draw_pair(boxed, *pair)) + pair_legend(*pair)
         sides.append(_side(row, when, drawn))
     return (
         f'<article class="panel row"><header><span>{show(row.origin)}</span><span>{show(row.source)}</span></header>'

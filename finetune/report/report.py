@@ -1,13 +1,13 @@
-"""A run folder -> `report.html`: what was trained on what, how it went, what the model says before and after.
+"""A run folder -> `report.html`: what was trained on what, the curves, and replies before and after training.
 
     report = write_report(Path("runs/docvqa"))
 
-One file to look at, mail or print: no script, nothing loaded from anywhere, light and dark by the reader's system. It
-is written from whatever the folder holds, also while the run goes on or after it was killed; what is missing or torn
-is said in the report. Data is shown as text, whatever it holds.
+One file to look at, mail or print: without scripts and external files, light or dark as the reader's system. It is
+written from whatever the folder holds, also during the run or after it was killed, and lists what is missing or
+damaged. Data is shown as text, never as markup.
 
-Read are `run.json`, `metrics.jsonl`, `recipe.yaml` and `predictions.jsonl`. Of `run.json` these keys have a place of
-their own; any other is listed as it stands:
+It reads `run.json`, `metrics.jsonl`, `recipe.yaml` and `predictions.jsonl`. These keys of `run.json` have a section;
+all others are listed as they are:
 
     status          "running", "finished", "interrupted", "failed"
     started         text, finished: text, wall_seconds: seconds
@@ -15,12 +15,12 @@ their own; any other is listed as it stands:
     parameters      {component: {"trained": int, "total": int}}
     rows            {"train": {"kept": int, "bad": int, ...}, "eval": {...}}
     phases          {"load": {"seconds": ..., "times": ...}, ...}, in the order in which they began
-    packing_efficiency  share of the packs that holds tokens, 0 to 1
+    packing_efficiency  share of the packs' positions that hold tokens, 0 to 1
     environment     {"versions": {package: version}, ...}
-    notes           warnings for whoever reads the numbers, a list of sentences
+    notes           warnings for the reader of the numbers, a list of sentences
     score           the task's: {"metric": text, "questions": int, "before": float, "after": float,
                     "sources": {name: {"questions": int, "before": float, "after": float}}, "groups": the same}
-    identity        its `recipe` is left out, as the recipe is shown whole
+    identity        without its `recipe`, which is shown as a whole
 """
 
 import json
@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from finetune.errors import MissingFileError
 from finetune.files.atomic_writes import write_text
 from finetune.quantities import (
     format_bytes,
@@ -49,11 +50,11 @@ from finetune.run.json_values import NON_FINITE
 
 REPORT = "report.html"
 LARGEST_STEP = 10**12  # beyond any run
-FEW_POINTS = 10  # up to which a curve is drawn through its points and not smoothed
+FEW_POINTS = 10  # a curve of at most so many points is not smoothed
 
-Curve = list[tuple[float, float]]  # (step, value), steps rising; values may be NaN or infinite
+Curve = list[tuple[float, float]]  # (step, value), steps ascending; values may be NaN or infinite
 
-# Logged key, title, unit, whether the axis begins at 0. The loss comes first and is drawn in its own way.
+# Logged key, title, unit, whether the axis starts at 0. The loss is drawn separately.
 _CHARTS = (
     ("learning_rate", "Learning rate", "of the first parameter group", True),
     ("grad_norm", "Gradient norm", "before clipping", True),
@@ -67,18 +68,18 @@ _OWN_PLACE = (
 
 
 def write_report(run: str | Path) -> Path:
-    """Write `report.html` into a run folder; one that is there is replaced when the new one is whole.
+    """Write `report.html` into a run folder; an earlier report is replaced atomically.
 
     Returns:
         The report's path.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        OSError: it cannot be written; the old report is as it was.
+        MissingFileError: there is no such folder.
+        OSError: the report cannot be written; an earlier one is unchanged.
     """
     run = Path(run)
     if not run.is_dir():
-        raise FileNotFoundError(f"there is no run folder {str(run)!r} to report on; give a recipe's `output`.")
+        raise MissingFileError(f"there is no run folder {str(run)!r} to report on; give a recipe's `output`.")
     path = run / REPORT
     write_text(path, _render(run))
     return path
@@ -133,7 +134,7 @@ def _read_run(path: Path, missing: list[str]) -> dict[str, Any]:
 
 
 def _read_records(path: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file. Lines that are none are counted and left out."""
+    """The objects of a JSON Lines file. Damaged lines are counted and left out."""
     records, bad = [], []
     # At \n only: strings may hold other line separators.
     lines = _read_text(path, missing).split("\n")
@@ -157,10 +158,10 @@ def _read_records(path: Path, missing: list[str]) -> list[dict[str, Any]]:
 
 
 def read_curves(records: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
-    """Logged key -> its values over the steps. Null and text are no values; NaN and infinities are.
+    """Logged key -> its values over the steps. NaN and infinities are values; null and text are not.
 
-    Where a record's step is not beyond the one before, the run had been resumed from an earlier checkpoint: what was
-    logged from there on is replaced.
+    A record whose step is not beyond the previous one is from a run that resumed from an earlier checkpoint: it
+    replaces what was logged from that step on.
     """
     curves: dict[str, Curve] = {}
     for record in records:
@@ -179,12 +180,12 @@ def read_curves(records: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
 
 
 def _whole_number(digits: str) -> float:
-    """JSON knows integers of any length; what no counter reaches becomes a float, which all arithmetic takes."""
+    """An integer of JSON, which may have any length; beyond 18 digits as a float, so that arithmetic works."""
     return int(digits) if len(digits) < 19 else float(digits)
 
 
 def _finite(curve: Curve) -> Curve:
-    """Without NaN, infinities, and what is as good as infinite."""
+    """Without NaN, infinities, and values too large for a chart."""
     return [(step, value) for step, value in curve if abs(value) <= LARGEST]
 
 
@@ -209,7 +210,7 @@ def _headline(name: str, facts: Mapping[str, Any], curves: Mapping[str, Curve]) 
 
 
 def _moment(value: Any) -> str:
-    """An ISO 8601 time without its seconds; anything else as it is."""
+    """An ISO 8601 time without its seconds; anything else unchanged."""
     try:
         moment = datetime.fromisoformat(value)
     except (TypeError, ValueError):
@@ -217,7 +218,7 @@ def _moment(value: Any) -> str:
     return f"{moment:%Y-%m-%d %H:%M} {moment.tzname() or ''}".rstrip()
 
 
-def _kept_rows(rows: Any) -> int | None:
+def _kept_rows(rows: Any) -> float | None:
     train = rows.get("train") if isinstance(rows, dict) else None
     kept = train.get("kept") if isinstance(train, dict) else None
     return kept if is_number(kept) else None
@@ -299,14 +300,13 @@ def _raw_and_smooth(points: Curve) -> list[Series]:
 
 
 def _composition(facts: Mapping[str, Any]) -> str:
-    """What was trained, and which rows."""
+    """The trained parameters and the rows."""
     panels = []
     if isinstance(parameters := facts.get("parameters"), dict):
-        lines, sums = [], [0, 0]
+        lines: list[tuple[str, ...]] = []
+        sums: list[float] = [0, 0]
         for component, count in parameters.items():
-            trained, total = (
-                (count.get(key) for key in ("trained", "total")) if isinstance(count, dict) else (None, None)
-            )
+            trained, total = (count.get(key) if isinstance(count, dict) else None for key in ("trained", "total"))
             if is_number(trained) and is_number(total):
                 sums = [sums[0] + trained, sums[1] + total]
                 lines.append((component, *_share(trained, total)))

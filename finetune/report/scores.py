@@ -1,4 +1,4 @@
-"""The task's score in a run's report: before and after training, of all questions and of each source and group."""
+"""The task's score in a run's report: before and after training, over all questions and for each source and group."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
@@ -8,13 +8,13 @@ from finetune.report.charts import Colour, Points, Series, line_chart
 from finetune.report.logged_scores import parts_of_scores
 from finetune.report.page import readable, show, table
 
-_WHOLE, *_PARTS = ("b", *(colour for colour in get_args(Colour) if colour != "b"))
-"""The colour of the whole, as that of the evaluation's loss, and those of its parts."""
+_WHOLE: Colour = "b"  # as the evaluation's loss
+_PARTS: tuple[Colour, ...] = tuple(colour for colour in get_args(Colour) if colour != _WHOLE)
 _HEAD = ("", "questions", "before training", "after training", "change")
 
 
 def scores_section(score: Any) -> str:
-    """The section's HTML, from what `run.json` says of the score (`TaskScore.added_to`); empty where it has none."""
+    """The section's HTML, from the score in `run.json` (`TaskScore.added_to`); empty if it has none."""
     if not isinstance(score, dict):
         return ""
     lines = [_line("all questions", score)]
@@ -37,12 +37,12 @@ def _line(name: str, score: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def score_title(key: str) -> str:
-    """Evaluation: anls"""
+    """`Evaluation: anls`, of the logged key eval_anls."""
     return "Evaluation: " + readable(key.removeprefix("eval_").replace("_", " "))
 
 
 def score_charts(curves: Mapping[str, Points]) -> Iterable[str]:
-    """A chart for each logged score but the loss, its sources and groups in it as far as there are colours.
+    """A chart for each logged score except the loss, with its sources and groups as far as there are colours for them.
 
     Args:
         curves: logged key -> (step, value), finite.

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from recipes_for_tests import IMAGES, TINY, finetune
 
-from finetune.chat import chat as chat_module
-from finetune.chat.chat import chat
+from finetune.chat import terminal_chat as chat_module
+from finetune.chat.terminal_chat import chat
 from finetune.commands import chat as command
 from finetune.errors import UserError
 from qwenvl import ImageError

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from recipes_for_tests import IMAGES, TINY
 
-from finetune.chat import chat as chat_module
-from finetune.chat.chat import _Terminal, chat_style, open_conversation
+from finetune.chat import terminal_chat as chat_module
 from finetune.chat.conversation import _Stream
 from finetune.chat.conversation_rows import append_row
+from finetune.chat.terminal_chat import TerminalChat, chat_style, open_conversation
 from finetune.data.samples import Samples
 from finetune.errors import UserError
 from finetune.recipe.sections import Source
@@ -37,7 +37,7 @@ def conversation(model):
 @pytest.fixture
 def terminal(conversation, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return _Terminal(conversation, None)
+    return TerminalChat(conversation, None)
 
 
 def typed(terminal, monkeypatch, *lines: str):
@@ -236,8 +236,8 @@ def test_a_long_conversation_is_warned_of_once_and_ends_at_the_model_s_limit(ter
     scripted(conversation, monkeypatch, *["Yes."] * 4)
     typed(terminal, monkeypatch, "long " * 400, "more", "/new", "short", "long " * 4000, "still here")
     told = capsys.readouterr()
-    assert told.err.count("the model was trained on 700 at once") == 1
-    assert "and the model takes 2,048: begin anew" in told.err
+    assert told.err.count("the model was trained on up to 700") == 1
+    assert "and the model takes 2,048: start a new one" in told.err
     assert told.out == "Yes.\n" * 4
     assert conversation.messages[-2]["content"] == "still here"
 

@@ -9,11 +9,12 @@ from recipes_for_tests import IMAGES, ROOT, TINY, finetune
 
 from finetune.data.sample import DataError
 from finetune.errors import UserError
-from finetune.evaluation import evaluate as road
+from finetune.evaluation import evaluate as evaluate_module
 from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 from finetune.evaluation.tasks import custom_task, find_task
 from finetune.metrics import anls
 from finetune.replies.replies import generate_replies
+from finetune.terminal import labelled
 from qwenvl import QwenVLForConditionalGeneration, load_image
 from qwenvl.images.images import ImageError
 
@@ -42,7 +43,7 @@ def evaluation(folder, file="questions.jsonl", **changes) -> Evaluation:
 def run(folder, **changes) -> tuple[dict, list[dict], list[str]]:
     """results.json, predictions.jsonl and what was said."""
     said: list[str] = []
-    out = evaluate(evaluation(folder, **changes), say=said.append)
+    out = evaluate(evaluation(folder, **changes), say=lambda label, text="": said.append(labelled(label, text)))
     lines = (out / "predictions.jsonl").read_text().splitlines()
     return json.loads((out / "results.json").read_text()), [json.loads(line) for line in lines], said
 
@@ -97,7 +98,7 @@ def test_an_interrupted_evaluation_goes_on(whole, tmp_path, monkeypatch):
     """Also after a half last line, and the other way of cutting batches; what is there is not asked again."""
     write_questions(tmp_path / "questions.jsonl")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(road, "generate_replies", stop_after(4))
+        patch.setattr(evaluate_module, "generate_replies", stop_after(4))
         run(tmp_path)
     file = tmp_path / "out" / "predictions.jsonl"
     assert len(file.read_text().splitlines()) == 4
@@ -105,18 +106,18 @@ def test_an_interrupted_evaluation_goes_on(whole, tmp_path, monkeypatch):
         opened.write('{"number": 8, "id": "10')
     asked = []
     monkeypatch.setattr(
-        road, "plan_replies", lambda prompts, seen: asked.append(len(prompts)) or road_plan(prompts, seen)
+        evaluate_module, "plan_replies", lambda prompts, seen: asked.append(len(prompts)) or plan_before(prompts, seen)
     )
     _, records, said = run(tmp_path, batch_tokens=4000)
     assert asked == [5] and without_place(records) == without_place(whole[2])
     assert any("4 of 9 replies" in line for line in said)
     # All of them are there now: no model is loaded, and the speed of the last part stays.
-    monkeypatch.setattr(road, "load_model", None)
+    monkeypatch.setattr(evaluate_module, "load_model", None)
     again, records, _ = run(tmp_path)
     assert without_place(records) == without_place(whole[2]) and again["speed"]["replies"] == 5
 
 
-road_plan = road.plan_replies
+plan_before = evaluate_module.plan_replies
 
 
 def without_place(records: list[dict]) -> list[dict]:
@@ -133,7 +134,7 @@ def without_place(records: list[dict]) -> list[dict]:
     ],
 )
 def test_another_evaluation_in_the_folder_is_refused(whole, changes, told, monkeypatch):
-    monkeypatch.setattr(road, "load_model", None)
+    monkeypatch.setattr(evaluate_module, "load_model", None)
     with pytest.raises(UserError) as raised:
         run(whole[0], **changes)
     assert told in str(raised.value) and "another --out" in str(raised.value)
@@ -141,7 +142,7 @@ def test_another_evaluation_in_the_folder_is_refused(whole, changes, told, monke
 
 def test_other_weights_are_refused(whole, tmp_path, monkeypatch):
     other = changed_model(tmp_path / "other")
-    monkeypatch.setattr(road, "load_model", None)
+    monkeypatch.setattr(evaluate_module, "load_model", None)
     with pytest.raises(UserError, match=r"model\.base: "):
         run(whole[0], model=str(other))
 
@@ -152,6 +153,42 @@ def test_a_damaged_line_is_named(whole, tmp_path):
     (tmp_path / "out" / "evaluation.json").write_text((whole[0] / "out" / "evaluation.json").read_text())
     (tmp_path / "out" / "predictions.jsonl").write_text('{"number": 0}\n{"num\n')
     with pytest.raises(UserError, match=r"predictions.jsonl, line 2: is damaged"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("taken", "taken: "),
+        ("taken/below", "taken/below: "),
+        ("link", "is a symbolic link to .*gone"),
+        ("n" * 300, "too long"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_weights_load(tmp_path, monkeypatch, name, told):
+    write_questions(tmp_path / "questions.jsonl")
+    (tmp_path / "taken").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(evaluate_module, "load_model", None)
+    with pytest.raises(UserError, match=rf"cannot write .*{told}.*with --out"):
+        run(tmp_path, out=tmp_path / name)
+
+
+def test_damaged_files_are_named_before_weights_load(whole, tmp_path, monkeypatch):
+    write_questions(tmp_path / "questions.jsonl")
+    monkeypatch.setattr(evaluate_module, "load_model", None)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "compared").write_text("x")
+    with pytest.raises(UserError, match="compared is not a folder"):
+        run(tmp_path, compare=str(TINY))
+    (out / "evaluation.json").write_text((whole[0] / "out" / "evaluation.json").read_text())
+    (out / "predictions.jsonl").write_text("")
+    (out / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"results\.json is not JSON .*: remove it"):
+        run(tmp_path)
+    (out / "evaluation.json").write_text("[]")
+    with pytest.raises(UserError, match=r"evaluation\.json is not a JSON object: give another --out"):
         run(tmp_path)
 
 

@@ -12,8 +12,10 @@ from finetune.evaluation.results import (
     score_records,
     submission,
     summary,
+    with_scores,
 )
 from finetune.evaluation.tasks import custom_task, find_task
+from finetune.terminal import labelled
 
 IDENTITY = {"model": {"base": "abc", "adapter": None}, "settings": {"style": "chat", "shots": 0}}
 
@@ -65,7 +67,8 @@ def test_an_image_that_was_not_seen_is_wrong_whatever_is_right():
     own[1]["unreadable"] = "page.png: it is damaged"
     scored = score_records(task, asked, own)
     assert scored.values == [1.0, 0.0, 0.0] and scored.total == pytest.approx(1 / 3)
-    assert [record["score"] for record in own] == scored.values
+    assert [record["score"] for record in with_scores(own, scored)] == scored.values
+    assert not any("score" in record for record in own)
     assert scored.interval.low == 0.0 and scored.interval.high == 1.0
 
 
@@ -122,7 +125,7 @@ def test_the_lines_at_the_end():
             "worse": 100,
         },
     }
-    assert summary(results) == [
+    assert [labelled(*line) for line in summary(results)] == [
         "anls        0.5000 (95% 0.4000 to 0.6000), 1,200 questions",
         "  form      0.2500, 200 questions",
         "compared    0.2500 (95% 0.2000 to 0.3000), base",
@@ -132,7 +135,8 @@ def test_the_lines_at_the_end():
     ]
     own = {"new": {"score": 0.75, "interval": [0.5, 1.0], "questions": 600}}
     results = {**results, "sources": own, "compared": {**results["compared"], "sources": {"new": {"score": 0.125}}}}
-    assert summary(results)[1] == "  new       0.7500 (95% 0.5000 to 1.0000), 600 questions; compared: 0.1250"
+    own = labelled(*summary(results)[1])
+    assert own == "  new       0.7500 (95% 0.5000 to 1.0000), 600 questions; compared: 0.1250"
 
 
 def test_each_source_has_its_score():

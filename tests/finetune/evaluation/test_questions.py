@@ -138,7 +138,7 @@ def test_columns_and_limit_and_prompt_of_the_source(tmp_path):
     assert first.messages[0]["content"][-1]["text"] == "Read: Q0" and first.text == "Q0"
     with pytest.raises(UserError, match=r"must hold \{question\}: 'Read'"):
         ask(tmp_path, "docvqa", *rows, source_with=given | {"prompt": "Read"})
-    with pytest.raises(DataError, match="quesion is no role; did you mean question"):
+    with pytest.raises(DataError, match="there is no role quesion; did you mean question"):
         ask(tmp_path, "docvqa", *rows, source_with={"columns": {"quesion": "q"}})
     with pytest.raises(DataError, match="task docvqa reads format vqa, not messages"):
         ask(tmp_path, "docvqa", *rows, source_with={"format": "messages"})
@@ -221,7 +221,7 @@ def bad(name, **change):
         (bad("refcoco", bbox=[900, 2, 3, 4]), "bbox", "wholly outside the image"),
         (bad("refcoco", bbox=[1, 2, -3, 4]), "bbox", "negative size"),
         (bad("refcoco", answer=["<box>"]), "answer[0]", "control token"),
-        (bad("screenspot", bbox=[10, 20, 100, 50]), "bbox", "are no fractions of the image"),
+        (bad("screenspot", bbox=[10, 20, 100, 50]), "bbox", "are not fractions of the image"),
         (bad("flickr30k", caption=...), "caption", "is missing"),
         (bad("multiple_choice", options=["one"]), "options", "must be a list of 2 to 26 texts"),
         (bad("multiple_choice", answer="2"), "answer", "must be a number from 0 to 1, a letter or an option's text"),
@@ -276,7 +276,7 @@ def test_a_conversation_is_asked_up_to_its_last_reply(tmp_path):
     assert list(question.images) == [str(tmp_path / "a.png")]
     assert task.score(question, "12.4") == pytest.approx(0.8)
     only_asked = {"messages": CONVERSATION["messages"][:3], "images": ["a.png"]}
-    with pytest.raises(DataError, match="messages: does not end in an assistant's reply"):
+    with pytest.raises(DataError, match="messages: does not end with an assistant's reply"):
         ask(tmp_path, task, only_asked)
     with pytest.raises(DataError, match="messages: asks nothing before its last reply"):
         ask(tmp_path, task, {"messages": CONVERSATION["messages"][1:2]})

@@ -102,7 +102,7 @@ def test_conversations_keep_their_turns_and_images(tmp_path, tokenizer):
         ),
         ["a.png"],
     )
-    with pytest.raises(DataError, match="is more than one question, which a base model cannot be asked"):
+    with pytest.raises(DataError, match="has several turns, and a base model takes a single question"):
         ask(tmp_path, task, CONVERSATION, style="base")
     single = {"messages": CONVERSATION["messages"][:2], "images": ["b.png"]}
     base = ask(tmp_path, task, single, style="base")[0]

@@ -12,7 +12,7 @@ from finetune.errors import UserError
 from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 from finetune.evaluation.tasks import custom_task
 from finetune.recipe import load_recipe
-from finetune.terminal import say_nothing
+from finetune.terminal import labelled, say_nothing
 from finetune.training.train import train
 
 NEW = 4
@@ -39,7 +39,7 @@ def replies_to(file: Path, model: Path, out: Path) -> list[str]:
     task = custom_task("anls", max_new_tokens=NEW)
     folder = evaluate(
         Evaluation(str(model), task, (EvaluationSource(str(file)),), images_root="/", out=out, style="chat"),
-        say=silent,
+        say=say_nothing,
     )
     return [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").open()]
 
@@ -136,7 +136,7 @@ def test_evaluate_scores_them_by_the_same_names(run, tmp_path):
     asked = Evaluation(
         str(done), task, sources, compare=str(TINY), images_root="/", out=tmp_path / "out", style="chat"
     )
-    out = evaluate(asked, say=said.append)
+    out = evaluate(asked, say=lambda label, text="": said.append(labelled(label, text)))
     results = json.loads((out / "results.json").read_text())
     assert {name: source["questions"] for name, source in results["sources"].items()} == {"boarding": 5, "old": 9}
     assert results["compared"]["sources"]["old"]["score"] == 1.0 > results["sources"]["old"]["score"]

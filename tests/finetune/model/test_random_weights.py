@@ -10,6 +10,7 @@ from said import collect
 from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 from finetune.evaluation.tasks import custom_task
 from finetune.recipe import load_recipe
+from finetune.terminal import labelled
 from finetune.training.train import train
 
 
@@ -35,7 +36,8 @@ def test_only_random_weights_are_noted_as_such(tmp_path, trained):
         said: list[str] = []
         run = train(load_recipe(file), say=collect(said))
         out = evaluate(
-            Evaluation(str(run), custom_task("anls", max_new_tokens=2), (source,), images_root="/"), say=said.append
+            Evaluation(str(run), custom_task("anls", max_new_tokens=2), (source,), images_root="/"),
+            say=lambda label, text="", said=said: said.append(labelled(label, text)),
         )
         pages = (run / "report.html").read_text() + (out / "evaluation.html").read_text()
         notes = json.loads((run / "run.json").read_text())["notes"]

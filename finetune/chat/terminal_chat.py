@@ -1,4 +1,4 @@
-"""A conversation in the terminal. Replies go to stdout, everything else to stderr."""
+"""`finetune chat`: a conversation in the terminal. Replies go to stdout, everything else to stderr."""
 
 import contextlib
 import io
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig
 
 from finetune.chat.conversation import Answer, ChatImage, Conversation
 from finetune.chat.conversation_rows import append_row
 from finetune.errors import Failed, UserError
+from finetune.files.path_errors import path_errors
 from finetune.quantities import format_count
+from finetune.replies.model_style import stored_style
 from finetune.replies.replies import without_adapter
 from finetune.replies.task_replies import Style
 from finetune.terminal import terminal_line, terminal_text
@@ -48,29 +49,29 @@ def chat(
     Args:
         model: anything `qwenvl.load_model` takes.
         images: for the first message.
-        once: the one message; its reply alone goes to stdout. None for a conversation.
-        system: the system message.
+        once: a single message; only its reply goes to stdout. None for a conversation.
+        system: the system message; None for the default one.
         max_new_tokens: most tokens of a reply.
         temperature: 0 always takes the likeliest token.
         dtype, quantization: as in `load_model`.
-        boxes: file to draw the boxes of a reply into. None: a new file each, in the working directory; with `once`,
-            none.
+        boxes: image file to draw the boxes of a reply into. None: a new file in the working directory for each reply;
+            with `once`, none.
 
     Raises:
-        UserError, ValueError, FileNotFoundError: something that was given does not fit; found before weights load.
-        Failed: `once`, and the device's memory does not hold it.
+        InputError: an argument is wrong; found before weights are loaded.
+        Failed: with `once`, the device's memory does not hold prompt and reply.
     """
     style, config = chat_style(model), QwenVLConfig.from_pretrained(find_source(model).base)
     if style == "base" and system is not None:
-        raise UserError(f"{model} is a base model, which goes on with raw text: it has no system message")
+        raise UserError(f"{model} is a base model, which continues raw text: it has no system message")
     if config.visual is None and images:
         raise UserError(f"{model} is a text-only checkpoint: it takes no images")
     if boxes is not None:
-        _refuse_drawing(Path(boxes))
+        _check_drawing(Path(boxes))
     for image in images:
         load_image(image)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character gets its number
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show become escapes
             stream.reconfigure(errors="backslashreplace")
 
     loaded = load_model(
@@ -83,7 +84,7 @@ def chat(
     conversation.system, conversation.max_new_tokens, conversation.temperature = system, max_new_tokens, temperature
     for image in images:
         conversation.add_image(image)
-    terminal = _Terminal(conversation, None if boxes is None else Path(boxes))
+    terminal = TerminalChat(conversation, None if boxes is None else Path(boxes))
     if once is not None:
         terminal.once(once)
     else:
@@ -91,34 +92,41 @@ def chat(
 
 
 def chat_style(model: str) -> Style:
-    """How a model is talked to: in ChatML, or in raw text where its generation config says that it is a base model.
+    """How a model is asked: in ChatML, unless its generation config says that it is a base model.
 
-    All that is trained here is trained in ChatML, whatever its base was.
+    Raises:
+        InputError: there is no such model.
     """
-    source = find_source(model)
-    if source.adapter is not None or (Path(model) / "run.json").is_file():
-        return "chat"
-    try:
-        settings = GenerationConfig.from_pretrained(source.base)
-    except OSError:  # none there
-        return "chat"
-    return "base" if getattr(settings, "chat_format", None) == "raw" else "chat"
+    return stored_style(model) or "chat"
 
 
 def open_conversation(model: str, loaded: torch.nn.Module, style: Style) -> Conversation:
-    """A conversation that has not begun, with a model that is loaded from `model`."""
+    """An empty conversation with `loaded`, a model that was loaded from `model`."""
     if without_adapter(loaded).config.visual is None:
         return Conversation(loaded, QwenVLTokenizer.from_pretrained(find_source(model).base), None, style)
     processor = load_processor(model)
     return Conversation(loaded, processor.tokenizer, processor.image_processor, style)
 
 
-class _Terminal:
+class TerminalChat:
+    """Reads lines from standard input and shows the replies.
+
+    Args:
+        conversation: with the model.
+        boxes: image file to draw the boxes of a reply into; None for a new file each.
+    """
+
     def __init__(self, conversation: Conversation, boxes: Path | None):
         self.conversation, self.boxes = conversation, boxes
-        self._warned = False
+        self._warned = False  # of the conversation's length
 
-    def once(self, text: str):
+    def once(self, text: str) -> None:
+        """Ask one thing.
+
+        Raises:
+            Failed: the device's memory does not hold prompt and reply.
+            KeyboardInterrupt: Ctrl-C.
+        """
         try:
             answer = self.conversation.ask(text)
         except torch.OutOfMemoryError as error:
@@ -127,17 +135,18 @@ class _Terminal:
             ) from error
         if answer.stopped:
             raise KeyboardInterrupt
-        # What reads a pipe gets the reply as it is.
+        # A pipe gets the reply unchanged.
         print(terminal_text(answer.text) if sys.stdout.isatty() else answer.text, flush=True)
         self._tell_about(answer)
         self._show_regions(answer.text, draw=self.boxes is not None)
 
-    def talk(self, name: str):
+    def talk(self, name: str) -> None:
+        """Talk until the user leaves; `name` is that of the model."""
         model = without_adapter(self.conversation.model)
         size = sum(parameter.numel() for parameter in model.parameters())
         tell(f"{name}: {format_count(size)} parameters, {str(model.dtype).removeprefix('torch.')}, on {model.device}")
         if self.conversation.style == "base":
-            tell("A base model: it goes on with your text, and knows no turns. Ask it so: What is the total? Answer:")
+            tell("A base model: it continues your text and has no turns. Ask it like this: What is the total? Answer:")
         tell("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.")
         while True:
             try:
@@ -154,11 +163,11 @@ class _Terminal:
                 self._take(line)
             except torch.OutOfMemoryError:
                 tell("The device's memory does not hold this: /new, or --quantization nf4")
-            except (UserError, ValueError, OSError) as error:
-                tell(terminal_text(str(error)))
+            except (ValueError, OSError) as error:
+                tell(str(error))
 
-    def _take(self, line: str):
-        """A line of input: a command, or a message."""
+    def _take(self, line: str) -> None:
+        """Carry out a line of input: a command, or a message."""
         command, _, argument = line.strip().partition(" ")
         argument = _unquoted(argument.strip())
         if not line.strip():
@@ -183,9 +192,9 @@ class _Terminal:
         elif command in ("/image", "/save"):
             tell(f"{command} needs a file: {command} path/to/file")
         else:
-            tell(f"There is no {terminal_line(command)}. /help lists the commands; to send it, put a space before it.")
+            tell(f"There is no {command}. /help lists the commands; to send it, put a space before it.")
 
-    def _ask(self, text: str):
+    def _ask(self, text: str) -> None:
         answer = self.conversation.ask(text, _print_piece)
         print(flush=True)
         self._tell_about(answer)
@@ -193,8 +202,8 @@ class _Terminal:
             tell("(no reply; the message is forgotten)")
         self._show_regions(answer.text, draw=True)
 
-    def _tell_about(self, answer: Answer):
-        """What the reader of a reply should know."""
+    def _tell_about(self, answer: Answer) -> None:
+        """Tell what the reader of a reply should know."""
         if answer.stopped:
             tell("(stopped)")
         elif not answer.ended:
@@ -203,12 +212,12 @@ class _Terminal:
         if answer.prompt_tokens > trained and not self._warned:
             self._warned = True
             tell(
-                f"(the conversation is {answer.prompt_tokens:,} tokens long, and the model was trained on "
-                f"{trained:,} at once: replies may get worse. /new forgets it)"
+                f"(the conversation is {answer.prompt_tokens:,} tokens long, and the model was trained on up to "
+                f"{trained:,}: replies may get worse. /new forgets it)"
             )
 
-    def _show_regions(self, reply: str, *, draw: bool):
-        """Boxes and quads in pixels of the last image, and drawn on it."""
+    def _show_regions(self, reply: str, *, draw: bool) -> None:
+        """Tell boxes and quads in pixels of the last image, and draw them on it."""
         regions = parse_grounding(reply).regions
         if not regions:
             return
@@ -220,19 +229,20 @@ class _Terminal:
             tell(f"  {region_text(region, image)}")
         if draw:
             path = self.boxes or free_name(Path(f"{image.path.stem}_boxes.png"))
-            save_grounding(image.path, reply, path)
+            with path_errors(path, "write the boxes to", "Give another file with --boxes"):
+                save_grounding(image.path, reply, path)
             tell(f"  drawn: {path}")
 
 
 def region_text(region: Region, image: ChatImage) -> str:
-    """the dog: (12, 40) (530, 998), in pixels"""
+    """`the dog: (12, 40) (530, 998)`, in pixels."""
     points = " ".join(f"({round(x)}, {round(y)})" for x, y in region.to_pixels(*image.size).points)
     label = terminal_line(region.label) if region.label is not None else region.kind
     return f"{label}: {points}"
 
 
 def free_name(path: Path) -> Path:
-    """The path, or with the first number that makes it one that is free."""
+    """The path if it is free, else with the first number that makes it free: `boxes-2.png`."""
     number, free = 1, path
     while free.exists():
         number += 1
@@ -241,7 +251,7 @@ def free_name(path: Path) -> Path:
 
 
 def read_line() -> str:
-    """The next line of input; a prompt is shown only to a person.
+    """The next line of input; a prompt is shown only on a terminal.
 
     Raises:
         EOFError: there is none.
@@ -256,24 +266,27 @@ def read_line() -> str:
     return input()
 
 
-def tell(line: str):
-    print(line, file=sys.stderr, flush=True)
+def tell(line: str) -> None:
+    """Print to stderr, with control characters made visible."""
+    print(terminal_text(line), file=sys.stderr, flush=True)
 
 
-def _print_piece(piece: str):
+def _print_piece(piece: str) -> None:
     print(terminal_text(piece), end="", flush=True)
 
 
 def _unquoted(argument: str) -> str:
-    """A path as a file manager drops it into a terminal."""
+    """A path without the quotes that a file manager puts around it."""
     if len(argument) > 1 and argument[0] == argument[-1] and argument[0] in "'\"":
         return argument[1:-1]
     return argument
 
 
-def _refuse_drawing(path: Path):
-    """Raises:
-    UserError: nothing can be drawn into that file.
+def _check_drawing(path: Path) -> None:
+    """Refuse a file that no image can be written to.
+
+    Raises:
+        UserError: its ending is not that of an image, or it has no folder.
     """
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--boxes {path}: give a file that ends in .png or .jpg")
