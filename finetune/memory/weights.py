@@ -18,7 +18,7 @@ from finetune.recipe import Adapter, Freeze, Recipe
 from qwenvl import QwenVLConfig
 from qwenvl.loading import DTYPES
 from qwenvl.model.host_embedding import HostEmbedding
-from qwenvl.model.nf4_weights import is_quantized
+from qwenvl.model.nf4_weights import is_quantized, quant_state
 from qwenvl.model.quantization import quantized_parts
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def weight_bytes(model: nn.Module) -> WeightBytes:
     for name, module in model.named_modules():
         if is_quantized(module) and id(module) not in seen:
             seen.add(id(module))
-            state = module.weight.quant_state
+            state = quant_state(module)
             device[_component(f"{name}.weight")] += _bytes_of_state(state)
             if published_name(name) != "lm_head":  # it is read first, when nothing else is on the device yet
                 staged = max(staged, state.shape.numel() * state.dtype.itemsize)

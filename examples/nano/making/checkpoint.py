@@ -17,7 +17,7 @@ def put_together(start: Path, parts: Sequence[Path], image_size: int, to: Path) 
     model = _load(start)
     state = {name: value for part in parts for name, value in torch.load(part).items()}
     model.load_state_dict(state)
-    model.config.visual["image_size"] = image_size
+    model.config.require_visual()["image_size"] = image_size
     _save(model, start, to)
 
 
@@ -38,7 +38,7 @@ def at_resolution(folder: Path, image_size: int, to: Path) -> None:
     The model interpolates its position embeddings to the size of the image.
     """
     model = _load(folder)
-    model.config.visual["image_size"] = image_size
+    model.config.require_visual()["image_size"] = image_size
     _save(model, folder, to)
 
 
