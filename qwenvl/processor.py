@@ -12,7 +12,7 @@ from qwenvl.images.images import ImageAccess
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.text.chat import Rendered, render_chat
 from qwenvl.text.chat_string import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, read_string, write_chat
-from qwenvl.text.model_inputs import conversation_batch, input_columns, refuse_other_templates
+from qwenvl.text.model_inputs import check_template_arguments, conversation_batch, input_columns
 from qwenvl.text.tokenizer import QwenVLTokenizer
 
 # Where to find files on the hub; everything else given to `from_pretrained` is not for file look-ups.
@@ -160,7 +160,7 @@ class QwenVLProcessor(ProcessorMixin):
         Raises:
             ValueError: malformed messages (the place is named), another chat template, tools or documents.
         """
-        refuse_other_templates(chat_template, self.chat_template, tools, documents)
+        check_template_arguments(chat_template, self.chat_template, tools, documents)
         conversations, is_batch = conversation_batch(conversation)
         how = {
             "add_generation_prompt": add_generation_prompt,
