@@ -26,6 +26,8 @@ def pretrained_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: one of its configuration files is damaged ({error}): restore it") from error
     except OSError as error:
+        if isinstance(error.__context__, json.JSONDecodeError | UnicodeDecodeError):
+            raise InputError(f"{path}: {' '.join(str(error).split())} Restore it") from error
         if error.strerror is not None:  # the operating system's error, not one that Transformers worded
             name = error.filename or path
             raise InputError(f"{name} cannot be read ({error.strerror}): check it and its permissions") from error
