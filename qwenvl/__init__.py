@@ -4,7 +4,7 @@ Importing this package registers the family (model type `qwen`) with Transformer
 folders load through them with no remote code.
 """
 
-from qwenvl import errors as errors  # whoever imported it before the package finds it here as well
+from qwenvl import errors as errors  # an attribute of the package, even if it was imported before the package
 from qwenvl.errors import InputError, MissingFileError
 from qwenvl.images.image_processor import QwenVLImageProcessor
 from qwenvl.images.images import ImageAccess, ImageError, load_image

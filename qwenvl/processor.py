@@ -1,5 +1,6 @@
 """QwenVLProcessor: messages and images to the model's inputs."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,32 +8,31 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
+from qwenvl.checkpoint.pretrained_errors import pretrained_errors
+from qwenvl.errors import InputError
 from qwenvl.images.image_processor import QwenVLImageProcessor
 from qwenvl.images.images import ImageAccess
 from qwenvl.model.configuration import QwenVLConfig
-from qwenvl.text.chat import Rendered, render_chat
+from qwenvl.text.chat import Rendered, TurnOptions, render_chat
 from qwenvl.text.chat_string import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, read_string, write_chat
-from qwenvl.text.model_inputs import conversation_batch, input_columns, refuse_other_templates
+from qwenvl.text.model_inputs import check_template_arguments, conversation_batch, input_columns
 from qwenvl.text.tokenizer import QwenVLTokenizer
-
-# Where to find files on the hub; everything else given to `from_pretrained` is not for file look-ups.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class QwenVLProcessor(ProcessorMixin):
-    """Turns conversations (or prompt strings) with images into `input_ids`, `attention_mask`, `pixel_values`.
+    """Turn conversations (or prompt strings) with images into `input_ids`, `attention_mask`, `pixel_values`.
 
     Args:
         image_processor: images to `pixel_values`.
         tokenizer: text to ids.
-        n_queries: positions an image takes between `<img>` and `</img>`.
-        chat_template: for other programs' use only; conversations are rendered by `qwenvl.text.chat`.
+        n_queries: positions of an image between `<img>` and `</img>`.
+        chat_template: for other programs only; conversations are rendered by `qwenvl.text.chat`.
     """
 
     def __init__(
         self,
-        image_processor: QwenVLImageProcessor | None = None,
-        tokenizer: QwenVLTokenizer | None = None,
+        image_processor: QwenVLImageProcessor,
+        tokenizer: QwenVLTokenizer,
         n_queries: int = 256,
         chat_template: str | None = None,
     ):
@@ -42,47 +42,72 @@ class QwenVLProcessor(ProcessorMixin):
         self.image_placeholder = IMAGE_PLACEHOLDER
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "QwenVLProcessor":
-        """Load from a hub id or a folder: one saved by this class, or a published one, which has no file for the
-        image side: it follows from the model's `config.json`."""
-        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        tokenizer = QwenVLTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
-        saved = {
-            name: cached_file(
-                pretrained_model_name_or_path,
-                name,
-                **hub,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            for name in ("processor_config.json", "preprocessor_config.json")
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        **kwargs: Any,
+    ) -> "QwenVLProcessor":
+        """Load from a hub id or a folder, arguments as in Transformers.
+
+        A folder saved by this class has a file for the image processor. A published one has none: its settings follow
+        from the model's `config.json`.
+
+        Raises:
+            MissingFileError: there is no such folder or hub id.
+            InputError: files that are damaged, a text-only checkpoint, or a vocabulary of another model.
+        """
+        path = pretrained_model_name_or_path
+        hub: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+            "revision": revision,
+            **{key: kwargs[key] for key in ("proxies", "subfolder") if kwargs.get(key) is not None},
         }
-        if not any(saved.values()):
-            return cls.from_config(QwenVLConfig.from_pretrained(pretrained_model_name_or_path, **hub), tokenizer)
-        image_processor = QwenVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
-        n_queries = None
-        if saved["processor_config.json"]:
-            n_queries = cls.get_processor_dict(pretrained_model_name_or_path, **hub)[0].get("n_queries")
-        if n_queries is None:
-            n_queries = QwenVLConfig.from_pretrained(pretrained_model_name_or_path, **hub).n_queries
+        with pretrained_errors(path):
+            tokenizer = QwenVLTokenizer.from_pretrained(path, **hub)
+            saved = {
+                name: cached_file(
+                    path,
+                    name,
+                    **hub,
+                    _raise_exceptions_for_missing_entries=False,
+                    _raise_exceptions_for_gated_repo=False,
+                    _raise_exceptions_for_connection_errors=False,
+                )
+                for name in ("processor_config.json", "preprocessor_config.json")
+            }
+            if not any(saved.values()):
+                return cls.from_config(QwenVLConfig.from_pretrained(path, **hub), tokenizer)
+            image_processor = QwenVLImageProcessor.from_pretrained(path, **hub)
+            n_queries = None
+            if saved["processor_config.json"]:
+                n_queries = cls.get_processor_dict(path, **hub)[0].get("n_queries")
+            if n_queries is None:
+                n_queries = QwenVLConfig.from_pretrained(path, **hub).n_queries
         return cls(image_processor, tokenizer, n_queries)
 
     @classmethod
     def from_config(cls, config: QwenVLConfig, tokenizer: QwenVLTokenizer) -> "QwenVLProcessor":
-        """The processor that a model's configuration asks for.
+        """Build the processor that fits a model's configuration.
 
         Raises:
-            ValueError: a text-only checkpoint, or a vocabulary that is not the model's.
+            InputError: a text-only checkpoint, or a vocabulary that is not the model's.
         """
         if config.visual is None:
-            raise ValueError(
+            raise InputError(
                 "this is a text-only Qwen checkpoint (its config has no `visual`): it needs a tokenizer, no processor"
             )
         if tokenizer.image_start_id != config.image_start_id:
-            raise ValueError(
+            raise InputError(
                 f"vocabulary and model do not fit together: <img> is id {tokenizer.image_start_id} by qwen.tiktoken "
-                f"but {config.image_start_id} by config.json (visual.image_start_id)"
+                f"but {config.image_start_id} by config.json (visual.image_start_id). Restore the published files"
             )
         return cls(QwenVLImageProcessor(size=config.visual["image_size"]), tokenizer, config.n_queries)
 
@@ -94,38 +119,38 @@ class QwenVLProcessor(ProcessorMixin):
         access: ImageAccess | None = None,
         return_tensors: str | None = None,
         sanitize_control_tokens: bool = True,
-        **layout,
+        **layout: Any,
     ) -> BatchFeature:
-        """Inputs of prompt strings, as `apply_chat_template(tokenize=False)` writes them.
+        """Turn prompt strings, as `apply_chat_template(tokenize=False)` writes them, into model inputs.
 
         Control tokens in the strings are structure: build the strings with `apply_chat_template`, which marks those
-        that somebody's text spells. An image is `<img></img>`.
+        that a message's text spells. An image is `<img></img>`.
 
         Args:
-            images: one image, a list, or a list for each string: in reading order, as many as there are places.
+            images: one image, a list, or a list for each string: in reading order, one for each placeholder.
             text: one string or a batch of them.
             access: what image references may reach; see `images.ImageAccess`.
             return_tensors: as in Transformers.
-            sanitize_control_tokens: accepted for Transformers' sake; marked tokens are always text.
+            sanitize_control_tokens: accepted for compatibility; marked tokens are always text.
             layout: `padding`, `padding_side`, `truncation`, `max_length`, ...: see `model_inputs.input_columns`.
 
         Returns:
-            `input_ids` and `attention_mask` (batch, length), as lists unless `return_tensors` is given, and
-            `pixel_values` (images of the whole batch, 3, S, S) where there are images.
+            `input_ids` and `attention_mask` (batch, length), as lists unless `return_tensors` is given, and, if there
+            are images, `pixel_values` (images of the whole batch, 3, S, S).
 
         Raises:
-            ValueError: images and places differ in number; truncation inside or before an image.
+            InputError: images and placeholders differ in number; truncation inside or before an image.
             ImageError: an image that cannot be read.
         """
         if text is None:
             if images is None:
-                raise ValueError("give text, images or both")
+                raise InputError("give text, images or both")
             return BatchFeature({"pixel_values": self._pixel_values(_flatten(images), access)})
         strings = [text] if isinstance(text, str) else list(text)
         rendered = [read_string(string, self.tokenizer, n_queries=self.n_queries) for string in strings]
         return self._batch(rendered, images=images, access=access, return_tensors=return_tensors, **layout)
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # options by keyword only, and no tools or documents
         self,
         conversation: Sequence[Any],
         chat_template: str | None = None,
@@ -142,27 +167,27 @@ class QwenVLProcessor(ProcessorMixin):
         tools: None = None,
         documents: None = None,
         sanitize_control_tokens: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature | list | str:
         """Render a conversation, or a batch of them, in Transformers' message format.
 
         Args:
             conversation: messages as in `chat.render_chat`.
             chat_template: this processor's own, or None: conversations are rendered by `qwenvl.text.chat`.
-            tokenize: give ids (True) or a string for `__call__` (False).
-            return_dict: give `input_ids`, `attention_mask`, `pixel_values`, not only the ids.
-            return_assistant_tokens_mask: add `assistant_masks`, 1 on what the label rule "assistant" trains.
+            tokenize: return ids (True) or a string for `__call__` (False).
+            return_dict: return `input_ids`, `attention_mask`, `pixel_values`, not only the ids.
+            return_assistant_tokens_mask: add `assistant_masks`, 1 for tokens that the label rule "assistant" trains.
             grounding, numbered: see `chat.render_chat`.
-            processor_kwargs, kwargs: `images` (where parts name none), and the keywords of `__call__`.
-            tools, documents: Qwen-VL knows neither.
-            sanitize_control_tokens: accepted for Transformers' sake; text is never taken for control tokens.
+            processor_kwargs, kwargs: `images` (for parts without a source), and the keywords of `__call__`.
+            tools, documents: not supported.
+            sanitize_control_tokens: accepted for compatibility; text never becomes a control token.
 
         Raises:
-            ValueError: malformed messages (the place is named), another chat template, tools or documents.
+            InputError: malformed messages (the place is named), another chat template, tools or documents.
         """
-        refuse_other_templates(chat_template, self.chat_template, tools, documents)
+        check_template_arguments(chat_template, self.chat_template, tools, documents)
         conversations, is_batch = conversation_batch(conversation)
-        how = {
+        how: TurnOptions = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "grounding": grounding,
@@ -187,7 +212,7 @@ class QwenVLProcessor(ProcessorMixin):
         images: Any,
         access: ImageAccess | None,
         return_tensors: str | None = None,
-        **layout,
+        **layout: Any,
     ) -> BatchFeature:
         sources = _fill_sources([one.images for one in rendered], images)
         batch = BatchFeature(input_columns(rendered, self.tokenizer, **layout), tensor_type=return_tensors)
@@ -212,10 +237,10 @@ def _flatten(images: Any) -> list[Any]:
 
 
 def _fill_sources(sources: list[list[Any]], images: Any) -> list[list[Any]]:
-    """Give the images that stand beside the messages to the places that name none, in reading order.
+    """Assign the images given beside the messages to the places without a source, in reading order.
 
     Raises:
-        ValueError: more or fewer images than such places, in the batch or, for nested images, in one row.
+        InputError: more or fewer images than such places, in the batch or, for nested images, in one row.
     """
     given = [] if images is None else images if isinstance(images, list | tuple) else [images]
     if given and len(given) == len(sources) and all(isinstance(item, list | tuple) for item in given):
@@ -231,7 +256,7 @@ def _fill_sources(sources: list[list[Any]], images: Any) -> list[list[Any]]:
 def _fill_row(sources: list[Any], images: list[Any], where: str) -> list[Any]:
     open_places = sum(source is None for source in sources)
     if open_places != len(images):
-        raise ValueError(
+        raise InputError(
             f"{where}{len(images)} image(s) are given for {open_places} place(s) without an image of their own"
         )
     remaining = iter(images)

@@ -1,4 +1,4 @@
-"""Make Transformers' Auto classes know the family."""
+"""Register the model family with Transformers' Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -8,7 +8,7 @@ from transformers import (
     AutoProcessor,
 )
 
-# Not from the package's top: there, Transformers before 5.23 puts a stand-in that demands torchvision.
+# Not from `transformers` itself, which before 5.23 has a dummy class there that requires torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
@@ -19,8 +19,8 @@ from qwenvl.processor import QwenVLProcessor
 from qwenvl.text.tokenizer import QwenVLTokenizer
 
 
-def register():
-    """Register the classes for model type `qwen`; doing it twice is harmless."""
+def register() -> None:
+    """Register the classes for model type `qwen`; a second call is harmless."""
     AutoConfig.register(QwenVLConfig.model_type, QwenVLConfig, exist_ok=True)
     AutoModel.register(QwenVLConfig, QwenVLModel, exist_ok=True)
     for auto_model in (AutoModelForCausalLM, AutoModelForImageTextToText):

@@ -4,19 +4,19 @@ import math
 from collections.abc import Sequence
 
 ANLS_THRESHOLD = 0.5
-"""Least similarity that counts; exactly this counts."""
+"""Smaller similarities count as 0; exactly this one counts."""
 RELATIVE_TOLERANCE = 0.05
 """Of relaxed accuracy, relative to the gold value."""
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity, of one question (DocVQA, InfographicVQA).
+    """Average normalised Levenshtein similarity (ANLS) of one question (DocVQA, InfographicVQA).
 
-    The best over the answers of 1 - distance / length, and 0 where that is below 0.5. The distance is that of the
-    texts in lower case with white space collapsed; the length is that of the longer text as it was given, which is the
-    published script's way and makes surplus white space cheap.
+    The maximum over the answers of 1 - distance / length, or 0 if that is below 0.5. The distance is between the texts
+    in lower case with white space collapsed; the length is that of the longer text as given. So surplus white space
+    costs little, as in the published script.
 
-    Source: Biten et al. 2019, "Scene Text Visual Question Answering"; details as the published DocVQA script has them.
+    Source: Biten et al. 2019, "Scene Text Visual Question Answering"; details follow the published DocVQA script.
 
     Returns:
         A score in [0, 1].
@@ -30,16 +30,16 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
 
 
 def relaxed_accuracy(prediction: str, gold: str, published_order: bool = False) -> float:
-    """1.0 where the prediction is within 5 % of the gold number, or is the gold text but for letter case (ChartQA).
+    """1.0 if the prediction is within 5 % of the gold number, or equals the gold text up to letter case (ChartQA).
 
     `12%` is the number 0.12. A gold value of zero has no 5 % and is compared as text: `0.0` is wrong for `0`.
 
     Source: Masry et al. 2022, "ChartQA", section 5.1, after Methani et al. 2020.
 
     Args:
-        prediction, gold: white space around them does not count.
-        published_order: swap the two, as Qwen-VL's published script does: the 5 % are then of the prediction, and
-            56 is right for 53.2 (5.26 % off).
+        prediction, gold: surrounding white space is ignored.
+        published_order: swap the two, as Qwen-VL's published script does: the 5 % are then relative to the prediction,
+            and 56 is right for 53.2 (5.26 % off).
     """
     measured, reference = prediction.strip(), gold.strip()
     if published_order:
@@ -51,7 +51,7 @@ def relaxed_accuracy(prediction: str, gold: str, published_order: bool = False) 
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 where the prediction is one of the answers, but for letter case and white space around them.
+    """1.0 if the prediction is one of the answers, up to letter case and surrounding white space.
 
     Raises:
         ValueError: there is no answer.
@@ -68,12 +68,12 @@ def _need_answers(answers: Sequence[str]) -> None:
 def _normalised_distance(a: str, b: str) -> float:
     length = max(len(a), len(b))
     distance = edit_distance(" ".join(a.lower().split()), " ".join(b.lower().split()))
-    # Lower case may be longer ("İ"), so that texts with nothing in common could exceed 1.
+    # Lower case may be longer ("İ"), so the quotient can exceed 1.
     return min(distance / length, 1.0) if length else 0.0
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Letters inserted, deleted or replaced to turn `a` into `b`."""
+    """Levenshtein distance: the fewest characters inserted, deleted or replaced to turn `a` into `b`."""
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -83,7 +83,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def _number(text: str) -> float | None:
-    """The text as a number, percent signs at the end taken off for a hundredth; None where it is none."""
+    """The text as a number, None if it is none; with percent signs at the end, a hundredth of it."""
     try:
         value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:

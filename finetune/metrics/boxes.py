@@ -1,24 +1,24 @@
 """Boxes that a model writes, against gold boxes in pixels (RefCOCO, ScreenSpot).
 
-The markup is read by `qwenvl.grounding`, which is imported where it is used: the package costs seconds to import, and
-the names of tasks are asked for before that.
+`qwenvl`, which reads the markup, is imported inside functions: it takes seconds to import, and the command line needs
+the names of tasks before that.
 """
 
 import re
 from collections.abc import Sequence
 
 IOU_THRESHOLD = 0.5
-"""Least overlap that counts as found."""
+"""Smallest IoU that counts as found."""
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2 in pixels of the upright image."""
 
-# A base model is asked with an open `<box>`: its reply begins with the coordinates.
+# A base model's prompt ends in an open `<box>`: its reply begins with the coordinates.
 _OPENING_POINTS = re.compile(r"\s*(\([^()]*\)\s*,\s*\([^()]*\))")
 
 
 def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where both are empty."""
+    """Intersection over union of two boxes (x1, y1, x2, y2); 0 if both are empty."""
     width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     shared = width * height
@@ -27,29 +27,30 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def first_box(prediction: str, image_size: tuple[int, int]) -> Box | None:
-    """The first box of a reply in pixels; None where it has none that can be read.
+    """The first box of a reply in pixels; None if it has no box that can be read.
 
     Args:
-        prediction: `<box>(x1,y1),(x2,y2)</box>` in thousandths of the image, anywhere; or, as a base model goes on
+        prediction: a text with `<box>(x1,y1),(x2,y2)</box>` in thousandths of the image; or, as a base model continues
             after an open `<box>`, a text that begins with `(x1,y1),(x2,y2)`.
         image_size: width and height of the upright image in pixels.
     """
+    from qwenvl.text.boxes import Box as PixelBox
     from qwenvl.text.grounding import parse_grounding
 
     opening = _OPENING_POINTS.match(prediction)
     text = f"<box>{opening[1]}</box>" if opening else prediction
     for region in parse_grounding(text).regions:
-        if region.kind == "box":
-            box = region.to_pixels(*image_size)
-            return box.x1, box.y1, box.x2, box.y2
+        shape = region.to_pixels(*image_size)
+        if isinstance(shape, PixelBox):
+            return shape.x1, shape.y1, shape.x2, shape.y2
     return None
 
 
 def grounding_accuracy(prediction: str, gold: Sequence[float], image_size: tuple[int, int]) -> float:
-    """1.0 where the first box of the reply has an IoU of at least 0.5 with the gold box; one without a box is wrong.
+    """1.0 if the first box of the reply has an IoU of at least 0.5 with the gold box; 0.0 for a reply without a box.
 
-    Source: accuracy at 0.5 as in Kazemzadeh et al. 2014, "ReferItGame", and all work on RefCOCO since. Thousandths
-    become pixels as n / 1000 * size; the published script divides by 999, which moves an edge by at most a thousandth.
+    Source: accuracy at 0.5 as in Kazemzadeh et al. 2014, "ReferItGame", and later work on RefCOCO. Thousandths become
+    pixels as n / 1000 * size; the published script divides by 999, which moves an edge by at most a thousandth.
 
     Args:
         prediction, image_size: as in `first_box`.
@@ -60,7 +61,7 @@ def grounding_accuracy(prediction: str, gold: Sequence[float], image_size: tuple
 
 
 def click_accuracy(prediction: str, gold: Sequence[float], image_size: tuple[int, int]) -> float:
-    """1.0 where the middle of the reply's first box lies in the gold box, its edges included (ScreenSpot).
+    """1.0 if the centre of the reply's first box is in the gold box, edges included (ScreenSpot).
 
     Source: Cheng et al. 2024, "SeeClick".
 

@@ -1,13 +1,13 @@
-"""Captions as the tokens that caption metrics compare: those of the Penn Treebank, in lower case.
+"""Penn Treebank tokens in lower case, which caption metrics compare.
 
-The published evaluation runs Stanford's PTBTokenizer, a Java program, and drops punctuation. This follows its rules
-for what captions are made of; it does not follow it into URLs, emoticons or markup.
+The published evaluation runs Stanford's PTBTokenizer, a Java program, and drops punctuation. This module has its rules
+for ordinary captions, but not those for URLs, emoticons and markup.
 """
 
 import re
 
-# Left out of the output, as the COCO caption evaluation does. It leaves brackets in by mistake: it looks for `-LRB-`
-# among tokens that are lower case by then. So does this.
+# Dropped as in the COCO caption evaluation, which keeps brackets by mistake: it looks for `-LRB-` among tokens that
+# are already lower-case. Brackets are kept here too.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
@@ -25,7 +25,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-# In front of n't and the other clitics a word is cut.
+# A word is split before n't and the other clitics.
 _NEGATION = re.compile(r"(.+)(n't)")
 _CLITIC = re.compile(r"(.+)('(?:s|m|d|ll|re|ve))")
 _CUT = {
@@ -41,22 +41,22 @@ _CUT = {
 
 
 def ptb_tokens(text: str) -> str:
-    """The tokens of a caption in lower case, without punctuation, one space between them.
+    """Tokenize a caption: lower case, without punctuation, separated by single spaces.
 
     >>> ptb_tokens('A man in a T-shirt isn\\'t riding the dog\\'s bike, "fast".')
     "a man in a t-shirt is n't riding the dog 's bike fast"
     """
     tokens = []
     for match in _TOKEN.finditer(text.translate(_PLAIN).lower()):
-        tokens += _without_clitics(match[0])
+        tokens += _split_clitics(match[0])
     return " ".join(_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED and token != '"')
 
 
-def _without_clitics(word: str) -> list[str]:
-    """The word cut in front of its clitics: `could n't 've`."""
+def _split_clitics(word: str) -> list[str]:
+    """Split a word before its clitics: `could n't 've`."""
     if word in _CUT:
         return _CUT[word].split()
     for ending in (_CLITIC, _NEGATION):
         if match := ending.fullmatch(word):
-            return [*_without_clitics(match[1]), match[2]]
+            return [*_split_clitics(match[1]), match[2]]
     return ["..."] if set(word) == {"."} else ["--"] if set(word) == {"-"} and len(word) > 1 else [word]

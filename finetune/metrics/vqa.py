@@ -1,27 +1,27 @@
 """The VQA score (VQAv2, TextVQA, OK-VQA), with the official normalisation of answers.
 
-Source: Antol et al. 2015, "VQA: Visual Question Answering", and the official evaluation code, whose peculiarities are
-part of the score that papers report; each is named where it is.
+Source: Antol et al. 2015, "VQA: Visual Question Answering", and the official evaluation code. Its peculiarities are
+part of the scores that papers report, and are kept; comments name each.
 """
 
 import re
 from collections.abc import Sequence
 
 FEWEST_ANSWERS = 4
-"""With fewer, no leave-one-out set has the three matches of a full score, and even the right answer gets less."""
+"""With fewer, no leave-one-out set has the three matches of a full score, so that even a right answer scores less."""
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
-# Also takes the period of "3." and of "No. 5": only a digit right behind keeps one.
+# Also removes the period of "3." and of "No. 5": a period is kept only directly before a digit.
 _PERIOD = re.compile(r"\.(?!\d)")
-# The official code hands the flag re.UNICODE, 32, to `sub` as its count.
+# The official code passes the flag re.UNICODE, 32, to `sub` as its count.
 _MOST_PERIODS = 32
 _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
 
-# Restored where a word lacks one of the apostrophes. The official list, less what is without effect: entries that are
-# their own replacement, and those in capitals, which lower-cased words never meet.
+# Restored in words that lack one of the apostrophes. The official list without entries that have no effect: those that
+# are their own replacement, and those in capitals, which never match lower-case words.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
@@ -40,20 +40,20 @@ _RESTORED = {
 
 
 def vqa_score(prediction: str, answers: Sequence[str]) -> float:
-    """How far people gave the same answer: the mean over leave-one-out sets of min(1, matches / 3).
+    """Agreement with the answers of several people: the mean over leave-one-out sets of min(1, matches / 3).
 
-    The prediction is normalised in full. The answers only lose their punctuation, and not even that where all are the
-    same: in the official data they are normalised already. So `the cat` never is the right answer `the cat`.
+    The prediction is normalised in full. The answers only lose their punctuation, and not even that if all are equal:
+    in the official data they are normalised already. So `the cat` never matches the answer `the cat`.
 
     Args:
         prediction: the reply.
-        answers: what people said, ten in the published data.
+        answers: of several people, ten in the published data.
 
     Returns:
         A score in [0, 1].
 
     Raises:
-        ValueError: fewer than four answers, with which not even the right one can score 1.
+        ValueError: fewer than four answers, with which even a right prediction cannot score 1.
     """
     if isinstance(answers, str) or len(answers) < FEWEST_ANSWERS:
         count = 1 if isinstance(answers, str) else len(answers)
@@ -70,9 +70,9 @@ def vqa_score(prediction: str, answers: Sequence[str]) -> float:
 
 
 def normalise_vqa_answer(answer: str) -> str:
-    """The answer as the official evaluation compares it.
+    """Normalise an answer as the official evaluation does.
 
-    White space and punctuation, then lower case, number words as digits, articles away, apostrophes restored.
+    White space and punctuation, then lower case, number words as digits, articles removed, apostrophes restored.
     """
     answer = _without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())
     words = [_DIGITS.get(word, word) for word in answer.lower().split()]
@@ -80,7 +80,7 @@ def normalise_vqa_answer(answer: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Marks beside a space go, others become one; with a comma between digits anywhere, all marks just go."""
+    """Remove marks that are next to a space, or all if a comma is between digits; replace the others by spaces."""
     kept = text
     has_digit_comma = _DIGIT_COMMA.search(text) is not None
     for mark in _PUNCTUATION:

@@ -1,7 +1,7 @@
-"""Large files read past the system's page cache, into memory that is used again and again.
+"""Read large files with O_DIRECT, without the system's page cache, into memory that is reused.
 
-A checkpoint is read once from beginning to end. Through the cache the system would find and clear room for every page
-of it, and copy it out again: on few cores that takes longer than the disk does.
+A checkpoint is read once from beginning to end. With the page cache, the system would allocate and clear a page for
+each block and copy it out again: on few cores that takes longer than the disk itself.
 """
 
 import errno
@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 
 BLOCK = 4096
-"""Places in the file and in memory are multiples of this, as disks and systems want it."""
+"""Offsets in the file and addresses in memory are multiples of this, as O_DIRECT requires."""
 
 SLACK = 3 * BLOCK
-"""Bytes that memory must have beyond what is read."""
+"""Bytes of memory needed in addition to what is read."""
 
-_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
+_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 
 
 def read_direct(path: Path, offset: int, size: int, memory: torch.Tensor) -> torch.Tensor:
-    """Read a part of a file; through the page cache where the file system knows no other way.
+    """Read a part of a file, with O_DIRECT if the file system supports it.
 
     Args:
         offset, size: in bytes.
@@ -30,11 +30,11 @@ def read_direct(path: Path, offset: int, size: int, memory: torch.Tensor) -> tor
         (size,) uint8, a part of `memory`.
 
     Raises:
-        EOFError: the file ends before.
+        EOFError: the file ends before `offset + size`.
     """
     before = offset % BLOCK
     start = -memory.data_ptr() % BLOCK
-    blocks = memoryview(memory.numpy())[start : start + -(-(before + size) // BLOCK) * BLOCK]
+    blocks = memory.numpy().data[start : start + -(-(before + size) // BLOCK) * BLOCK]
     needed = before + size
     if not _read(path, offset - before, blocks, needed, _DIRECT):
         _read(path, offset - before, blocks, needed, 0)
@@ -42,7 +42,7 @@ def read_direct(path: Path, offset: int, size: int, memory: torch.Tensor) -> tor
 
 
 def _read(path: Path, offset: int, blocks: memoryview, needed: int, direct: int) -> bool:
-    """Whether it could be done this way."""
+    """Fill `blocks` up to `needed` bytes; returns False if the file system does not support O_DIRECT."""
     done = 0
     try:
         with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | direct)) as file:

@@ -1,42 +1,54 @@
-"""Which base an adapter belongs to, told by the base's weights and not by its path."""
+"""The fingerprint of a checkpoint's weights: to which base an adapter belongs, wherever the base is stored."""
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
 
-from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
+from qwenvl.checkpoint.checkpoint_files import StoredTensor, find_file, locate_tensors, read_json
+from qwenvl.errors import InputError
 
-# Beside adapter_config.json, written when the adapter is saved; and in a 4-bit folder, made from a 16-bit base.
+# Written beside adapter_config.json when an adapter is saved, and in a 4-bit folder made from a 16-bit base.
 BASE_FILE = "base.json"
 SAMPLED = 64
 
 
-def weights_fingerprint(path: str | Path, **hub) -> str:
-    """A short name for a checkpoint's weights, the same for every file format and lossless type they are stored in.
+@dataclass(frozen=True)
+class _Base:
+    """The content of `BASE_FILE`; see `write_base`."""
+
+    base: str
+    fingerprint: str
+    quantize: tuple[str, ...]
+    own_fingerprint: str | None
+
+
+def weights_fingerprint(path: str | Path) -> str:
+    """Compute a short identifier of a checkpoint's weights, the same for every file format and lossless type.
 
     SHA-256 over each tensor's name, shape, and its first, middle and last 64 values as float32, in name order. Any
-    training of the checkpoint moves some of them; only these are read, so the full 19 GB take seconds.
+    training of the checkpoint changes some of them; as only these are read, the full 19 GB take seconds.
 
-    A 4-bit folder that was exported from a 16-bit checkpoint, and is as it was then, has that one's fingerprint: an
-    adapter trained on the one belongs to the other too.
+    A 4-bit folder that was exported from a 16-bit checkpoint and has not changed since has that checkpoint's
+    fingerprint: an adapter trained on the one belongs to the other too.
 
     Raises:
-        FileNotFoundError: no weights at `path`.
+        MissingFileError: no weights at `path`.
+        InputError: a file at `path` is damaged.
     """
-    own = own_fingerprint(path, **hub)
-    noted = _read_base(path, **hub)
-    return noted["fingerprint"] if own == noted.get("own_fingerprint") else own
+    own = own_fingerprint(path)
+    noted = _read_base(path)
+    return noted.fingerprint if noted is not None and noted.own_fingerprint == own else own
 
 
-def own_fingerprint(path: str | Path, **hub) -> str:
-    """As `weights_fingerprint`, of the very tensors at `path`, 4-bit codes or not."""
-    parts = {name: _sample(tensor) for name, tensor in locate_tensors(path, **hub).items()}
+def own_fingerprint(path: str | Path) -> str:
+    """Compute the fingerprint of the tensors at `path` themselves, whether they are 4-bit codes or not."""
+    parts = {name: _sample(tensor) for name, tensor in locate_tensors(path).items()}
     digest = hashlib.sha256()
     for name in sorted(parts):
         digest.update(f"{name} {parts[name][0]}\n".encode())
@@ -51,8 +63,8 @@ def write_base(
     *,
     quantize: Sequence[str] = (),
     own_fingerprint: str | None = None,
-):
-    """Note which base an adapter, or a 4-bit folder, was made from.
+) -> None:
+    """Write `BASE_FILE`: which base an adapter, or a 4-bit folder, was made from.
 
     Args:
         folder: of the adapter, or the 4-bit folder.
@@ -61,7 +73,7 @@ def write_base(
         quantize: the parts in 4 bits (see `quantization.PARTS`) while the adapter was trained, or in the folder.
         own_fingerprint: of a 4-bit folder (`own_fingerprint`).
     """
-    content = {"base": base, "fingerprint": fingerprint}
+    content: dict[str, Any] = {"base": base, "fingerprint": fingerprint}
     if quantize:
         content |= {"quantization": "nf4", "quantize": list(quantize)}
     if own_fingerprint is not None:
@@ -69,22 +81,22 @@ def write_base(
     (Path(folder) / BASE_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def check_base(adapter: str | Path, base: str | Path, **hub) -> bool:
+def check_base(adapter: str | Path, base: str | Path) -> bool:
     """Compare a base with the one that the adapter was trained on.
 
     Returns:
-        False where the adapter does not say which it was (those of other programs do not).
+        False if the adapter does not say which it was (adapters of other programs do not).
 
     Raises:
-        ValueError: another base.
+        InputError: another base.
     """
     expected = _read_base(adapter)
-    if not expected:
+    if expected is None:
         return False
-    found = weights_fingerprint(base, **hub)
-    if found != expected["fingerprint"]:
-        raise ValueError(
-            f"the adapter in {adapter} was trained on {expected['base']} (fingerprint {expected['fingerprint']}), but "
+    found = weights_fingerprint(base)
+    if found != expected.fingerprint:
+        raise InputError(
+            f"the adapter in {adapter} was trained on {expected.base} (fingerprint {expected.fingerprint}), but "
             f"{base} has other weights (fingerprint {found}). Give the right base with adapter=...: "
             f"load_model(<base>, adapter={str(adapter)!r})"
         )
@@ -92,20 +104,19 @@ def check_base(adapter: str | Path, base: str | Path, **hub) -> bool:
 
 
 def trained_parts(adapter: str | Path) -> tuple[str, ...]:
-    """The parts of its base that were in 4 bits when an adapter was trained; none where it does not say so."""
-    return tuple(_read_base(adapter).get("quantize", ()))
+    """The parts of its base that were in 4 bits when an adapter was trained; none if it does not say so."""
+    noted = _read_base(adapter)
+    return () if noted is None else noted.quantize
 
 
-def _read_base(folder: str | Path, **hub) -> dict[str, Any]:
-    file = cached_file(
-        str(folder),
-        BASE_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub,
-    )
-    return json.loads(Path(file).read_text()) if file else {}
+def _read_base(folder: str | Path) -> _Base | None:
+    file = find_file(folder, BASE_FILE)
+    if file is None:
+        return None
+    match read_json(file):
+        case {"base": str(base), "fingerprint": str(fingerprint), **others}:
+            return _Base(base, fingerprint, tuple(others.get("quantize", ())), others.get("own_fingerprint"))
+    raise InputError(f"{file} does not name a base and its fingerprint: restore it, or take it away")
 
 
 def _sample(tensor: StoredTensor) -> tuple[list[int], bytes]:

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image
 
+from qwenvl.errors import InputError
+
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
-# Pixels converted at a time: what a conversion holds besides source and result stays below ~50 MB at any image size.
+# Pixels converted at a time: besides source and result, a conversion takes less than ~50 MB at any image size.
 _STRIP_PIXELS = 1 << 22
 
 
 def to_rgb(image: Image.Image, *, white: int | None = None) -> Image.Image:
-    """The image in mode RGB; the image itself where it is that already. It must be loaded, and is not changed.
+    """Convert a loaded image to mode RGB; an image that is opaque RGB is returned as it is. `image` is not changed.
 
     - Alpha, transparent palette entries and transparent colours are composited on white.
     - 16-bit samples (I;16): 0..65535 become 0..255, rounded.
@@ -25,10 +27,10 @@ def to_rgb(image: Image.Image, *, white: int | None = None) -> Image.Image:
     - Float samples (F): within 0..1 they are scaled by 255, within 0..255 they are levels, rounded.
 
     Args:
-        white: the sample value that shows as white, where the file states one that the mode does not tell (12 bits).
+        white: the sample value that stands for white, if the file states one that the mode does not imply (12 bits).
 
     Raises:
-        ValueError: integer or float samples beyond those ranges, or not finite: nothing says how bright they are, and
+        InputError: integer or float samples beyond those ranges, or not finite: their brightness is unknown, and
             stretching them would differ from image to image.
     """
     if image.mode in _DEEP_MODES:
@@ -42,7 +44,7 @@ def to_rgb(image: Image.Image, *, white: int | None = None) -> Image.Image:
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """(top row, rows of the image as an image of their own)."""
+    """(top row, the rows from there as an image) for each strip."""
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -65,7 +67,7 @@ def _on_white(strip: Image.Image) -> Image.Image:
 
 
 def _white(image: Image.Image) -> int:
-    """The sample value of a deep image that shows as white."""
+    """The sample value of a deep image that stands for white."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return 65535
     low, high = np.inf, -np.inf
@@ -74,11 +76,11 @@ def _white(image: Image.Image) -> int:
         # np.minimum keeps a NaN, min() would lose it.
         low, high = np.minimum(low, samples.min()), np.maximum(high, samples.max())
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("it holds pixels that are not finite numbers")
+        raise InputError("it holds pixels that are not finite numbers")
     limits = (1, 255) if image.mode == "F" else (255, 65535)
     if low < 0 or high > limits[1]:
         kind = "float" if image.mode == "F" else "integer"
-        raise ValueError(
+        raise InputError(
             f"its {kind} pixels run from {low:g} to {high:g}, and only 0..{limits[0]} and 0..{limits[1]} have a known "
             "brightness"
         )

@@ -1,4 +1,4 @@
-"""Encoded images -> RGB pixels, by decoders that run in this process, within a number of pixels."""
+"""Encoded images -> RGB pixels, with decoders that run in this process and a limit on pixels."""
 
 import io
 import re
@@ -20,25 +20,26 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from qwenvl.errors import InputError
 from qwenvl.images.image_color import to_rgb
 
-# What a format's files begin with, and its decoder. A decoder is called itself, not through Image.open: that would ask
-# every registered plugin (EPS starts Ghostscript) and stop at Pillow's pixel limit instead of the caller's. Left out:
-# formats whose decoders start a program (EPS, WMF), open nested images before a size can be checked (ICO, ICNS), fill
-# in missing data (JPEG 2000), or run pixel by pixel in Python (ASCII PNM).
-_DECODERS: list[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]]] = [
-    (re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
-    (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
-    (re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
-    (re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"), TiffImagePlugin.TiffImageFile),
-    (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
-    (re.compile(rb"P[456]\s"), PpmImagePlugin.PpmImageFile),
-    (re.compile(rb"....ftyp(avif|avis|mif1....(....){0,16}?avif)", re.DOTALL), AvifImagePlugin.AvifImageFile),
+# Pillow's name of a format, the first bytes of its files, and its decoder. Decoders are called directly, not through
+# Image.open: that would try every registered plugin (EPS starts Ghostscript) and apply Pillow's pixel limit in place
+# of the caller's. Left out: formats whose decoders start a program (EPS, WMF), open nested images before a size can be
+# checked (ICO, ICNS), fill in missing data (JPEG 2000), or run pixel by pixel in Python (ASCII PNM).
+_DECODERS: list[tuple[str, re.Pattern[bytes], type[ImageFile.ImageFile]]] = [
+    ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
+    ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
+    ("WEBP", re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
+    ("GIF", re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
+    ("TIFF", re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"), TiffImagePlugin.TiffImageFile),
+    ("BMP", re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
+    ("PPM", re.compile(rb"P[456]\s"), PpmImagePlugin.PpmImageFile),
+    ("AVIF", re.compile(rb"....ftyp(avif|avis|mif1....(....){0,16}?avif)", re.DOTALL), AvifImagePlugin.AvifImageFile),
 ]
-_FORMATS = [decoder.format for _, decoder in _DECODERS]
+_FORMATS = [name for name, _, _ in _DECODERS]
 
-# What else turns up in image fields, to be named in the message.
+# Other content found in image fields, to be named in the message.
 _OTHER_CONTENT = [
     (re.compile(rb"\s*<(!doctype html|html|head|body)", re.IGNORECASE), "an HTML page"),
     (re.compile(rb"\s*(<\?xml|<svg)", re.IGNORECASE), "SVG or other XML"),
@@ -53,7 +54,7 @@ _OTHER_CONTENT = [
     (re.compile(rb"[\x09\x0a\x0d\x20-\x7e]{16}"), "text"),
 ]
 
-# The longest side in pixels: each row costs memory of its own, so 100 million rows of one pixel are no small image.
+# The longest side in pixels: each row costs memory of its own, so 100 million rows of one pixel take a lot of it.
 _MAX_SIDE = 500_000
 
 _ORIENTATIONS = {
@@ -67,8 +68,8 @@ _ORIENTATIONS = {
 }
 
 
-class Refused(Exception):
-    """Why an image cannot be had, before `qwenvl.images.images` adds which one.
+class UnusableImage(InputError):
+    """An image cannot be used. `qwenvl.images.images.load_image` makes an `ImageError` of it, which names the image.
 
     Attributes: `reason`, `remedy`.
     """
@@ -77,43 +78,50 @@ class Refused(Exception):
         super().__init__(reason, remedy)
         self.reason, self.remedy = reason, remedy
 
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}"
+
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """An encoded image -> RGB, upright, on white, its first frame.
+    """Decode an image: RGB, upright, on white; of an animation, the first frame.
 
     Raises:
-        Refused: not an image of a supported format, damaged, or beyond `max_pixels`.
+        UnusableImage: not an image of a supported format, damaged, or beyond `max_pixels`.
     """
     if not data:
-        raise Refused("it is empty (0 bytes)", "replace it, or drop it from the data")
-    decoder = next((decoder for signature, decoder in _DECODERS if signature.match(data)), None)
-    if decoder is None:
+        raise UnusableImage("it is empty (0 bytes)", "replace it, or drop it from the data")
+    found = next(((name, decoder) for name, signature, decoder in _DECODERS if signature.match(data)), None)
+    if found is None:
         what = next((what for signature, what in _OTHER_CONTENT if signature.match(data)), "of an unknown kind")
-        raise Refused(
+        raise UnusableImage(
             f"its content is not an image this project reads but {what}", f"give one of {', '.join(_FORMATS)}"
         )
-    with _decoding(decoder.format, max_pixels):
+    name, decoder = found
+    with _decoding(name, max_pixels):
         image = decoder(io.BytesIO(data))
         check_pixels(image.size, max_pixels)
         white = _correct_header(image)
         image.load()
     result = _upright_rgb(image, white)
-    # An orientation or a transparent colour that has been applied must not be found and applied again.
+    # The orientation and the transparent colour are applied: nobody may find and apply them again.
     result.info = {}
     return result
 
 
 def rgb_from_image(image: Image.Image, max_pixels: int) -> Image.Image:
-    """The same of a PIL image, decoded or not; it is not changed, and the result is another image.
+    """Convert a PIL image, decoded or not, as `decode` does; it is not changed, and the result is another image.
 
     Raises:
-        Refused: as `decode` does.
+        UnusableImage: as `decode`.
     """
     check_pixels(image.size, max_pixels)
-    foreign = isinstance(image, ImageFile.ImageFile) and image.format not in (*_FORMATS, "MPO")
-    if foreign and (image.tile or isinstance(image, ImageFile.StubImageFile)):
-        # Not decoded yet, and decoding might start a program. What its owner has decoded is only pixels.
-        raise Refused(f"{image.format} images are not decoded here", "call its load() first if you trust it")
+    if (
+        isinstance(image, ImageFile.ImageFile)
+        and image.format not in (*_FORMATS, "MPO")
+        and (image.tile or isinstance(image, ImageFile.StubImageFile))
+    ):
+        # Not decoded yet, and decoding might start a program. If the caller has decoded it, only pixels are left.
+        raise UnusableImage(f"{image.format} images are not decoded here", "call its load() first if you trust it")
     with _decoding(image.format or "pixel", max_pixels):
         image.load()
     result = _upright_rgb(image, None)
@@ -124,39 +132,41 @@ def rgb_from_image(image: Image.Image, max_pixels: int) -> Image.Image:
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    """Raises Refused for a (width, height) beyond the limits, or of no pixels."""
+    """Raise `UnusableImage` for a (width, height) beyond the limits, or without pixels."""
     width, height = size
     if width * height > max_pixels or max(size) > _MAX_SIDE:
-        raise Refused(
+        raise UnusableImage(
             f"it has {width} x {height} pixels, more than {max_pixels} in all or {_MAX_SIDE} a side",
             "shrink it, or raise max_pixels",
         )
     if width * height == 0:
-        raise Refused(f"it has {width} x {height} pixels", "replace it, or drop it from the data")
+        raise UnusableImage(f"it has {width} x {height} pixels", "replace it, or drop it from the data")
 
 
 def _correct_header(image: ImageFile.ImageFile) -> int | None:
-    """Put right what Pillow reads otherwise than the file says; returns `to_rgb`'s `white`."""
+    """Correct what Pillow reads differently from what the file says; returns the argument `white` of `to_rgb`."""
     layout = image.tile[0][3] if image.tile else None
     layout = layout[0] if isinstance(layout, tuple) else layout
     key = image.info.get("transparency")
-    # A PNG's transparent colour is in the file's own samples, which Pillow has scaled to 8 bits or cut down to them.
+    # A PNG states its transparent colour in the file's samples, which Pillow has scaled or truncated to 8 bits.
     if layout in ("L;2", "L;4") and key is not None:
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[layout]
     if layout == "RGB;16B" and key is not None:
-        raise Refused("it is a 16-bit PNG with a transparent colour, which cannot be told apart", "save it as RGBA")
+        raise UnusableImage(
+            "it is a 16-bit PNG with a transparent colour, which cannot be told apart", "save it as RGBA"
+        )
     return 4095 if layout == "I;12" else None
 
 
 def _upright_rgb(image: Image.Image, white: int | None) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF raises anything at all, and the pixels are still the image
+    except Exception:  # damaged EXIF can raise any exception, and the pixels are usable without it
         orientation = None
     try:
         result = to_rgb(image, white=white)
     except Exception as error:
-        raise Refused(f"it cannot be shown as RGB: {error}", "save it as an 8-bit RGB image") from error
+        raise UnusableImage(f"it cannot be shown as RGB: {error}", "save it as an 8-bit RGB image") from error
     if isinstance(orientation, int) and orientation in _ORIENTATIONS:
         return result.transpose(_ORIENTATIONS[orientation])
     return result
@@ -164,25 +174,24 @@ def _upright_rgb(image: Image.Image, white: int | None) -> Image.Image:
 
 @contextmanager
 def _decoding(kind: str, max_pixels: int) -> Iterator[None]:
-    """Whatever a decoder raises becomes a refusal."""
+    """Turn whatever a decoder raises into `UnusableImage`."""
     try:
         with _pillow_settings.strict(max_pixels):
             yield
-    except Refused:
+    except UnusableImage:
         raise
     except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error, MemoryError, ...
-        raise Refused(
+        raise UnusableImage(
             f"its {kind} data cannot be decoded ({type(error).__name__}: {error})",
             "it is damaged or incomplete: replace it, or drop it from the data",
         ) from error
 
 
 class _PillowSettings:
-    """Two process-wide settings of Pillow, as they must be while an image is decoded, put back after the last of the
-    threads that decode.
+    """Two process-wide settings of Pillow, set while an image is decoded and restored when no thread decodes any more.
 
     `LOAD_TRUNCATED_IMAGES` must be off, or half an image passes for a whole one; some programs switch it on.
-    `MAX_IMAGE_PIXELS` must not be below our own limit, which has been checked by then.
+    `MAX_IMAGE_PIXELS` must not be below our own limit, which is checked before.
     """
 
     def __init__(self) -> None:

@@ -4,11 +4,12 @@
     processor(["a.jpg", "b.png"], return_tensors="pt")["pixel_values"]                      # (2, 3, 448, 448) float32
     processor(["a.jpg", "b.png"], return_tensors="pt", do_normalize=False)["pixel_values"]  # the same as uint8
 
-Loader workers deliver uint8, a quarter of the bytes; the model calls `normalize_pixels` on them where it runs.
+Loader workers deliver uint8, a quarter of the bytes; the model calls `normalize_pixels` on its own device.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from qwenvl.errors import InputError
 from qwenvl.images.images import ImageAccess, load_image
 
 # CLIP's, as the published vision tower was trained with.
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def normalize_pixels(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """8-bit levels -> what the vision tower reads: (pixels / 255 - mean) / std by channel, on its device.
+    """Normalise 8-bit pixels for the vision tower: (pixels / 255 - mean) / std per channel, on the pixels' device.
 
     Computed in float32 whatever the result's type, so that it equals the image processor's own normalisation.
 
@@ -37,24 +39,24 @@ def normalize_pixels(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -
         pixels: (..., 3, height, width) uint8.
 
     Returns:
-        The same shape, `dtype`.
+        (..., 3, height, width) `dtype`.
 
     Raises:
-        ValueError: pixels that are not uint8, or not three channels.
+        InputError: pixels that are not uint8, or not three channels.
     """
     if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-3] != 3:
-        raise ValueError(
+        raise InputError(
             f"normalize_pixels takes (..., 3, height, width) uint8, not {tuple(pixels.shape)} {pixels.dtype}: "
             "float pixel_values are normalised already"
         )
     mean = torch.tensor(IMAGE_MEAN, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(IMAGE_STD, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-    # The order of the published preprocessing; folding it into one multiplication would change the last bits.
+    # In the order of the published preprocessing; fused into one multiplication, the last bits would differ.
     return pixels.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
 
 
 class QwenVLImagesKwargs(ImagesKwargs, total=False):
-    """Transformers' image options, and what an image reference may reach."""
+    """Transformers' image options, and what image references may reach."""
 
     access: ImageAccess | None
 
@@ -69,10 +71,10 @@ class QwenVLImageProcessor(BaseImageProcessor):
         size: side of the square in pixels, or {"height": side, "width": side}.
         do_normalize: False returns the resized 8-bit levels as uint8, for `normalize_pixels` to finish.
         fixed: the other options of Transformers' image processors, as a saved configuration has them. The model allows
-            one value each; anything else is an error rather than a silently different image.
+            one value each; any other is an error, not a silently different image.
 
     Raises:
-        ValueError: a size that is not a square, or an option this preprocessing does not have.
+        InputError: a size that is not a square, or another value of an option.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (Transformers' own declaration)
@@ -93,7 +95,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
 
     @property
     def do_rescale(self) -> bool:
-        """Levels are rescaled to [0, 1] exactly when they are normalised."""
+        """Pixels are rescaled to [0, 1] exactly when they are normalised."""
         return self.do_normalize
 
     def preprocess(
@@ -107,22 +109,22 @@ class QwenVLImageProcessor(BaseImageProcessor):
         device: str | torch.device | None = None,
         **fixed: Any,
     ) -> BatchFeature:
-        """Images in reading order -> `pixel_values`.
+        """Turn images in reading order into `pixel_values`.
 
         Args:
             images: anything `load_image` takes, or a list of such, nested to any depth; an array or tensor of four
                 dimensions is a batch.
-            size, do_normalize: instead of the processor's own, for this call.
+            size, do_normalize: override the processor's own for this call.
             access: what paths and URLs may reach; by default any path and no URL.
             return_tensors: "pt", "np", or None for a list of numpy arrays.
-            device: where to put the tensor, with return_tensors="pt".
+            device: of the tensor, with return_tensors="pt".
 
         Returns:
             `pixel_values`: (images, 3, size, size), float32, or uint8 with do_normalize=False.
 
         Raises:
-            qwenvl.images.images.ImageError: an image cannot be had; the message says which: `images[2]`, its path.
-            ValueError: an option this preprocessing does not have.
+            ImageError: an image cannot be loaded; the message names it: `images[2]`, its path.
+            InputError: another value of an option.
         """
         side = _side(self.size if size is None else size)
         normalize = self.do_normalize if do_normalize is None else do_normalize
@@ -144,11 +146,11 @@ class QwenVLImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": list(array) if return_tensors is None else array}, return_tensors)
 
     def fetch_images(self, images: Any) -> Any:
-        """The images unchanged. Transformers' own version opens URLs and paths, before anything could be forbidden."""
+        """Return the images unchanged. Transformers' own version would open URLs and paths without `access`."""
         return images
 
     def to_dict(self) -> dict[str, Any]:
-        """What `preprocessor_config.json` holds, in the terms of Transformers' image processors."""
+        """The content of `preprocessor_config.json`, in the terms of Transformers' image processors."""
         return {
             **super().to_dict(),
             "do_resize": self.do_resize,
@@ -161,7 +163,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
         }
 
     def _check_fixed(self, options: Mapping[str, Any], normalize: bool) -> None:
-        """Options that have one value: None and that value pass, as do the ones that change nothing here."""
+        """Check options that allow one value: that value and None pass, as do options without effect here."""
         allowed = {
             "do_resize": True,
             "resample": self.resample,
@@ -179,15 +181,13 @@ class QwenVLImageProcessor(BaseImageProcessor):
                 continue
             if option not in allowed:
                 logger.warning("QwenVLImageProcessor has no option %r: ignored", option)
-            elif not np.array_equal(
-                getattr(value, "value", value), getattr(allowed[option], "value", allowed[option])
-            ):
-                raise ValueError(
+            elif not np.array_equal(_plain(value), _plain(allowed[option])):
+                raise InputError(
                     f"{option}={value!r}: Qwen-VL's images are preprocessed with {option}={allowed[option]!r} only"
                 )
 
 
-# Housekeeping of saved configurations, and options of other backends or of steps that are not taken.
+# Bookkeeping of saved configurations, and options of other backends or of steps that this preprocessing lacks.
 _WITHOUT_EFFECT = {
     "auto_map",
     "crop_size",
@@ -202,14 +202,18 @@ _WITHOUT_EFFECT = {
 }
 
 
-def _side(size: int | Mapping[str, int]) -> int:
-    """The side in pixels of a square given as Transformers gives sizes."""
-    side = size
+def _plain(option: Any) -> Any:
+    return option.value if isinstance(option, Enum) else option
+
+
+def _side(size: int | Mapping[str, int] | SizeDict) -> int:
+    """The side in pixels of a square, from a size in any of Transformers' forms."""
+    side: Any = size
     if isinstance(size, (Mapping, SizeDict)):
         given = dict(size)
         side = given["height"] if given.keys() == {"height", "width"} and len(set(given.values())) == 1 else None
     if not isinstance(side, int) or isinstance(side, bool) or side <= 0:
-        raise ValueError(
+        raise InputError(
             f"size must be one side in pixels, or equal 'height' and 'width': Qwen-VL reads squares, not {size!r}"
         )
     return side

@@ -1,11 +1,11 @@
-"""Images from http(s) URLs: bytes from public addresses only, within a size, a time and a number of redirects.
+"""Images from http(s) URLs: bytes from public addresses only, with limits on size, time and redirects.
 
-An image field is data, and data must not make this machine talk to its own network. So a host name is resolved once,
-every address it resolves to is checked, and the connection goes to the checked address itself: the name is never
-looked up again, which leaves DNS rebinding nothing to work on. Redirects are followed by hand, each hop checked like
-the first. Proxies set in the environment are not used: a proxy would resolve the name for us, out of sight.
+An image field is data, and data must not make this machine send requests into its own network (SSRF). So a host name
+is resolved once, every address it resolves to is checked, and the connection goes to the checked address itself: the
+name is never looked up again, which rules out DNS rebinding. Redirects are followed here, each hop checked like the
+first. Proxies set in the environment are not used: a proxy would resolve the name unchecked.
 
-`qwenvl.images.images` calls this only when its caller allowed URLs.
+`qwenvl.images.images` calls this only if its caller allowed URLs.
 """
 
 import http.client
@@ -17,7 +17,13 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+from qwenvl.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -55,11 +61,11 @@ _RESERVED_V6 = [
     )
 ]
 
-_CHUNK = 1 << 16  # bytes a read
+_CHUNK = 1 << 16  # bytes per read
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
-class UrlError(ValueError):
+class UrlError(InputError):
     """An image URL was refused or could not be fetched.
 
     Attributes: `url` (without credentials), `reason`, `remedy`.
@@ -74,15 +80,15 @@ class UrlError(ValueError):
 
 
 def is_public_address(address: IPAddress) -> bool:
-    """True for an address of the public internet: no private, loopback, link-local, multicast, reserved, unspecified,
-    carrier-grade NAT, IPv4-mapped, 6to4, Teredo or NAT64 address."""
+    """Whether an address is on the public internet: not private, loopback, link-local, multicast, reserved,
+    unspecified, carrier-grade NAT, IPv4-mapped, 6to4, Teredo or NAT64."""
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in _RESERVED_V4)
     return address in _GLOBAL_UNICAST_V6 and not any(address in network for network in _RESERVED_V6)
 
 
 def display_url(url: str) -> str:
-    """The URL as it may stand in a message: what is before an `@` in the host part is hidden."""
+    """The URL for a message, with the credentials before an `@` in the host part hidden."""
     return re.sub(r"(?<=://)[^/?#]*@", "***@", url)
 
 
@@ -94,12 +100,12 @@ def fetch(
     max_redirects: int,
     address_allowed: Callable[[IPAddress], bool] = is_public_address,
 ) -> bytes:
-    """The body behind an http(s) URL.
+    """Fetch the body of an http(s) URL.
 
     Args:
         url: absolute http or https URL, without credentials.
         max_bytes: longest body accepted, in bytes.
-        timeout: seconds for everything together: names, connections, TLS, redirects and the last byte.
+        timeout: seconds in total, for name resolution, connections, TLS, redirects and the body.
         max_redirects: redirects followed.
         address_allowed: which addresses may be connected to.
 
@@ -144,7 +150,7 @@ def fetch(
 def _get(
     url: str, deadline: "_Deadline", max_bytes: int, address_allowed: Callable[[IPAddress], bool]
 ) -> tuple[str | None, bytes]:
-    """One request, one hop: (the redirect's location or None, the body)."""
+    """Send one request: (the redirect's location or None, the body)."""
     shown = display_url(url)
     parts, host, port = _parse(url)
     with _connect(shown, host, port, deadline, address_allowed) as plain:
@@ -152,12 +158,12 @@ def _get(
             context = ssl.create_default_context()
             plain.settimeout(deadline.remaining())
             sock: socket.socket = context.wrap_socket(plain, server_hostname=host)
-            connection = http.client.HTTPSConnection(host, port, context=context)
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(host, port, context=context)
         else:
             sock = plain
             connection = http.client.HTTPConnection(host, port)
         with sock:
-            # http.client speaks HTTP over the socket we made; it must never open one, to an address not checked.
+            # http.client uses the socket made here; it must not open one itself, to an unchecked address.
             connection.auto_open = 0
             connection.sock = _DeadlineSocket(sock, deadline)
             path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
@@ -178,9 +184,9 @@ def _get(
 
 
 def _parse(url: str) -> tuple[SplitResult, str, int]:
-    """(parts, ASCII host name, port) of a URL that may be connected to."""
+    """(parts, ASCII host name, port) of an acceptable URL."""
     shown = display_url(url)
-    # urlsplit drops tabs and newlines and other parsers read a backslash as a slash: no such URL is used.
+    # urlsplit drops tabs and newlines, and other parsers read a backslash as a slash: parsers would disagree.
     if re.search(r"[\x00-\x20\x7f\\]", url):
         raise UrlError(repr(shown), "it holds spaces, control characters or backslashes", "percent-encode the URL")
     try:
@@ -204,12 +210,12 @@ def _parse(url: str) -> tuple[SplitResult, str, int]:
 def _connect(
     shown: str, host: str, port: int, deadline: "_Deadline", address_allowed: Callable[[IPAddress], bool]
 ) -> socket.socket:
-    """A connected socket to an address of the host that was checked: the one the name resolved to, not the name."""
+    """A connected socket to a checked address of the host."""
     found = _resolve(host, port, deadline)
     for _, _, _, _, target in found:
         address = ipaddress.ip_address(target[0])
-        # One forbidden address forbids the host: a mix of public and private addresses is how a name is made to point
-        # inside, and no honest image host needs it.
+        # One forbidden address forbids the host: a mix of public and private addresses is a means of attack, and
+        # legitimate image hosts have none.
         if not address_allowed(address):
             raise UrlError(
                 shown,
@@ -220,7 +226,7 @@ def _connect(
     for tried, (family, kind, protocol, _, target) in enumerate(found):
         sock = socket.socket(family, kind, protocol)
         try:
-            # What is left is shared between the addresses, so that a dead first one leaves time for the second.
+            # The time left is shared between the addresses, so that a dead first one leaves time for the second.
             sock.settimeout(deadline.remaining() / (len(found) - tried))
             sock.connect(target)
         except OSError as error:
@@ -232,7 +238,7 @@ def _connect(
 
 
 def _resolve(host: str, port: int, deadline: "_Deadline") -> list[tuple]:
-    """`getaddrinfo` within the deadline: it has no timeout, so it runs in a thread that may be left behind."""
+    """`getaddrinfo` within the deadline: it has no timeout, so it runs in a thread that is abandoned when late."""
     answer: list[tuple] = []
     failure: list[OSError] = []
 
@@ -253,10 +259,10 @@ def _resolve(host: str, port: int, deadline: "_Deadline") -> list[tuple]:
 
 
 def _read(shown: str, response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    """The whole body, or an error: never a part of it, never more than `max_bytes`."""
+    """The whole body, at most `max_bytes`; a body that is cut short is an error."""
     encoding = response.getheader("Content-Encoding", "identity").strip().lower()
     if encoding != "identity":
-        # A compressed body could grow a thousandfold, and images are compressed already.
+        # A compressed body could expand a thousandfold, and images are compressed already.
         raise UrlError(shown, f"the body is encoded as {encoding!r}, which was not asked for", "download it yourself")
     declared = response.length
     too_long = UrlError(
@@ -277,13 +283,13 @@ def _read(shown: str, response: http.client.HTTPResponse, max_bytes: int) -> byt
 
 
 class _Deadline:
-    """A point in time that every wait of one fetch counts down to."""
+    """The point in time at which one fetch must be complete."""
 
     def __init__(self, seconds: float):
         self._end = time.monotonic() + seconds
 
     def remaining(self) -> float:
-        """Seconds left, above zero. Raises TimeoutError when none are."""
+        """Seconds left, above zero. Raises TimeoutError if there are none."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -291,9 +297,9 @@ class _Deadline:
 
 
 class _DeadlineSocket:
-    """What http.client uses of a socket, with the deadline set before every wait.
+    """The part of a socket's interface that http.client uses, with the deadline set before every wait.
 
-    A socket's own timeout starts anew at each byte, so a server that drips one byte a second would hold us for ever.
+    A socket's own timeout starts again at each byte, so a server that sends one byte a second would never time out.
     """
 
     def __init__(self, sock: socket.socket, deadline: _Deadline):
@@ -307,7 +313,7 @@ class _DeadlineSocket:
         return io.BufferedReader(_DeadlineReader(self._sock, self._deadline))
 
     def close(self) -> None:
-        """Nothing: http.client closes before it reads the body; `_get` closes the socket after."""
+        """Do nothing: http.client closes before it reads the body; `_get` closes the socket afterwards."""
 
 
 class _DeadlineReader(io.RawIOBase):
@@ -317,6 +323,6 @@ class _DeadlineReader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
         self._sock.settimeout(self._deadline.remaining())
         return self._sock.recv_into(buffer)

@@ -1,13 +1,13 @@
-"""Any image source -> a safe RGB PIL image.
+"""Any image source -> a safe RGB PIL image: `load_image`.
 
     load_image("photos/cat.jpg")                                    # a path, relative to the working directory
     load_image("cat.jpg", access=ImageAccess(root=Path("photos")))  # nothing outside photos/, links followed
     load_image("https://...", access=ImageAccess(allow_urls=True))  # only when allowed, and public addresses only
     load_image(b"\\x89PNG..."), load_image("data:image/png;base64,..."), load_image(pil), load_image(array)
 
-A row of a dataset is written by others, so a source is read as hostile: it reaches only what `ImageAccess` allows, is
-bounded in bytes and pixels, and is decoded by a fixed list of decoders that run in this process. An image comes out
-whole and right, or `ImageError` says which one, why, and what to do.
+Datasets are written by others, so a source is untrusted: it reaches only what `ImageAccess` allows, is limited in
+bytes and pixels, and is decoded by a fixed list of decoders that run in this process. The result is a complete image,
+or an `ImageError` that says which image, why, and what to do.
 """
 
 import binascii
@@ -24,16 +24,16 @@ import numpy as np
 from PIL import Image
 
 from qwenvl.errors import InputError
-from qwenvl.images.image_decoding import Refused, check_pixels, decode, rgb_from_image
+from qwenvl.images.image_decoding import UnusableImage, check_pixels, decode, rgb_from_image
 from qwenvl.images.image_urls import IPAddress, UrlError, display_url, fetch, is_public_address
 
-# Not every platform has every flag; one that is missing guards against something that platform has not.
+# Not every platform has every flag; a missing one guards against something that does not exist on that platform.
 _OPEN_FILE = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
 _OPEN_FOLDER = sum(getattr(os, flag, 0) for flag in ("O_PATH", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC"))
 
 
 class ImageError(InputError):
-    """An image could not be had. The message names the image, the reason and the remedy.
+    """An image cannot be loaded. The message names the image, the reason and the remedy.
 
     Attributes: `image`, `reason`, `remedy`.
     """
@@ -48,19 +48,19 @@ class ImageError(InputError):
 
 @dataclass(frozen=True)
 class ImageAccess:
-    """What an image reference may reach, and how much of it is read."""
+    """What image references may reach, and the limits on what is read."""
 
     root: Path | None = None
-    """Folder that every path must be in after symbolic links are followed; relative paths start there. None: any path,
-    relative ones from the working directory."""
+    """Folder that every path must be in after symbolic links are resolved; relative paths start there. None: any path;
+    relative ones start at the working directory."""
     allow_urls: bool = False
     """Whether http and https URLs are fetched."""
     max_bytes: int = 300_000_000
-    """Bytes of an encoded image: 100 million pixels of raw 8-bit RGB."""
+    """Bytes of an encoded image; the default is 100 million pixels of raw 8-bit RGB."""
     max_pixels: int = 100_000_000
-    """Pixels (width x height): lets a 90-megapixel scan pass; decoding one takes about 8 bytes a pixel."""
+    """Pixels (width x height); the default admits a 90-megapixel scan. Decoding takes about 8 bytes per pixel."""
     url_timeout: float = 20.0
-    """Seconds for one URL, all together."""
+    """Seconds for one URL, redirects included."""
     max_redirects: int = 3
     """Redirects followed for one URL."""
     address_allowed: Callable[[IPAddress], bool] = is_public_address
@@ -71,13 +71,13 @@ class ImageAccess:
             object.__setattr__(self, "root", Path(self.root))
         for field in ("max_bytes", "max_pixels", "url_timeout"):
             if not getattr(self, field) > 0:
-                raise ValueError(f"ImageAccess: {field} must be above 0, not {getattr(self, field)!r}")
+                raise InputError(f"ImageAccess: {field} must be above 0, not {getattr(self, field)!r}")
         if self.max_redirects < 0:
-            raise ValueError(f"ImageAccess: max_redirects must be 0 or more, not {self.max_redirects!r}")
+            raise InputError(f"ImageAccess: max_redirects must be 0 or more, not {self.max_redirects!r}")
 
 
 def load_image(source: Any, *, access: ImageAccess = ImageAccess(), name: str | None = None) -> Image.Image:
-    """The image in mode RGB, upright, on white, its first frame.
+    """Load an image in mode RGB, upright, on white; of an animation, its first frame.
 
     EXIF orientation is applied, transparency composited on white, deep pixels scaled (`image_color`), colour
     profiles ignored. An opaque, unrotated 8-bit image is exactly what PIL's `convert("RGB")` gives.
@@ -88,12 +88,12 @@ def load_image(source: Any, *, access: ImageAccess = ImageAccess(), name: str | 
             - bytes, bytearray, memoryview: an encoded image;
             - PIL.Image.Image, which is not changed;
             - numpy uint8 (height, width), (height, width, 1 | 3 | 4);
-            - torch uint8 (height, width), (channels, height, width) or (height, width, channels), where the shape
-              tells which;
-            - {"bytes": ..., "path": ...}: the datasets library's undecoded image; the path is opened where there are
-              no bytes.
+            - torch uint8 (height, width), (channels, height, width) or (height, width, channels), if the shape is
+              not ambiguous;
+            - {"bytes": ..., "path": ...}: the datasets library's undecoded image; the path is opened if there are no
+              bytes.
         access: what paths and URLs may reach, and the limits.
-        name: what to call the image in errors (a file and row, say), besides its own description.
+        name: the image's name in errors (a file and row, for example), in addition to its description.
 
     Raises:
         ImageError: the source is not allowed, not found, not an image, damaged, or beyond a limit.
@@ -102,16 +102,17 @@ def load_image(source: Any, *, access: ImageAccess = ImageAccess(), name: str | 
     label = f"{name} ({described})" if name else described
     try:
         return _load(source, access)
-    except (Refused, UrlError) as error:
+    except (UnusableImage, UrlError) as error:
         raise ImageError(label, error.reason, error.remedy) from error.__cause__
 
 
 def _describe(source: Any) -> str:
-    """What a message calls the source: short, printable, without credentials."""
+    """The source's name in a message: short, printable, without credentials."""
     match source:
         case Image.Image():
             text = f"PIL image, {source.mode}, {source.width} x {source.height}"
-            return f"{text}, from {source.filename!r}"[:200] if getattr(source, "filename", "") else text
+            filename = getattr(source, "filename", "")
+            return f"{text}, from {filename!r}"[:200] if filename else text
         case bytes() | bytearray() | memoryview():
             return f"{memoryview(source).nbytes} bytes"
         case str() if source[:5].lower() == "data:":
@@ -140,18 +141,18 @@ def _load(source: Any, access: ImageAccess) -> Image.Image:
         return _decode(_file_bytes(os.fsdecode(source), access), access)
     if isinstance(source, Mapping):
         if not set(source) <= {"bytes", "path"}:
-            raise Refused("it is a mapping with other keys than 'bytes' and 'path'", "pass the image itself")
+            raise UnusableImage("it is a mapping with other keys than 'bytes' and 'path'", "pass the image itself")
         inner = source.get("path") if source.get("bytes") is None else source["bytes"]
         allowed = (str, os.PathLike) if source.get("bytes") is None else (bytes, bytearray, memoryview)
         if not isinstance(inner, allowed):
-            raise Refused("its 'bytes' and 'path' hold no image", "give encoded bytes or a path")
+            raise UnusableImage("its 'bytes' and 'path' hold no image", "give encoded bytes or a path")
         return _load(inner, access)
     if isinstance(source, np.ndarray):
         return _from_array(source, access)
-    # A tensor can only be passed where torch is imported already: no need to wait for it here.
+    # Whoever passes a tensor has imported torch, so that this module need not.
     if "torch" in sys.modules and isinstance(source, sys.modules["torch"].Tensor):
         return _from_tensor(source, access)
-    raise Refused(
+    raise UnusableImage(
         f"a {type(source).__name__} is not an image source",
         "pass a path, encoded bytes, a data URI, a PIL image, or a uint8 array",
     )
@@ -168,19 +169,22 @@ def _decode(data: bytes, access: ImageAccess) -> Image.Image:
 def _data_uri_bytes(uri: str, access: ImageAccess) -> bytes:
     header, comma, payload = uri.partition(",")
     if not comma or not re.fullmatch(r"data:image/[\w.+-]+(;[\w-]+=[\w.-]+)*;base64", header, re.IGNORECASE):
-        raise Refused("it is no base64 image", "write it as data:image/png;base64,...")
+        raise UnusableImage("it is no base64 image", "write it as data:image/png;base64,...")
     _check_bytes(len(payload) * 3 // 4, access)
     try:
-        if len(payload) % 4:  # which strict_mode lets pass at the end
-            raise ValueError("its length is no multiple of 4")
+        # strict_mode accepts missing padding at the end.
+        if len(payload) % 4:
+            raise binascii.Error("its length is no multiple of 4")
         return binascii.a2b_base64(payload, strict_mode=True)
     except ValueError as error:
-        raise Refused(f"its base64 is malformed ({error})", "encode it again, without line breaks") from error
+        raise UnusableImage(f"its base64 is malformed ({error})", "encode it again, without line breaks") from error
 
 
 def _url_bytes(url: str, access: ImageAccess) -> bytes:
     if not access.allow_urls:
-        raise Refused("URLs are not fetched here", "download the image and give its path, or allow URLs (allow_urls)")
+        raise UnusableImage(
+            "URLs are not fetched here", "download the image and give its path, or allow URLs (allow_urls)"
+        )
     return fetch(
         url,
         max_bytes=access.max_bytes,
@@ -191,24 +195,26 @@ def _url_bytes(url: str, access: ImageAccess) -> bytes:
 
 
 def _file_bytes(path: str, access: ImageAccess) -> bytes:
-    # Path("ftp://host") has lost a slash by the time it comes here.
+    # Path("ftp://host") has only one slash left.
     if "://" in path or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
-        raise Refused("this kind of URL is not read", "give a path, an http(s) URL or a data URI")
+        raise UnusableImage("this kind of URL is not read", "give a path, an http(s) URL or a data URI")
     if path.startswith(("//", "\\\\")):
-        raise Refused("network paths are not read", "mount the share and give a path on this machine")
+        raise UnusableImage("network paths are not read", "mount the share and give a path on this machine")
     if not path:
-        raise Refused("the path is empty", "give the image's path")
+        raise UnusableImage("the path is empty", "give the image's path")
     try:
         root = os.path.realpath(access.root or "", strict=True)
     except OSError as error:
-        raise Refused(
+        raise UnusableImage(
             f"the image root {access.root} cannot be reached ({error.strerror})", "correct the root"
         ) from error
     try:
         target = os.path.realpath(Path(root, path), strict=True)
         if access.root is not None and not Path(target).is_relative_to(root):
-            raise Refused(f"it lies outside the image root {access.root}", "move it inside, or choose a wider root")
-        # Looked at before it is opened, as opening some devices has effects, and again after, as it may have changed.
+            raise UnusableImage(
+                f"it lies outside the image root {access.root}", "move it inside, or choose a wider root"
+            )
+        # Checked before it is opened, as opening some devices has side effects, and again after, as it may change.
         _check_regular(Path(target).lstat(), access)
         descriptor = os.open(target, _OPEN_FILE) if access.root is None else _open_inside(root, target)
         try:
@@ -217,17 +223,19 @@ def _file_bytes(path: str, access: ImageAccess) -> bytes:
                 data = file.read(access.max_bytes + 1)
         finally:
             os.close(descriptor)
+    except UnusableImage:
+        raise
     except FileNotFoundError:
-        raise Refused("there is no such file", f"check the path; relative paths start at {root}") from None
+        raise UnusableImage("there is no such file", f"check the path; relative paths start at {root}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL, or characters the file system cannot hold
         reason = getattr(error, "strerror", None) or str(error)
-        raise Refused(f"it cannot be opened ({reason})", "check the path and its permissions") from error
+        raise UnusableImage(f"it cannot be opened ({reason})", "check the path and its permissions") from error
     return data
 
 
 def _open_inside(root: str, target: str) -> int:
-    """Open the resolved `target` under the resolved `root`, folder by folder and through no link: what was swapped for
-    a link since it was checked is refused, not followed."""
+    """Open the resolved `target` under the resolved `root`, folder by folder without following links: a folder or file
+    that was replaced by a link after the check is an error."""
     if os.open not in os.supports_dir_fd:
         return os.open(target, _OPEN_FILE)
     *folders, file = Path(target).relative_to(root).parts
@@ -243,18 +251,18 @@ def _open_inside(root: str, target: str) -> int:
 
 def _check_regular(info: os.stat_result, access: ImageAccess) -> None:
     if stat.S_ISDIR(info.st_mode):
-        raise Refused("it is a folder", "give the path of an image file")
+        raise UnusableImage("it is a folder", "give the path of an image file")
     if not stat.S_ISREG(info.st_mode):
-        raise Refused("it is a device, pipe or socket", "give the path of a regular file")
-    # Files that the kernel makes up as they are read have size 0 as well, and some of them never end.
+        raise UnusableImage("it is a device, pipe or socket", "give the path of a regular file")
+    # Files that the kernel generates on reading (/proc) have size 0 too, and some of them never end.
     if info.st_size == 0:
-        raise Refused("the file is empty", "replace it, or drop it from the data")
+        raise UnusableImage("the file is empty", "replace it, or drop it from the data")
     _check_bytes(info.st_size, access)
 
 
 def _check_bytes(count: int, access: ImageAccess) -> None:
     if count > access.max_bytes:
-        raise Refused(f"it is longer than the {access.max_bytes} bytes allowed", "shrink it, or raise max_bytes")
+        raise UnusableImage(f"it is longer than the {access.max_bytes} bytes allowed", "shrink it, or raise max_bytes")
 
 
 # --- arrays -> images ------------------------------------------------------------------------------------------------
@@ -263,27 +271,27 @@ def _check_bytes(count: int, access: ImageAccess) -> None:
 def _from_array(array: np.ndarray, access: ImageAccess) -> Image.Image:
     """(height, width) or (height, width, 1 | 3 | 4), uint8."""
     if array.dtype != np.uint8:
-        raise Refused(
+        raise UnusableImage(
             f"its pixels are {array.dtype}, whose range is not known", "scale them to 0..255 and cast to uint8"
         )
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
-        raise Refused("its shape is not (height, width) or (height, width, 1 | 3 | 4)", "transpose it")
+        raise UnusableImage("its shape is not (height, width) or (height, width, 1 | 3 | 4)", "transpose it")
     check_pixels((array.shape[1], array.shape[0]), access.max_pixels)
     return rgb_from_image(Image.fromarray(np.ascontiguousarray(array)), access.max_pixels)
 
 
 def _from_tensor(tensor: Any, access: ImageAccess) -> Image.Image:
-    """(height, width), or channels first or last where only one of the two can be meant, uint8."""
-    if tensor.is_floating_point():  # before numpy, which knows no bfloat16
-        raise Refused(
+    """(height, width), or channels first or last if the shape is not ambiguous, uint8."""
+    if tensor.is_floating_point():  # before conversion to numpy, which has no bfloat16
+        raise UnusableImage(
             f"its pixels are {tensor.dtype}, whose range is not known", "scale them to 0..255 and cast to uint8"
         )
     if tensor.ndim == 3:
         first, last = tensor.shape[0] in (1, 3, 4), tensor.shape[-1] in (1, 3, 4)
         if first and last:
-            raise Refused("its shape fits channels first and channels last", "pass a numpy array, channels last")
+            raise UnusableImage("its shape fits channels first and channels last", "pass a numpy array, channels last")
         if first:
             tensor = tensor.permute(1, 2, 0)
     return _from_array(tensor.detach().cpu().numpy(), access)

@@ -4,14 +4,14 @@
     <ref>a sign</ref><quad>(10,20),(300,24),(298,90),(9,85)</quad>
 
 Coordinates in markup are integers in [0, 1000): thousandths of the width and the height of the *original* image after
-its EXIF rotation, counted from the top left corner, rounded down. The square resize before the vision tower leaves
-them alone.
+its EXIF rotation, counted from the top left corner, rounded down. The square resize before the vision tower does not
+change them.
 
-Writing takes floor(pixel / size * 1000), reading n / 1000 * size. Markup -> pixels -> markup changes nothing, and
-pixels -> markup -> pixels moves an edge by at most size / 1000 pixels. Plain floating point breaks the first promise
-(it may give n - 1), so a pixel is taken for the decimal it prints as, and divided exactly.
+Writing computes floor(pixel / size * 1000), reading n / 1000 * size. Markup -> pixels -> markup is the identity, and
+pixels -> markup -> pixels moves an edge by at most size / 1000 pixels. Plain floating point would break the identity
+(it may give n - 1), so the division is exact, with each pixel read as the decimal that it prints as.
 
-Writing is strict and raises, because it makes training data. `grounding.py` reads.
+Writing is strict and raises, because it makes training data. `grounding.py` reads markup.
 """
 
 import math
@@ -22,14 +22,14 @@ from fractions import Fraction
 from numbers import Integral, Real
 from typing import Literal
 
+from qwenvl.errors import InputError
 from qwenvl.text.vocabulary import CONTROL_TOKENS
 
 UNITS = 1000
 """Normalised units along each side of the image; coordinates are 0..UNITS - 1."""
 
-
-# A phrase may hold no control token: written out by another program, it would close the phrase early, open an image or
-# forge a turn.
+# A phrase may hold no control token: a program that reads control tokens in text would see the phrase end early, an
+# image begin or a turn forged.
 CONTROL_TOKEN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 
 
@@ -37,10 +37,10 @@ CONTROL_TOKEN = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 class Box:
     """An upright rectangle in pixels of the upright image, x to the right, y down, edges at `x1 <= x2`, `y1 <= y2`.
 
-    Zero width or height is allowed: a thing smaller than one normalised unit is written and read back as such.
+    Zero width or height is allowed: an object smaller than one normalised unit is written and read back as such.
 
     Raises:
-        ValueError: a coordinate is not a finite number, or the corners are the wrong way round.
+        InputError: a coordinate is not a finite number, or the corners are the wrong way round.
     """
 
     x1: float
@@ -48,22 +48,22 @@ class Box:
     x2: float
     y2: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in self.__slots__:
             object.__setattr__(self, name, _finite(getattr(self, name), name, "box"))
         if self.x2 < self.x1 or self.y2 < self.y1:
-            raise ValueError(
+            raise InputError(
                 f"box corners are the wrong way round: ({self.x1}, {self.y1}), ({self.x2}, {self.y2}). Give the top "
                 "left corner first; boxes stored as x, y, width, height need form='xywh'."
             )
 
     @classmethod
     def from_xywh(cls, x: float, y: float, width: float, height: float) -> "Box":
-        """From the top left corner and the size, as COCO and RefCOCO store boxes; ValueError on a negative size."""
+        """From the top left corner and the size, as COCO and RefCOCO store boxes; InputError on a negative size."""
         x, y = _finite(x, "x", "box"), _finite(y, "y", "box")
         width, height = _finite(width, "width", "box"), _finite(height, "height", "box")
         if width < 0 or height < 0:
-            raise ValueError(f"box of negative size: width {width}, height {height} pixels.")
+            raise InputError(f"box of negative size: width {width}, height {height} pixels.")
         return cls(x, y, x + width, y + height)
 
     @property
@@ -77,21 +77,13 @@ class Quad:
     """Four corners (x, y) in pixels of the upright image, kept in the order given; mostly for slanted text.
 
     Raises:
-        ValueError: not four points of two finite numbers.
+        InputError: not four points of two finite numbers.
     """
 
     points: tuple[tuple[float, float], ...]
 
-    def __post_init__(self):
-        try:
-            points = [(x, y) for x, y in self.points]
-        except (TypeError, ValueError):
-            points = []
-        if len(points) != 4:
-            raise ValueError(f"a quad is four (x, y) points, not {self.points!r}.")
-        object.__setattr__(
-            self, "points", tuple((_finite(x, "x", "quad"), _finite(y, "y", "quad")) for x, y in points)
-        )
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", _four_points(self.points))
 
 
 def box_markup(
@@ -108,27 +100,27 @@ def box_markup(
         '<ref>the dog</ref><box>(100,100),(500,500)</box>'
 
     Args:
-        box: a `Box`, or four numbers in pixels, read according to `form`. Parts outside the image are cut off.
+        box: a `Box`, or four numbers in pixels, read according to `form`. Parts outside the image are clipped.
         width, height: of the original image after EXIF rotation, pixels.
         form: "xyxy" (two corners) or "xywh" (top left corner, width, height).
         label: the phrase for a `<ref>` before the box; None for a box alone.
 
     Raises:
-        ValueError: not four finite numbers, corners the wrong way round, the box wholly outside the image, an image
+        InputError: not four finite numbers, corners the wrong way round, the box wholly outside the image, an image
             size that is not positive, an unknown form, or a label that is blank or holds a control token.
     """
     if form not in ("xyxy", "xywh"):
-        raise ValueError(f"form={form!r} is unknown; use 'xyxy' (two corners) or 'xywh' (corner, width, height).")
+        raise InputError(f"form={form!r} is unknown; use 'xyxy' (two corners) or 'xywh' (corner, width, height).")
     if isinstance(box, Box):
         if form != "xyxy":
-            raise ValueError(f"form={form!r} was given with a Box, which holds corners; use Box.from_xywh or numbers.")
+            raise InputError(f"form={form!r} was given with a Box, which holds corners; use Box.from_xywh or numbers.")
     else:
         try:
             numbers = tuple(box)
         except TypeError:
             numbers = ()
         if len(numbers) != 4:
-            raise ValueError(f"a box is four numbers, not {box!r}.")
+            raise InputError(f"a box is four numbers, not {box!r}.")
         box = Box(*numbers) if form == "xyxy" else Box.from_xywh(*numbers)
     return shapes_markup([box], width=width, height=height, label=label)
 
@@ -139,17 +131,17 @@ def quad_markup(quad: Quad | Sequence[Sequence[float]], *, width: int, height: i
     Corners outside the image move to its edge one by one, which bends a quad that is partly outside.
 
     Raises:
-        ValueError: as `box_markup`; a quad is wholly outside when the rectangle around it is.
+        InputError: as `box_markup`; a quad is wholly outside when the rectangle around it is.
     """
-    quad = quad if isinstance(quad, Quad) else Quad(quad)
-    return shapes_markup([quad], width=width, height=height, label=label)
+    shape = quad if isinstance(quad, Quad) else Quad(_four_points(quad))
+    return shapes_markup([shape], width=width, height=height, label=label)
 
 
 def shapes_markup(shapes: Iterable[Box | Quad], *, width: int, height: int, label: str | None = None) -> str:
     """Several boxes and quads of one phrase: `<ref>label</ref><box>..</box><box>..</box>`.
 
     Raises:
-        ValueError: as `box_markup`, or no shape was given.
+        InputError: as `box_markup`, or no shape was given.
     """
     width, height = image_size(width, height)
     written = []
@@ -158,15 +150,20 @@ def shapes_markup(shapes: Iterable[Box | Quad], *, width: int, height: int, labe
         points = ",".join(f"({x},{y})" for x, y in _normalised_points(shape, width, height))
         written.append(f"<{kind}>{points}</{kind}>")
     if not written:
-        raise ValueError("no box or quad was given; a phrase without a place needs no markup.")
+        raise InputError("no box or quad was given; a phrase without one needs no markup.")
     return ("" if label is None else ref_markup(label)) + "".join(written)
 
 
 def ref_markup(label: str) -> str:
+    """The phrase between `<ref>` and `</ref>`.
+
+    Raises:
+        InputError: the label is blank or holds a control token.
+    """
     if not label.strip():
-        raise ValueError(f"the label {label!r} is blank; give a phrase, or None for a box without one.")
+        raise InputError(f"the label {label!r} is blank; give a phrase, or None for a box without one.")
     if token := CONTROL_TOKEN.search(label):
-        raise ValueError(
+        raise InputError(
             f"the label {label[:80]!r} holds {token[0]!r} at character {token.start()}, a control token of the model; "
             "take it out of the label."
         )
@@ -178,7 +175,7 @@ def _normalised_points(shape: Box | Quad, width: int, height: int) -> list[tuple
     for name, low, high, size in (("width", min(xs), max(xs), width), ("height", min(ys), max(ys), height)):
         # A shape that only touches the left or top edge from outside has no pixel in the image either.
         if low >= size or (low < 0 and high <= 0):
-            raise ValueError(
+            raise InputError(
                 f"{shape} is wholly outside the image of {width} x {height} pixels (see its {name}). Are these pixels "
                 "of another size of the image, from before its EXIF rotation, or in another box form?"
             )
@@ -191,8 +188,18 @@ def _pixel_to_unit(pixel: float, size: int) -> int:
 
 
 def unit_to_pixel(unit: int, size: int) -> float:
-    """unit / 1000 * size, rounded once: a number of three decimals, so it prints as exactly that."""
+    """unit / 1000 * size, rounded once: the result has three decimals and prints as exactly those."""
     return unit * size / UNITS
+
+
+def _four_points(given: Iterable[Iterable[float]]) -> tuple[tuple[float, float], ...]:
+    try:
+        points = [(x, y) for x, y in given]
+    except (TypeError, ValueError):
+        points = []
+    if len(points) != 4:
+        raise InputError(f"a quad is four (x, y) points, not {given!r}.")
+    return tuple((_finite(x, "x", "quad"), _finite(y, "y", "quad")) for x, y in points)
 
 
 def _finite(value: float, name: str, shape: str) -> float:
@@ -200,12 +207,17 @@ def _finite(value: float, name: str, shape: str) -> float:
     if isinstance(value, Integral):
         return int(value)
     if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} of a {shape} must be a finite number of pixels, not {value!r}.")
+        raise InputError(f"{name} of a {shape} must be a finite number of pixels, not {value!r}.")
     return float(value)
 
 
 def image_size(width: int, height: int) -> tuple[int, int]:
+    """The size as Python's own integers.
+
+    Raises:
+        InputError: not two positive whole numbers.
+    """
     for name, value in (("width", width), ("height", height)):
         if not isinstance(value, Integral) or value <= 0:
-            raise ValueError(f"image {name} must be a positive whole number of pixels, not {value!r}.")
+            raise InputError(f"image {name} must be a positive whole number of pixels, not {value!r}.")
     return int(width), int(height)

@@ -1,13 +1,14 @@
 """Messages to ids, labels and image order: the only place where a conversation becomes tokens.
 
-Training, preview, chat and evaluation all come here, so what is trained is what is shown and what is asked. Control
-tokens are placed by id, from the structure of the messages; text, whoever wrote it, is only ever text.
+Training, preview, chat and evaluation all call it, so the tokens that are trained are those that are shown and asked.
+Control tokens are placed by id, from the structure of the messages; a message's text never becomes a control token.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from qwenvl.errors import InputError
 from qwenvl.text.grounding import split_markup
 
 if TYPE_CHECKING:
@@ -15,18 +16,19 @@ if TYPE_CHECKING:
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 IGNORED = -100
+"""Label of a token that is not trained."""
 
 LabelRule = Literal["assistant", "structure"]
 LABEL_RULES: tuple[LabelRule, ...] = ("assistant", "structure")
 ROLES = ("system", "user", "assistant")
 
-# Where a part of type image may carry its source, in the order they are looked for.
+# Keys under which a part of type image may have its source, in the order of the search.
 IMAGE_SOURCE_KEYS = ("image", "path", "url", "image_url")
 
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """A place for an image in a message: its number in the conversation, from 1, and its source, if it names one."""
+    """A place for an image in a message: its number in the conversation, from 1, and its source or None."""
 
     number: int
     source: Any
@@ -34,7 +36,7 @@ class ImageSlot:
 
 @dataclass(frozen=True)
 class Tag:
-    """A grounding tag that stands as a token."""
+    """A grounding tag that becomes one token."""
 
     token: str
 
@@ -47,8 +49,8 @@ class Rendered:
     """A conversation as the model reads it.
 
     ids: token ids; an image is `<img>`, n_queries x `<imgpad>`, `</img>`.
-    labels: as long as ids; the id where it is trained, -100 elsewhere.
-    images: the sources in reading order, one for each image span; None where a part named none.
+    labels: as long as ids; the id of a trained token, `IGNORED` elsewhere.
+    images: the sources in reading order, one for each image span; None for a part without a source.
     """
 
     ids: list[int]
@@ -59,6 +61,15 @@ class Rendered:
     def supervised(self) -> int:
         """Number of trained tokens."""
         return len(self.labels) - self.labels.count(IGNORED)
+
+
+class TurnOptions(TypedDict, total=False):
+    """The options of `render_chat` that decide how messages become turns."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    grounding: bool
+    numbered: bool
 
 
 def render_chat(
@@ -80,12 +91,12 @@ def render_chat(
             with `"grounding": True` is grounding text. An image part with `"numbered": False` gets no "Picture k:".
             Without a system message the default one is written.
         tokenizer: for the ids.
-        labels: which tokens are trained. "assistant": assistant text and its `<|im_end|>`. "structure", as the
-            published script: also every `<|im_start|>`, `<|im_end|>` and the newline after it.
+        labels: which tokens are trained. "assistant": assistant text and its `<|im_end|>`. "structure", as in the
+            published training script: also every `<|im_start|>`, `<|im_end|>` and the newline after it.
         add_generation_prompt: end with an open assistant turn.
-        continue_final_message: leave the last message, the assistant's, open.
-        grounding: treat every message as grounding text: well-formed `<ref>`, `<box>`, `<quad>` become tokens. The
-            rest, and all markup in other text, stays text.
+        continue_final_message: leave the last message open, which must be the assistant's.
+        grounding: treat every message as grounding text: well-formed `<ref>`, `<box>`, `<quad>` become tokens. All
+            other markup, and markup in text that is not grounding text, stays text.
         numbered: write "Picture k:" before the k-th image of the conversation and a newline after it.
         n_queries: positions an image takes between its tags.
 
@@ -93,10 +104,10 @@ def render_chat(
         ids, labels and image sources.
 
     Raises:
-        ValueError: a message that is not as above, named by its place.
+        InputError: a message that is not as above; the error names its place.
     """
     if labels not in LABEL_RULES:
-        raise ValueError(f"labels must be one of {', '.join(LABEL_RULES)}, not {labels!r}")
+        raise InputError(f"labels must be one of {', '.join(LABEL_RULES)}, not {labels!r}")
     writer = Writer(tokenizer, n_queries)
     every_frame = labels == "structure"
     turns = list(read_turns(messages, grounding, numbered, continue_final_message, add_generation_prompt))
@@ -124,12 +135,12 @@ def render_prompt(
 
     Args:
         content: text, or parts as in `render_chat`.
-        completion: what the model shall write; it and the `<|endoftext|>` after it are trained.
+        completion: the expected reply; it and the `<|endoftext|>` after it are trained.
         grounding: as in `render_chat`; a prompt may also end in an open `<box>` for the model to complete.
         numbered: write "Picture k:" before each image.
 
     Raises:
-        ValueError: parts that are not as in `render_chat`.
+        InputError: parts that are not as in `render_chat`.
     """
     writer = Writer(tokenizer, n_queries)
     counter = _ImageCounter()
@@ -142,7 +153,7 @@ def render_prompt(
 
 @dataclass(frozen=True)
 class Turn:
-    """One message taken apart; `closed` unless it is the open one at the end."""
+    """One message as pieces; `closed` unless it is the open one at the end."""
 
     role: str
     pieces: list[Piece]
@@ -158,15 +169,15 @@ def read_turns(
 ) -> Iterator[Turn]:
     """The conversation's turns, the default system message included; arguments and errors as in `render_chat`."""
     if isinstance(messages, Mapping | str) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages must be a list of messages, not {type(messages).__name__}")
+        raise InputError(f"messages must be a list of messages, not {type(messages).__name__}")
     if not messages:
-        raise ValueError("messages are empty: nothing to write")
+        raise InputError("messages are empty: there is nothing to write")
     if add_generation_prompt and continue_final_message:
-        raise ValueError("give add_generation_prompt or continue_final_message, not both")
+        raise InputError("give add_generation_prompt or continue_final_message, not both")
     for index, message in enumerate(messages):
         _check_message(message, index)
     if continue_final_message and messages[-1]["role"] != "assistant":
-        raise ValueError("continue_final_message needs an assistant message at the end")
+        raise InputError("continue_final_message needs an assistant message at the end")
     if messages[0]["role"] != "system":
         yield Turn("system", [DEFAULT_SYSTEM])
     counter = _ImageCounter()
@@ -176,26 +187,26 @@ def read_turns(
         place = f"message {index} ({message['role']})"
         pieces = _pieces(message["content"], place, is_grounding, numbered, counter, open_box=is_open)
         if message["role"] != "user" and any(isinstance(piece, ImageSlot) for piece in pieces):
-            raise ValueError(f"{place}: only a user's message can hold images")
+            raise InputError(f"{place}: only a user's message can hold images")
         yield Turn(message["role"], pieces, closed=not is_open)
     if add_generation_prompt:
         yield Turn("assistant", [], closed=False)
 
 
 def picture_prefix(number: int) -> str:
-    """What is written before the `number`-th image of a conversation."""
+    """The text before the `number`-th image of a conversation."""
     return f"Picture {number}:"
 
 
-def _check_message(message: Any, index: int):
+def _check_message(message: Any, index: int) -> None:
     if not isinstance(message, Mapping):
-        raise ValueError(f"message {index} must be a mapping with role and content, not {type(message).__name__}")
+        raise InputError(f"message {index} must be a mapping with role and content, not {type(message).__name__}")
     if message.get("role") not in ROLES:
-        raise ValueError(f"message {index}: role must be one of {', '.join(ROLES)}, not {message.get('role')!r}")
+        raise InputError(f"message {index}: role must be one of {', '.join(ROLES)}, not {message.get('role')!r}")
     if message["role"] == "system" and index:
-        raise ValueError(f"message {index}: a system message can only be the first")
+        raise InputError(f"message {index}: a system message can only be the first")
     if message.get("content") is None:
-        raise ValueError(f"message {index} ({message['role']}) has no content")
+        raise InputError(f"message {index} ({message['role']}) has no content")
 
 
 @dataclass
@@ -217,14 +228,14 @@ def _pieces(
     counter: _ImageCounter,
     open_box: bool = False,
 ) -> list[Piece]:
-    """Content as runs of text, grounding tags and image slots; neighbouring text is joined into one run."""
+    """Content as runs of text, grounding tags and image slots; adjacent texts are joined into one run."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
-        raise ValueError(f"{place}: content must be text or a list of parts, not {type(content).__name__}")
+        raise InputError(f"{place}: content must be text or a list of parts, not {type(content).__name__}")
     pieces: list[Piece] = []
 
-    def add_text(text: str):
+    def add_text(text: str) -> None:
         if pieces and isinstance(pieces[-1], str):
             pieces[-1] += text
         elif text:
@@ -233,11 +244,11 @@ def _pieces(
     for index, part in enumerate(content):
         where = f"{place}, part {index}"
         if not isinstance(part, Mapping):
-            raise ValueError(f"{where}: must be a mapping with a type, not {type(part).__name__}")
+            raise InputError(f"{where}: must be a mapping with a type, not {type(part).__name__}")
         if part.get("type") == "text":
             text = part.get("text")
             if not isinstance(text, str):
-                raise ValueError(f"{where}: text must be a string, not {type(text).__name__}")
+                raise InputError(f"{where}: text must be a string, not {type(text).__name__}")
             if not (grounding or part.get("grounding")):
                 add_text(text)
                 continue
@@ -255,34 +266,34 @@ def _pieces(
             if is_numbered:
                 add_text("\n")
         else:
-            raise ValueError(f"{where}: type must be text or image, not {part.get('type')!r}")
+            raise InputError(f"{where}: type must be text or image, not {part.get('type')!r}")
     return pieces
 
 
 def _image_source(part: Mapping[str, Any], where: str) -> Any:
-    """The part's image source, not opened; None where it names none (the image is then given beside the messages)."""
+    """The part's image source, not opened; None if it names none (the image is then given beside the messages)."""
     given = [key for key in IMAGE_SOURCE_KEYS if part.get(key) is not None]
     if len(given) > 1:
-        raise ValueError(f"{where}: names more than one image ({', '.join(given)})")
+        raise InputError(f"{where}: names more than one image ({', '.join(given)})")
     if not given:
         return None
     source = part[given[0]]
     if given[0] == "image_url" and isinstance(source, Mapping):
         source = source.get("url")
         if source is None:
-            raise ValueError(f"{where}: image_url has no url")
+            raise InputError(f"{where}: image_url has no url")
     return source
 
 
 @dataclass
 class Writer:
-    """Ids and labels side by side, as they are written."""
+    """Collects ids and labels piece by piece."""
 
     tokenizer: "QwenVLTokenizer"
     n_queries: int
     rendered: Rendered = field(default_factory=lambda: Rendered([], [], []))
 
-    def pieces(self, pieces: Sequence[Piece], *, train: bool):
+    def pieces(self, pieces: Sequence[Piece], *, train: bool) -> None:
         for piece in pieces:
             if isinstance(piece, str):
                 self.text(piece, train=train)
@@ -291,18 +302,18 @@ class Writer:
             else:
                 self.image(piece)
 
-    def text(self, text: str, *, train: bool):
+    def text(self, text: str, *, train: bool) -> None:
         self._write(self.tokenizer.encode_text(text), train)
 
-    def control(self, token_id: int, *, train: bool):
+    def control(self, token_id: int, *, train: bool) -> None:
         self._write([token_id], train)
 
-    def image(self, slot: ImageSlot):
+    def image(self, slot: ImageSlot) -> None:
         tokenizer = self.tokenizer
         span = [tokenizer.image_start_id, *[tokenizer.image_pad_id] * self.n_queries, tokenizer.image_end_id]
         self._write(span, train=False)
         self.rendered.images.append(slot.source)
 
-    def _write(self, ids: list[int], train: bool):
+    def _write(self, ids: list[int], train: bool) -> None:
         self.rendered.ids.extend(ids)
         self.rendered.labels.extend(ids if train else [IGNORED] * len(ids))

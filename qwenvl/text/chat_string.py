@@ -1,15 +1,16 @@
 """A conversation as one string, and that string as tokens: for tools that handle prompts as text.
 
-Preference trainers and servers render a chat to a string, cut it, and hand it back. `write_chat` and `read_string`
-are each other's inverse with `chat.render_chat`: the ids are the same. In such a string control tokens are written
-plainly where they are structure; where somebody's *text* spells one, it is wrapped in two private-use characters (the
-ones that Transformers marks such text with) and comes back as text.
+Preference trainers and servers render a chat to a string, cut it, and tokenize the pieces. `read_string` of
+`write_chat`'s string gives the same ids as `chat.render_chat`. Control tokens that are structure are written as they
+are; one that a message's *text* spells is wrapped in two private-use characters (those with which Transformers marks
+such text) and read back as text.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwenvl.errors import InputError
 from qwenvl.text.chat import IMAGE_SOURCE_KEYS, ImageSlot, Piece, Rendered, Tag, Writer, read_turns
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 MARK_OPEN, MARK_CLOSE = "\U000f0000", "\U000f0001"
 IMAGE_PLACEHOLDER = "<img></img>"
 
-# For tools that only know Jinja templates (servers, `trl`'s checks). It has no defence against control tokens spelled
-# in text, so this project renders with `chat.py`; a test keeps the two equal on ordinary conversations.
+# For tools that only accept Jinja templates (servers, TRL's checks). It cannot tell control tokens that a text spells
+# from structure, so this project renders with `chat.py`; a test keeps the two equal on ordinary conversations.
 CHAT_TEMPLATE = """\
 {%- set pictures = namespace(seen=0) -%}
 {%- if messages[0]['role'] != 'system' -%}
@@ -66,7 +67,7 @@ def write_chat(
     grounding: bool = False,
     numbered: bool = True,
 ) -> str:
-    """The conversation as a string; an image is `<img></img>`. Arguments and errors as in `chat.render_chat`."""
+    """Write the conversation as a string; an image is `<img></img>`. Arguments and errors as in `chat.render_chat`."""
     in_text = re.compile("|".join(re.escape(token) for token in (*tokenizer.control_tokens, MARK_OPEN, MARK_CLOSE)))
     written = []
     for turn in read_turns(messages, grounding, numbered, continue_final_message, add_generation_prompt):
@@ -82,13 +83,13 @@ def write_chat(
 
 
 def read_string(string: str, tokenizer: "QwenVLTokenizer", *, n_queries: int = 256) -> Rendered:
-    """Tokens of a string as `write_chat` makes it, or of a piece of one; nothing in it is trained.
+    """Tokenize a string as `write_chat` makes it, or a piece of one; none of its tokens is trained.
 
     An image is `<img></img>`, with any number of `<imgpad>` between. Its source is None: the string names no images.
 
     Raises:
-        ValueError: an `<img>` that is not such a placeholder. Paths between the tags, as the published data has them,
-            are never opened.
+        InputError: an `<img>` that is not such a placeholder. Paths between the tags, as in the published data, are
+            never opened.
     """
     writer = Writer(tokenizer, n_queries)
     for piece in _read_pieces(string, tokenizer):
@@ -123,7 +124,7 @@ def _read_pieces(string: str, tokenizer: "QwenVLTokenizer") -> list[Piece]:
             images += 1
             pieces.append(ImageSlot(images, None))
         elif match["control"] in ("<img>", "</img>", "<imgpad>"):
-            raise ValueError(
+            raise InputError(
                 f"the text holds {match['control']} at character {match.start()}, which is not part of an image "
                 f"placeholder ({IMAGE_PLACEHOLDER}). Paths inside the text are not opened: pass the images beside it, "
                 f"or as message parts with one of {', '.join(IMAGE_SOURCE_KEYS)}"

@@ -1,9 +1,10 @@
-"""Grounding markup in text, read: `<ref>`, `<box>` and `<quad>`, and the pixels they stand for.
+"""Read grounding markup: `<ref>`, `<box>` and `<quad>` in a text, and the pixels they stand for.
 
-A `<ref>` holds a phrase, the boxes and quads right after it are where that phrase is; they may also stand without one.
-`boxes.py` has the format, and writes it.
+A `<ref>` holds a phrase, and the boxes and quads right after it say where that phrase is; they may also stand without
+one. `boxes.py` describes the format and writes it.
 
-`parse_grounding` never raises and reports instead: it meets whatever a model says. No torch in this file.
+`parse_grounding` accepts any text, since a model may write anything: it reports problems and never raises. This module
+does not import torch.
 """
 
 import re
@@ -12,16 +13,17 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from qwenvl.text.boxes import CONTROL_TOKEN, UNITS, Box, Quad, image_size, ref_markup, unit_to_pixel
-from qwenvl.text.vocabulary import GROUNDING_TOKENS
 
-_POINTS = {"box": 2, "quad": 4}
+ShapeKind = Literal["box", "quad"]
+
+_POINTS: dict[ShapeKind, int] = {"box": 2, "quad": 4}
 
 # Possessive quantifiers (`*+`, `++`) forbid backtracking, so each body is read once whatever a model wrote into it.
 _ANY_POINT = r"\(\s*+-?[0-9]++\s*+,\s*+-?[0-9]++\s*+\)"
 _ANY_POINTS = re.compile(rf"\s*+{_ANY_POINT}(?:\s*+,\s*+{_ANY_POINT})*+\s*+")
 _EXACT_POINT = r"\([0-9]{1,3},[0-9]{1,3}\)"
 _EXACT_POINTS = {kind: re.compile(",".join([_EXACT_POINT] * count)) for kind, count in _POINTS.items()}
-_LAYOUT = {"box": "(x1,y1),(x2,y2)", "quad": "(x1,y1),(x2,y2),(x3,y3),(x4,y4)"}
+_LAYOUT: dict[ShapeKind, str] = {"box": "(x1,y1),(x2,y2)", "quad": "(x1,y1),(x2,y2),(x3,y3),(x4,y4)"}
 # What may stand between the boxes of one phrase without ending the list.
 _LIST_SEPARATORS = re.compile(r"[\s,;，；、]*+")
 
@@ -37,7 +39,7 @@ class Region:
         span: [start, end) of the `<box>...</box>` or `<quad>...</quad>` in the text, in characters.
     """
 
-    kind: Literal["box", "quad"]
+    kind: ShapeKind
     points: tuple[tuple[int, int], ...]
     label: str | None
     span: tuple[int, int]
@@ -46,7 +48,7 @@ class Region:
         """The region on an upright image of `width` x `height` pixels: n -> n / 1000 * size.
 
         Raises:
-            ValueError: the size is not two positive integers.
+            InputError: the size is not two positive integers.
         """
         width, height = image_size(width, height)
         points = tuple((unit_to_pixel(x, width), unit_to_pixel(y, height)) for x, y in self.points)
@@ -55,12 +57,12 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A piece of markup that is not as the format wants it.
+    """A piece of markup that does not follow the format.
 
     Attributes:
         span: [start, end) of the piece in the text, in characters.
         reason: what is wrong, for people.
-        repaired: True where the piece was read as a region all the same, False where it was left as text.
+        repaired: True where the piece was read as a region nevertheless, False where it was left as text.
     """
 
     span: tuple[int, int]
@@ -78,12 +80,12 @@ class Grounding:
 
 
 def grounding_prompt(expression: str) -> str:
-    """`<ref>expression</ref><box>`: the question of the published grounding evaluation, which the model completes.
+    """The question of the published grounding evaluation, `<ref>expression</ref><box>`, which the model completes.
 
     Render it with `split_markup(..., open_box=True)`, read the answer with `parse_grounding("<box>" + reply)`.
 
     Raises:
-        ValueError: the expression is blank or holds a control token.
+        InputError: the expression is blank or holds a control token.
     """
     return f"{ref_markup(expression)}<box>"
 
@@ -116,7 +118,7 @@ def parse_grounding(text: str) -> Grounding:
         else:
             if not _LIST_SEPARATORS.fullmatch(text, group_end, element.start):
                 label = None
-            points, reasons = _read_points(element)
+            points, reasons = _read_points(element, element.name)
             if points is not None:
                 regions.append(Region(element.name, points, label, span))
             if reasons:
@@ -137,8 +139,8 @@ def split_markup(text: str, *, open_box: bool = False) -> list[tuple[str, bool]]
         open_box: take a `<box>` that ends the text as a token too: the prompt form of `grounding_prompt`.
 
     Returns:
-        Pieces in order, none empty, no two ordinary ones side by side; joined they are the text exactly. True pieces
-        are members of `GROUNDING_TOKENS`.
+        Pieces in order, none empty, no two ordinary ones side by side; joined, they are exactly the text. Pieces
+        marked True are in `vocabulary.GROUNDING_TOKENS`.
     """
     pieces: list[tuple[str, bool]] = []
     cursor = 0
@@ -162,13 +164,13 @@ def split_markup(text: str, *, open_box: bool = False) -> list[tuple[str, bool]]
 
 
 def strip_markup(text: str) -> str:
-    """The text as a person reads it: phrases stay, their tags go, boxes and quads go with their coordinates.
+    """Remove grounding markup from a text: phrases stay without their tags, boxes and quads go with their coordinates.
 
         >>> strip_markup("<ref>The dog</ref><box>(1,2),(3,4)</box> sleeps.")
         'The dog sleeps.'
 
-    Removed is what `parse_grounding` reads, repaired or not; markup it cannot read stays visible. The result is for
-    people and text metrics: put together, what is left may spell a tag again.
+    Only what `parse_grounding` reads is removed, repaired or not; unreadable markup stays visible. The result is for
+    people and text metrics: the remaining pieces, joined, may spell a tag again.
     """
     cuts = [(*region.span, True) for region in parse_grounding(text).regions]
     for element in _elements(text):
@@ -186,10 +188,20 @@ def strip_markup(text: str) -> str:
     return "".join(kept)
 
 
-class _Element(NamedTuple):
-    """A tag and what belongs to it: offsets into the text, and the text up to the closing or the next tag."""
+_TAG_NAMES: dict[str, Literal["ref", "box", "quad"]] = {
+    "<ref>": "ref",
+    "</ref>": "ref",
+    "<box>": "box",
+    "</box>": "box",
+    "<quad>": "quad",
+    "</quad>": "quad",
+}
 
-    name: str  # "ref", "box" or "quad"
+
+class _Element(NamedTuple):
+    """A tag with its body, the text up to the closing or the next tag; positions are offsets into the text."""
+
+    name: Literal["ref", "box", "quad"]
     state: Literal["closed", "unclosed", "stray"]  # stray: a closing tag alone
     start: int
     body_start: int
@@ -199,25 +211,27 @@ class _Element(NamedTuple):
 
 
 def _elements(text: str) -> Iterator[_Element]:
-    """All grounding tags in order, an opening tag with its closing one where that is the very next control token."""
+    """All grounding tags in order; an opening tag is paired with its closing tag if that is the next control token."""
     tokens = list(CONTROL_TOKEN.finditer(text))
     index = 0
     while index < len(tokens):
         token = tokens[index]
         index += 1
-        if token[0] not in GROUNDING_TOKENS:
+        name = _TAG_NAMES.get(token[0])
+        if name is None:
             continue
-        name = token[0].strip("</>")
         if token[0].startswith("</"):
             yield _Element(name, "stray", token.start(), token.end(), token.end(), token.end(), "")
             continue
         following = tokens[index] if index < len(tokens) else None
+        start, body_start = token.span()
         body_end = following.start() if following else len(text)
-        end, state = body_end, "unclosed"
+        body = text[body_start:body_end]
         if following and following[0] == f"</{name}>":
-            end, state = following.end(), "closed"
             index += 1
-        yield _Element(name, state, token.start(), token.end(), body_end, end, text[token.end() : body_end])
+            yield _Element(name, "closed", start, body_start, body_end, following.end(), body)
+        else:
+            yield _Element(name, "unclosed", start, body_start, body_end, body_end, body)
 
 
 def _is_well_formed(element: _Element) -> bool:
@@ -228,9 +242,9 @@ def _is_well_formed(element: _Element) -> bool:
     return _EXACT_POINTS[element.name].fullmatch(element.body) is not None
 
 
-def _read_points(element: _Element) -> tuple[tuple[tuple[int, int], ...] | None, list[str]]:
+def _read_points(element: _Element, kind: ShapeKind) -> tuple[tuple[tuple[int, int], ...] | None, list[str]]:
     """Normalised points of a box or quad, None if unreadable, and what was wrong with it."""
-    kind, body = element.name, element.body
+    body = element.body
     missing_close = [] if element.state == "closed" else [f"<{kind}> has no </{kind}> after its coordinates"]
     if not _ANY_POINTS.fullmatch(body):
         shown = repr(body if len(body) <= 40 else body[:40] + "...")
@@ -257,7 +271,7 @@ def _read_points(element: _Element) -> tuple[tuple[tuple[int, int], ...] | None,
 
 
 def _read_coordinate(number: str) -> tuple[int, bool]:
-    """(value clipped to 0..999, whether it had to be). By length, as int() refuses numbers of thousands of digits."""
+    """(value clipped to 0..999, whether it was clipped). Decided by length, as int() refuses thousands of digits."""
     digits = number.lstrip("-").lstrip("0")
     if number.startswith("-"):
         return 0, bool(digits)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwenvl.errors import InputError
 from qwenvl.text.chat import IGNORED, Rendered
 
 if TYPE_CHECKING:
@@ -21,20 +22,20 @@ def input_columns(
     pad_to_multiple_of: int | None = None,
     add_special_tokens: bool = False,
 ) -> dict[str, list[list[int]]]:
-    """`input_ids`, `attention_mask` and, when asked for, `assistant_masks`: a list of rows each.
+    """Build `input_ids`, `attention_mask` and, with `assistant_masks=True`, `assistant_masks`: a list of rows each.
 
     Args:
         rendered: one conversation or prompt a row.
         tokenizer: for the padding token (`<|endoftext|>`) and the side.
-        assistant_masks: add 1 where a label is trained, 0 elsewhere.
+        assistant_masks: add a column with 1 for trained tokens, 0 elsewhere.
         padding: False, True or "longest" (the longest row), or "max_length".
         padding_side: "left" or "right"; the tokenizer's own if None.
         truncation, max_length: cut rows at `max_length` tokens, but never inside or before an image.
         pad_to_multiple_of: round the padded length up.
-        add_special_tokens: accepted for Transformers' sake: everything is in the rows already.
+        add_special_tokens: accepted for compatibility with Transformers; the rows have all their tokens already.
 
     Raises:
-        ValueError: truncation would cut or drop an image.
+        InputError: truncation would cut or drop an image, or `padding="max_length"` without `max_length`.
     """
     columns = {
         "input_ids": [row.ids for row in rendered],
@@ -43,14 +44,14 @@ def input_columns(
     if assistant_masks:
         columns["assistant_masks"] = [[int(label != IGNORED) for label in row.labels] for row in rendered]
     if truncation and max_length is not None:
-        _refuse_cut_images(rendered, tokenizer.image_end_id, max_length)
+        _check_truncation(rendered, tokenizer.image_end_id, max_length)
         columns = {name: [values[:max_length] for values in rows] for name, rows in columns.items()}
     if padding in (False, "do_not_pad"):
         return columns
     length = max(len(ids) for ids in columns["input_ids"])
     if padding == "max_length":
         if max_length is None:
-            raise ValueError('padding="max_length" needs max_length')
+            raise InputError('padding="max_length" needs max_length')
         length = max(length, max_length)
     if pad_to_multiple_of:
         length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
@@ -60,25 +61,29 @@ def input_columns(
 
 
 def conversation_batch(conversation: Sequence[Any]) -> tuple[list[Any], bool]:
-    """One conversation (a list of messages), or a list of them, as a list; and whether it was a list of them."""
+    """A conversation (list of messages) or a list of conversations, as a list; and whether it was a list of them."""
     is_batch = bool(conversation) and not isinstance(conversation[0], Mapping)
     return (list(conversation) if is_batch else [conversation]), is_batch
 
 
-def refuse_other_templates(chat_template: str | None, own: str | None, tools: Any, documents: Any):
-    """Raises:
-    ValueError: a chat template other than our own, tools, or documents.
+def check_template_arguments(
+    chat_template: str | None, own: str | dict[str, str] | None, tools: Any, documents: Any
+) -> None:
+    """Check the arguments of `apply_chat_template` that have no effect on Qwen-VL's format.
+
+    Raises:
+        InputError: a chat template other than `own`, tools, or documents.
     """
     if chat_template not in (None, own):
-        raise ValueError("Qwen-VL conversations are rendered by qwenvl.chat: another chat_template is not possible")
+        raise InputError("Qwen-VL conversations are rendered by qwenvl.chat: leave chat_template out")
     if tools or documents:
-        raise ValueError("Qwen-VL knows no tools and no documents")
+        raise InputError("Qwen-VL's format has no tools and no documents: leave them out")
 
 
-def _refuse_cut_images(rendered: Sequence[Rendered], image_end_id: int, max_length: int):
+def _check_truncation(rendered: Sequence[Rendered], image_end_id: int, max_length: int) -> None:
     for index, row in enumerate(rendered):
         if image_end_id in row.ids[max_length:]:
-            raise ValueError(
+            raise InputError(
                 f"conversation {index} has {len(row.ids)} tokens; truncating it to max_length={max_length} would cut "
                 "or drop an image. Raise max_length, shorten the text, or leave the conversation out"
             )

@@ -10,6 +10,8 @@ from functools import cached_property
 
 import tiktoken
 
+from qwenvl.errors import InputError
+
 END_OF_TEXT, IM_START, IM_END = CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EXTRA_TOKENS = tuple(f"<|extra_{i}|>" for i in range(205))
 GROUNDING_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
@@ -23,8 +25,8 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# An ordinary token is shown with one printable character a byte, as GPT-2 does it. If that spells a control token, it
-# is led by a character outside the alphabet, so that two ids never share a string.
+# An ordinary token is shown with one printable character per byte, as in GPT-2. If that spells a control token, a
+# character outside the alphabet comes first, so that two ids never share a string.
 _PRINTABLE_BYTES = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _spare_characters = itertools.count(0x100)
 _BYTE_ALPHABET = {byte: byte if byte in _PRINTABLE_BYTES else next(_spare_characters) for byte in range(256)}
@@ -35,11 +37,11 @@ class Vocabulary:
     """The tokens of one `qwen.tiktoken` file and the control tokens numbered after them. Immutable.
 
     Args:
-        source: the file's bytes, kept so that saving writes the very same file.
-        name: what to call the file in errors.
+        source: the file's bytes, kept so that saving writes the same file.
+        name: the file's name in errors.
 
     Raises:
-        ValueError: a line is not `base64(token) rank`, a token or rank is given twice, or a rank is missing.
+        InputError: a line is not `base64(token) rank`, a token or rank is given twice, or a rank is missing.
     """
 
     def __init__(self, source: bytes, name: str = "qwen.tiktoken"):
@@ -49,8 +51,8 @@ class Vocabulary:
         self.token_bytes = [*ordinary, *(token.encode() for token in CONTROL_TOKENS)]
         self.ordinary_size = len(ordinary)
 
-        # On text left with a byte that has no token of its own, tiktoken panics in Rust, and that is no Exception.
-        # Stand-ins with ids past the end do not change any merge, and show up in the result instead.
+        # tiktoken panics in Rust, which raises no Exception, on text with a byte that has no token of its own.
+        # Placeholders with ids past the end do not change any merge, and are found in the result instead.
         ranks = {token: rank for rank, token in enumerate(ordinary)}
         self._missing_bytes = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
         ranks |= {byte: len(self) + i for i, byte in enumerate(self._missing_bytes)}
@@ -61,42 +63,42 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.token_bytes)
 
-    # Pickled as its source: small, the same bytes in every process (datasets hashes them), and tiktoken cannot be.
-    def __reduce__(self):
+    # Pickled as its source: small, and the same bytes in every process (datasets hashes them); tiktoken's cannot be.
+    def __reduce__(self) -> tuple[type[Vocabulary], tuple[bytes]]:
         return Vocabulary, (self.source,)
 
     def __deepcopy__(self, memo: dict) -> Vocabulary:
         return self
 
     def encode(self, text: str, tokens: Collection[str]) -> list[int]:
-        """Ids of `text`; only the control tokens in `tokens` are recognised. See `QwenVLTokenizer.encode_text`."""
+        """Encode `text`; only the control tokens in `tokens` are recognised. See `QwenVLTokenizer.encode_text`."""
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(
+                raise InputError(
                     f"the text has half a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}, "
-                    "which no encoding can write. Read its file as UTF-8, or mend it: "
+                    "which no encoding can write. Read its file as UTF-8, or repair it: "
                     "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
                 ) from None
             text = unicodedata.normalize("NFC", text)
         try:  # not encode_ordinary, which panics where this raises
             ids = self._encoding.encode(text, allowed_special=frozenset(tokens), disallowed_special=())
         except ValueError as error:
-            raise ValueError(
-                f"the text ({len(text):,} characters) could not be split: a million white space characters in a row "
-                "are beyond tiktoken. Shorten such runs."
+            raise InputError(
+                f"the text ({len(text):,} characters) could not be split: tiktoken cannot handle a million white "
+                "space characters in a row. Shorten such runs."
             ) from error
         if self._missing_bytes and max(ids, default=0) >= len(self):
             byte = self._missing_bytes[next(i for i in ids if i >= len(self)) - len(self)]
-            raise ValueError(
+            raise InputError(
                 f"the vocabulary has no token for the byte 0x{byte[0]:02x}, which this text needs: {text[:80]!r}. "
                 "Use a vocabulary with all 256 single bytes, or leave such text out."
             )
         return ids
 
     def decode(self, ids: Iterable[int], errors: str) -> str:
-        """Text of `ids`; an id that names no token counts as one invalid byte, for `errors` to deal with."""
+        """Decode `ids`; an id without a token counts as one invalid byte, which `errors` decides about."""
         return b"".join(self.token_bytes[i] if 0 <= i < len(self) else b"\xff" for i in ids).decode("utf-8", errors)
 
     @cached_property
@@ -132,22 +134,22 @@ def _read_ranks(source: bytes, name: str) -> list[bytes]:
             remedy = "Download the file again"
             if line.startswith(b"version https://git-lfs"):
                 remedy = "This is a Git LFS pointer, not the file: run `git lfs pull`, or download it"
-            raise ValueError(
+            raise InputError(
                 f"{name}, line {number}: expected `base64(token) rank`, found {line[:60]!r}. {remedy}."
             ) from None
         if rank in tokens:
-            raise ValueError(f"{name}, line {number}: rank {rank} was given already, in line {line_of_rank[rank]}.")
+            raise InputError(f"{name}, line {number}: rank {rank} was given already, in line {line_of_rank[rank]}.")
         if token in line_of_token:
-            raise ValueError(
+            raise InputError(
                 f"{name}, line {number}: token {token!r} was given already, in line {line_of_token[token]}."
             )
         tokens[rank], line_of_rank[rank], line_of_token[token] = token, number, number
     if not tokens:
-        raise ValueError(f"{name}, line 1: the file is empty. Download it again.")
+        raise InputError(f"{name}, line 1: the file is empty. Download it again.")
     if max(tokens) >= len(tokens):
         missing = next(rank for rank in range(len(tokens)) if rank not in tokens)
         follower = min(rank for rank in tokens if rank > missing)
-        raise ValueError(
+        raise InputError(
             f"{name}, line {line_of_rank[follower]}: rank {follower} is given, but rank {missing} is missing. "
             "Ranks run from 0 without a gap, since the control tokens are numbered after them."
         )

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwenvl import ImageAccess, ImageError, QwenVLProcessor
+from qwenvl import ImageAccess, ImageError, InputError, MissingFileError, QwenVLProcessor
 from qwenvl.text.chat import render_chat
 
 
@@ -91,7 +91,7 @@ def test_images_beside_the_messages(tiny_processor, tiny_images, nested):
 )
 def test_images_and_places_differ(tiny_processor, images, message):
     place = {"role": "user", "content": [{"type": "image"}]}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         inputs_of(tiny_processor, [[place], [place]], images=images)
 
 
@@ -102,7 +102,7 @@ def test_truncation_never_touches_an_image(tiny_processor, tiny_images):
     cut = inputs_of(tiny_processor, conversation, truncation=True, max_length=end)
     assert cut["input_ids"] == [whole[:end]]
     for max_length in (end - 1, 100, 5):
-        with pytest.raises(ValueError, match=f"conversation 0 has {len(whole)} tokens.*cut or drop an image"):
+        with pytest.raises(InputError, match=f"conversation 0 has {len(whole)} tokens.*cut or drop an image"):
             inputs_of(tiny_processor, conversation, truncation=True, max_length=max_length)
 
 
@@ -117,9 +117,9 @@ def test_what_images_may_reach(tiny_processor, tiny_images, tmp_path):
 
 
 def test_what_qwen_vl_does_not_know(tiny_processor):
-    with pytest.raises(ValueError, match="tools"):
+    with pytest.raises(InputError, match="tools"):
         tiny_processor.apply_chat_template(asks(text="x"), tools=[{"name": "f"}])
-    with pytest.raises(ValueError, match="chat_template"):
+    with pytest.raises(InputError, match="chat_template"):
         tiny_processor.apply_chat_template(asks(text="x"), chat_template="{{ messages }}")
     assert tiny_processor.apply_chat_template(asks(text="x"), chat_template=tiny_processor.chat_template)
     with pytest.raises(TypeError, match="no_such_option"):
@@ -128,7 +128,7 @@ def test_what_qwen_vl_does_not_know(tiny_processor):
 
 def test_only_images(tiny_processor, tiny_images):
     assert tiny_processor(images=tiny_images[:2])["pixel_values"].shape == (2, 3, 112, 112)
-    with pytest.raises(ValueError, match="text, images or both"):
+    with pytest.raises(InputError, match="text, images or both"):
         tiny_processor()
 
 
@@ -138,6 +138,19 @@ def test_save_and_load(tiny_processor, tmp_path):
     assert again.to_dict() == tiny_processor.to_dict()
     assert again.chat_template == tiny_processor.chat_template
     assert again.tokenizer.get_vocab() == tiny_processor.tokenizer.get_vocab()
+
+
+def test_what_is_missing_or_damaged_is_named(tiny_processor, tmp_path):
+    with pytest.raises(MissingFileError, match="absent cannot be loaded"):
+        QwenVLProcessor.from_pretrained(tmp_path / "absent")
+    tiny_processor.save_pretrained(tmp_path)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        whole = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(whole[:-9])
+        with pytest.raises(InputError, match=str(tmp_path)) as caught:
+            QwenVLProcessor.from_pretrained(tmp_path)
+        assert not isinstance(caught.value, MissingFileError)
+        (tmp_path / name).write_text(whole)
 
 
 def test_decode(tiny_processor):

@@ -1,8 +1,8 @@
-"""Format `caption`: an image and what it shows.
+"""Format `caption`: an image and a description of it.
 
     {"image": ..., "caption": ["A dog on a beach.", "A brown dog runs."]}
 
-Several captions make a sample of each: a caption model is to know all ways to say it.
+Each of several captions becomes a sample.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
-"""The fields of a row, read strictly: what has the wrong type is named, never converted in silence.
+"""Read the fields of a row strictly: a wrong type is an error that names the field, never converted silently.
 
-Datasets fill the keys that other rows have with None, so None is always the same as not there.
+Datasets fill keys that only other rows have with None, so None means the same as a missing key.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ IMAGE_KEYS = {"bytes", "path"}
 
 
 def field(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column that must be there.
+    """The value of a required column.
 
     Raises:
-        BadField: it is not there, or None.
+        BadField: it is missing, or None.
     """
     value = row.get(column)
     if value is None:
@@ -26,10 +26,10 @@ def field(row: Mapping[str, Any], column: str) -> Any:
 
 
 def text(value: Any, name: str) -> str:
-    """A text that is not blank.
+    """The value, which must be text that is not blank.
 
     Raises:
-        BadField: no string, or a blank one.
+        BadField: not a string, or a blank one.
     """
     if not isinstance(value, str):
         raise BadField(name, f"must be text, not {type(value).__name__}")
@@ -41,7 +41,7 @@ def text(value: Any, name: str) -> str:
 def image(value: Any, name: str) -> Any:
     """An image source: a path, URL or data URI, encoded bytes, or {"bytes", "path"} as the datasets library has it.
 
-    Only its kind is looked at; nothing is opened.
+    Only its kind is checked; nothing is opened.
 
     Raises:
         BadField: anything else.
@@ -76,7 +76,7 @@ def images(row: Mapping[str, Any], column: str) -> list[Any]:
 
 
 def mappings(value: Any, name: str) -> list[Mapping[str, Any]]:
-    """A list of mappings that is not empty.
+    """The value, which must be a list of mappings that is not empty.
 
     Raises:
         BadField: anything else.
@@ -92,10 +92,10 @@ def mappings(value: Any, name: str) -> list[Mapping[str, Any]]:
 
 
 def numbers(value: Any, name: str, count: int) -> list[float]:
-    """So many numbers.
+    """The value, which must be a list of `count` numbers.
 
     Raises:
-        BadField: no list of exactly `count` numbers. Truth values are no numbers.
+        BadField: anything else, booleans included.
     """
     if not isinstance(value, list | tuple) or len(value) != count:
         shown = f"{len(value)} values" if isinstance(value, list | tuple) else type(value).__name__

@@ -3,8 +3,8 @@
     {"image": "receipt.jpg", "conversations": [
         {"from": "human", "value": "<image>\\nWhat is the total?"}, {"from": "gpt", "value": "$ 12.40"}]}
 
-`image` is one or a list, `<image>` in a human's text their places in order. The newline after a place goes: Qwen-VL
-writes one of its own after every image.
+`image` is one image or a list; each `<image>` in a human's text is the place of one, in order. A newline after
+`<image>` is dropped: Qwen-VL's format has its own after every image.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def llava(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[list[Messa
     """The one conversation of a row.
 
     Raises:
-        BadField: not as above, or images and places that differ in number.
+        BadField: a row that is not as above, or images and places that differ in number.
     """
     name = columns["conversations"]
     images = fields.images(row, columns["image"])

@@ -1,14 +1,14 @@
-"""Format `messages`: conversations as TRL and OpenAI write them, with their images beside them or inside.
+"""Format `messages`: conversations as in TRL and OpenAI's API, with their images inside or beside them.
 
     {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the total?"}]},
                   {"role": "assistant", "content": "$ 12.40"}], "images": ["receipt.jpg"]}
 
-Places (`{"type": "image"}` with no source) are filled from `images` in order. Where no message has one, and the first
-user's content is plain text, the images go in front of that text, as TRL puts them. `prompt` and `completion`, text or
-messages, may stand instead of `messages`.
+Places (`{"type": "image"}` without a source) are filled from `images` in order. If no message has a place, and the
+first user message is plain text, the images are put before that text, as in TRL. `prompt` and `completion`, text or
+messages, may be given instead of `messages`.
 
-Kept of a message: role, content and `grounding`; of a part: its text or image, `grounding` and `numbered`. What would
-change the meaning and has no place in Qwen-VL's format (tool calls, messages not to be trained) is refused.
+Of a message, its role, content and `grounding` are kept; of a part, its text or image, `grounding` and `numbered`.
+What would change the meaning and does not exist in Qwen-VL's format (tool calls, untrained messages) is an error.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,8 @@ def messages(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[list[Me
     """The one conversation of a row.
 
     Raises:
-        BadField: not as above, an assistant's turn with no text, or images and places that differ in number.
+        BadField: a row that is not as above, an assistant's turn without text, or images and places that differ in
+            number.
     """
     if row.get(columns["messages"]) is None and row.get(columns["prompt"]) is not None:
         conversation = _prompt_completion(row, columns)
@@ -41,10 +42,10 @@ def messages(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[list[Me
 
 
 def read_message(message: Mapping[str, Any], name: str, index: int) -> Message:
-    """One message, taken into the form that `render_chat` reads, without the keys that are None.
+    """Convert one message to the form that `render_chat` reads, without keys whose value is None.
 
     Raises:
-        BadField: a role, content or part that has no place in a conversation.
+        BadField: a role, content or part that Qwen-VL's format does not have.
     """
     role = message.get("role")
     if role not in ROLES:
@@ -85,7 +86,7 @@ def _part(part: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
     if len(given) > 1:
         raise BadField(name, f"names more than one image ({', '.join(given)})")
     if not given:
-        # Some public sets number the places; their number must not say anything else than their order.
+        # Some public data sets number the places; `_fill` checks that the numbers follow their order.
         index = part.get("index")
         return {"type": "image", **flags} if index is None else {"type": "image", "index": index, **flags}
     source = part[given[0]]
@@ -115,7 +116,7 @@ def _prompt_completion(row: Mapping[str, Any], columns: Mapping[str, str]) -> li
             conversation.append(read_message(message, f"{name}[{index}]", start + index))
         roles = [message["role"] for message in conversation[start:]]
         if column == "prompt" and "assistant" in roles:
-            # All assistants' turns are trained, and a prompt is what its author wants untrained.
+            # All assistant turns are trained, and a prompt is meant not to be.
             raise BadField(name, "holds an assistant's turn, which would be trained too: use `messages` for that")
         if column == "completion" and roles[0] != "assistant":
             raise BadField(name, "must begin with the assistant's turn")

@@ -1,4 +1,4 @@
-"""The formats by name, apart from their code: the command line needs them before anything heavy is imported."""
+"""Names of formats, without their code: the command line needs them before anything heavy is imported."""
 
 CONVERSATIONS = ("messages", "qwen_json", "llava")
-"""Formats whose rows bring what is asked; the gold answer is the last reply."""
+"""Formats whose rows are whole conversations; in evaluation, the last reply is the gold answer."""

@@ -4,8 +4,8 @@
         {"from": "user", "value": "Picture 1: <img>receipt.jpg</img>\\nFrame the total."},
         {"from": "assistant", "value": "<ref>the total</ref><box>(62,910),(420,955)</box>"}]}
 
-Images stand in the text, whose "Picture 1: " and newline are kept as they are: the ids are those of the published
-script. Boxes are thousandths of the image already, so every message is grounding text.
+Images are in the text, whose "Picture 1: " and newline are kept: the ids equal those of the published script. Boxes
+are in thousandths of the image already, so every message is grounding text.
 """
 
 import re
@@ -25,7 +25,7 @@ def qwen_json(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[list[M
     """The one conversation of a row.
 
     Raises:
-        BadField: not as above; an image in a turn that is not the user's, or a tag of one without its partner.
+        BadField: a row that is not as above; an image in a turn that is not the user's, or an unpaired image tag.
     """
     name = columns["conversations"]
     turns = fields.mappings(fields.field(row, name), name)
@@ -61,7 +61,7 @@ def turn_text(turn: Mapping[str, Any], role: str, name: str) -> str:
     """The text under `value`.
 
     Raises:
-        BadField: no text, or a blank one of the assistant.
+        BadField: no text, or a blank text of the assistant.
     """
     value = turn.get("value")
     if not isinstance(value, str):
@@ -79,7 +79,7 @@ def _parts(value: str, name: str) -> list[dict[str, Any]]:
         if opening.start() > cursor:
             parts.append({"type": "text", "text": value[cursor : opening.start()]})
         source = fields.image(value[opening.end() : closing.start()].strip(), name)
-        # The text around it has the number already.
+        # The text before it has the number already.
         parts.append({"type": "image", "image": source, "numbered": False})
         cursor = closing.end()
     if cursor < len(value) or not parts:

@@ -1,15 +1,15 @@
-"""The formats that rows come in, and how a source's rows are read: its format, columns, prompt and box form."""
+"""How a source's rows become conversations: its format, columns, prompt and box form."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.data.formats import caption, grounding, llava, messages, qwen_json, vqa
-from finetune.data.formats.grounding import ImageSize
+from finetune.data.formats.grounding import BoxForm, ImageSize
 from finetune.data.formats.messages import Message
 from finetune.data.sample import DataError
 
-# Each format is the module of its name; here is what of it a recipe can name.
+# Each format is the module of its name; these are its settings that a recipe can name.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": messages.COLUMNS,
     "qwen_json": qwen_json.COLUMNS,
@@ -32,21 +32,21 @@ class RowFormat:
 
     Attributes:
         name: the format.
-        columns: the format's column -> the data's own name for it; what is not named keeps the format's name.
-        prompt: what the user says, for `vqa` (with {question}), `grounding` (with {phrase}) and `caption`; None is
-            the format's own.
+        columns: the format's column -> the data's name for it; a column that is not listed has the format's name.
+        prompt: the user's text, for `vqa` (with {question}), `grounding` (with {phrase}) and `caption`; None for the
+            format's default.
         box_form: of `grounding`: "xyxy" or "xywh", pixels; None is "xyxy".
 
     Raises:
-        DataError: an unknown format, column or box form, or a prompt where there is none or without its placeholder.
+        DataError: an unknown format, column or box form, or a prompt that lacks its placeholder or has no use.
     """
 
     name: str
     columns: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
-    box_form: str | None = None
+    box_form: BoxForm | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.name not in COLUMNS:
             raise DataError(f"format must be one of {', '.join(COLUMNS)}, not {self.name!r}")
         unknown = set(self.columns or ()) - set(COLUMNS[self.name])
@@ -68,13 +68,13 @@ class RowFormat:
 
     @property
     def counted_column(self) -> str | None:
-        """The column whose length is the number of a row's samples; None where a row always is one."""
+        """The column whose length is the number of a row's samples; None if a row is always one sample."""
         counted = {"vqa": "question", "grounding": "phrase", "caption": "caption"}.get(self.name)
         return None if counted is None else self.columns[counted]
 
     @property
     def reads_image_size(self) -> bool:
-        """Whether the image itself must be looked at, and not only its name."""
+        """Whether the image must be opened for its size."""
         return self.name == "grounding"
 
     def conversations(self, row: Mapping[str, Any], image_size: ImageSize) -> list[list[Message]]:
@@ -85,7 +85,7 @@ class RowFormat:
             image_size: reads an image's size, for `grounding`.
 
         Raises:
-            BadField: the row is not as the format wants it.
+            BadField: the row does not fit the format.
         """
         prompt = self.prompt or PROMPTS.get(self.name, "")
         match self.name:
@@ -104,6 +104,7 @@ class RowFormat:
         raise AssertionError(self.name)
 
     def count(self, row: Mapping[str, Any]) -> int:
-        """How many samples the row makes; 1 for a row that turns out to make none, which is then reported once."""
-        value = row.get(self.counted_column)
+        """The number of samples the row makes; 1 for a row that makes none, which is then reported once."""
+        column = self.counted_column
+        value = None if column is None else row.get(column)
         return max(len(value), 1) if isinstance(value, list | tuple) else 1

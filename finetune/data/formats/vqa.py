@@ -2,9 +2,9 @@
 
     {"image": ..., "question": "What is the total?", "answers": ["$ 12.40", "12.40"]}
 
-The target is the most common answer, the first of those that are equally common: where answers are variants of one
-another (DocVQA) that is the first, where ten people answered (TextVQA) what most of them said. A list of questions
-with a list of answers of the same length (OCR-VQA) makes a sample of each pair.
+The target is the most common answer, and the first of several that are equally common: if the answers are variants of
+one another (DocVQA) that is the first, if ten people answered (TextVQA) the majority's. With a list of questions and a
+list of answers of the same length (OCR-VQA), each pair becomes a sample.
 """
 
 from collections import Counter
@@ -23,8 +23,8 @@ def vqa(row: Mapping[str, Any], columns: Mapping[str, str], prompt: str = PLACEH
     """One conversation for each question.
 
     Args:
-        row, columns: `answers` is looked for under `answer` too where the row has no `answers`.
-        prompt: what the user says; `{question}` stands for the question.
+        row, columns: `answers` may also be named `answer`.
+        prompt: the user's text; `{question}` stands for the question.
 
     Raises:
         BadField: no image, question or answer, or lists of different lengths.

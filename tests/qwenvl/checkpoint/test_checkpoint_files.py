@@ -2,8 +2,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwenvl.checkpoint.checkpoint_files import locate_tensors, tensors_in
+from qwenvl.checkpoint.checkpoint_files import locate_tensors, stored_tensors, tensors_in, weight_files
 from qwenvl.checkpoint.direct_reading import SLACK
+from qwenvl.checkpoint.fingerprint import BASE_FILE, check_base, trained_parts, weights_fingerprint
+from qwenvl.errors import InputError, MissingFileError
 
 TENSORS = {
     "matrix": torch.arange(40, dtype=torch.float32).reshape(8, 5),
@@ -68,15 +70,22 @@ def test_a_cut_file_is_named(tmp_path):
     for name in ("model.safetensors", "pytorch_model.bin"):
         file = write(tmp_path / name, TENSORS)
         file.write_bytes(file.read_bytes()[:-200])
-        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        with pytest.raises(InputError, match=f"{name} cannot be read"):
             tensors_in(file)
+        with pytest.raises(InputError, match=f"{name} cannot be read"):
+            dict(stored_tensors(tmp_path))
+        file.unlink()
+        with pytest.raises(MissingFileError, match=f"{name} does not exist"):
+            tensors_in(file)
+        with pytest.raises(MissingFileError, match="no weights here"):
+            weight_files(tmp_path)
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
     file = write(tmp_path / "model.safetensors", {"matrix": TENSORS["matrix"]})
     (matrix,) = tensors_in(file)
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"model\.safetensors ends before matrix does"):
+    with pytest.raises(InputError, match=r"model\.safetensors ends before matrix does"):
         matrix.read()
 
 
@@ -87,10 +96,13 @@ class Payload:
 
 def test_nothing_in_a_pickle_runs(tmp_path):
     torch.save({"weight": torch.ones(2), "payload": Payload()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be read as plain tensors"):
+    with pytest.raises(InputError, match="cannot be read as plain tensors"):
         tensors_in(tmp_path / "pytorch_model.bin")
     torch.save({"weight": torch.ones(2), "step": 3}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="step, which is no tensor"):
+    with pytest.raises(InputError, match="step, which is no tensor"):
+        tensors_in(tmp_path / "pytorch_model.bin")
+    torch.save([torch.ones(2)], tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="holds a list"):
         tensors_in(tmp_path / "pytorch_model.bin")
 
 
@@ -99,3 +111,36 @@ def test_a_checkpoint_is_located_whole(tiny_folder):
     located = locate_tensors(tiny_folder)
     assert set(located) == set(stored)
     assert all(torch.equal(located[name].read(), tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds a list"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "has no"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path, content, reason):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(InputError, match=rf"index\.json {reason}"):
+        weight_files(tmp_path)
+
+
+def test_what_is_neither_a_folder_nor_on_the_hub_is_named(tmp_path):
+    with pytest.raises(MissingFileError, match="absent: no folder here"):
+        weight_files(tmp_path / "absent")
+
+
+def test_a_damaged_note_of_the_base_is_named(tiny_folder, tmp_path):
+    assert not check_base(tmp_path, tiny_folder) and trained_parts(tmp_path) == ()
+    write(tmp_path / "model.safetensors", TENSORS)
+    for content, reason in (
+        ("", "is not JSON"),
+        ('{"base": "elsewhere"}', "does not name a base and its fingerprint"),
+    ):
+        (tmp_path / BASE_FILE).write_text(content)
+        for read in (lambda: check_base(tmp_path, tiny_folder), lambda: weights_fingerprint(tmp_path)):
+            with pytest.raises(InputError, match=rf"base\.json {reason}"):
+                read()

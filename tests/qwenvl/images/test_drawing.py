@@ -6,7 +6,8 @@ import warnings
 import pytest
 from PIL import Image, ImageFont
 
-from qwenvl.images import drawing
+from qwenvl.errors import InputError, MissingFileError
+from qwenvl.images import drawing, label_fonts
 from qwenvl.images.drawing import PALETTE, draw_regions, save_grounding
 from qwenvl.text.grounding import parse_grounding
 
@@ -14,8 +15,8 @@ from qwenvl.text.grounding import parse_grounding
 @pytest.fixture
 def empty_system(monkeypatch):
     """A system without fonts, the same on every machine; no memory of warnings given before."""
-    monkeypatch.setattr(drawing, "font_folders", tuple)
-    drawing._warn_of_missing_glyphs.cache_clear()
+    monkeypatch.setattr(label_fonts, "font_folders", tuple)
+    label_fonts._warn_of_missing_glyphs.cache_clear()
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_a_label_is_inside_the_image(monkeypatch, empty_system, box, size, label
 
 @pytest.mark.parametrize("width", range(40, 60))
 def test_a_label_too_wide_for_the_image_ends_in_dots(empty_system, width):
-    font, _ = drawing._font_for("a long label", 10, None)
+    font, _ = label_fonts.font_for("a long label", 10, None)
     shown = drawing._shorten("a long label", font, width)
     left, right = drawing._extent(shown, font)
     assert right - left <= width
@@ -193,9 +194,9 @@ def test_every_mode_is_shown_as_it_looks(mode, value, seen):
 
 
 def test_sizes_below_one_pixel_are_refused():
-    with pytest.raises(ValueError, match="line_width"):
+    with pytest.raises(InputError, match="line_width"):
         draw_regions(Image.new("RGB", (9, 9)), [], line_width=0)
-    with pytest.raises(ValueError, match="font_size"):
+    with pytest.raises(InputError, match="font_size"):
         draw_regions(Image.new("RGB", (9, 9)), [], font_size=-3)
 
 
@@ -203,8 +204,8 @@ def test_sizes_below_one_pixel_are_refused():
 
 
 def test_missing_glyphs_are_told_from_drawn_ones(empty_system):
-    assert all(drawing.has_glyph(None, character) for character in "dog? .")
-    assert not any(drawing.has_glyph(None, character) for character in "狗の개")
+    assert all(label_fonts.has_glyph(None, character) for character in "dog? .")
+    assert not any(label_fonts.has_glyph(None, character) for character in "狗の개")
 
 
 def test_without_a_font_for_it_a_label_is_question_marks_and_said_once(empty_system):
@@ -227,14 +228,14 @@ def test_the_first_font_with_all_characters_is_taken(monkeypatch, tmp_path, plai
     (tmp_path / "broken.ttf").write_bytes(b"not a font")
     (tmp_path / "readme.txt").write_bytes(b"")
     folders = (tmp_path, tmp_path / "absent")
-    names = [file.name for file in drawing.font_files(folders)]
+    names = [file.name for file in label_fonts.font_files(folders)]
     assert names == ["DejaVuSans.ttf", "wqy-zenhei.ttc", "AAA.otf", "broken.ttf"]
-    assert not drawing.has_glyph(tmp_path / "broken.ttf", "d")
+    assert not label_fonts.has_glyph(tmp_path / "broken.ttf", "d")
 
-    monkeypatch.setattr(drawing, "has_glyph", lambda file, character: character.isascii() or file == chinese)
-    monkeypatch.setattr(drawing, "font_folders", lambda: folders)
-    assert drawing._font_for("dog", 12, None)[0].path == latin
-    assert drawing._font_for("红dog", 12, None)[0].path == chinese
+    monkeypatch.setattr(label_fonts, "has_glyph", lambda file, character: character.isascii() or file == chinese)
+    monkeypatch.setattr(label_fonts, "font_folders", lambda: folders)
+    assert label_fonts.font_for("dog", 12, None)[0].path == latin
+    assert label_fonts.font_for("红dog", 12, None)[0].path == chinese
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_regions(Image.new("RGB", (300, 200)), regions("<ref>红dog</ref><box>(200,300),(800,900)</box>"))
@@ -243,13 +244,15 @@ def test_the_first_font_with_all_characters_is_taken(monkeypatch, tmp_path, plai
 def test_the_font_that_lacks_fewest_characters_is_taken_where_none_has_all(monkeypatch, tmp_path, plain_font):
     for name in ("a.ttf", "b.ttf"):
         (tmp_path / name).write_bytes(plain_font)
-    monkeypatch.setattr(drawing, "font_folders", lambda: (tmp_path,))
+    monkeypatch.setattr(label_fonts, "font_folders", lambda: (tmp_path,))
     monkeypatch.setattr(
-        drawing, "has_glyph", lambda file, character: character != "猫" and (character.isascii() or file is not None)
+        label_fonts,
+        "has_glyph",
+        lambda file, character: character != "猫" and (character.isascii() or file is not None),
     )
-    drawing._warn_of_missing_glyphs.cache_clear()
+    label_fonts._warn_of_missing_glyphs.cache_clear()
     with pytest.warns(UserWarning, match=r"drawn as '\?'"):
-        font, shown = drawing._font_for("кот 猫", 12, None)
+        font, shown = label_fonts.font_for("кот 猫", 12, None)
     assert (font.path, shown) == (tmp_path / "a.ttf", "кот ?")
 
 
@@ -259,21 +262,31 @@ def test_a_font_of_the_callers_choice(monkeypatch, tmp_path, plain_font):
     own = tmp_path / "fonts" / "own.ttf"
     own.write_bytes(plain_font)
     chosen = draw_regions(image, found, font=str(own))
-    monkeypatch.setattr(drawing, "font_folders", lambda: (tmp_path / "fonts",))
+    monkeypatch.setattr(label_fonts, "font_folders", lambda: (tmp_path / "fonts",))
     assert chosen.tobytes() == draw_regions(image, found).tobytes()
     with pytest.warns(UserWarning, match=r"own\.ttf.*does not have"):
         draw_regions(image, regions("<ref>猫</ref><box>(200,300),(800,900)</box>"), font=own)
     for file in ("absent.ttf", "broken.ttf"):
         (tmp_path / "broken.ttf").write_bytes(b"not a font")
-        with pytest.raises(OSError, match="not a font file"):
+        with pytest.raises(InputError, match="not a font file"):
             draw_regions(image, found, font=tmp_path / file)
 
 
+def test_a_damaged_font_is_never_chosen(monkeypatch, tmp_path):
+    """Not even for a label of which no font has a character."""
+    (tmp_path / "broken.ttf").write_bytes(b"not a font")
+    monkeypatch.setattr(label_fonts, "font_folders", lambda: (tmp_path,))
+    label_fonts._warn_of_missing_glyphs.cache_clear()
+    with pytest.warns(UserWarning, match="no font found"):
+        font, shown = label_fonts.font_for("猫", 12, None)
+    assert (font.getname(), shown) == (ImageFont.load_default(12).getname(), "?")
+
+
 def test_chinese_with_this_systems_fonts():
-    drawing._warn_of_missing_glyphs.cache_clear()
+    label_fonts._warn_of_missing_glyphs.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        font, shown = drawing._font_for("红色汽车", 20, None)
+        font, shown = label_fonts.font_for("红色汽车", 20, None)
     if said:
         assert shown == "????"  # no font here has them, and we were told
     else:
@@ -284,7 +297,7 @@ def test_chinese_with_this_systems_fonts():
 def test_labels_of_odd_text(empty_system):
     image = Image.new("RGB", (200, 100), "white")
     for label in ("a\nb\tc", "\x00", "\u200b", "\ud800", "x" * 100_000, "\u202eabc", "é́́́", "()"):
-        drawing._warn_of_missing_glyphs.cache_clear()
+        label_fonts._warn_of_missing_glyphs.cache_clear()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             draw_regions(image, regions(f"<ref>{label}</ref><box>(200,300),(800,900)</box>"))
@@ -329,7 +342,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match=r"a\.png' cannot be written \(No space"):
         save_grounding(Image.new("RGB", (9, 9)), "", tmp_path / "a.png")
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
     assert (tmp_path / "a.png").read_bytes() == b"the old picture"
@@ -338,8 +351,8 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
 def test_a_place_that_cannot_be_saved_to_is_named(tmp_path):
     image = Image.new("RGB", (9, 9))
     for name in ("picture", "picture.txt", "picture.psd"):  # Pillow reads .psd and does not write it
-        with pytest.raises(ValueError, match=f"'{name}'"):
+        with pytest.raises(InputError, match=f"'{name}'"):
             save_grounding(image, "", tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="absent"):
+    with pytest.raises(MissingFileError, match="absent"):
         save_grounding(image, "", tmp_path / "absent" / "a.png")
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ import pytest
 from encoded_images import AVIF, chunk, encode, grey, noise, on_white, pil_rgb, pixels_of, png, tiff
 from PIL import EpsImagePlugin, GifImagePlugin, Image, ImageFile, features
 
+from qwenvl.errors import InputError
 from qwenvl.images.images import ImageAccess, ImageError, load_image
 
 SEEDS = 200
@@ -350,7 +351,7 @@ def test_the_limit_is_on_pixels_bytes_and_sides():
         load_image(data, access=ImageAccess(max_bytes=50))
     with pytest.raises(ImageError, match=r"500000 a side"):
         load_image(png(1, 1, 8, 0, b"\0\0", claim=(1, 600_000)))
-    with pytest.raises(ValueError, match="max_pixels must be above 0"):
+    with pytest.raises(InputError, match="max_pixels must be above 0"):
         ImageAccess(max_pixels=0)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import BatchFeature, ProcessorMixin
 
+from qwenvl.errors import InputError
 from qwenvl.images.image_processor import IMAGE_MEAN, IMAGE_STD, QwenVLImageProcessor, normalize_pixels
 from qwenvl.images.images import ImageAccess, ImageError
 
@@ -58,7 +59,7 @@ def test_normalize_pixels_is_the_formula_at_every_level():
     torch.testing.assert_close(normalize_pixels(levels).double(), exact, rtol=0, atol=1e-6)
     assert torch.equal(levels, torch.arange(256, dtype=torch.uint8).repeat(3, 1)[:, None])  # not in place
     for wrong in (levels.float(), levels[:2], levels[0]):
-        with pytest.raises(ValueError, match="normalize_pixels takes"):
+        with pytest.raises(InputError, match="normalize_pixels takes"):
             normalize_pixels(wrong)
 
 
@@ -152,7 +153,7 @@ def test_sizes(processor, size):
     [0, -1, True, 1.5, "112", None, {}, {"height": 1}, {"height": 2, "width": 3}, {"shortest_edge": 112}, (112, 112)],
 )
 def test_sizes_that_are_no_square(processor, size):
-    with pytest.raises(ValueError, match="size must be one side in pixels"):
+    with pytest.raises(InputError, match="size must be one side in pixels"):
         QwenVLImageProcessor(size=size)
 
 
@@ -172,9 +173,9 @@ def test_sizes_that_are_no_square(processor, size):
     ],
 )
 def test_another_preprocessing_is_refused(processor, option):
-    with pytest.raises(ValueError, match="preprocessed with"):
+    with pytest.raises(InputError, match="preprocessed with"):
         QwenVLImageProcessor(**option)
-    with pytest.raises(ValueError, match="preprocessed with"):
+    with pytest.raises(InputError, match="preprocessed with"):
         processor(FILES[0], **option)
 
 

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from qwenvl.errors import InputError
 from qwenvl.text import boxes
 from qwenvl.text.boxes import Box, box_markup, quad_markup, shapes_markup
 from qwenvl.text.grounding import Region, grounding_prompt, parse_grounding, split_markup
@@ -78,21 +79,21 @@ def test_labels_quads_and_lists_of_shapes():
     ],
 )
 def test_a_box_that_cannot_be_written_is_refused(box, form, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         box_markup(box, width=100, height=100, form=form)
 
 
 @pytest.mark.parametrize("size", [(0, 10), (10, -1), (10.5, 10), (float("nan"), 10), ("10", 10), (None, 10)])
 def test_an_image_size_that_is_none_is_refused(size):
-    with pytest.raises(ValueError, match="positive whole number"):
+    with pytest.raises(InputError, match="positive whole number"):
         box_markup([0, 0, 1, 1], width=size[0], height=size[1])
-    with pytest.raises(ValueError, match="positive whole number"):
+    with pytest.raises(InputError, match="positive whole number"):
         Region("box", ((0, 0), (1, 1)), None, (0, 0)).to_pixels(*size)
 
 
 @pytest.mark.parametrize("quad", [[1, 2, 3, 4, 5, 6, 7, 8], [(1, 2)] * 3, [(1, 2, 3)] * 4, 5, None, [(1, "a")] * 4])
 def test_a_quad_that_is_none_is_refused(quad):
-    with pytest.raises(ValueError, match="quad"):
+    with pytest.raises(InputError, match="quad"):
         quad_markup(quad, width=100, height=100)
 
 
@@ -102,9 +103,9 @@ def test_a_quad_that_is_none_is_refused(quad):
     + ["<|im_end|>", "hi <|im_start|>", "<|endoftext|>", "<|extra_0|>", "<|extra_204|>"],
 )
 def test_labels_that_would_forge_markup_are_refused(label):
-    with pytest.raises(ValueError, match=r"blank|control token"):
+    with pytest.raises(InputError, match=r"blank|control token"):
         box_markup([0, 0, 1, 1], width=10, height=10, label=label)
-    with pytest.raises(ValueError, match=r"blank|control token"):
+    with pytest.raises(InputError, match=r"blank|control token"):
         grounding_prompt(label)
 
 
@@ -118,7 +119,7 @@ def test_labels_that_only_resemble_markup_are_kept(label):
 
 
 def test_a_list_of_no_shapes_is_refused():
-    with pytest.raises(ValueError, match="no box or quad"):
+    with pytest.raises(InputError, match="no box or quad"):
         shapes_markup([], width=10, height=10, label="dog")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qwenvl.errors import InputError
 from qwenvl.text.chat import DEFAULT_SYSTEM, IGNORED, render_chat, render_prompt
 
 ORACLE = json.loads((Path(__file__).parents[2] / "data" / "tokenizer.json").read_text())
@@ -94,7 +95,7 @@ def test_the_rules_differ_in_labels_only(published_tokenizer):
         render_chat(CONVERSATION, published_tokenizer, labels=rule) for rule in ("assistant", "structure")
     )
     assert assistant.ids == structure.ids and assistant.images == structure.images == ["a.png"]
-    with pytest.raises(ValueError, match="labels must be one of assistant, structure"):
+    with pytest.raises(InputError, match="labels must be one of assistant, structure"):
         render_chat(CONVERSATION, published_tokenizer, labels="everything")
 
 
@@ -229,15 +230,15 @@ IMAGE = {"type": "image", "image": "a.png"}
     ],
 )
 def test_malformed_messages_are_named(published_tokenizer, messages, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         render_chat(messages, published_tokenizer)
 
 
 def test_contradictory_endings_are_refused(published_tokenizer):
     user = [{"role": "user", "content": "x"}]
-    with pytest.raises(ValueError, match="needs an assistant message"):
+    with pytest.raises(InputError, match="needs an assistant message"):
         render_chat(user, published_tokenizer, continue_final_message=True)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(InputError, match="not both"):
         render_chat(user, published_tokenizer, continue_final_message=True, add_generation_prompt=True)
 
 
@@ -275,5 +276,5 @@ def test_the_tokenizers_own_chat_method(published_tokenizer):
     ]
     string = published_tokenizer.apply_chat_template(messages, tokenize=False)
     assert string.endswith("<|im_start|>assistant\nHello<|im_end|>\n")
-    with pytest.raises(ValueError, match="use the processor"):
+    with pytest.raises(InputError, match="use the processor"):
         published_tokenizer.apply_chat_template(CONVERSATION)

@@ -3,6 +3,7 @@
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qwenvl.errors import InputError
 from qwenvl.text.chat import render_chat
 from qwenvl.text.chat_string import CHAT_TEMPLATE, MARK_CLOSE, MARK_OPEN, read_string, write_chat
 
@@ -88,5 +89,5 @@ def test_placeholders_expand(published_tokenizer, placeholder):
 
 @pytest.mark.parametrize("string", ["<img>a.png</img>", "<img>", "x</img>", "<imgpad>", "<img><img></img>"])
 def test_anything_else_between_the_tags_is_refused(published_tokenizer, string):
-    with pytest.raises(ValueError, match="not part of an image placeholder"):
+    with pytest.raises(InputError, match="not part of an image placeholder"):
         read_string(string, published_tokenizer)

@@ -22,6 +22,7 @@ import torch
 from datasets.fingerprint import Hasher
 from transformers import TextStreamer
 
+from qwenvl.errors import InputError, MissingFileError
 from qwenvl.text.tokenizer import QwenVLTokenizer
 from qwenvl.text.vocabulary import CONTROL_TOKENS, GROUNDING_TOKENS, IMAGE_TOKENS
 
@@ -183,15 +184,15 @@ def test_only_the_named_tokens_are_recognised(published_tokenizer):
     assert ids[0] == box and max(ids[1:]) < N
     assert ref not in ids
     for tokens in (["<point>"], "<box>", ["dog"]):
-        with pytest.raises(ValueError, match="not control tokens"):
+        with pytest.raises(InputError, match="not control tokens"):
             published_tokenizer.encode_text("x", tokens=tokens)
 
 
 def test_half_a_surrogate_pair_is_refused(published_tokenizer):
     for text in ("ab\ud83d", "ab\ude00cd", "ab\ude00\ud83d"):
-        with pytest.raises(ValueError, match="character 2"):
+        with pytest.raises(InputError, match="character 2"):
             published_tokenizer.encode_text(text)
-        with pytest.raises(ValueError, match="surrogate"):
+        with pytest.raises(InputError, match="surrogate"):
             published_tokenizer(text)
 
 
@@ -200,13 +201,13 @@ def test_a_million_characters_without_a_break(published_tokenizer):
     for character, width in [("a", 8), ("!", 8), ("\n", 32)]:
         ids = published_tokenizer.encode_text(character * 1_000_000)
         assert len(ids) == 1_000_000 // width
-    with pytest.raises(ValueError, match="white space"):
+    with pytest.raises(InputError, match="white space"):
         published_tokenizer.encode_text(" " * 1_100_000)
     assert published_tokenizer.decode(published_tokenizer.encode_text(" " * 900_000)) == " " * 900_000
 
 
 def test_words_are_refused(published_tokenizer):
-    with pytest.raises(ValueError, match="Join the words"):
+    with pytest.raises(InputError, match="Join the words"):
         published_tokenizer(["a", "dog"], is_split_into_words=True)
 
 
@@ -237,7 +238,7 @@ def test_an_id_without_a_token_is_shown(published_tokenizer):
         assert published_tokenizer.decode(ids, skip_special_tokens=True) == "Hello\ufffd,"
         assert published_tokenizer.decode(ids, errors="ignore") == "Hello,"
         assert published_tokenizer.convert_ids_to_tokens(ids) == ["Hello", "\ufffd", ","]
-        with pytest.raises(ValueError):
+        with pytest.raises(UnicodeDecodeError):
             published_tokenizer.decode(ids, errors="strict")
 
 
@@ -357,14 +358,31 @@ def test_tokens_that_an_older_save_repeats_are_accepted(folder):
     ],
 )
 def test_tokens_that_the_vocabulary_lacks_are_refused(folder, changes, expected):
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(InputError, match=expected):
         QwenVLTokenizer.from_pretrained(configure(folder, **changes))
 
 
 def test_a_folder_without_a_vocabulary_is_named(folder):
     (folder / "qwen.tiktoken").unlink()
-    with pytest.raises(ValueError, match=re.escape(str(folder))):
+    with pytest.raises(InputError, match=re.escape(str(folder))):
         QwenVLTokenizer.from_pretrained(folder)
+
+
+def test_what_is_missing_or_damaged_is_named(folder, tmp_path):
+    with pytest.raises(MissingFileError, match="absent"):
+        QwenVLTokenizer(tmp_path / "absent")
+    with pytest.raises(InputError, match="cannot be read"):
+        QwenVLTokenizer(tmp_path)
+    with pytest.raises(MissingFileError, match="absent cannot be loaded"):
+        QwenVLTokenizer.from_pretrained(tmp_path / "absent")
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match=f"{re.escape(str(folder))}: .* is damaged"):
+        QwenVLTokenizer.from_pretrained(folder)
+
+
+def test_pairs_of_texts_are_refused(tiny_tokenizer):
+    with pytest.raises(InputError, match="one text"):
+        tiny_tokenizer.tokenize("a", "b")
 
 
 def test_tokens_cannot_be_added(tiny_tokenizer):
@@ -376,7 +394,7 @@ def test_tokens_cannot_be_added(tiny_tokenizer):
         lambda: tiny_tokenizer.add_special_tokens({"extra_special_tokens": ["<point>"]}),
         lambda: setattr(tiny_tokenizer, "pad_token", "[PAD]"),
     ):
-        with pytest.raises(ValueError, match="not in the vocabulary"):
+        with pytest.raises(InputError, match="not in the vocabulary"):
             add()
     assert pickle.dumps(tiny_tokenizer) == before
     assert tiny_tokenizer.add_tokens(["<box>", "<|im_end|>"]) == 0

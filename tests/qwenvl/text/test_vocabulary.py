@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 
+from qwenvl.errors import InputError
 from qwenvl.text.tokenizer import QwenVLTokenizer
 from qwenvl.text.vocabulary import CONTROL_TOKENS, Vocabulary
 
@@ -58,14 +59,14 @@ def test_the_order_of_the_lines_does_not_matter():
 def test_a_broken_line_is_named(tmp_path, line, expected):
     path = tmp_path / "qwen.tiktoken"
     path.write_bytes(b"YQ== 0\n" + line + b"\nYw== 2\n")
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(InputError) as raised:
         QwenVLTokenizer(path)
     assert str(path) in str(raised.value)
     assert expected in str(raised.value)
 
 
 def test_an_empty_file_is_refused():
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(InputError, match="empty"):
         Vocabulary(b"\r\n")
 
 
@@ -73,7 +74,7 @@ def test_a_text_that_needs_a_missing_byte_is_refused():
     vocabulary = Vocabulary(file_of([b"a", b"b", b"ab", b"\xe4"]))
     assert vocabulary.encode("abba", ()) == [2, 1, 0]
     for text, byte in [("abz", "0x7a"), ("z", "0x7a"), ("ä", "0xc3"), ("ab<img>", "0x3c")]:
-        with pytest.raises(ValueError, match=byte):
+        with pytest.raises(InputError, match=byte):
             vocabulary.encode(text, ())
     assert vocabulary.encode("ab<img>", ("<img>",)) == [2, vocabulary.control_tokens["<img>"]]
 
