@@ -121,7 +121,7 @@ def prepare_output() -> None:
 def is_closed(stream: TextIO) -> bool:
     """Whether the reader of a pipe has gone (`finetune check ... | head`). Nothing more is then written to it."""
     try:
-        stream.flush()
+        print(file=stream, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for the flush at the interpreter's exit
         return True

@@ -1,0 +1,228 @@
+"""What the operating system says about paths becomes sentences, whoever writes."""
+
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import Failed, UserError
+from finetune.files.atomic_writes import (
+    clean_partials,
+    make_folder,
+    remove,
+    write_text,
+    writing_file,
+    writing_folder,
+    writing_large_folder,
+)
+from finetune.files.disk_space import check_disk_space
+from finetune.files.output_path import check_output_file, check_output_folder
+from finetune.files.path_errors import DiskError, PathError, path_error, path_errors
+from finetune.run.folder import RunFolder
+from finetune.run.lock import lock_folder
+
+
+def error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOENT, "it does not exist. Give another path"),
+        (errno.EISDIR, "it is a folder. Give another path"),
+        (errno.EACCES, "you have no permission in {}. Give a path where you have it, or ask for it"),
+        (errno.EPERM, "you have no permission in {}. Give a path where you have it, or ask for it"),
+        (errno.EROFS, "{} is on a read-only disk. Give a path on another disk"),
+        (errno.ENAMETOOLONG, "the name is too long. Give a shorter one"),
+        (errno.ELOOP, "its symbolic links lead in a circle. Give another path"),
+        (errno.ENOLCK, "its file system cannot do this (No locks available). Give a path on another disk"),
+        (errno.EBUSY, "Device or resource busy. Give another path"),
+    ],
+)
+def test_reasons(tmp_path, number, reason):
+    told = path_error(tmp_path / "a", "read", error(number))
+    assert str(told) == f"cannot read {tmp_path / 'a'}: " + reason.format(tmp_path)
+    assert isinstance(told, UserError) and isinstance(told, OSError) and told.errno == number
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full (No space left on device). Make room there, or use another disk"),
+        (
+            errno.EDQUOT,
+            "your quota on the disk is used up (Disk quota exceeded). Make room there, or use another disk",
+        ),
+        (errno.EIO, "the disk fails (Input/output error). Check it, or use another disk"),
+    ],
+)
+def test_a_disk_that_is_full_or_fails_is_not_the_users_input(number, reason):
+    told = path_error("a/b", "write", error(number), "Give another --to")
+    assert str(told).startswith(f"cannot write a/b: {reason}")
+    assert isinstance(told, Failed) and isinstance(told, OSError) and told.errno == number
+
+
+def test_the_part_of_a_path_that_is_in_the_way_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    for path, reason in {
+        tmp_path / "file": "it is a file",
+        tmp_path / "file" / "a" / "b": f"{tmp_path / 'file'} is a file",
+        tmp_path / "link": "it is a symbolic link to nothing, which does not exist",
+        tmp_path / "link" / "a": f"{tmp_path / 'link'} is a symbolic link to nothing, which does not exist",
+        tmp_path / "none" / "a": f"there is no folder {tmp_path / 'none'}",
+        tmp_path: "it exists already",
+    }.items():
+        for number in (errno.EEXIST, errno.ENOTDIR, errno.ENOENT):
+            assert f"cannot write {path}: {reason}. " in str(path_error(path, "write", error(number)))
+
+
+def test_the_callers_remedy(tmp_path):
+    remedy = "Give another --data"
+    with pytest.raises(PathError, match=remedy), path_errors(tmp_path / "a", "read the rows", remedy):
+        (tmp_path / "a").read_text()
+    (tmp_path / "file").touch()
+    to = tmp_path / "file" / "a" / "b"
+    # It also takes the place of the general one for this path and the folders around it, and of no other.
+    with pytest.raises(PathError) as told, path_errors(to, "write the model to", "Give another --to"):
+        make_folder(to.parent)
+    assert str(told.value) == f"cannot write the model to {to}: {tmp_path / 'file'} is a file. Give another --to"
+    with pytest.raises(PathError, match="cannot create the folder"), path_errors("b", "write to", "Give another --to"):
+        make_folder(to.parent)
+
+
+def test_other_errors_pass(tmp_path):
+    for other in (UserError("a"), ValueError("a"), Failed("a"), KeyboardInterrupt()):
+        with pytest.raises(type(other)) as passed, path_errors(tmp_path, "read"):
+            raise other
+        assert passed.value is other
+
+
+def test_they_pass_between_processes():
+    for number in (errno.EROFS, errno.ENOSPC):
+        told = path_error("a", "write", error(number))
+        back = pickle.loads(pickle.dumps(told))
+        assert (type(back), str(back), back.errno) == (type(told), str(told), number)
+
+
+def write_a_file(path: Path):
+    with writing_file(path) as partial:
+        partial.write_text("a")
+
+
+def write_a_folder(path: Path):
+    with writing_folder(path) as partial:
+        (partial / "a").write_text("a")
+
+
+def write_a_large_folder(path: Path):
+    with writing_large_folder(path) as partial:
+        (partial / "a").write_text("a")
+
+
+def hold(path: Path):
+    with lock_folder(path):
+        pass
+
+
+WRITERS = {
+    "write_text": lambda path: write_text(path, "a"),
+    "writing_file": write_a_file,
+    "writing_folder": write_a_folder,
+    "writing_large_folder": write_a_large_folder,
+    "make_folder": make_folder,
+    "lock_folder": hold,
+    "write_recipe": lambda path: RunFolder(path).write_recipe("a"),
+    "write_run": lambda path: RunFolder(path).write_run({}),
+    "append_metrics": lambda path: RunFolder(path).append_metrics({}),
+    "remove": remove,
+    "check_disk_space": lambda path: check_disk_space(path, 1, "it"),
+    "check_output_folder": lambda path: check_output_folder(path, "--to"),
+    "check_output_file": lambda path: check_output_file(path, "--html"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_says_it_in_a_sentence(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    (tmp_path / "circle").symlink_to("circle")
+    before = sorted(tmp_path.rglob("*"))
+    paths = [tmp_path / "file" / "a", tmp_path / "link" / "a", tmp_path / "circle" / "a", tmp_path / ("x" * 300)]
+    if name == "check_disk_space":  # it asks the nearest folder that exists
+        paths = paths[-1:]
+    for path in paths:
+        with pytest.raises(PathError, match=r"^cannot .* .*\. .*"):
+            WRITERS[name](path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "check_disk_space"])
+def test_every_writer_on_a_disk_that_refuses(tmp_path, monkeypatch, name, number):
+    def refuse(path=tmp_path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    for operation in ("mkdir", "open", "rename", "replace"):
+        monkeypatch.setattr(os, operation, refuse)
+    monkeypatch.setattr("io.open", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(DiskError if number == errno.ENOSPC else PathError) as told:
+        WRITERS[name](tmp_path / "a")
+    assert told.value.errno == number
+    assert str(tmp_path) in str(told.value)
+
+
+def test_the_lock_file_cannot_be_opened(tmp_path):
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(PathError, match=f"cannot write to the folder {tmp_path}: "):
+        hold(tmp_path)
+
+
+def test_a_block_may_fail_by_other_files(tmp_path):
+    """Only what is about the file or folder being written is told as such."""
+    for writing in (writing_file, writing_folder):
+        for other in (FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "rows.json")), error(errno.EIO)):
+            with pytest.raises(OSError) as passed, writing(tmp_path / "a"):
+                raise other
+            assert passed.value is other
+        told = f"cannot write {tmp_path / 'a'}: "
+        with pytest.raises(DiskError, match=f"{told}the disk is full"), writing(tmp_path / "a"):
+            raise error(errno.ENOSPC)
+        with pytest.raises(PathError, match=f"{told}you have no permission"), writing(tmp_path / "a") as partial:
+            raise OSError(errno.EACCES, "Permission denied", str(partial))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_cleaning_where_it_is_not_allowed(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise error(errno.EACCES)
+
+    (tmp_path / ".a.partial-00000000").touch()
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(PathError, match=f"cannot remove unfinished files from {tmp_path}: you have no permission"):
+        clean_partials(tmp_path)
+
+
+def test_places_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "page.html").touch()
+    for folder in ("", ".", "new", "new/deep/er", "full", tmp_path, tmp_path / "new", "full/../new"):
+        check_output_folder(folder, "--to")
+    for file in ("page.html", "new.html", "new/page.html", tmp_path / "full" / "page.html"):
+        check_output_file(file, "--html")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "page.html"]
+
+
+def test_a_folder_for_a_file_and_a_file_for_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(PathError, match=f"cannot write --html {tmp_path}: it is a folder"):
+        check_output_file(tmp_path, "--html")
+    with pytest.raises(PathError, match=f"cannot write --to {tmp_path / 'file'}: it is a file"):
+        check_output_folder(tmp_path / "file", "--to")
+    with pytest.raises(PathError, match=f"cannot write {tmp_path}: it is a folder"):
+        write_text(tmp_path, "a")
