@@ -12,7 +12,7 @@ UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
 def add_recipe(parser: argparse.ArgumentParser, recipe_help: str = "YAML file; recipes/ has one for each job") -> None:
     """`RECIPE [key.path=value ...]`, for `load_recipe(arguments.recipe, arguments.overrides)`."""
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help=recipe_help)
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="any key of the recipe, overridden")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="keys of the recipe to change")
 
 
 def add_dtype(parser: argparse._ActionsContainer, stored: str = "they are stored") -> None:
@@ -57,6 +57,7 @@ def non_negative(text: str) -> float:
 def size(text: str) -> float:
     """5GB, 500MB: bytes, by powers of 1000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]B)", text.upper())
-    if match is None or not float(match[1]):
+    value = 0.0 if match is None else float(match[1]) * UNITS[match[2]]
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
-    return float(match[1]) * UNITS[match[2]]
+    return value

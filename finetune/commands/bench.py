@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from finetune.commands.arguments import add_recipe, count
-from finetune.files.output_path import check_output_folder
+from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.recipe import load_recipe
 
 SUMMARY = "measure memory and time of a recipe's training on this machine, beside the published settings"
@@ -57,7 +57,7 @@ def read_lengths(text: str) -> tuple[str, ...]:
 def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     to = arguments.to or Path("runs", f"bench-{arguments.recipe.stem}")
-    check_output_folder(to, "--to")
+    refuse_unwritable_folder(to, "the results", "--to", replaced=False)
     # Nothing heavy is imported before the recipe is known to be right.
     from finetune.bench.bench import Bench, bench
 

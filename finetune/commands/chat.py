@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune.commands.arguments import add_dtype, add_quantization, count, non_negative
 from finetune.errors import UserError
-from finetune.files.output_path import check_output_file
+from finetune.files.output_paths import refuse_unwritable_file
 
 SUMMARY = "talk to a model in the terminal, or ask it one thing"
 WHEN_STOPPED = "the conversation is not saved"
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.once is not None and not arguments.once.strip():
         raise UserError("--once is empty: give the text to ask")
     if arguments.boxes is not None:
-        check_output_file(arguments.boxes, "--boxes")
+        refuse_unwritable_file(arguments.boxes, "the boxes", "--boxes")
     # Nothing heavy is imported before the arguments are known to be right.
     from transformers.utils import logging
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from finetune.commands.arguments import add_recipe
-from finetune.files.output_path import check_output_file
+from finetune.files.output_paths import refuse_unwritable_file
 from finetune.recipe import load_recipe
 
 SUMMARY = "check a recipe and its data before training, and show what is trained; loads no weights"
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.html is not None:
-        check_output_file(arguments.html, "--html")
+        refuse_unwritable_file(arguments.html, "the page", "--html")
     # Nothing heavy is imported before the recipe is known to be right.
     from finetune.check.check import check
 

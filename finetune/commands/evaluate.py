@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from finetune.commands.arguments import add_dtype, add_quantization, count
 from finetune.errors import UserError
-from finetune.files.output_path import check_output_folder
+from finetune.files.output_paths import refuse_unwritable_folder
 
 if TYPE_CHECKING:
     from finetune.evaluation.tasks import Task
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     refuse_what_does_not_go_together(arguments)
     task, recipe = task_of(arguments)
     if arguments.out is not None:
-        check_output_folder(arguments.out, "--out")
+        refuse_unwritable_folder(arguments.out, "the results", "--out", replaced=False)
     # Nothing heavy is imported before the arguments are known to be right.
     from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 

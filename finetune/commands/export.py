@@ -6,7 +6,7 @@ from pathlib import Path
 from finetune.commands.arguments import add_dtype, size
 from finetune.errors import UserError
 from finetune.export.folder import FORMATS, default_folder, refuse_existing
-from finetune.files.output_path import check_output_folder
+from finetune.files.output_paths import refuse_unwritable_folder
 
 SUMMARY = "write a checkpoint in another form: safetensors, 4 bits, or for servers that know Qwen2"
 WHEN_STOPPED = "nothing was written under the folder's name"
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.public and arguments.push is None:
         raise UserError("--public says who may see an upload: give --push too")
     folder = arguments.out or default_folder(arguments.model, arguments.to)
-    check_output_folder(folder, "--out")
+    refuse_unwritable_folder(folder, "the export", "--out")
     refuse_existing(folder)
     # Nothing heavy is imported before the arguments are known to be right.
     from transformers.utils import logging

@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 from finetune.commands.arguments import add_dtype, size
-from finetune.files.output_path import check_output_folder
+from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.merge.adapter_config import find_adapter
 
-SUMMARY = "put the adapter of a run into its base: one checkpoint, checked, for any program"
+SUMMARY = "merge the adapter of a run into its base: one checkpoint, checked, for any program"
 WHEN_STOPPED = "nothing was written under the folder's name"
 EXAMPLES = """\
 finetune merge runs/docvqa --to models/docvqa
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     find_adapter(arguments.run)
-    check_output_folder(arguments.to, "--to")
+    refuse_unwritable_folder(arguments.to, "the merged model", "--to")
     # Nothing heavy is imported before the arguments are known to be right.
     from transformers.utils import logging
 

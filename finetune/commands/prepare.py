@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from finetune.commands.arguments import add_recipe, pixels
-from finetune.files.output_path import check_output_folder
+from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.recipe import load_recipe
 
 SUMMARY = "write the recipe's data once, checked and with its images inside, to train from"
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    check_output_folder(arguments.to, "--to")
+    refuse_unwritable_folder(arguments.to, "the prepared data", "--to", replaced=False)
     # Nothing heavy is imported before the recipe is known to be right.
     from finetune.data.prepare import prepare
 

@@ -2,9 +2,10 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from finetune.commands.arguments import add_recipe
-from finetune.files.output_path import check_output_folder
+from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.recipe import load_recipe
 
 SUMMARY = "train as the recipe says, or continue an interrupted run"
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if os.environ.get("RANK", "0") == "0":  # the main process, which is the one that writes
-        check_output_folder(recipe.output, "output")
+        refuse_unwritable_folder(Path(recipe.output), "the run", "output", replaced=False)
     # Nothing heavy is imported before the recipe is known to be right.
     from finetune.training.train import train
 

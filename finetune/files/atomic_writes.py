@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune.files.path_errors import DISK_FULL, DiskError, PathError, path_error, path_errors
+from finetune.errors import Failed, InputError
+from finetune.files.path_errors import write_error, write_errors
 
 if sys.platform != "win32":  # there, what a killed process left of a large folder stays
     import fcntl
@@ -40,7 +41,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     partial = _hidden(path, "partial")
     try:
-        with path_errors(path, "write"):
+        with write_errors(path):
             with partial.open("x", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
@@ -66,7 +67,7 @@ def writing_file(final: str | Path) -> Iterator[Path]:
     try:
         with _errors_in_block(partial, final):
             yield partial
-        with path_errors(final, "write"):
+        with write_errors(final):
             _sync(partial, os.O_RDWR)
             partial.replace(final)
             sync_folder(final.parent)
@@ -92,11 +93,11 @@ def writing_folder(final: str | Path) -> Iterator[Path]:
     make_folder(final.parent)
     partial = _hidden(final, "partial")
     try:
-        with path_errors(final, "write the folder"):
+        with write_errors(final, "write the folder"):
             partial.mkdir()
         with _errors_in_block(partial, final):
             yield partial
-        with path_errors(final, "write the folder"):
+        with write_errors(final, "write the folder"):
             _sync_tree(partial)
             replaced = _move_in(partial, final)
     except BaseException:
@@ -116,7 +117,7 @@ def writing_large_folder(final: str | Path) -> Iterator[Path]:
     A partial is locked for as long as its writer lives, so that of others at work it is left alone.
     """
     final = Path(final)
-    with path_errors(final, "write the folder"):
+    with write_errors(final, "write the folder"):
         _remove_abandoned(final)
     with writing_folder(final) as partial, _held(partial):
         yield partial
@@ -132,7 +133,7 @@ def remove(path: str | Path) -> None:
     path = Path(path)
     hidden = HIDDEN_NAME.fullmatch(path.name)
     doomed = _hidden(path.with_name(hidden["name"]) if hidden else path, "removed")
-    with path_errors(path, "remove"):
+    with write_errors(path, "remove"):
         path.rename(doomed)
         sync_folder(path.parent)
     try:
@@ -151,7 +152,7 @@ def clean_partials(folder: str | Path) -> None:
         PathError, DiskError: the folder cannot be read or changed.
     """
     folder = Path(folder)
-    with path_errors(folder, "remove unfinished files from"):
+    with write_errors(folder, "remove unfinished files from"):
         if not folder.is_dir():
             return
         for final, aside in moved_aside(folder):
@@ -183,7 +184,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         PathError, DiskError: it cannot be created.
     """
-    with path_errors(folder, "create the folder"):
+    with write_errors(folder, "create the folder"):
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for path in reversed(missing):
@@ -206,13 +207,13 @@ def _errors_in_block(partial: Path, final: Path) -> Iterator[None]:
     """Say of an OSError about what is being written that it is about `final`; the block may also read other files."""
     try:
         yield
-    except (PathError, DiskError):
-        raise
     except OSError as error:
+        if isinstance(error, InputError | Failed):
+            raise
         named = error.filename
         of_ours = isinstance(named, str | Path) and Path(named).is_relative_to(partial)
-        if of_ours or error.errno in DISK_FULL:  # writing into an open file names none
-            raise path_error(final, "write", error) from error
+        if of_ours or error.errno in (errno.ENOSPC, errno.EDQUOT):  # writing into an open file names none
+            raise write_error(final, error) from error
         raise
 
 

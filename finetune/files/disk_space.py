@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.files.path_errors import path_errors
+from finetune.files.path_errors import write_errors
 from finetune.quantities import format_bytes
 
 
@@ -30,7 +30,7 @@ def check_disk_space(folder: str | Path, needed: int, what: str) -> None:
         PathError: nothing can be written there at all.
     """
     folder = Path(folder).absolute()
-    with path_errors(folder, "write to the folder"):
+    with write_errors(folder, "write to the folder"):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
     if free < needed:

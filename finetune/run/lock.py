@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from finetune.errors import UserError
 from finetune.files.atomic_writes import make_folder
-from finetune.files.path_errors import path_errors
+from finetune.files.path_errors import write_errors
 
 LOCK_FILE = "run.lock"
 HOLDER_WAIT = 5.0  # seconds that a second process waits for the first to have written who it is
@@ -54,12 +54,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
         return
     make_folder(folder)
     file_path = folder / LOCK_FILE
-    with path_errors(folder, "write to the folder"):
+    with write_errors(folder, "write to the folder"):
         file = file_path.open("ab+", buffering=0)
     with file:
         _locked_files.add(file)
         try:
-            with path_errors(folder, "lock the folder"):
+            with write_errors(folder, "lock the folder"):
                 if not _try_lock(file):
                     raise RunLocked(folder, _read_holder(file_path))
                 file.truncate(0)
@@ -91,6 +91,8 @@ def _read_holder(file: Path) -> dict[str, Any]:
         try:
             holder = json.loads(file.read_bytes())
         except (OSError, ValueError):
+            holder = {}
+        if not isinstance(holder, dict) or not holder.keys() >= _this_process().keys():
             holder = {}
         if holder and (holder["host"] != socket.gethostname() or _is_alive(holder["pid"])):
             return holder

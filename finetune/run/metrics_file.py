@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
-from finetune.files.path_errors import path_errors
+from finetune.files.path_errors import path_errors, write_errors
 from finetune.run.json_values import to_json, with_floats
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def append_metrics(file: Path, record: dict[str, Any]) -> None:
     Raises:
         PathError, DiskError: it cannot be written.
     """
-    with path_errors(file, "write"), file.open("ab+", buffering=0) as opened:
+    with write_errors(file), file.open("ab+", buffering=0) as opened:
         _cut_half_line(opened)
         opened.write((to_json(record) + "\n").encode())
 

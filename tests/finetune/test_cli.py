@@ -13,7 +13,7 @@ import pytest
 from finetune.cli import COMMANDS, main
 from finetune.errors import Failed, InputError, Interrupted, MissingFileError, UserError
 from finetune.files.disk_space import NotEnoughDiskSpace
-from finetune.files.path_errors import DiskError, path_error
+from finetune.files.path_errors import DiskError, PathError
 from finetune.recipe import Place, Problem, RecipeError
 from finetune.run.lock import RunLocked
 
@@ -39,7 +39,7 @@ USER_ERRORS = [
     InputError("give another"),
     MissingFileError("give another"),
     NotEnoughDiskSpace("give another"),
-    path_error("a", "write", OSError(errno.EROFS, "Read-only file system")),
+    PathError("a", "write", OSError(errno.EROFS, "Read-only file system")),
     RecipeError([Problem(Place("a.yaml", 3), "train.lr", "unknown key"), Problem(Place("a.yaml", 5), "x", "bad")]),
     RunLocked(Path("run"), {}),
 ]
@@ -51,7 +51,9 @@ def test_what_the_user_can_put_right_is_one_message(monkeypatch, capsys, error):
     assert capsys.readouterr() == ("", f"{error}\n")
 
 
-@pytest.mark.parametrize("error", [Failed("no room"), DiskError("the disk is full", errno.ENOSPC)])
+@pytest.mark.parametrize(
+    "error", [Failed("no room"), DiskError(Path("a"), OSError(errno.ENOSPC, "No space left on device"))]
+)
 def test_failed(monkeypatch, capsys, error):
     assert end_of(monkeypatch, error) == 1
     assert capsys.readouterr() == ("", f"{error}\n")

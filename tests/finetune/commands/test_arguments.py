@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_values(kind, text, value):
         (count, ["0", "-1", "1.5", "", "x", "²", "1_0"], "must be a whole number from 1, not "),
         (pixels, ["0", "448px"], "must be a number of pixels from 1, not "),
         (non_negative, ["-0.1", "inf", "nan", "x", ""], "must be a number from 0, not "),
-        (size, ["5", "GB", "0GB", "5 kilobytes", "-1GB"], " is not a size such as 5GB or 500MB"),
+        (size, ["5", "GB", "0GB", "5 kilobytes", "-1GB", "9" * 400 + "GB"], " is not a size such as 5GB or 500MB"),
     ],
 )
 def test_texts_that_are_refused(kind, texts, message):
@@ -64,12 +65,13 @@ def test_a_place_to_write_is_refused_at_once(tmp_path, monkeypatch, capsys, opti
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nothing")
     for path, reason in (
-        (tmp_path / "file" / "below", f"{tmp_path / 'file'} is a file. Give another path, or move that file away"),
+        (tmp_path / "file" / "below", f"{tmp_path / 'file'} is a file. Give another f"),
         (tmp_path / "link" / "below", f"{tmp_path / 'link'} is a symbolic link to nothing, which does not exist"),
-        (tmp_path / ("x" * 300), "the name is too long. Give a shorter one"),
+        (tmp_path / ("x" * 300), "the name is too long. Give another f"),
     ):
         assert main([word.format(path) for word in WRITING[option]]) == 2
         told = capsys.readouterr().err
-        assert told.startswith(f"cannot write {option.split()[-1]} {path}: {reason}"), told
+        assert re.fullmatch(rf"cannot write the .* to {path}: {reason}(.*\n)", told), told
+        assert told.endswith(f" with {option.split()[-1]}\n")
         assert told.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]

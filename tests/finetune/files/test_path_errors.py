@@ -18,8 +18,8 @@ from finetune.files.atomic_writes import (
     writing_large_folder,
 )
 from finetune.files.disk_space import check_disk_space
-from finetune.files.output_path import check_output_file, check_output_folder
-from finetune.files.path_errors import DiskError, PathError, path_error, path_errors
+from finetune.files.output_paths import refuse_unwritable_file, refuse_unwritable_folder
+from finetune.files.path_errors import DiskError, PathError, path_errors, write_error, write_errors
 from finetune.run.folder import RunFolder
 from finetune.run.lock import lock_folder
 
@@ -38,30 +38,22 @@ def error(number: int) -> OSError:
         (errno.EROFS, "{} is on a read-only disk. Give a path on another disk"),
         (errno.ENAMETOOLONG, "the name is too long. Give a shorter one"),
         (errno.ELOOP, "its symbolic links lead in a circle. Give another path"),
+        (errno.ENOSPC, "the disk is full. Make room there, or give a path on another disk"),
+        (errno.EDQUOT, "your quota on the disk is used up. Make room there, or give a path on another disk"),
         (errno.ENOLCK, "its file system cannot do this (No locks available). Give a path on another disk"),
         (errno.EBUSY, "Device or resource busy. Give another path"),
     ],
 )
 def test_reasons(tmp_path, number, reason):
-    told = path_error(tmp_path / "a", "read", error(number))
-    assert str(told) == f"cannot read {tmp_path / 'a'}: " + reason.format(tmp_path)
+    told = PathError(tmp_path / "a", "write", error(number))
+    assert str(told) == f"cannot write {tmp_path / 'a'}: " + reason.format(tmp_path)
     assert isinstance(told, UserError) and isinstance(told, OSError) and told.errno == number
 
 
-@pytest.mark.parametrize(
-    ("number", "reason"),
-    [
-        (errno.ENOSPC, "the disk is full (No space left on device). Make room there, or use another disk"),
-        (
-            errno.EDQUOT,
-            "your quota on the disk is used up (Disk quota exceeded). Make room there, or use another disk",
-        ),
-        (errno.EIO, "the disk fails (Input/output error). Check it, or use another disk"),
-    ],
-)
-def test_a_disk_that_is_full_or_fails_is_not_the_users_input(number, reason):
-    told = path_error("a/b", "write", error(number), "Give another --to")
-    assert str(told).startswith(f"cannot write a/b: {reason}")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_in_the_middle_of_the_work_is_not_the_users_input(number):
+    told = write_error("a/b", error(number))
+    assert str(told) == f"[Errno {number}] {os.strerror(number)}: 'a/b'"
     assert isinstance(told, Failed) and isinstance(told, OSError) and told.errno == number
 
 
@@ -77,33 +69,41 @@ def test_the_part_of_a_path_that_is_in_the_way_is_named(tmp_path):
         tmp_path: "it exists already",
     }.items():
         for number in (errno.EEXIST, errno.ENOTDIR, errno.ENOENT):
-            assert f"cannot write {path}: {reason}. " in str(path_error(path, "write", error(number)))
+            own = path == tmp_path / "file" and number == errno.EEXIST
+            expected = "a file of this name is in the way" if own else reason
+            assert f"cannot write {path}: {expected}. " in str(PathError(path, "write", error(number)))
 
 
-def test_the_callers_remedy(tmp_path):
-    remedy = "Give another --data"
-    with pytest.raises(PathError, match=remedy), path_errors(tmp_path / "a", "read the rows", remedy):
-        (tmp_path / "a").read_text()
-    (tmp_path / "file").touch()
-    to = tmp_path / "file" / "a" / "b"
-    # It also takes the place of the general one for this path and the folders around it, and of no other.
-    with pytest.raises(PathError) as told, path_errors(to, "write the model to", "Give another --to"):
-        make_folder(to.parent)
-    assert str(told.value) == f"cannot write the model to {to}: {tmp_path / 'file'} is a file. Give another --to"
-    with pytest.raises(PathError, match="cannot create the folder"), path_errors("b", "write to", "Give another --to"):
-        make_folder(to.parent)
+def test_the_callers_words(tmp_path):
+    remedy = "Give another --to"
+    with pytest.raises(PathError) as told, path_errors("a", "write the model to", remedy):
+        raise error(errno.EROFS)
+    assert str(told.value) == "cannot write the model to a: . is on a read-only disk. Give another --to"
+    # They take the place of the general ones, for paths above, at and below the caller's, and of no others.
+    to = tmp_path / "a" / "b"
+    for number in (errno.EISDIR, errno.ENOSPC):
+        for path, name in ((to.parent, to.parent), (to, "it"), (to / "config.json", to / "config.json")):
+            with pytest.raises(PathError) as told, path_errors(to, "write to", remedy), write_errors(path):
+                raise error(number)
+            reason = f"{name} is a folder" if number == errno.EISDIR else "the disk is full"
+            assert str(told.value) == f"cannot write to {to}: {reason}. {remedy}"
+        with pytest.raises(OSError) as passed, path_errors(to, "write to", remedy), write_errors(tmp_path / "c"):
+            raise error(number)
+        assert str(tmp_path / "c") in str(passed.value)
+    with pytest.raises(PathError, match="cannot read a: "), path_errors("a", "write", "x"):
+        raise PathError("a", "read", error(errno.EISDIR), "Give another --data")
 
 
 def test_other_errors_pass(tmp_path):
     for other in (UserError("a"), ValueError("a"), Failed("a"), KeyboardInterrupt()):
-        with pytest.raises(type(other)) as passed, path_errors(tmp_path, "read"):
+        with pytest.raises(type(other)) as passed, path_errors(tmp_path, "read", "x"):
             raise other
         assert passed.value is other
 
 
 def test_they_pass_between_processes():
     for number in (errno.EROFS, errno.ENOSPC):
-        told = path_error("a", "write", error(number))
+        told = write_error("a", error(number))
         back = pickle.loads(pickle.dumps(told))
         assert (type(back), str(back), back.errno) == (type(told), str(told), number)
 
@@ -140,8 +140,8 @@ WRITERS = {
     "append_metrics": lambda path: RunFolder(path).append_metrics({}),
     "remove": remove,
     "check_disk_space": lambda path: check_disk_space(path, 1, "it"),
-    "check_output_folder": lambda path: check_output_folder(path, "--to"),
-    "check_output_file": lambda path: check_output_file(path, "--html"),
+    "refuse_unwritable_folder": lambda path: refuse_unwritable_folder(path, "it", "--to"),
+    "refuse_unwritable_file": lambda path: refuse_unwritable_file(path, "it", "--html"),
 }
 
 
@@ -169,8 +169,7 @@ def test_every_writer_on_a_disk_that_refuses(tmp_path, monkeypatch, name, number
     for operation in ("mkdir", "open", "rename", "replace"):
         monkeypatch.setattr(os, operation, refuse)
     monkeypatch.setattr("io.open", refuse)
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(DiskError if number == errno.ENOSPC else PathError) as told:
+    with pytest.raises(DiskError if number == errno.ENOSPC and "refuse" not in name else PathError) as told:
         WRITERS[name](tmp_path / "a")
     assert told.value.errno == number
     assert str(tmp_path) in str(told.value)
@@ -189,10 +188,10 @@ def test_a_block_may_fail_by_other_files(tmp_path):
             with pytest.raises(OSError) as passed, writing(tmp_path / "a"):
                 raise other
             assert passed.value is other
-        told = f"cannot write {tmp_path / 'a'}: "
-        with pytest.raises(DiskError, match=f"{told}the disk is full"), writing(tmp_path / "a"):
+        with pytest.raises(DiskError, match=f"No space left on device: '{tmp_path / 'a'}'"), writing(tmp_path / "a"):
             raise error(errno.ENOSPC)
-        with pytest.raises(PathError, match=f"{told}you have no permission"), writing(tmp_path / "a") as partial:
+        told = f"cannot write {tmp_path / 'a'}: you have no permission"
+        with pytest.raises(PathError, match=told), writing(tmp_path / "a") as partial:
             raise OSError(errno.EACCES, "Permission denied", str(partial))
         assert list(tmp_path.iterdir()) == []
 
@@ -210,19 +209,43 @@ def test_cleaning_where_it_is_not_allowed(tmp_path, monkeypatch):
 def test_places_that_can_be_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
-    (tmp_path / "page.html").touch()
-    for folder in ("", ".", "new", "new/deep/er", "full", tmp_path, tmp_path / "new", "full/../new"):
-        check_output_folder(folder, "--to")
-    for file in ("page.html", "new.html", "new/page.html", tmp_path / "full" / "page.html"):
-        check_output_file(file, "--html")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "page.html"]
+    (tmp_path / "full" / "page.html").touch()
+    before = {path: path.stat().st_ino for path in tmp_path.rglob("*")}
+    for folder in ("new", "new/deep/er", "full", tmp_path, tmp_path / "new", "full/../new"):
+        refuse_unwritable_folder(Path(folder), "it", "--to")
+        refuse_unwritable_folder(Path(folder), "it", "output", replaced=False)
+    for file in ("full/page.html", "new.html", "new/page.html", tmp_path / "full" / "page.html"):
+        refuse_unwritable_file(Path(file), "it", "--html")
+    refuse_unwritable_folder(Path(), "it", "output", replaced=False)
+    with pytest.raises(UserError, match="give the folder by its name"):
+        refuse_unwritable_folder(Path(), "it", "--to")
+    assert {path: path.stat().st_ino for path in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_that_is_replaced_is_written_beside_and_one_that_is_not_inside(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    mkdir, tried = os.mkdir, []
+
+    def refuse(path, *arguments):
+        tried.append(Path(path).parent)
+        if tried[-1] == refused[0]:
+            raise error(errno.EACCES)
+        mkdir(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    for place, replaced in ((tmp_path, True), (tmp_path / "there", False)):
+        refused = [place]
+        refuse_unwritable_folder(tmp_path / "there", "it", "--to", replaced=not replaced)
+        with pytest.raises(PathError, match="you have no permission"):
+            refuse_unwritable_folder(tmp_path / "there", "it", "--to", replaced=replaced)
 
 
 def test_a_folder_for_a_file_and_a_file_for_a_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(PathError, match=f"cannot write --html {tmp_path}: it is a folder"):
-        check_output_file(tmp_path, "--html")
-    with pytest.raises(PathError, match=f"cannot write --to {tmp_path / 'file'}: it is a file"):
-        check_output_folder(tmp_path / "file", "--to")
+    with pytest.raises(PathError, match=f"cannot write the page to {tmp_path}: it is a folder"):
+        refuse_unwritable_file(tmp_path, "the page", "--html")
+    for replaced in (True, False):
+        with pytest.raises(PathError, match=f"cannot write the run to {tmp_path / 'file'}: a file of this name is in"):
+            refuse_unwritable_folder(tmp_path / "file", "the run", "output", replaced=replaced)
     with pytest.raises(PathError, match=f"cannot write {tmp_path}: it is a folder"):
         write_text(tmp_path, "a")
