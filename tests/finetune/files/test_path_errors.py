@@ -222,22 +222,21 @@ def test_places_that_can_be_written(tmp_path, monkeypatch):
     assert {path: path.stat().st_ino for path in tmp_path.rglob("*")} == before
 
 
-def test_a_folder_that_is_replaced_is_written_beside_and_one_that_is_not_inside(tmp_path, monkeypatch):
-    (tmp_path / "there").mkdir()
-    mkdir, tried = os.mkdir, []
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_folder_that_is_replaced_is_written_beside_and_another_one_inside(tmp_path, monkeypatch, replaced):
+    there = tmp_path / "there"
+    there.mkdir()
+    mkdir = os.mkdir
 
     def refuse(path, *arguments):
-        tried.append(Path(path).parent)
-        if tried[-1] == refused[0]:
+        if Path(path).parent == (tmp_path if replaced else there):
             raise error(errno.EACCES)
         mkdir(path, *arguments)
 
     monkeypatch.setattr(os, "mkdir", refuse)
-    for place, replaced in ((tmp_path, True), (tmp_path / "there", False)):
-        refused = [place]
-        refuse_unwritable_folder(tmp_path / "there", "it", "--to", replaced=not replaced)
-        with pytest.raises(PathError, match="you have no permission"):
-            refuse_unwritable_folder(tmp_path / "there", "it", "--to", replaced=replaced)
+    refuse_unwritable_folder(there, "it", "--to", replaced=not replaced)
+    with pytest.raises(PathError, match="you have no permission"):
+        refuse_unwritable_folder(there, "it", "--to", replaced=replaced)
 
 
 def test_a_folder_for_a_file_and_a_file_for_a_folder(tmp_path):
