@@ -5,15 +5,20 @@ Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 / 143 interrupted
 
 import argparse
 import contextlib
+import io
 import logging
+import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from types import FrameType
+from typing import NoReturn, TextIO
 
-from finetune.errors import Failed, Interrupted, UserError
-from finetune.recipe import RecipeError
+from finetune.errors import Failed, InputError, Interrupted
+from finetune.terminal import terminal_text
 
 COMMANDS = ("check", "prepare", "train", "evaluate", "merge", "export", "chat", "bench")
 """In the order of a job; each is the module of its name in `finetune.commands`. `train` need not be written."""
@@ -27,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name = arguments.pop(0) if arguments[0] in COMMANDS else "train"
     command = import_module(f"finetune.commands.{name}")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetune" if name == "train" else f"finetune {name}",
         description=command.SUMMARY,
         epilog=f"examples:\n{indented(command.EXAMPLES)}",
@@ -37,33 +42,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     try:
         parsed = parser.parse_intermixed_args(arguments)
-    except SystemExit as told:  # argparse has said what is wrong, or printed the help that was asked for
-        return told.code
-    # What the libraries tell programmers, about names that they will drop, is not for the reader of a run.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, with or without 4-bit weights
+    except SystemExit as end:  # argparse has said what is wrong, or printed the help
+        assert isinstance(end.code, int), end.code
+        return end.code
+    prepare_output()
     try:
         with stopping_on_sigterm():
             command.run(parsed)
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        if isinstance(stopped, KeyboardInterrupt):
-            stopped = Interrupted(signal.SIGINT, saved=False)
-        state = "the state is saved: the same command goes on" if stopped.saved else command.WHEN_STOPPED
-        print(f"interrupted by {stopped}; {state}", file=sys.stderr)
+            sys.stdout.flush()
+    except (Interrupted, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT, saved=False)
+        state = "the state is saved: the same command continues" if stopped.saved else command.WHEN_STOPPED
+        complain(f"interrupted by {stopped}; {state}")
         return stopped.exit_code
+    except InputError as error:
+        complain(str(error))
+        return 2
     except Failed as error:
-        print(error, file=sys.stderr)
+        complain(str(error))
         return 1
-    except (RecipeError, UserError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        # The same types come out of libraries that trip over a fault of ours; those keep their traceback.
-        if not raised_by_us(error):
-            raise
-        print(error, file=sys.stderr)
-        return 2
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and is_closed(sys.stdout):
+            complain("stopped: the program that reads the output has ended")
+        else:  # a fault of ours, or of a library
+            complain(traceback.format_exc().rstrip())
+        return 1
     return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """`ArgumentParser` whose messages cannot control the terminal with what they quote."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(terminal_text(message))
 
 
 def usage() -> str:
@@ -83,11 +94,45 @@ def indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
+def complain(text: str) -> None:
+    """Print to stderr."""
+    print(terminal_text(text), file=sys.stderr, flush=True)
+
+
+class TerminalFormatter(logging.Formatter):
+    """Log messages whose control characters are visible."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal_text(super().format(record))
+
+
+def prepare_output() -> None:
+    """Say how what is printed, logged and warned of reaches the terminal."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Half a surrogate pair, a file name that is not UTF-8, or a terminal with few characters.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:  # it prints what no handler was set up for
+        logging.lastResort.setFormatter(TerminalFormatter())
+    # Deprecations in the libraries' own code are for their programmers.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, with or without 4-bit weights
+
+
+def is_closed(stream: TextIO) -> bool:
+    """Whether the reader of a pipe has gone (`finetune check ... | head`). Nothing more is then written to it."""
+    try:
+        print(file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for the flush at the interpreter's exit
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def stopping_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends what is under way as an exception, so that nothing half done is left; training has its own way."""
+    """End a command by an exception on SIGTERM, so that nothing is left half done; training has its own handler."""
 
-    def stop(number, _frame):
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
         raise Interrupted(number, saved=False)
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -95,15 +140,6 @@ def stopping_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def raised_by_us(error: BaseException) -> bool:
-    """Whether an error was raised in this project's own code, as its messages to users are."""
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    package = frame.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-    return package in ("finetune", "qwenvl")
 
 
 if __name__ == "__main__":

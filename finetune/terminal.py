@@ -10,7 +10,7 @@ LABEL_WIDTH = 11
 
 # Left and right embeddings and overrides, isolates, and what ends them; line and paragraph separators.
 _REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029)
-_SHOWN = {
+_SHOWN: dict[int, int | str] = {
     **{code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)},  # Unicode's pictures of them
     0x7F: 0x2421,
     **{code: f"<U+{code:04X}>" for code in (*range(0x80, 0xA0), *_REORDERING)},

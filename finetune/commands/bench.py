@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from finetune.commands.evaluate import count
-from finetune.errors import UserError
+from finetune.commands.arguments import add_recipe, count
+from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.recipe import load_recipe
 
 SUMMARY = "measure memory and time of a recipe's training on this machine, beside the published settings"
@@ -17,9 +17,8 @@ finetune bench recipes/docvqa_lora.yaml --lengths mix --profiles ours data.token
 LENGTHS = "384,512,1024,2048,mix"
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; its data is not read")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="any key of the recipe, set anew")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser, "YAML file; its data is not read")
     parser.add_argument(
         "--lengths",
         type=read_lengths,
@@ -55,12 +54,11 @@ def read_lengths(text: str) -> tuple[str, ...]:
     return lengths
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     to = arguments.to or Path("runs", f"bench-{arguments.recipe.stem}")
-    if to.exists() and not to.is_dir():
-        raise UserError(f"--to: {to} is a file; give a folder")
-    # Only now, with a recipe known to be right, is anything heavy imported.
+    refuse_unwritable_folder(to, "the results", "--to", replaced=False)
+    # Nothing heavy is imported before the recipe is known to be right.
     from finetune.bench.bench import Bench, bench
 
     bench(

@@ -1,10 +1,11 @@
 """`finetune chat MODEL`"""
 
 import argparse
-import math
 from pathlib import Path
 
+from finetune.commands.arguments import add_dtype, add_quantization, count, non_negative
 from finetune.errors import UserError
+from finetune.files.output_paths import refuse_unwritable_file
 
 SUMMARY = "talk to a model in the terminal, or ask it one thing"
 WHEN_STOPPED = "the conversation is not saved"
@@ -15,7 +16,7 @@ finetune chat models/docvqa --image receipt.jpg --once "What is the total?"
 finetune chat models/docvqa --image street.jpg --once "Where is the red car?" --boxes found.png"""
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="run, adapter, checkpoint or merged folder, or hub id")
     parser.add_argument(
         "--image",
@@ -33,17 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--temperature",
         metavar="T",
-        type=temperature,
+        type=non_negative,
         default=0.0,
         help="0 (the default) always takes the likeliest token, 1 draws tokens as likely as they are",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="type of the weights; auto (the default) is as they are stored",
-    )
-    parser.add_argument("--quantization", choices=("nf4",), help="hold the language model in 4 bits")
+    add_dtype(parser)
+    add_quantization(parser)
     parser.add_argument(
         "--boxes",
         metavar="FILE",
@@ -52,13 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     for image in arguments.image:
         if not image.is_file():
             raise UserError(f"--image {image}: there is no such file")
     if arguments.once is not None and not arguments.once.strip():
         raise UserError("--once is empty: give the text to ask")
-    # Only now, with files that are there, is anything heavy imported.
+    if arguments.boxes is not None:
+        refuse_unwritable_file(arguments.boxes, "the boxes", "--boxes")
+    # Nothing heavy is imported before the arguments are known to be right.
     from transformers.utils import logging
 
     from finetune.chat.terminal_chat import chat
@@ -76,21 +74,3 @@ def run(arguments: argparse.Namespace):
         quantization=arguments.quantization,
         boxes=arguments.boxes,
     )
-
-
-def count(text: str) -> int:
-    """A number from 1."""
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1, not {text!r}")
-    return int(text)
-
-
-def temperature(text: str) -> float:
-    """A number from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 0, not {text!r}")
-    return value

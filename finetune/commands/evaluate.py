@@ -2,8 +2,16 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from finetune.commands.arguments import add_dtype, add_quantization, count
 from finetune.errors import UserError
+from finetune.files.output_paths import refuse_unwritable_folder
+
+if TYPE_CHECKING:
+    from finetune.evaluation.tasks import Task
+    from finetune.recipe import Recipe
+    from finetune.recipe.sections import NamedSource
 
 SUMMARY = "score a model on a task, with an interval and a page of its worst replies"
 WHEN_STOPPED = "the replies so far are kept: the same command goes on"
@@ -13,7 +21,7 @@ finetune evaluate runs/docvqa_lora --recipe recipes/docvqa_lora.yaml --compare Q
 finetune evaluate runs/mine --task custom --metric anls --data questions.jsonl --column answers=label"""
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="hub id, checkpoint, exported folder, adapter or run")
     asked = parser.add_argument_group("what is asked")
     asked.add_argument("--task", help="docvqa, chartqa, textvqa, refcoco, flickr30k, ..., or custom with --metric")
@@ -45,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     how.add_argument("--style", choices=["chat", "base"], help="ChatML, or raw text; by default as the model says")
     how.add_argument("--shots", type=int, default=0, metavar="K", help="solved examples first; style base")
     how.add_argument("--max-new-tokens", type=count, metavar="N", help="of a reply; by default the task's")
-    how.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    how.add_argument("--quantization", choices=["nf4"], help="load the model in 4 bits")
+    add_dtype(how)
+    add_quantization(how)
     how.add_argument("--batch-tokens", type=count, metavar="N", help="most tokens of a batch; 8192 by default")
     parser.add_argument("--compare", metavar="BASE", help="a second model, asked the same: shows the difference")
     parser.add_argument(
@@ -54,27 +62,25 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
 
 
-def count(text: str) -> int:
-    """A whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
-
-
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     refuse_what_does_not_go_together(arguments)
     task, recipe = task_of(arguments)
-    # Only now, with arguments known to be right, is anything heavy imported.
+    if arguments.out is not None:
+        refuse_unwritable_folder(arguments.out, "the results", "--out", replaced=False)
+    # Nothing heavy is imported before the arguments are known to be right.
     from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 
+    images_root = arguments.images_root
+    sources: tuple[EvaluationSource | NamedSource, ...]
     if recipe is None:
         own = {"limit": None, "columns": columns_of(arguments), "prompt": arguments.prompt}
         given = {key: getattr(arguments, key) for key in ("config", "split", "box_form")}
         sources = (EvaluationSource(arguments.data, **own, **given),)
     else:
+        assert recipe.evaluate is not None, "task_of refuses such a recipe"
         # A limit bounds the time that training spends on it; here all is asked.
         sources = tuple(source.model_copy(update={"limit": None}) for source in recipe.evaluate.data)
+        images_root = images_root or recipe.data.images_root
     optional = {"batch_tokens": arguments.batch_tokens} if arguments.batch_tokens else {}
     evaluate(
         Evaluation(
@@ -82,7 +88,7 @@ def run(arguments: argparse.Namespace):
             task=task,
             sources=sources,
             compare=arguments.compare,
-            images_root=arguments.images_root or (recipe and recipe.data.images_root),
+            images_root=images_root,
             allow_urls=bool(recipe and recipe.data.allow_urls),
             limit=arguments.limit,
             sample=arguments.sample,
@@ -103,7 +109,7 @@ def run(arguments: argparse.Namespace):
 OF_DATA = ("split", "config", "format", "column", "box_form", "prompt")
 
 
-def refuse_what_does_not_go_together(arguments: argparse.Namespace):
+def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
     """Raises:
     UserError: with the arguments that contradict each other or are missing.
     """
@@ -123,7 +129,7 @@ def refuse_what_does_not_go_together(arguments: argparse.Namespace):
         raise UserError(f"--shots must be 0 or more, not {arguments.shots}")
 
 
-def task_of(arguments: argparse.Namespace):
+def task_of(arguments: argparse.Namespace) -> "tuple[Task, Recipe | None]":
     """The task with the most new tokens of a reply, and the recipe where one says what is asked.
 
     Raises:

@@ -3,18 +3,19 @@
 import argparse
 from pathlib import Path
 
+from finetune.commands.arguments import add_recipe, pixels
+from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.recipe import load_recipe
 
 SUMMARY = "write the recipe's data once, checked and with its images inside, to train from"
-WHEN_STOPPED = "the files that are written stay: the same command goes on"
+WHEN_STOPPED = "the files written so far stay: the same command continues"
 EXAMPLES = """\
 finetune prepare recipes/docvqa_lora.yaml --to /data/docvqa
 finetune prepare recipes/docvqa_lora.yaml data.on_bad_row=skip --to /data/docvqa --image-size 1024"""
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file whose data is written")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="any key of the recipe, set anew")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser, "YAML file whose data is written")
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--image-size",
@@ -24,20 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
 
 
-def pixels(text: str) -> int:
-    """A number of pixels from the command line.
-
-    Raises:
-        argparse.ArgumentTypeError: none.
-    """
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number of pixels from 1, not {text!r}")
-    return int(text)
-
-
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    # Only now, with a recipe known to be right, is anything heavy imported.
+    refuse_unwritable_folder(arguments.to, "the prepared data", "--to", replaced=False)
+    # Nothing heavy is imported before the recipe is known to be right.
     from finetune.data.prepare import prepare
 
     prepare(recipe, arguments.to, arguments.image_size)

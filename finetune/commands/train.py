@@ -1,27 +1,31 @@
 """`finetune RECIPE [key.path=value ...]`"""
 
 import argparse
+import os
 from pathlib import Path
 
+from finetune.commands.arguments import add_recipe
+from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.recipe import load_recipe
 
-SUMMARY = "train as the recipe says, or go on with an interrupted run"
-# Of a run that was stopped before training; one stopped in training has saved its state.
-WHEN_STOPPED = "nothing was under way to save"
+SUMMARY = "train as the recipe says, or continue an interrupted run"
+# A run that is stopped before training begins; one that is stopped in training saves its state.
+WHEN_STOPPED = "training had not begun, so there is nothing to save"
 EXAMPLES = """\
 finetune recipes/quickstart.yaml
 finetune recipes/docvqa_lora.yaml train.max_steps=100 output=runs/first-try
 torchrun --nproc-per-node 2 -m finetune recipes/docvqa_lora.yaml"""
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; recipes/ has one for each job")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="any key of the recipe, set anew")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    # Only now, with a recipe known to be right, is anything heavy imported.
+    if os.environ.get("RANK", "0") == "0":  # the main process, which is the one that writes
+        refuse_unwritable_folder(Path(recipe.output), "the run", "output", replaced=False)
+    # Nothing heavy is imported before the recipe is known to be right.
     from finetune.training.train import train
 
     train(recipe)

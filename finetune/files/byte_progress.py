@@ -31,7 +31,7 @@ class ByteProgress:
         """19.3 GB in 25s, 0.8 GB/s"""
         return f"{format_bytes(self.done)} in {self.seconds:.1f}s, {format_bytes(self.done / self.seconds)}/s"
 
-    def __call__(self, count: int):
+    def __call__(self, count: int) -> None:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)

@@ -1,7 +1,7 @@
-"""A large file written past the system's page cache, from one piece of memory that is used again and again.
+"""A large file written past the system's page cache, from one buffer that is reused.
 
-Through the cache the system would find and clear room for every page, and copy it: on few cores that takes longer than
-the disk does. (`qwenvl.checkpoint.direct_reading` is the other way round.)
+Through the cache the system would find and clear every page, and copy into it: on few cores that takes longer than the
+disk does. (`qwenvl.checkpoint.direct_reading` reads in the same way.)
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import mmap
 import os
 import sys
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
@@ -22,10 +23,10 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 class DirectFile:
-    """A new file; it has its bytes, and the disk has them, when the block ends without an exception.
+    """A new file, complete and on the disk when the block ends without an exception.
 
     Args:
-        size: bytes that will be written, for which room is reserved first.
+        size: bytes that will be written; their space is reserved first.
 
     Raises:
         OSError: it exists, or the disk is full or fails.
@@ -46,14 +47,16 @@ class DirectFile:
             raise
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._finish()
         finally:
             os.close(self._descriptor)
 
-    def write(self, content: memoryview):
+    def write(self, content: memoryview) -> None:
         """Add bytes at the end."""
         values = np.frombuffer(content, np.uint8)
         self._size += len(values)
@@ -65,8 +68,8 @@ class DirectFile:
             if self._filled == PIECE_BYTES:
                 self._flush()
 
-    def _flush(self):
-        content = memoryview(self._memory)[: self._filled]
+    def _flush(self) -> None:
+        content = self._memory[: self._filled].data
         while content:
             try:
                 content = content[os.write(self._descriptor, content) :]
@@ -75,7 +78,7 @@ class DirectFile:
                     raise
         self._filled = 0
 
-    def _finish(self):
+    def _finish(self) -> None:
         whole = -(-self._filled // BLOCK) * BLOCK
         self._memory[self._filled : whole] = 0
         self._filled = whole
@@ -84,7 +87,7 @@ class DirectFile:
         os.fsync(self._descriptor)
 
     def _write_through_the_cache(self) -> bool:
-        """Go on in the usual way, where the disk took less than was given, or the file system refuses."""
+        """Continue through the page cache, where the disk took less than was given, or the file system refuses."""
         if not _DIRECT:
             return False
         import fcntl
@@ -104,8 +107,8 @@ def _open(path: Path) -> int:
     return os.open(path, _NEW, 0o644)
 
 
-def _reserve(descriptor: int, size: int):
-    """Have the file's place on the disk found at once: writing it is then two to five times faster (ext4, measured).
+def _reserve(descriptor: int, size: int) -> None:
+    """Allocate the file's space at once: writing it is then two to five times faster (ext4, measured).
 
     Not `os.posix_fallocate`, which writes into every block where the file system cannot do it.
     """

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.files.path_errors import write_errors
 from finetune.quantities import format_bytes
 
 
@@ -16,7 +17,7 @@ class NotEnoughDiskSpace(UserError, OSError):
         self.errno = errno.ENOSPC
 
 
-def check_disk_space(folder: str | Path, needed: int, what: str):
+def check_disk_space(folder: str | Path, needed: int, what: str) -> None:
     """Refuse to start writing what would not fit.
 
     Args:
@@ -26,10 +27,12 @@ def check_disk_space(folder: str | Path, needed: int, what: str):
 
     Raises:
         NotEnoughDiskSpace: with what is free and what is needed.
+        PathError: nothing can be written there at all.
     """
     folder = Path(folder).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    with write_errors(folder, "write to the folder"):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
     if free < needed:
         raise NotEnoughDiskSpace(
             f"{folder}: {format_bytes(free)} are free, but {format_bytes(needed)} are needed for {what}: "

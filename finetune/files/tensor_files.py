@@ -1,4 +1,4 @@
-"""Safetensors files written as their tensors come: a whole checkpoint passes through a few megabytes of memory.
+"""Safetensors files written tensor by tensor: a whole checkpoint passes through a few megabytes of memory.
 
 The format: 8 bytes with the header's length (little-endian), the header (JSON: name -> dtype, shape, place of the
 bytes behind the header), the tensors' bytes. The header is known from the plan, so it is written first.
@@ -62,8 +62,8 @@ def write_tensors(
     Args:
         folder: exists; files of the same names in it are an error.
         plan: what will come, in order.
-        tensors: (name, tensor) in the plan's order. A tensor may come in several pieces, one after the other along its
-            first axis, so that none needs to be in memory whole.
+        tensors: (name, tensor) in the plan's order. A tensor may come in several pieces along its first axis, so that
+            it need not be in memory whole.
         shard_bytes: a shard is closed before it would exceed this; a larger tensor has a shard of its own.
         on_bytes: called with the number of bytes just written.
 
@@ -107,12 +107,12 @@ def shard_names(count: int) -> list[str]:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor's values in order, without a copy where they lie so in memory."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    """The bytes of a tensor's values in order, without a copy where the tensor is contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def file_hash(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as the disk has it, which is not asked of the page cache where that can be helped."""
+    """SHA-256 of a file, read from the disk and not from the page cache where possible."""
     digest, size = hashlib.sha256(), path.stat().st_size
     memory = [torch.empty(min(PIECE_BYTES, size) + SLACK, dtype=torch.uint8) for _ in range(2)]
     with ThreadPoolExecutor(1) as hasher:
@@ -121,7 +121,7 @@ def file_hash(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
             content = read_direct(path, start, min(PIECE_BYTES, size - start), memory[number % 2])
             if hashed is not None:
                 hashed.result()
-            hashed = hasher.submit(digest.update, memoryview(content.numpy()))
+            hashed = hasher.submit(digest.update, content.numpy().data)
             if on_bytes is not None:
                 on_bytes(len(content))
         if hashed is not None:
@@ -152,7 +152,7 @@ def _write_file(
 ) -> str:
     digest, header = hashlib.sha256(), _header(shard)
     size = len(header) + sum(planned.nbytes for planned in shard)
-    # Hashing and writing let go of the interpreter: a second thread makes the first free of cost.
+    # Hashing and writing release the GIL, so hashing in a second thread costs no time.
     with DirectFile(path, size) as file, ThreadPoolExecutor(1) as hasher:
         for content in chain([header], _contents(shard, tensors)):
             hashed = hasher.submit(digest.update, content)
@@ -161,16 +161,18 @@ def _write_file(
                 file.write(piece)
                 if on_bytes is not None:
                     on_bytes(len(piece))
-            hashed.result()  # the content's memory may be used anew from here on
+            hashed.result()  # the content's memory may be reused from here on
     return digest.hexdigest()
 
 
 def _contents(shard: list[Planned], tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[memoryview]:
-    """The tensors' bytes, each piece held against the plan."""
+    """The tensors' bytes, each piece checked against the plan."""
     for planned in shard:
         missing = planned.nbytes
         while True:
-            name, tensor = next(tensors, (None, None))
+            given = next(tensors, None)
+            assert given is not None, f"{planned.name} was planned here, not the end"
+            name, tensor = given
             assert name == planned.name, f"{planned.name} was planned here, not {name}"
             assert tensor.dtype == planned.dtype, f"{name}: {tensor.dtype} instead of {planned.dtype}"
             whole = tuple(tensor.shape) == planned.shape

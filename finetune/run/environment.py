@@ -4,15 +4,16 @@ import platform
 import socket
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 PACKAGES = ("qwenvl-finetune", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 
 
-def describe_environment(device: str | None = None) -> dict:
-    """What a run ran on, for `run.json`; imports none of the packages.
+def describe_environment(device: str | None = None) -> dict[str, Any]:
+    """Describe what a run ran on, for `run.json`; imports none of the packages.
 
     Args:
-        device: its name, which only torch knows.
+        device: its name, as torch reports it.
 
     Returns:
         `versions` (package -> version, None where it is not installed), `commit` of the repository around the working

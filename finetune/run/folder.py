@@ -6,7 +6,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import UserError
 from finetune.files.atomic_writes import make_folder, write_text
+from finetune.files.path_errors import path_errors
 from finetune.run import metrics_file
 from finetune.run.json_values import to_json, with_floats
 from finetune.run.lock import LOCK_FILE, lock_folder
@@ -40,40 +42,44 @@ class RunFolder:
         """Hold the run folder while the context is open; see `lock.lock_folder`."""
         return lock_folder(self.path)
 
-    def write_recipe(self, text: str):
+    def write_recipe(self, text: str) -> None:
         """Write `recipe.yaml`, atomically."""
         make_folder(self.path)
         write_text(self.recipe_file, text)
 
-    def write_run(self, run: dict):
+    def write_run(self, run: dict[str, Any]) -> None:
         """Write `run.json`, atomically. Values are JSON's; non-finite numbers as in `metrics_file`."""
         make_folder(self.path)
         write_text(self.run_file, to_json(run, indent=2) + "\n")
 
-    def read_run(self) -> dict | None:
+    def read_run(self) -> dict[str, Any] | None:
         """What `run.json` says; None where no run was started in this folder.
 
         Raises:
-            ValueError: it is not JSON.
+            UserError: it cannot be read, or is not a JSON object.
         """
+        with path_errors(self.run_file, "read", "Restore it, or start a new run"):
+            try:
+                content = self.run_file.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         try:
-            text = self.run_file.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        try:
-            return with_floats(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{self.run_file} is not JSON ({error}): restore it, or start the run anew") from None
+            run = with_floats(json.loads(content.decode()))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.run_file} is not JSON ({error}): restore it, or start a new run") from None
+        if not isinstance(run, dict):
+            raise UserError(f"{self.run_file} is not a JSON object: restore it, or start a new run")
+        return run
 
     def update_run(self, changes: Mapping[str, Any]) -> None:
         """Replace entries of `run.json`, or add them; the others stay."""
         self.write_run({**(self.read_run() or {}), **changes})
 
-    def append_metrics(self, record: dict):
+    def append_metrics(self, record: dict[str, Any]) -> None:
         """Add a line to `metrics.jsonl`; see `metrics_file.append_metrics`."""
         metrics_file.append_metrics(self.metrics_file, record)
 
-    def read_metrics(self) -> list[dict]:
+    def read_metrics(self) -> list[dict[str, Any]]:
         """The records of `metrics.jsonl`; see `metrics_file.read_metrics`."""
         return metrics_file.read_metrics(self.metrics_file)
 

@@ -1,13 +1,14 @@
 """What tells two runs apart: a resume continues the same run, or is refused."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from finetune.run.json_values import to_json
 
 
-def compare_runs(stored: dict, now: dict, ignore: Collection[str] = ()) -> list[str]:
-    """In what two runs' identities differ; a resume is refused where this is not empty.
+def compare_runs(stored: Mapping[str, Any], now: Mapping[str, Any], ignore: Collection[str] = ()) -> list[str]:
+    """List the differences between two runs' identities; a resume is refused where there are any.
 
     Args:
         stored: from `run.json`.
@@ -24,18 +25,19 @@ def compare_runs(stored: dict, now: dict, ignore: Collection[str] = ()) -> list[
 _ABSENT = object()
 
 
-def _differences(stored, now, path: str, ignore: Collection[str]) -> Iterator[str]:
+def _differences(stored: object, now: object, path: str, ignore: Collection[str]) -> Iterator[str]:
     if path in ignore:
         return
-    sides = [side for side in (stored, now) if side is not _ABSENT]
-    if all(isinstance(side, dict) for side in sides) and (len(sides) == 2 or sides[0]):
-        stored, now = ({} if side is _ABSENT else side for side in (stored, now))
-        for key in stored | now:
+    left, right = ({} if side is _ABSENT else side for side in (stored, now))
+    absent = stored is _ABSENT or now is _ABSENT
+    # A section that one side does not have is compared key by key too, unless the other side's is empty.
+    if isinstance(left, dict) and isinstance(right, dict) and (left or right or not absent):
+        for key in left | right:
             below = f"{path}.{key}" if path else key
-            yield from _differences(stored.get(key, _ABSENT), now.get(key, _ABSENT), below, ignore)
-    elif all(isinstance(side, list) for side in (stored, now)) and len(stored) == len(now):
-        for index, (left, right) in enumerate(zip(stored, now, strict=True)):
-            yield from _differences(left, right, f"{path}[{index}]", ignore)
+            yield from _differences(left.get(key, _ABSENT), right.get(key, _ABSENT), below, ignore)
+    elif isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
+        for index, (one, other) in enumerate(zip(stored, now, strict=True)):
+            yield from _differences(one, other, f"{path}[{index}]", ignore)
     elif stored != now:
         shown = ["(absent)" if side is _ABSENT else json.dumps(side, ensure_ascii=False) for side in (stored, now)]
         yield f"{path}: {shown[0]} -> {shown[1]}"

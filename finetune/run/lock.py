@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from finetune.errors import UserError
 from finetune.files.atomic_writes import make_folder
+from finetune.files.path_errors import write_errors
 
 LOCK_FILE = "run.lock"
 HOLDER_WAIT = 5.0  # seconds that a second process waits for the first to have written who it is
@@ -27,7 +28,7 @@ class RunLocked(UserError):
         holder: its `pid`, `host`, `since` (ISO 8601) and `command`; empty where it has not written them.
     """
 
-    def __init__(self, folder: Path, holder: dict):
+    def __init__(self, folder: Path, holder: dict[str, Any]):
         who = "another process"
         if holder:
             who = "process {pid} on {host} since {since} ({command})".format_map(holder)
@@ -37,28 +38,32 @@ class RunLocked(UserError):
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder; it is created if need be.
+    """Hold a folder; it is created if it does not exist.
 
-    The operating system ends the hold with the process, however that ends: there is no stale lock, the file stays
+    The operating system releases the lock with the process, however that ends: there is no stale lock, the file stays
     and means nothing by itself. In a distributed run (`RANK` set by the launcher) the main process holds it for
-    all, elsewhere this does nothing.
+    all; in the others this does nothing.
 
     Raises:
         RunLocked: another process holds it; says which.
-        OSError: the file system has no locks.
+        PathError: nothing can be written there, or the file system has no locks.
+        DiskError: the disk is full or fails.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
         return
     make_folder(folder)
     file_path = folder / LOCK_FILE
-    with file_path.open("ab+", buffering=0) as file:
+    with write_errors(folder, "write to the folder"):
+        file = file_path.open("ab+", buffering=0)
+    with file:
         _locked_files.add(file)
         try:
-            if not _try_lock(file):
-                raise RunLocked(folder, _read_holder(file_path))
-            file.truncate(0)
-            file.write(json.dumps(_this_process()).encode())
+            with write_errors(folder, "lock the folder"):
+                if not _try_lock(file):
+                    raise RunLocked(folder, _read_holder(file_path))
+                file.truncate(0)
+                file.write(json.dumps(_this_process()).encode())
             try:
                 yield
             finally:
@@ -69,7 +74,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             _locked_files.discard(file)
 
 
-def _this_process() -> dict:
+def _this_process() -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -78,13 +83,16 @@ def _this_process() -> dict:
     }
 
 
-def _read_holder(file: Path) -> dict:
-    """Who says to hold the lock. Just after it was taken that can be nobody, or the holder before, who was killed."""
+def _read_holder(file: Path) -> dict[str, Any]:
+    """The process named in the lock file. Just after a lock was taken that can be none, or the previous holder, which
+    was killed."""
     deadline = time.monotonic() + HOLDER_WAIT
     while True:
         try:
             holder = json.loads(file.read_bytes())
         except (OSError, ValueError):
+            holder = {}
+        if not isinstance(holder, dict) or not holder.keys() >= _this_process().keys():
             holder = {}
         if holder and (holder["host"] != socket.gethostname() or _is_alive(holder["pid"])):
             return holder
@@ -110,13 +118,13 @@ def _is_alive(pid: int) -> bool:
 _locked_files: set[IO[bytes]] = set()
 
 
-def _close_in_child():
+def _close_in_child() -> None:
     for file in _locked_files:
         file.close()
     _locked_files.clear()
 
 
-if os.name == "nt":
+if sys.platform == "win32":
     import msvcrt
 
     def _try_lock(file: IO[bytes]) -> bool:

@@ -4,30 +4,35 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
+from finetune.files.path_errors import path_errors, write_errors
 from finetune.run.json_values import to_json, with_floats
 
 logger = logging.getLogger(__name__)
 
 
-def append_metrics(file: Path, record: dict):
+def append_metrics(file: Path, record: dict[str, Any]) -> None:
     """Add a line, in one write.
 
     Every line is valid JSON for every reader: NaN and the infinities become the strings "NaN", "Infinity" and
     "-Infinity". `read_metrics` turns them back.
+
+    Raises:
+        PathError, DiskError: it cannot be written.
     """
-    with file.open("ab+", buffering=0) as opened:
+    with write_errors(file), file.open("ab+", buffering=0) as opened:
         _cut_half_line(opened)
         opened.write((to_json(record) + "\n").encode())
 
 
-def read_metrics(file: Path) -> list[dict]:
-    """The records; a half last line (a killed process) is left out and logged. None where there is no file.
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The records; a half last line (a killed process) is left out and logged. Empty where there is no file.
 
     Raises:
-        ValueError: another line is not a JSON object; gives its number.
+        UserError: the file cannot be read, or another line is not a JSON object; gives its number.
     """
     return [record for _, record in _lines(file)]
 
@@ -45,27 +50,30 @@ def forget_metrics_after(file: Path, step: int) -> int:
     return len(lines) - len(kept)
 
 
-def _lines(file: Path) -> list[tuple[str, dict]]:
-    if not file.exists():
-        return []
+def _lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    with path_errors(file, "read", "Restore it, or start a new run"):
+        if not file.exists():
+            return []
+        content = file.read_bytes()
     # Split at \n only: str.splitlines also takes U+2028 and others, which JSON strings may hold.
-    *lines, rest = file.read_bytes().split(b"\n")
+    *lines, rest = content.split(b"\n")
     if rest:
         logger.warning("%s: left out its half last line (%d bytes)", file, len(rest))
-    records = []
+    records: list[tuple[str, dict[str, Any]]] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            text = line.decode()
+            record = json.loads(text)
             if not isinstance(record, dict):
                 raise ValueError(f"{type(record).__name__} instead of an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             place = f"{file}, line {number}"
-            raise ValueError(f"{place}: not a JSON object ({error}): delete the line") from None
-        records.append((line.decode() + "\n", with_floats(record)))
+            raise UserError(f"{place}: not a JSON object ({error}): delete the line") from None
+        records.append((text + "\n", with_floats(record)))
     return records
 
 
-def _cut_half_line(file: IO[bytes]):
+def _cut_half_line(file: IO[bytes]) -> None:
     """What a killed process began to write must not become the beginning of the next record."""
     size = file.seek(0, os.SEEK_END)
     end = size

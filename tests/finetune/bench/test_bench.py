@@ -163,7 +163,7 @@ def test_published_checkpoints_need_no_network(tmp_path):
     [
         (["--lengths", "12"], "an image and some text are at least"),
         (["--lengths", "512,long"], "neither a number of tokens nor mix"),
-        (["--steps", "0"], "must be at least 1"),
+        (["--steps", "0"], "must be a whole number from 1"),
         (["--both", "adapter=null", "freeze.language=false"], "adapter: null"),
         (["data.max_length=200"], "data.max_length 200 has no room"),
         (["model.path=./nothing"], "./nothing: no such folder"),
