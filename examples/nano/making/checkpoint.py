@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ def put_together(start: Path, parts: Sequence[Path], image_size: int, to: Path) 
     model = _load(start)
     state = {name: value for part in parts for name, value in torch.load(part).items()}
     model.load_state_dict(state)
-    model.config.visual["image_size"] = image_size
+    _visual(model)["image_size"] = image_size
     _save(model, start, to)
 
 
@@ -38,7 +39,7 @@ def at_resolution(folder: Path, image_size: int, to: Path) -> None:
     The model interpolates its position embeddings to the size of the image.
     """
     model = _load(folder)
-    model.config.visual["image_size"] = image_size
+    _visual(model)["image_size"] = image_size
     _save(model, folder, to)
 
 
@@ -57,6 +58,12 @@ def _load(folder: Path, dtype: torch.dtype = torch.float32) -> QwenVLForConditio
     model = load_model(folder, dtype=dtype)
     assert isinstance(model, QwenVLForConditionalGeneration), "these checkpoints have no adapter"
     return model
+
+
+def _visual(model: QwenVLForConditionalGeneration) -> dict[str, Any]:
+    """The vision side of the configuration."""
+    assert model.config.visual is not None, "the nano has a vision side"
+    return model.config.visual
 
 
 def _save(model: QwenVLForConditionalGeneration, source: Path, to: Path) -> None:
