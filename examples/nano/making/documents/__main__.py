@@ -22,7 +22,7 @@ from examples.nano.making.documents.document import LARGEST_PAGE, SMALLEST_PAGE
 from examples.nano.making.documents.families import FAMILIES, HELD_OUT
 from examples.nano.making.documents.values import SPLITS
 from finetune.errors import Interrupted, UserError
-from finetune.files.path_errors import PathError, path_errors
+from finetune.files.path_errors import path_errors
 
 PREVIEWED = 6  # documents of each family
 
@@ -116,7 +116,8 @@ def _write(given: argparse.Namespace) -> int:
     except UserError:
         raise
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise PathError(given.to, "write the documents to", error, "Give another folder with --to") from error
+        with path_errors(given.to, "write the documents to", "Give another folder with --to"):
+            raise error
     except OSError as error:
         print(error, file=sys.stderr)
         return 1

@@ -299,7 +299,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for where in (["--to", str(tmp_path / "file" / "set")], ["--preview", str(tmp_path / "file" / "sheet.png")]):
         assert main([*where, "--count", "1", "--kinds", "question", "--families", "form"]) == 2
-        assert f"to {where[1]}: a file" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert where[1] in told and "file" in told and "Errno" not in told
 
 
 def test_a_set_that_fails_halfway_leaves_nothing(tmp_path, monkeypatch, capsys):
