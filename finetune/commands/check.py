@@ -5,6 +5,7 @@ import io
 import sys
 from pathlib import Path
 
+from finetune.files.output_paths import refuse_unwritable_file
 from finetune.recipe import load_recipe
 
 SUMMARY = "check a recipe and its data before training, and show what is trained; loads no weights"
@@ -15,20 +16,22 @@ finetune check recipes/docvqa_lora.yaml data.train.limit=2000 --images
 finetune check recipes/grounding_lora.yaml --samples 20 --html runs/grounding.html"""
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; recipes/ has one for each job")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="any key of the recipe, set anew")
+    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="keys of the recipe to change")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="samples to show; 3 by default")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page, with images and boxes")
     parser.add_argument("--images", action="store_true", help="open every image, not only see that it is there")
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    # Only now, with a recipe known to be right, is anything heavy imported.
+    if arguments.html is not None:
+        refuse_unwritable_file(arguments.html, "the page", "--html")
+    # Heavy imports only now, when the recipe is known to be right.
     from finetune.check.check import check
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Where the terminal cannot write a character of the data, it is spelled out.
+        # A character of the data that the terminal's encoding does not have is printed as an escape sequence.
         sys.stdout.reconfigure(errors="backslashreplace")
     check(recipe, samples=max(arguments.samples, 0), html=arguments.html, images=arguments.images)

@@ -21,7 +21,7 @@ safetensors: the same model in safetensors files. nf4: linears in 4 bits. qwen2:
 Qwen2, which servers know, with vision beside it"""
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="checkpoint or merged folder, hub id, or the run of a training without adapter"
     )
@@ -44,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--public", action="store_true", help="with --push: let everybody see it")
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     if arguments.public and arguments.push is None:
         raise UserError("--public says who may see an upload: give --push too")
     refuse_existing(arguments.out or default_folder(arguments.model, arguments.to))
-    # Only now, with a place to write to, is anything heavy imported.
+    # Heavy imports only now, when there is a place to write to.
     from transformers.utils import logging
 
     from finetune.export.export import export

@@ -1,12 +1,14 @@
 """`finetune merge RUN --to DIR`"""
 
 import argparse
+import math
 import re
 from pathlib import Path
 
 from finetune.merge.adapter_config import find_adapter
+from finetune.merge.folder import refuse_unwritable
 
-SUMMARY = "put the adapter of a run into its base: one checkpoint, checked, for any program"
+SUMMARY = "merge the adapter of a run into its base: one checkpoint, checked, for any program"
 WHEN_STOPPED = "nothing was written under the folder's name"
 EXAMPLES = """\
 finetune merge runs/docvqa --to models/docvqa
@@ -16,7 +18,7 @@ finetune merge path/to/adapter --base Qwen/Qwen-VL-Chat --to models/other"""
 UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
-def add_arguments(parser: argparse.ArgumentParser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or adapter folder in PEFT's format")
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument("--base", metavar="BASE", help="the adapter's base (folder or hub id), where it was moved")
@@ -39,9 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
 
 
-def run(arguments: argparse.Namespace):
+def run(arguments: argparse.Namespace) -> None:
     find_adapter(arguments.run)
-    # Only now, with something there to merge, is anything heavy imported.
+    refuse_unwritable(arguments.to)
+    # Heavy imports only now, when there is something to merge and a place to write it to.
     from transformers.utils import logging
 
     from finetune.merge.merge import merge
@@ -61,8 +64,13 @@ def run(arguments: argparse.Namespace):
 
 
 def read_size(text: str) -> float:
-    """5GB, 500MB: powers of 1000."""
+    """The bytes of a size such as 5GB or 500MB, in powers of 1000.
+
+    Raises:
+        argparse.ArgumentTypeError: it is written in another way, or zero.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]B)", text.upper())
-    if match is None or not float(match[1]):
+    size = float(match[1]) * UNITS[match[2]] if match is not None else 0.0
+    if not 0 < size < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MB")
-    return float(match[1]) * UNITS[match[2]]
+    return size

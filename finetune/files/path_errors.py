@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune.errors import UserError
+from finetune.errors import InputError, UserError
 
 REASONS = {
     errno.ENOENT: "it does not exist",
@@ -51,6 +51,6 @@ def path_errors(path: str | Path, doing: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, UserError):
+        if isinstance(error, InputError):
             raise
         raise PathError(path, doing, error, remedy) from error

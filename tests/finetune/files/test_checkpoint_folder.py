@@ -110,7 +110,7 @@ def test_a_hub_id_is_found_in_the_cache(source, made, tmp_path, monkeypatch):
 
 
 def test_what_is_not_there_is_named(made, tmp_path):
-    with pytest.raises(FileNotFoundError, match="owner/unknown: no folder here, and as a hub id it cannot be had"):
+    with pytest.raises(FileNotFoundError, match="owner/unknown: no folder here, and as a hub id it cannot be fetched"):
         copy_companions("owner/unknown", made)
     with pytest.raises(FileNotFoundError, match=r"no config\.json here"):
         copy_companions(made, tmp_path)

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from finetune.errors import UserError
 from finetune.merge.merge import merge
 from finetune.recipe import load_recipe
+from finetune.terminal import labelled
 from finetune.training.train import train
 from qwenvl import load_model, load_processor
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
@@ -27,7 +28,7 @@ WEIGHTS = "adapter_model.safetensors"
 def quietly(*arguments, **settings):
     """Merge without the check, which has its own tests; the lines that were said."""
     lines = []
-    merge(*arguments, **{"check": False, "say": lines.append} | settings)
+    merge(*arguments, **{"check": False, "say": lambda *said: lines.append(labelled(*said))} | settings)
     return "\n".join(lines)
 
 
@@ -121,9 +122,9 @@ def test_an_adapter_of_the_published_script_is_merged(tmp_path):
 
 def test_a_run_becomes_a_checkpoint_that_every_loader_opens(tmp_path, tiny_images):
     changes = {"train__max_steps": 2, "adapter__train_embeddings": True, "evaluate": None}
-    run = train(load_recipe(write_recipe(tmp_path, **changes), []), say=lambda line: None)
+    run = train(load_recipe(write_recipe(tmp_path, **changes), []), say=lambda *_: None)
     lines = []
-    to = merge(run, tmp_path / "merged", say=lines.append)
+    to = merge(run, tmp_path / "merged", say=lambda *said: lines.append(labelled(*said)))
     said = "\n".join(lines)
     assert "from base with adapter (allowed: 1e-05)" in said
 
@@ -187,7 +188,7 @@ def test_nothing_else_is_written_over(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="is not empty"):
         quietly(tmp_path / "adapter", tmp_path / "mine")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="a file of this name is in the way"):
         quietly(tmp_path / "adapter", tmp_path / "mine" / "thesis.tex", overwrite=True)
     for source in (tmp_path / "adapter", tmp_path):
         with pytest.raises(UserError, match="which is read: give another folder"):
