@@ -1,10 +1,9 @@
 """`finetune check RECIPE [key.path=value ...]`"""
 
 import argparse
-import io
-import sys
 from pathlib import Path
 
+from finetune.commands.arguments import add_recipe
 from finetune.files.output_paths import refuse_unwritable_file
 from finetune.recipe import load_recipe
 
@@ -17,8 +16,7 @@ finetune check recipes/grounding_lora.yaml --samples 20 --html runs/grounding.ht
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; recipes/ has one for each job")
-    parser.add_argument("overrides", metavar="key.path=value", nargs="*", help="keys of the recipe to change")
+    add_recipe(parser)
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="samples to show; 3 by default")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page, with images and boxes")
     parser.add_argument("--images", action="store_true", help="open every image, not only see that it is there")
@@ -28,10 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.html is not None:
         refuse_unwritable_file(arguments.html, "the page", "--html")
-    # Heavy imports only now, when the recipe is known to be right.
+    # Nothing heavy is imported before the recipe is known to be right.
     from finetune.check.check import check
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A character of the data that the terminal's encoding does not have is printed as an escape sequence.
-        sys.stdout.reconfigure(errors="backslashreplace")
     check(recipe, samples=max(arguments.samples, 0), html=arguments.html, images=arguments.images)

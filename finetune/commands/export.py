@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from finetune.commands.merge import read_size
+from finetune.commands.arguments import add_dtype, size
 from finetune.errors import UserError
 from finetune.export.folder import FORMATS, default_folder, refuse_existing
+from finetune.files.output_paths import refuse_unwritable_folder
 
 SUMMARY = "write a checkpoint in another form: safetensors, 4 bits, or for servers that know Qwen2"
 WHEN_STOPPED = "nothing was written under the folder's name"
@@ -27,13 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", choices=FORMATS, required=True, help=TO)
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write (default: MODEL-FORMAT beside MODEL)")
-    parser.add_argument("--shard-size", metavar="SIZE", type=read_size, help="of a weight file at most (default: 5GB)")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="type of the weights; auto (the default) is as they are stored",
-    )
+    parser.add_argument("--shard-size", metavar="SIZE", type=size, help="of a weight file at most (default: 5GB)")
+    add_dtype(parser)
     parser.add_argument(
         "--quantize",
         metavar="PARTS",
@@ -47,8 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.public and arguments.push is None:
         raise UserError("--public says who may see an upload: give --push too")
-    refuse_existing(arguments.out or default_folder(arguments.model, arguments.to))
-    # Heavy imports only now, when there is a place to write to.
+    folder = arguments.out or default_folder(arguments.model, arguments.to)
+    refuse_unwritable_folder(folder, "the export", "--out")
+    refuse_existing(folder)
+    # Nothing heavy is imported before the arguments are known to be right.
     from transformers.utils import logging
 
     from finetune.export.export import export

@@ -1,12 +1,11 @@
 """`finetune merge RUN --to DIR`"""
 
 import argparse
-import math
-import re
 from pathlib import Path
 
+from finetune.commands.arguments import add_dtype, size
+from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.merge.adapter_config import find_adapter
-from finetune.merge.folder import refuse_unwritable
 
 SUMMARY = "merge the adapter of a run into its base: one checkpoint, checked, for any program"
 WHEN_STOPPED = "nothing was written under the folder's name"
@@ -15,19 +14,12 @@ finetune merge runs/docvqa --to models/docvqa
 finetune merge runs/docvqa --to models/docvqa --dtype bfloat16 --shard-size 2GB
 finetune merge path/to/adapter --base Qwen/Qwen-VL-Chat --to models/other"""
 
-UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or adapter folder in PEFT's format")
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument("--base", metavar="BASE", help="the adapter's base (folder or hub id), where it was moved")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="type of the weights; auto (the default) is as the base is stored",
-    )
+    add_dtype(parser, "the base is stored")
     parser.add_argument(
         "--onto",
         choices=("base", "dequantized"),
@@ -35,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="after training in 4 bits: merge into the base's own weights (the default), or into those training saw",
     )
     parser.add_argument(
-        "--shard-size", metavar="SIZE", type=read_size, default=5e9, help="of a weight file at most (default: 5GB)"
+        "--shard-size", metavar="SIZE", type=size, default=5e9, help="of a weight file at most (default: 5GB)"
     )
     parser.add_argument("--no-check", action="store_true", help="do not read back, load and compare what was written")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR where it exists")
@@ -43,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     find_adapter(arguments.run)
-    refuse_unwritable(arguments.to)
-    # Heavy imports only now, when there is something to merge and a place to write it to.
+    refuse_unwritable_folder(arguments.to, "the merged model", "--to")
+    # Nothing heavy is imported before the arguments are known to be right.
     from transformers.utils import logging
 
     from finetune.merge.merge import merge
@@ -61,16 +53,3 @@ def run(arguments: argparse.Namespace) -> None:
         check=not arguments.no_check,
         overwrite=arguments.overwrite,
     )
-
-
-def read_size(text: str) -> float:
-    """The bytes of a size such as 5GB or 500MB, in powers of 1000.
-
-    Raises:
-        argparse.ArgumentTypeError: it is written in another way, or zero.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]B)", text.upper())
-    size = float(match[1]) * UNITS[match[2]] if match is not None else 0.0
-    if not 0 < size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB or 500MB")
-    return size

@@ -31,6 +31,7 @@ from finetune.files.checkpoint_folder import (
     copy_file,
     dtype_settings,
     read_config,
+    read_generation_config,
     read_json,
     read_tokenizer,
 )
@@ -38,7 +39,7 @@ from finetune.files.disk_space import check_disk_space
 from finetune.files.tensor_files import SHARD_BYTES, SINGLE_NAME, write_tensors
 from finetune.quantities import format_bytes
 from finetune.terminal import Say, say
-from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from qwenvl import QwenVLConfig
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
@@ -85,6 +86,7 @@ def export(
     folder = default_folder(model, to) if out is None else Path(out)
     refuse_existing(folder)
     base = _checkpoint(model)
+    read_generation_config(base)  # which is copied as it is, or read: refused where it is damaged
     if push is not None:
         from finetune.export.push import refuse_push
 
@@ -143,9 +145,7 @@ def _locate(base: str, config: QwenVLConfig, say: Say) -> dict[str, StoredTensor
             "that it was made from"
         )
     stored = locate_tensors(base)
-    with torch.device("meta"):
-        model = QwenVLForConditionalGeneration(config)
-    refuse_incomplete(base, stored, model)
+    refuse_incomplete(base, stored, config)
     say("source", f"{base} ({format_bytes(sum(tensor.nbytes for tensor in stored.values()))})")
     return stored
 

@@ -26,10 +26,10 @@ def refuse_existing(folder: Path) -> None:
     """Raises:
     UserError: something is there already (an empty folder is fine), or nothing can be written there.
     """
-    with path_errors(folder, "write the export to", "Give another folder with --out"):
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty: give another folder with --out, or remove that one")
     refuse_unwritable_folder(folder, "the export", "--out")
+    with path_errors(folder, "read", "Give another folder with --out"):
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: give another folder with --out, or remove that one")
 
 
 @contextmanager

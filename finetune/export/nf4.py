@@ -71,8 +71,7 @@ def export_nf4(
     parts = find_parts(base, "nf4", quantize)
     needed = stored_bytes(base, parts, DTYPES.get(dtype or "auto"))
     check_disk_space(to, needed, "the 4-bit folder")
-    with torch.device("meta"):
-        refuse_incomplete(base, locate_tensors(base), QwenVLForConditionalGeneration(read_config(base)))
+    refuse_incomplete(base, locate_tensors(base), read_config(base))
     fingerprint = weights_fingerprint(base)
     say("loading", f"{source}, in 4 bits: {', '.join(parts)}")
     model = load_model(base, quantization="nf4", quantize=parts, dtype=dtype)

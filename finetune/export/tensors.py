@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from finetune.errors import Failed, UserError
 from finetune.files.tensor_files import Planned, file_hash
+from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, tensors_in
 
 PIECE_BYTES = 1 << 26  # read at once
@@ -85,15 +85,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def refuse_incomplete(path: str, stored: dict[str, StoredTensor], model: nn.Module) -> None:
+def refuse_incomplete(path: str, stored: dict[str, StoredTensor], config: QwenVLConfig) -> None:
     """Compare a checkpoint's tensors with the model that its config describes.
 
     Args:
-        model: may be on the meta device.
+        path: of the checkpoint, for the message.
 
     Raises:
         UserError: a tensor is missing, or has another shape.
     """
+    try:
+        with torch.device("meta"):
+            model = QwenVLForConditionalGeneration(config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path}: config.json does not describe a model that can be built ({error})") from error
     for name, expected in model.state_dict().items():
         if name not in stored:
             raise UserError(f"{path}: {name} is missing from its weights: fetch them again")

@@ -155,7 +155,7 @@ def read_config(source: str | Path) -> "QwenVLConfig":
         return QwenVLConfig.from_pretrained(folder)
     except InputError:
         raise
-    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:  # by a value of the wrong kind
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:  # a value of the wrong kind
         raise UserError(f"{folder / CONFIG} does not describe a Qwen-VL model ({_first_line(error)})") from error
 
 
@@ -186,13 +186,17 @@ def read_tokenizer(source: str | Path) -> "QwenVLTokenizer":
         return QwenVLTokenizer.from_pretrained(folder)
     except InputError:
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         raise UserError(f"{folder}: its tokenizer cannot be read ({_first_line(error)}): restore its files") from error
 
 
 def _generation_config(settings: dict[str, Any], file: Path) -> "GenerationConfig":
     from transformers import GenerationConfig
 
+    for key in ("eos_token_id", "pad_token_id"):
+        ids = settings.get(key)
+        if ids is not None and not all(isinstance(token, int) for token in (ids if isinstance(ids, list) else [ids])):
+            raise UserError(f"{file}: {key} is {ids!r}, which is no token id: correct it")
     try:
         return GenerationConfig(**settings)
     except (ValueError, TypeError) as error:

@@ -16,7 +16,7 @@ from finetune.errors import UserError
 from finetune.files.path_errors import path_errors
 
 
-def refuse_unwritable_folder(folder: Path, what: str, option: str) -> None:
+def refuse_unwritable_folder(folder: Path, what: str, option: str, *, replaced: bool = True) -> None:
     """Raises:
     UserError: `folder` cannot be made, or something that is no folder is in its place. One that exists is fine.
 
@@ -24,13 +24,15 @@ def refuse_unwritable_folder(folder: Path, what: str, option: str) -> None:
         folder: as the user wrote it.
         what: will be written, for the message: "the merged model".
         option: by which the user named it: "--to".
+        replaced: a folder that exists is replaced by a new one; otherwise files are written into it.
     """
-    if folder.name in ("", ".."):
+    if replaced and folder.name in ("", ".."):
         raise UserError(f"{option} {folder}: give the folder by its name")
     with path_errors(folder, f"write {what} to", f"Give another folder with {option}"):
         if os.path.lexists(folder) and not folder.is_dir():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        with _parents_made(folder) as hidden:
+        inside = not replaced and folder.is_dir()
+        with _parents_made(folder / "a" if inside else folder) as hidden:
             hidden.mkdir()
             hidden.rmdir()
 

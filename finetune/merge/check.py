@@ -143,7 +143,7 @@ def prompt_of_base(base: str, *, visual: bool) -> dict[str, torch.Tensor]:
     """
     try:
         return sample_prompt(base, visual=visual)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
         raise UserError(
             f"{base}: its tokenizer or image processor cannot be used, so that the merged model could not be checked "
             f"({error}). Restore its files, or leave the check out with --no-check"
@@ -158,7 +158,7 @@ def _answer_adapted(
         model = load_model(
             sources.base, adapter=sources.adapter, dtype=dtype, quantization="nf4" if quantized else None
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise Failed(
             f"base and adapter cannot be loaded to compare with (--no-check leaves it out): {error}"
         ) from error

@@ -8,17 +8,9 @@ from typing import Any
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
 from finetune.files.checkpoint_folder import read_json
-from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.merge.adapter_config import MERGE_FILE
 
 FORMAT = 1
-
-
-def refuse_unwritable(to: Path) -> None:
-    """Raises:
-    UserError: nothing can be written at `to`; found out before the work begins.
-    """
-    refuse_unwritable_folder(to, "the merged model", "--to")
 
 
 def write_merge(folder: Path, made_of: dict[str, Any], files: dict[str, str], facts: dict[str, Any]) -> None:

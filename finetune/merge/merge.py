@@ -13,6 +13,7 @@ import torch
 
 from finetune.errors import Failed, InputError, UserError
 from finetune.export.model_card import CARD, training_sections, write_card
+from finetune.export.tensors import refuse_incomplete
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.byte_progress import byte_progress
 from finetune.files.checkpoint_folder import (
@@ -25,10 +26,11 @@ from finetune.files.checkpoint_folder import (
     read_json,
 )
 from finetune.files.disk_space import check_disk_space
+from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.files.tensor_files import SHARD_BYTES, file_hash, write_tensors
 from finetune.merge.adapter_weights import AdapterWeights, read_adapter
 from finetune.merge.check import check_merge, measure_rounding_to_4bit, prompt_of_base
-from finetune.merge.folder import is_done, refuse_unwritable, write_merge
+from finetune.merge.folder import is_done, write_merge
 from finetune.merge.sources import Sources, find_sources
 from finetune.merge.tensors import MergedTensor, merged_pieces
 from finetune.quantities import format_bytes
@@ -73,7 +75,7 @@ def merge(
         Failed: it could not be written, or the check found a fault. There is nothing new under `to` then.
     """
     to = Path(to)
-    refuse_unwritable(to)
+    refuse_unwritable_folder(to, "the merged model", "--to")
     found = find_sources(Path(path), base)
     stored = locate_tensors(found.base)
     adapter = read_adapter(found.adapter, stored)
@@ -102,7 +104,10 @@ def merge(
     config = read_config(found.base)
     read_generation_config(found.base)
     training = training_sections(found.run)
-    prompt = prompt_of_base(found.base, visual=config.visual is not None) if check else None
+    prompt = None
+    if check:
+        refuse_incomplete(found.base, stored, config)
+        prompt = prompt_of_base(found.base, visual=config.visual is not None)
     try:
         with writing_large_folder(to) as partial:
             hashes = _write(partial, plan, shard_bytes, say)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from finetune.errors import MissingFileError, UserError
+from finetune.errors import InputError, MissingFileError, UserError
 from finetune.files.checkpoint_folder import CONFIG, companion_folder, read_json
-from finetune.merge.adapter_config import find_adapter, read_adapter_config
+from finetune.merge.adapter_config import ADAPTER_CONFIG, find_adapter, read_adapter_config
 from qwenvl.checkpoint.fingerprint import BASE_FILE, weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
-from qwenvl.model.quantization import DEFAULT_PARTS, PARTS, read_parts
+from qwenvl.model.quantization import DEFAULT_PARTS, PARTS
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,14 @@ def find_sources(path: Path, base: str | None) -> Sources:
     if base is None:
         try:
             base = find_source(adapter).base
-        except FileNotFoundError as error:
+        except OSError as error:
             raise MissingFileError(
                 f"{adapter}: its base ({named or 'it names none'}) is not there: give it with --base"
             ) from error
+        except InputError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{adapter / ADAPTER_CONFIG}: PEFT cannot read it ({error}): correct it") from error
     base = _without_quantization(base)
     fingerprint = weights_fingerprint(base)
     if noted and noted["fingerprint"] != fingerprint:
@@ -79,10 +83,13 @@ def _read_base_file(folder: Path) -> dict[str, Any]:
     for key in ("base", "fingerprint"):
         if not isinstance(noted.get(key), str):
             raise UserError(f"{file}: {key} is missing: restore the file")
-    parts = noted.get("quantize", [])
-    if not isinstance(parts, list) or not all(part in PARTS for part in parts):
-        raise UserError(f"{file}: quantize is {parts!r}, but the parts are {', '.join(PARTS)}: restore the file")
+    _refuse_parts(noted.get("quantize"), file)
     return noted
+
+
+def _refuse_parts(parts: Any, file: Path) -> None:
+    if parts is not None and not (isinstance(parts, list) and all(part in PARTS for part in parts)):
+        raise UserError(f"{file}: quantize is {parts!r}, but the parts are {', '.join(PARTS)}: restore the file")
 
 
 def _without_quantization(base: str) -> str:
@@ -108,7 +115,7 @@ def _parts_in_4bit(noted: dict[str, Any], model: dict[str, Any]) -> tuple[str, .
         return tuple(noted["quantize"])
     if model.get("quantization", "none") == "none":
         return ()
-    return read_parts(model.get("quantize") or DEFAULT_PARTS)
+    return tuple(model.get("quantize") or DEFAULT_PARTS)
 
 
 def _model_section(run: Path | None) -> dict[str, Any]:
@@ -120,4 +127,7 @@ def _model_section(run: Path | None) -> dict[str, Any]:
     section: Any = {} if run is None else read_json(run / "run.json")
     for key in ("identity", "recipe", "model"):
         section = section.get(key) if isinstance(section, dict) else None
-    return section if isinstance(section, dict) else {}
+    if run is None or not isinstance(section, dict):
+        return {}
+    _refuse_parts(section.get("quantize"), run / "run.json")
+    return section

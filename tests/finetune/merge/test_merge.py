@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -194,6 +196,28 @@ def test_nothing_else_is_written_over(tmp_path):
         with pytest.raises(UserError, match="which is read: give another folder"):
             quietly(tmp_path / "adapter", source, overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_place_that_cannot_be_written_is_told_first(tmp_path, monkeypatch):
+    """Before the adapter is read: there is none here."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for to, reason in [
+        (tmp_path / "file", "a file of this name is in the way"),
+        (tmp_path / "file" / "to", "file is a file"),
+        (tmp_path / "dangling", "is a symbolic link to nowhere, which does not exist"),
+        (tmp_path / ("x" * 240), "the name is too long"),
+    ]:
+        with pytest.raises(UserError, match=f"cannot write the merged model to {to}: .*{reason}.* with --to"):
+            quietly(tmp_path / "adapter", to)
+
+    def no_permission(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", no_permission)
+    with pytest.raises(UserError, match=r"cannot write the merged model to .*: you have no permission.* with --to"):
+        quietly(tmp_path / "adapter", tmp_path / "to")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
 
 
 def test_an_empty_folder_may_be_filled(tmp_path):
