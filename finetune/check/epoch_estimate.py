@@ -1,4 +1,4 @@
-"""What an epoch will be, from the lengths of the samples alone: tokens, optimizer steps, forwards of a step."""
+"""An estimate of an epoch from the lengths of the samples: tokens, optimizer steps, forwards of a step."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from finetune.batches.packing import pack
 from finetune.data.checking import Checked
 from finetune.recipe import Recipe
 
-SAMPLED_BATCHES = 200  # packed to estimate the rest
+SAMPLED_BATCHES = 200  # that are packed for the estimate
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Epoch:
     """One pass over the training data.
 
     Attributes:
-        samples: with the weights of their sources.
+        samples: repeated by the weights of their sources.
         tokens, supervised: of these samples.
-        processes: of the run, as far as this one's surroundings say.
-        samples_per_step: of all processes.
+        processes: of the run, by the environment variable WORLD_SIZE.
+        samples_per_step: of all processes together.
         steps: optimizer steps of an epoch; `all_steps`, of the run.
-        budget: tokens that one forward may have; None is one conversation at a time.
+        budget: tokens of one forward at most; None for one conversation in each forward.
         packs_per_step: forwards of one process in an optimizer step, on average.
         fill: share of the budget that is used, on average; None without one.
     """
@@ -41,11 +41,11 @@ class Epoch:
 
 
 def estimate_epoch(recipe: Recipe, checked: Checked, budget: int | None) -> Epoch:
-    """An epoch of a recipe; packs are those of `SAMPLED_BATCHES` batches drawn by its seed.
+    """Estimate an epoch of a recipe, by packing `SAMPLED_BATCHES` batches drawn with its seed.
 
     Args:
         checked: of the training data; at least one sample is kept.
-        budget: tokens of one forward (`packing_budget.choose_budget`).
+        budget: tokens of one forward (see `finetune.memory.auto_budget.choose_budget`).
     """
     train = recipe.train
     indices = checked.weighted_indices(recipe.seed)

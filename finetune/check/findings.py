@@ -1,4 +1,4 @@
-"""What a run does before it loads weights, done without it: model, data, what is trained; and all that is wrong."""
+"""Everything that a run does before it loads weights: model, data, what is trained; and all problems together."""
 
 from dataclasses import dataclass, field
 
@@ -24,12 +24,12 @@ class Findings:
     """What a check found.
 
     Attributes:
-        parameters: per component; None where the model cannot be set up as the recipe wants it.
+        parameters: per component; None where the model cannot be set up as the recipe says.
         parts: "train" and, where there is evaluation, "eval".
-        budget: of a forward's tokens; like the epoch None where no training sample is left.
-        task: the evaluation's, in words.
-        vision_cache: the phase that encodes the images, in words; None where there is none.
-        memory: what a run here would hold; None where the model cannot be set up, or nothing is trained on.
+        budget: tokens of one forward; None, like the epoch, where no training sample is left.
+        task: description of the evaluation's task.
+        vision_cache: description of the phase that encodes the images; None where there is none.
+        memory: what a run on this machine would hold; None where the model cannot be set up or no sample is left.
         opened: for each part, if images were opened.
         refusals: (what, why) of everything at which a run would stop.
     """
@@ -48,31 +48,31 @@ class Findings:
     refusals: list[tuple[str, str]] = field(default_factory=list)
 
     def problems(self, name: str) -> list[BadRow]:
-        """Of a part, what is wrong with its rows: those left out too, and images that cannot be decoded."""
+        """What is wrong with the rows of a part, those left out included, and images that cannot be decoded."""
         part = self.parts[name]
         refused = [problem for error in part.errors if isinstance(error, DataError) for problem in error.problems]
-        # Rows that are skipped are told as well; those that are refused are in both, and told once.
+        # Rows that are refused are in both lists; those that are skipped only in the second.
         found = dict.fromkeys([*refused, *(part.checked.problems if part.checked is not None else ())])
         return [*found, *(self.opened[name].problems if name in self.opened else ())]
 
     def skipped(self, name: str) -> int:
-        """Of a part, rows that are left out for what is wrong with them."""
+        """How many rows of a part are left out because of a problem."""
         checked = self.parts[name].checked
         return len(checked.problems) if checked is not None and self.recipe.data.on_bad_row == "skip" else 0
 
 
 def look_before_training(recipe: Recipe, *, samples: int, images: bool, processes: int | None = None) -> Findings:
-    """All of a check but showing it.
+    """Do everything of a check except showing it.
 
     Args:
         recipe: the resolved recipe.
-        samples: how many to take apart, to be shown.
+        samples: how many to prepare for display.
         images: open every image too.
         processes: see `checking.look_at`.
 
     Raises:
-        UserError, ValueError, FileNotFoundError: there is no model to check the data against.
-        WorkerDied: a process of several ended by itself.
+        InputError: there is no model to check the data with.
+        WorkerDied: one of several processes ended unexpectedly.
     """
     findings = Findings(recipe, find_base(recipe.model))
     base, rules = findings.base, rules_of(recipe, findings.base.processor)
@@ -104,7 +104,7 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
             task = TaskEvaluation(recipe, base.processor)
             findings.task = str(task)
         except (UserError, ValueError, OSError) as error:
-            # The same rows as the evaluation data's, asked in another way: one shows what is wrong with it.
+            # The same rows as the evaluation data's, in another form: one example is enough.
             problems = error.problems if isinstance(error, DataError) else []
             example = f", such as {problems[0]}" if problems else ""
             findings.refusals.append(("eval task", _first_line(error) + example))
@@ -114,16 +114,18 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         )
     if images:
         for name, part in findings.parts.items():
-            if part.checked is not None:
+            if part.samples is not None and part.checked is not None:
                 opened = open_images(part.samples, part.checked, rules, processes=processes)
                 findings.opened[name] = opened
                 if opened.problems:
                     findings.refusals.append((f"{name} data", f"{len(opened.problems):,} images cannot be decoded"))
     for name, index in choose_samples(findings.parts, samples, recipe.seed):
-        findings.previews.append(preview(name, findings.parts[name].samples[index], rules))
+        chosen = findings.parts[name].samples
+        assert chosen is not None, "samples are chosen from parts that were opened"
+        findings.previews.append(preview(name, chosen[index], rules))
     return findings
 
 
 def _first_line(error: Exception) -> str:
-    """Without the rows it lists: they were shown."""
+    """The message without the rows that it lists: they are shown already."""
     return error.message.rstrip(":") if isinstance(error, DataError) else str(error)

@@ -1,4 +1,4 @@
-"""How often whole numbers fall where: bars for a terminal, and an SVG for a page."""
+"""Histograms of whole numbers: bars for a terminal, and an SVG for a page."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ MOST_BINS = 12
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bin n has the values from `first + n * width` to below the next bin; `counts` says how many."""
+    """Bin n counts the values from `first + n * width` to below the next bin."""
 
     first: int
     width: int
     counts: Sequence[int]
 
     def label(self, number: int) -> str:
-        """Of a bin: `256-511`, or `3` where it has one value."""
+        """The values of a bin: `256-511`, or `3` where it has one value."""
         low = self.first + number * self.width
         return f"{low:,}" if self.width == 1 else f"{low:,}-{low + self.width - 1:,}"
 
 
 def make_histogram(values: np.ndarray) -> Histogram:
-    """At most `MOST_BINS` bins of a round width, from 1, 2 or 5 times a power of ten, over the values.
+    """Count values in at most `MOST_BINS` bins, whose width is 1, 2 or 5 times a power of ten.
 
     Args:
         values: (n,) whole numbers from 0; at least one.
@@ -39,9 +39,9 @@ def make_histogram(values: np.ndarray) -> Histogram:
 
 
 def bars(histogram: Histogram, *, width: int = 40) -> Iterable[tuple[str, str, str]]:
-    """(label, bar, count) of each bin, the label and the count flush right; the longest bar has `width` characters.
+    """(label, bar, count) of each bin, label and count right-aligned; the longest bar has `width` characters.
 
-    A bin that is not empty has a bar.
+    Every bin that is not empty has a bar of at least one character.
     """
     labels = [histogram.label(number) for number in range(len(histogram.counts))]
     shown = [f"{count:,}" for count in histogram.counts]
@@ -51,7 +51,7 @@ def bars(histogram: Histogram, *, width: int = 40) -> Iterable[tuple[str, str, s
 
 
 def histogram_chart(title: str, histogram: Histogram, *, unit: str) -> str:
-    """A `<figure>` with the bars; the page's sheet gives the colours (`charts.STYLE`)."""
+    """A `<figure>` with the bars; the page's style sheet has the colours (`charts.STYLE`)."""
     axis = make_axis(0.0, float(max(histogram.counts)))
     step = INNER_WIDTH / len(histogram.counts)
     bottom = TOP + INNER_HEIGHT

@@ -1,4 +1,4 @@
-"""What a check found as one page, self-contained. Everything from data or recipe is text in it, never markup."""
+"""What a check found as one self-contained page. Everything from data or recipe is text in it, never markup."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,11 +9,12 @@ from finetune.check.epoch_estimate import Epoch
 from finetune.check.findings import Findings
 from finetune.check.histogram import histogram_chart, make_histogram
 from finetune.check.sample_preview import Piece, Preview
-from finetune.data.checking import grounding_texts
-from finetune.data.reading import DataPart
+from finetune.data.checking import Checked, grounding_texts
+from finetune.data.samples import Samples
 from finetune.data.summary import count_sources, problem_kinds
 from finetune.memory.free_memory import describe_cards
 from finetune.quantities import format_count, format_duration
+from finetune.recipe import Source
 from finetune.report.images import image_tag, thumbnail
 from finetune.report.page import page, show, table, tiles
 from qwenvl.images.drawing import draw_regions
@@ -29,7 +30,11 @@ def check_page(findings: Findings) -> str:
     body = [
         _head(findings),
         _tiles(findings),
-        *(_part(name, part) for name, part in findings.parts.items() if part.checked is not None),
+        *(
+            _part(name, part.sources, part.samples, part.checked)
+            for name, part in findings.parts.items()
+            if part.samples is not None and part.checked is not None
+        ),
         _parameters(findings),
         _memory(findings),
         *(_problems(findings, name) for name in findings.parts),
@@ -76,8 +81,7 @@ def _epoch_tiles(epoch: Epoch) -> list[tuple[str, str, str]]:
     ]
 
 
-def _part(name: str, part: DataPart) -> str:
-    checked = part.checked
+def _part(name: str, sources: Sequence[Source], samples: Samples, checked: Checked) -> str:
     rows = [
         (
             source.path,
@@ -88,7 +92,7 @@ def _part(name: str, part: DataPart) -> str:
             f"{count.an_epoch:,}",
             f"{count.tokens:,}",
         )
-        for source, count in zip(part.sources, count_sources(part.samples, checked), strict=True)
+        for source, count in zip(sources, count_sources(samples, checked), strict=True)
     ]
     head = ("source", "format", "kept", "of", "weight", "an epoch", "tokens")
     said = [
@@ -168,15 +172,15 @@ def _pieces(pieces: Iterable[Piece]) -> Iterator[str]:
 
 
 def _images(preview: Preview, grounding: bool) -> Sequence[Image.Image | str]:
-    """The sample's images made small, with the boxes of its texts drawn on it where there is one image."""
+    """Thumbnails of the sample's images; where there is only one, with the boxes of the sample's texts drawn on it."""
     sample, messages = preview.sample, preview.fitted.messages
     small = [thumbnail(source, sample.access) for source in preview.fitted.rendered.images]
     regions: list[Region] = []
     for _, text in grounding_texts(messages, grounding):
         regions += parse_grounding(text).regions
-    # Markup does not say which of several images it is about.
+    # Of several images, the markup does not say which one it refers to.
     if regions and len(small) == 1 and isinstance(small[0], Image.Image):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an image too small for labels is drawn without
+            warnings.simplefilter("ignore", UserWarning)  # labels are left out on an image too small for them
             return [draw_regions(small[0], regions)]
     return small

@@ -1,4 +1,4 @@
-"""Single samples as the model reads them, taken apart to be shown: text, control tokens, images; trained or not."""
+"""Single samples as the model reads them, split for display: text, control tokens, images; trained or not."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ LONGEST_NAME = 80  # characters of an image's name
 
 
 class Piece(NamedTuple):
-    """Neighbouring tokens of one kind, decoded; of an image, what stands for it."""
+    """Neighbouring tokens of one kind, decoded; for an image, a description of it."""
 
     text: str
     kind: Literal["text", "control", "image"]
@@ -35,7 +35,7 @@ class Preview:
 
     Attributes:
         part: "train" or "eval".
-        sample: as the data has it; `fitted`, as it is trained.
+        sample: as it is in the data; `fitted`, as it is trained.
         pieces: of all its tokens.
     """
 
@@ -63,7 +63,7 @@ def choose_samples(parts: Mapping[str, DataPart], count: int, seed: int) -> list
 
 
 def preview(part: str, sample: Sample, rules: Rules) -> Preview:
-    """A sample that was found right, to be shown."""
+    """Prepare a valid sample for display."""
     fitted = rules.fit(sample.messages)
     return Preview(part, sample, fitted, take_apart(fitted.rendered, rules.tokenizer))
 
@@ -87,13 +87,14 @@ def take_apart(rendered: Rendered, tokenizer: QwenVLTokenizer) -> list[Piece]:
             run = zip(rendered.ids[start:end], rendered.labels[start:end], strict=True)
             for (is_control, trained), tokens in groupby(run, lambda pair: (pair[0] in control, pair[1] != IGNORED)):
                 text = tokenizer.decode([token for token, _ in tokens])
+                assert isinstance(text, str), "the ids of one text, not of a batch"
                 pieces.append(Piece(text, "control" if is_control else "text", trained))
         start = end
     return pieces
 
 
 def image_name(source: Any) -> str:
-    """What to call an image: the last part of its path or URL, or how many bytes it is."""
+    """A name for an image: the last part of its path or URL, or its size in bytes."""
     if isinstance(source, Mapping):
         source = source.get("path") or source.get("bytes")
     if isinstance(source, bytes):
@@ -106,5 +107,5 @@ def image_name(source: Any) -> str:
 
 
 def one_line(text: object) -> str:
-    """Data as text for one line of a terminal: nothing in it moves the cursor, breaks the line or changes colours."""
+    """Data as text for one line of a terminal: nothing in it moves the cursor, breaks the line or sets colours."""
     return readable(text).replace("\n", "␊").replace("\t", " ")

@@ -1,4 +1,4 @@
-"""What a check found, on a terminal or as plain text. Whatever comes from data or a recipe is made harmless first."""
+"""What a check found, on a terminal or as plain text. Control characters of data or recipe are made visible first."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -15,6 +15,7 @@ from finetune.memory.free_memory import describe_cards
 from finetune.model.components import table_of_parameters
 from finetune.quantities import format_count, format_duration
 from finetune.report.page import readable
+from finetune.terminal import labelled
 
 SHOWN_KINDS = 20
 LONGEST_PIECE = 4000  # characters of a text that are shown
@@ -22,12 +23,12 @@ STYLES = {"control": "dim", "image": "magenta", "text": ""}
 TRAINED = "bold green"
 
 
-def print_findings(findings: Findings, console: Console):
-    """Print all of it; without colours, trained text stands between ⟦ and ⟧."""
-    for line in (*_model(findings), *_data(findings), *_steps(findings), *_memory(findings)):
-        console.print(Text(line))
-    for line in _distributions(findings):
-        console.print(line)
+def print_findings(findings: Findings, console: Console) -> None:
+    """Print all findings; without colours, trained text stands between ⟦ and ⟧."""
+    for label, text in (*_model(findings), *_data(findings), *_steps(findings), *_memory(findings)):
+        console.print(Text(labelled(label, text)))
+    for bar in _distributions(findings):
+        console.print(bar)
     for name in findings.parts:
         for line in _problems(findings, name):
             console.print(Text(line))
@@ -35,8 +36,8 @@ def print_findings(findings: Findings, console: Console):
     for preview in findings.previews:
         console.print()
         console.print(Text(one_line(_title(preview)), style="bold"))
-        for line in sample_text(preview.pieces, marked=marked).split("\n"):
-            console.print(Text().append("  │ ", style="dim").append_text(line))
+        for shown in sample_text(preview.pieces, marked=marked).split("\n"):
+            console.print(Text().append("  │ ", style="dim").append_text(shown))
     console.print()
 
 
@@ -52,58 +53,59 @@ def sample_text(pieces: Iterable[Piece], *, marked: bool) -> Text:
     return text
 
 
-def _model(findings: Findings) -> Iterator[str]:
+def _model(findings: Findings) -> Iterator[tuple[str, str]]:
+    """Labelled lines, as those of the following functions; an empty label continues the line above."""
     base = findings.base
     bits = f" ({', '.join(base.quantized)} in 4 bits)" if base.quantized else ""
-    yield f"model       {one_line(findings.recipe.model.path)}{bits}"
+    yield "model", f"{one_line(findings.recipe.model.path)}{bits}"
     for number, line in enumerate(table_of_parameters(findings.parameters or {})):
-        yield f"{'' if number else 'trained':<11} {line}"
+        yield "" if number else "trained", line
 
 
-def _data(findings: Findings) -> Iterator[str]:
+def _data(findings: Findings) -> Iterator[tuple[str, str]]:
     for name, part in findings.parts.items():
-        if part.checked is None:
-            yield f"{name + ' data':<11} cannot be opened"
+        if part.samples is None or part.checked is None:
+            yield f"{name} data", "cannot be opened"
             continue
-        yield f"{name + ' data':<11} {describe_data(part.checked)}"
+        yield f"{name} data", describe_data(part.checked)
         counts = count_sources(part.samples, part.checked)
         for source, count in zip(part.sources, counts, strict=True):
             times = f", x {count.weight:g} = {count.an_epoch:,} an epoch" if count.weight != 1 else ""
-            yield f"{'':<11} {count.kept:,} of {count.total:,} {one_line(source.path)} ({source.format}){times}"
+            yield "", f"{count.kept:,} of {count.total:,} {one_line(source.path)} ({source.format}){times}"
         if name in findings.opened:
             opened = findings.opened[name]
             rate = format_count(opened.opened / max(opened.seconds, 1e-9))
             speed = f"opened in {format_duration(opened.seconds)}, {rate} images/s"
-            yield f"{'':<11} {opened.opened:,} images {speed}; {len(opened.problems):,} cannot be decoded"
+            yield "", f"{opened.opened:,} images {speed}; {len(opened.problems):,} cannot be decoded"
     if findings.task is not None:
-        yield f"eval task   {one_line(findings.task)}"
+        yield "eval task", one_line(findings.task)
 
 
-def _steps(findings: Findings) -> Iterator[str]:
+def _steps(findings: Findings) -> Iterator[tuple[str, str]]:
     epoch = findings.epoch
     if epoch is None:
         return
-    yield f"epoch       {epoch.samples:,} samples, {epoch.tokens:,} tokens, {epoch.supervised:,} of them trained"
+    yield "epoch", f"{epoch.samples:,} samples, {epoch.tokens:,} tokens, {epoch.supervised:,} of them trained"
     on = f" on {epoch.processes} processes" if epoch.processes > 1 else ""
     steps = f"{epoch.steps:,} an epoch, {epoch.all_steps:,} in all"
-    yield f"steps       {steps}; {epoch.samples_per_step:,} samples a step{on}"
+    yield "steps", f"{steps}; {epoch.samples_per_step:,} samples a step{on}"
     fill = "" if epoch.fill is None else f" of at most {epoch.budget:,} tokens, {epoch.fill:.0%} full (estimated)"
-    yield f"forwards    {epoch.packs_per_step:.1f} a step{fill}"
-    if findings.budget.reason:
-        yield f"packing     {findings.budget}"
+    yield "forwards", f"{epoch.packs_per_step:.1f} a step{fill}"
+    if findings.budget is not None and findings.budget.reason:
+        yield "packing", str(findings.budget)
     if findings.vision_cache is not None:
-        yield f"vision      {one_line(findings.vision_cache)}"
+        yield "vision", one_line(findings.vision_cache)
 
 
-def _memory(findings: Findings) -> Iterator[str]:
+def _memory(findings: Findings) -> Iterator[tuple[str, str]]:
     if findings.memory is None:
         return
     for number, line in enumerate(findings.memory.lines()):
-        yield f"{'' if number else 'memory':<11} {line}"
+        yield "" if number else "memory", line
     if findings.memory.plan is not None:
         for name, *sizes in findings.memory.plan.table():
-            yield f"{'':<11} {name:<24}{''.join(f'{size:>10}' for size in sizes)}"
-        yield f"{'':<11} {describe_cards(findings.memory.plan.peak)}"
+            yield "", f"{name:<24}{''.join(f'{size:>10}' for size in sizes)}"
+        yield "", describe_cards(findings.memory.plan.peak)
 
 
 def _distributions(findings: Findings) -> Iterator[Text]:

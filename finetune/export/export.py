@@ -1,18 +1,18 @@
-"""A checkpoint in another form, in the order in which it is made: find, write, read back, compare, upload.
+"""A checkpoint in another form, step by step: find it, write, read back, compare, upload.
 
-Tensors pass through one after the other, in pieces: memory stays at some hundred megabytes however large the model.
+Tensors are read and written one after the other, in pieces: memory stays at a few hundred megabytes however large the
+model.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from finetune.errors import Failed, UserError
-from finetune.export.folder import FORMATS, default_folder, refuse_existing
-from finetune.export.model_card import CARD, write_card
+from finetune.export.folder import FORMATS, default_folder, refuse_existing, writing_errors
+from finetune.export.model_card import CARD, training_sections, write_card
 from finetune.export.tensors import (
     ExportedTensor,
     check_written,
@@ -24,19 +24,28 @@ from finetune.export.tensors import (
 )
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.byte_progress import byte_progress
-from finetune.files.checkpoint_folder import CONFIG, companion_folder, copy_companions, dtype_settings, read_json
-from finetune.files.disk_space import NotEnoughDiskSpace, check_disk_space
+from finetune.files.checkpoint_folder import (
+    CONFIG,
+    companion_folder,
+    copy_companions,
+    copy_file,
+    dtype_settings,
+    read_config,
+    read_generation_config,
+    read_json,
+    read_tokenizer,
+)
+from finetune.files.disk_space import check_disk_space
 from finetune.files.tensor_files import SHARD_BYTES, SINGLE_NAME, write_tensors
 from finetune.quantities import format_bytes
-from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from finetune.terminal import Say, say
+from qwenvl import QwenVLConfig
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
 from qwenvl.model.quantization import quantized_parts
 
 COMPANION_BYTES = 60_000_000  # room for tokenizers, font and card
-
-Say = Callable[[str], None]
 
 
 def export(
@@ -49,34 +58,35 @@ def export(
     quantize: Sequence[str] | None = None,
     push: str | None = None,
     public: bool = False,
-    say: Say = print,
+    say: Say = say,
 ) -> Path:
-    """Write a checkpoint in another form; the folder appears whole or not at all.
+    """Write a checkpoint in another form; the folder appears complete or not at all.
 
     Args:
         model: checkpoint or merged folder, hub id, or the run folder of a training without adapter.
         to: "safetensors" (the same model in safetensors files), "nf4" (in 4 bits), or "qwen2" (the language model as
             Transformers' Qwen2, vision beside it).
         out: the folder; None for MODEL-FORMAT beside the model.
-        shard_bytes: of the largest weight file; None for 5 GB.
+        shard_bytes: size of a weight file at most; None for 5 GB.
         dtype: "float32", "bfloat16", "float16", or "auto" for the types that the weights are stored in.
         quantize: with "nf4", the parts in 4 bits (see `model.quantization.PARTS`); None for the language model's.
         push: `owner/name` on the hub, to upload the finished folder to.
         public: let everybody see it there.
-        say: prints a line.
+        say: prints a labelled line.
 
     Returns:
         The folder.
 
     Raises:
-        UserError, ValueError, FileNotFoundError: something that was given does not fit; see the message.
-        Failed: it could not be written, or read back it is not what was written. There is no folder then.
+        InputError: something that was given does not fit; see the message.
+        Failed: it could not be written, or what was read back is not what was written. There is no folder then.
     """
     if to not in FORMATS:
         raise UserError(f"--to must be one of {', '.join(FORMATS)}, not {to!r}")
     folder = default_folder(model, to) if out is None else Path(out)
     refuse_existing(folder)
     base = _checkpoint(model)
+    read_generation_config(base)  # which is copied as it is, or read: refused where it is damaged
     if push is not None:
         from finetune.export.push import refuse_push
 
@@ -96,9 +106,8 @@ def export(
     else:
         write = _write_safetensors if to == "safetensors" else _write_qwen2
         run = Path(model) if (Path(model) / "run.json").is_file() else None
-        with _told_as_failed(folder):
-            write(base, folder, shard_bytes or SHARD_BYTES, DTYPES.get(dtype), run, say)
-        say(f"exported    {folder}")
+        write(base, folder, shard_bytes or SHARD_BYTES, DTYPES.get(dtype), run, say)
+        say("exported", folder)
     if push is not None:
         from finetune.export.push import push as upload
 
@@ -111,23 +120,23 @@ def _checkpoint(model: str) -> str:
 
     Raises:
         UserError: an adapter.
-        FileNotFoundError: there is no such model.
+        InputError: there is no such model.
     """
     found = find_source(model)
     if found.adapter is not None:
         merged = f"{str(model).rstrip('/')}-merged"
         raise UserError(
-            f"{model} is an adapter on {found.base}: merge it first, and export what comes of it:\n"
+            f"{model} is an adapter on {found.base}: merge it first, then export the merged folder:\n"
             f"    finetune merge {model} --to {merged}"
         )
     return found.base
 
 
 def _locate(base: str, config: QwenVLConfig, say: Say) -> dict[str, StoredTensor]:
-    """The tensors of a whole checkpoint in 16 or 32 bits.
+    """The tensors of a complete checkpoint in 16 or 32 bits.
 
     Raises:
-        ValueError, UserError: it is not whole, or in 4 bits.
+        InputError: it is not complete, damaged, or in 4 bits.
     """
     parts = quantized_parts(config)
     if parts:
@@ -136,44 +145,43 @@ def _locate(base: str, config: QwenVLConfig, say: Say) -> dict[str, StoredTensor
             "that it was made from"
         )
     stored = locate_tensors(base)
-    with torch.device("meta"):
-        model = QwenVLForConditionalGeneration(config)
-    refuse_incomplete(base, stored, model)
-    say(f"source      {base} ({format_bytes(sum(tensor.nbytes for tensor in stored.values()))})")
+    refuse_incomplete(base, stored, config)
+    say("source", f"{base} ({format_bytes(sum(tensor.nbytes for tensor in stored.values()))})")
     return stored
 
 
 def _write_safetensors(
     base: str, folder: Path, shard_bytes: float, dtype: torch.dtype | None, run: Path | None, say: Say
-):
-    config = QwenVLConfig.from_pretrained(base)
-    stored = _locate(base, config, say)
+) -> None:
+    stored = _locate(base, read_config(base), say)
+    training = training_sections(run)
     tensors = [ExportedTensor(name, tensor, written_dtype(tensor, dtype)) for name, tensor in stored.items()]
     needed = sum(tensor.planned.nbytes for tensor in tensors)
     check_disk_space(folder, needed + COMPANION_BYTES, "the exported folder")
-    with writing_large_folder(folder) as partial:
+    with writing_errors(folder), writing_large_folder(folder) as partial:
         with byte_progress("writing", needed) as progress:
             hashes = write_tensors(partial, planned(tensors), pieces(tensors), shard_bytes, progress)
-            say(f"written     {progress.rate()}")
+            say("written", progress.rate())
         published = read_json(companion_folder(base) / CONFIG)
         written_as = _main_dtype(tensors)
         copy_companions(base, partial, config=None if dtype is None else dtype_settings(published, written_as))
         fingerprint = weights_fingerprint(base)
         source_card = companion_folder(base) / CARD
-        if source_card.is_file():  # the same model: what is said of it holds
-            (partial / CARD).write_bytes(source_card.read_bytes())
+        if source_card.is_file():  # it is the same model, and so is its card
+            copy_file(source_card, partial / CARD)
         else:
             facts = {"weights": dtype_name(written_as)}
-            write_card(
-                partial, title=_name(run or Path(base)), base=base, fingerprint=fingerprint, facts=facts, run=run
-            )
+            title = _name(run or Path(base))
+            write_card(partial, title=title, base=base, fingerprint=fingerprint, facts=facts, training=training)
         _read_back(partial, hashes, tensors, needed, say)
         lossless = all(tensor.dtype.itemsize >= tensor.source.dtype.itemsize for tensor in tensors)
         if lossless and weights_fingerprint(partial) != fingerprint:
             raise Failed(f"the weights in {folder.name} have another fingerprint than {base}. Nothing was kept")
 
 
-def _write_qwen2(base: str, folder: Path, shard_bytes: float, dtype: torch.dtype | None, run: Path | None, say: Say):
+def _write_qwen2(
+    base: str, folder: Path, shard_bytes: float, dtype: torch.dtype | None, run: Path | None, say: Say
+) -> None:
     from finetune.export.qwen2 import (
         VISUAL,
         VISUAL_WEIGHTS,
@@ -181,19 +189,20 @@ def _write_qwen2(base: str, folder: Path, shard_bytes: float, dtype: torch.dtype
         limits,
         plan_language,
         plan_visual,
+        write_companions,
         write_qwen2_card,
-        write_surroundings,
     )
 
-    config = QwenVLConfig.from_pretrained(base)
+    config = read_config(base)
     stored = _locate(base, config, say)
+    tokenizer, training = read_tokenizer(base), training_sections(run)
     language, visual = plan_language(config, stored, dtype), plan_visual(config, stored, dtype)
     unknown = sorted(stored.keys() - {tensor.source.name for tensor in (*language, *visual)})
     if unknown:
-        say(f"note        left out, as no part of the model: {', '.join(unknown[:3])} ({len(unknown)} tensors)")
+        say("note", f"left out, as no part of the model: {', '.join(unknown[:3])} ({len(unknown)} tensors)")
     needed = sum(tensor.planned.nbytes for tensor in (*language, *visual))
     check_disk_space(folder, needed + COMPANION_BYTES, "the exported folder")
-    with writing_large_folder(folder) as partial:
+    with writing_errors(folder), writing_large_folder(folder) as partial:
         with byte_progress("writing", needed) as progress:
             hashes = write_tensors(partial, planned(language), pieces(language), shard_bytes, progress)
             if visual:
@@ -201,23 +210,23 @@ def _write_qwen2(base: str, folder: Path, shard_bytes: float, dtype: torch.dtype
                 whole = write_tensors(partial / VISUAL, planned(visual), pieces(visual), math.inf, progress)
                 (partial / VISUAL / SINGLE_NAME).rename(partial / VISUAL / VISUAL_WEIGHTS)
                 hashes[f"{VISUAL}/{VISUAL_WEIGHTS}"] = whole[SINGLE_NAME]
-            say(f"written     {progress.rate()}")
+            say("written", progress.rate())
         written_as = _main_dtype(language)
-        write_surroundings(partial, base, config, written_as)
+        write_companions(partial, base, tokenizer, config, written_as)
         _read_back(partial, hashes, [*language, *visual], needed, say)
-        check_folder(partial, base, config)
+        check_folder(partial, tokenizer)
         facts = {"weights": dtype_name(written_as), "context": f"{config.seq_length:,} tokens"}
         title = f"{_name(run or Path(base))}, language model as Qwen2"
         fingerprint = weights_fingerprint(base)
-        write_qwen2_card(partial, base, config, title=title, fingerprint=fingerprint, facts=facts, run=run)
+        write_qwen2_card(partial, base, config, title=title, fingerprint=fingerprint, facts=facts, training=training)
     for line in limits(config):
-        say(f"note        {line}")
+        say("note", line)
 
 
-def _read_back(folder: Path, hashes: dict[str, str], tensors: list[ExportedTensor], total: int, say: Say):
+def _read_back(folder: Path, hashes: dict[str, str], tensors: list[ExportedTensor], total: int, say: Say) -> None:
     with byte_progress("reading back", total) as progress:
         check_written(folder, hashes, tensors, progress)
-        say(f"read back   {progress.rate()}: every byte as written, names and shapes as planned")
+        say("read back", f"{progress.rate()}: every byte as written, names and shapes as planned")
 
 
 def _name(path: Path) -> str:
@@ -226,24 +235,9 @@ def _name(path: Path) -> str:
 
 
 def _main_dtype(tensors: list[ExportedTensor]) -> torch.dtype:
-    """The type with the most bytes."""
+    """The floating-point type with the most bytes."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors:
         if tensor.dtype.is_floating_point:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.planned.nbytes
     return max(sizes, key=sizes.__getitem__)
-
-
-@contextmanager
-def _told_as_failed(folder: Path):
-    """A disk that is full or fails is no fault of what was given.
-
-    Raises:
-        Failed: instead of an OSError that is not about the user's input.
-    """
-    try:
-        yield
-    except (NotEnoughDiskSpace, FileNotFoundError, UserError):
-        raise
-    except OSError as error:
-        raise Failed(f"{folder} could not be written: {error}. There is nothing under that name") from error

@@ -1,4 +1,4 @@
-"""README.md of a finished checkpoint: what it is made of, how it was trained, what came of it, how to load it."""
+"""README.md of a finished checkpoint: what it is made of, how it was trained, its scores, how to load it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,9 @@ from typing import Any
 
 import yaml
 
+from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
+from finetune.files.path_errors import path_errors
 from finetune.quantities import format_loss
 from finetune.report.logged_scores import is_score
 from finetune.run.folder import RunFolder
@@ -57,20 +59,20 @@ def write_card(
     fingerprint: str | None = None,
     facts: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
-    run: str | Path | None = None,
+    training: Sequence[str] = (),
     tags: Sequence[str] = (),
     use: str = USE,
 ) -> None:
     """Write `README.md` into a checkpoint folder, with the metadata that the hub reads.
 
     Args:
-        folder: complete but for the card: the license named is that of the license file in it.
+        folder: complete except for the card; the license that is named is that of the license file in it.
         title: its heading.
         base: hub id or folder of the checkpoint that it was made from.
         fingerprint: of the base's weights (`qwenvl.checkpoint.fingerprint.weights_fingerprint`).
         facts: how it was made, shown as a table.
         notes: sentences that a user must read: what differs from what was trained.
-        run: the run folder that it comes from, for data, recipe and figures.
+        training: lines about data, recipe and figures (see `training_sections`).
         tags: in addition to those of every checkpoint of this toolkit.
         use: how to load it, where that is not the usual way.
     """
@@ -78,11 +80,43 @@ def write_card(
     told += [f"> {note}\n" for note in notes]
     if facts:
         told += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items()), ""]
-    if run is not None:
-        told += _training_sections(RunFolder(run))
+    told += training
     told += ["## Use", "", use, "## Intended use and limits", "", LIMITS, "", "## License", "", _license_text(folder)]
     header = yaml.safe_dump(_metadata(folder, base, tags), sort_keys=False, allow_unicode=True)
     write_text(folder / CARD, f"---\n{header}---\n\n" + "\n".join(told) + "\n")
+
+
+def training_sections(run: str | Path | None) -> list[str]:
+    """What a run folder says of its data, figures and recipe, in Markdown; nothing without a run.
+
+    Raises:
+        UserError: one of its files is damaged.
+    """
+    if run is None:
+        return []
+    folder = RunFolder(run)
+    told = []
+    with path_errors(run, "read", "Make it readable, or restore it"):
+        rows = (folder.read_run() or {}).get("rows")
+        metrics = folder.read_metrics()
+        recipe = (
+            folder.recipe_file.read_text(encoding="utf-8", errors="replace") if folder.recipe_file.is_file() else ""
+        )
+    if rows:
+        told += ["## Data", "", "| | rows | trained or scored | too long | bad |", "|---|---|---|---|---|"]
+        try:
+            for name, count in rows.items():
+                numbers = (f"{count[key]:,}" for key in ("total", "kept", "too_long", "bad"))
+                told.append(f"| {name} | {' | '.join(numbers)} |")
+        except (AttributeError, TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{folder.run_file}: its rows are not as a run writes them: restore the file") from error
+        told.append("")
+    if table := _figures(metrics):
+        told += ["## Figures", "", *table, ""]
+    if recipe:
+        fence = "```" if "```" not in recipe else "~~~~~~~~"
+        told += ["## Recipe", "", f"{fence}yaml", recipe.rstrip(), fence, ""]
+    return told
 
 
 def is_hub_id(base: str) -> bool:
@@ -126,26 +160,6 @@ def _fingerprint_text(fingerprint: str | None) -> str:
 
 def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _training_sections(run: RunFolder) -> list[str]:
-    """Data, recipe and figures, each where the run folder has it."""
-    told = []
-    description = run.read_run() or {}
-    if rows := description.get("rows"):
-        told += ["## Data", "", "| | rows | trained or scored | too long | bad |", "|---|---|---|---|---|"]
-        for name, count in rows.items():
-            told.append(
-                f"| {name} | {count['total']:,} | {count['kept']:,} | {count['too_long']:,} | {count['bad']:,} |"
-            )
-        told.append("")
-    if table := _figures(run.read_metrics()):
-        told += ["## Figures", "", *table, ""]
-    if run.recipe_file.is_file():
-        recipe = run.recipe_file.read_text(encoding="utf-8").rstrip()
-        fence = "```" if "```" not in recipe else "~~~~~~~~"
-        told += ["## Recipe", "", f"{fence}yaml", recipe, fence, ""]
-    return told
 
 
 def _figures(metrics: Sequence[dict[str, Any]]) -> list[str]:

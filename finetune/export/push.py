@@ -1,7 +1,6 @@
-"""A finished folder onto the Hugging Face hub."""
+"""Upload a finished folder to the Hugging Face hub."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
@@ -9,8 +8,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from finetune.errors import Failed, UserError
+from finetune.files.path_errors import path_errors
+from finetune.terminal import Say, say
 
-# What the hub itself puts into a new repository.
+# Files that the hub itself puts into a new repository.
 OF_THE_HUB = {".gitattributes", "README.md"}
 
 
@@ -19,7 +20,7 @@ def refuse_push(repo: str, *, public: bool, api: HfApi | None = None) -> None:
 
     Args:
         repo: `owner/name`.
-        public: whether everybody shall see it.
+        public: whether everybody may see it.
         api: of the hub; None for the usual one.
 
     Raises:
@@ -44,7 +45,7 @@ def refuse_push(repo: str, *, public: bool, api: HfApi | None = None) -> None:
     except (HfHubHTTPError, OSError) as error:
         raise Failed(f"--push {repo}: the hub does not answer ({_first_line(error)})") from error
     if not found.private and not public:
-        raise UserError(f"--push {repo}: that repository is public. Give --public if everybody shall see this model")
+        raise UserError(f"--push {repo}: that repository is public. Give --public if everybody may see this model")
     there = sorted({file.rfilename for file in found.siblings or ()} - OF_THE_HUB)
     if there:
         raise UserError(
@@ -59,27 +60,30 @@ def push(
     *,
     public: bool = False,
     api: HfApi | None = None,
-    say: Callable[[str], None] = print,
+    say: Say = say,
 ) -> None:
-    """Upload a folder as it is; the repository is made, and private unless asked otherwise.
+    """Upload a folder as it is; the repository is created, and private unless asked otherwise.
 
     Args:
-        folder: finished; nothing outside it is uploaded, links in it neither.
-        repo: `owner/name`; `refuse_push` has passed it.
+        folder: finished. Nothing outside it is uploaded, and no links.
+        repo: `owner/name`, as accepted by `refuse_push`.
         public: as in `refuse_push`.
         api: of the hub; None for the usual one.
-        say: prints a line.
+        say: prints a labelled line.
 
     Raises:
         UserError: a link in the folder.
         Failed: the upload did not finish. The folder is as it was, and uploading it again goes on.
     """
     folder, api = Path(folder), api or HfApi()
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            raise UserError(f"{path} is a link: what it leads to is no part of the folder. Put the file there instead")
+    with path_errors(folder, "read", "Make it readable"):
+        for path in folder.rglob("*"):
+            if path.is_symlink():
+                raise UserError(
+                    f"{path} is a link: what it leads to is no part of the folder. Put the file there instead"
+                )
     visibility = "public" if public else "private"
-    say(f"uploading   {folder} to {repo} ({visibility})")
+    say("uploading", f"{folder} to {repo} ({visibility})")
     try:
         api.create_repo(repo, private=not public, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=str(folder), repo_type="model", commit_message="Upload checkpoint")
@@ -88,7 +92,7 @@ def push(
             f"{folder} is finished, but its upload to {repo} is not: {_first_line(error)}. Go on with: "
             f"hf upload {repo} {os.path.relpath(folder)}{'' if public else ' --private'}"
         ) from error
-    say(f"uploaded    {constants.ENDPOINT}/{repo}")
+    say("uploaded", f"{constants.ENDPOINT}/{repo}")
 
 
 def _first_line(error: Exception) -> str:

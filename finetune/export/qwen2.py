@@ -1,7 +1,7 @@
 """The language model as a Transformers `Qwen2ForCausalLM` folder, which servers and converters know; vision beside it.
 
-Qwen-VL's language model and Qwen2 compute the same thing from different names, up to `seq_length` tokens. The vision
-side has no place in that class: it becomes `visual/`, and `prompt_embeddings.py` turns images and messages into the
+Qwen-VL's language model and Qwen2 compute the same from tensors of different names, up to `seq_length` tokens. Qwen2
+has no vision side: that is written to `visual/`, and `prompt_embeddings.py` turns images and messages into the
 embeddings that the language model then takes instead of ids.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from finetune.errors import Failed
 from finetune.export import qwen2_prompt_embeddings
@@ -26,7 +26,9 @@ from finetune.files.checkpoint_folder import (
     GENERATION_CONFIG,
     companion_files,
     companion_folder,
+    copy_file,
     dtype_settings,
+    read_generation_config,
     read_json,
 )
 from qwenvl import QwenVLConfig, QwenVLTokenizer
@@ -40,7 +42,7 @@ SCRIPT = "prompt_embeddings.py"
 SOURCE_CARD = "README.source.md"
 VISUAL_PREFIX = "transformer.visual."
 
-# Qwen2's name of each tensor of a block. The fused c_attn is q, k and v in thirds.
+# Qwen2's name of each tensor of a block. The fused c_attn holds q, k and v, a third each.
 BLOCK_NAMES = {
     "ln_1.weight": "input_layernorm.weight",
     "attn.c_proj.weight": "self_attn.o_proj.weight",
@@ -55,7 +57,7 @@ OTHER_NAMES = {
     "lm_head.weight": "lm_head.weight",
 }
 
-# What `prompt_embeddings.py` needs of the source to render a conversation and prepare an image.
+# The source's files that `prompt_embeddings.py` needs to render a conversation and prepare an image.
 VISUAL_COMPANIONS = ("*.tiktoken", "tokenizer_config.json", "*processor_config.json")
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "Tongyi*LICENSE*")
 SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
@@ -103,13 +105,13 @@ def limits(config: QwenVLConfig) -> list[str]:
             *(["log-n attention"] if config.use_logn_attn else []),
         ]
         told.append(
-            f"Equal to the source up to {config.seq_length:,} tokens of prompt and reply together. Beyond, the source "
-            f"uses {' and '.join(missing)}, which Qwen2 does not have: replies to longer contexts differ, and get "
-            f"worse. `max_position_embeddings` is {config.seq_length:,} for that reason."
+            f"Equal to the source up to {config.seq_length:,} tokens of prompt and reply together. Beyond that, the "
+            f"source uses {' and '.join(missing)}, which Qwen2 does not have: replies to longer contexts differ, and "
+            f"get worse. `max_position_embeddings` is {config.seq_length:,} for that reason."
         )
     told.append(
-        "A control token spelled in a text (`<|im_end|>`, `<ref>`) is that token to this folder's tokenizer: take it "
-        "out of text that others wrote. `qwenvl` takes it for text."
+        "A control token spelled in a text (`<|im_end|>`, `<ref>`) becomes that token with this folder's tokenizer: "
+        "remove it from text that others wrote. `qwenvl` reads it as text."
     )
     if config.visual is not None:
         told.append(
@@ -163,24 +165,26 @@ def plan_visual(
     ]
 
 
-def write_surroundings(folder: Path, base: str, config: QwenVLConfig, dtype: torch.dtype) -> None:
-    """Write what stands beside the weights, but for the card: configs, tokenizer, licence, the vision side's files.
+def write_companions(
+    folder: Path, base: str, tokenizer: QwenVLTokenizer, config: QwenVLConfig, dtype: torch.dtype
+) -> None:
+    """Write everything beside the weights except the card: configs, tokenizer, licence, the files of the vision side.
 
     Args:
-        folder: of the export; `visual` is there in it where the checkpoint sees.
+        folder: of the export, which has a folder `visual` unless it is a text model.
         base: the checkpoint that is exported: folder or hub id.
+        tokenizer, config: of `base`.
         dtype: of the written weights.
 
     Raises:
-        ValueError: the vocabulary cannot be written as a `tokenizer.json`.
+        UserError: a file of `base` is damaged, or its vocabulary cannot be written as a `tokenizer.json`.
     """
-    tokenizer = QwenVLTokenizer.from_pretrained(base)
-    settings = generation_settings(base, config)
+    settings = generation_settings(base, tokenizer, config)
     is_chat = settings["eos_token_id"] != tokenizer.eod_id
     _write_json(folder / CONFIG, qwen2_config(config, settings, dtype))
     _write_json(folder / GENERATION_CONFIG, settings)
     source = companion_folder(base)
-    vocabulary_file = next(iter(sorted(source.glob("*.tiktoken"))))
+    vocabulary_file = min(source.glob("*.tiktoken"))
     write_tokenizer(
         Vocabulary(vocabulary_file.read_bytes(), str(vocabulary_file)),
         folder,
@@ -192,7 +196,7 @@ def write_surroundings(folder: Path, base: str, config: QwenVLConfig, dtype: tor
         _copy(source, folder / VISUAL, VISUAL_COMPANIONS)
         read = read_json(source / CONFIG)
         _write_json(folder / VISUAL / CONFIG, read | dtype_settings(read, dtype))
-        # The script says of itself what it needs; it is a module here so that it is checked and tested as one.
+        # Its docstring tells its users what it needs. Here it is a module, so that it is checked and tested like one.
         shutil.copyfile(qwen2_prompt_embeddings.__file__, folder / SCRIPT)
 
 
@@ -231,23 +235,22 @@ def qwen2_config(config: QwenVLConfig, settings: dict[str, Any], dtype: torch.dt
     return written
 
 
-def generation_settings(base: str, config: QwenVLConfig) -> dict[str, Any]:
-    """`generation_config.json`: where replies end, and the source's own way of decoding."""
-    try:
-        read = GenerationConfig.from_pretrained(base)
-    except OSError:  # none there
-        read = GenerationConfig()
-    read = read_published_settings(read, config)
-    end_of_text = QwenVLTokenizer.from_pretrained(base).eod_id
+def generation_settings(base: str, tokenizer: QwenVLTokenizer, config: QwenVLConfig) -> dict[str, Any]:
+    """`generation_config.json`: where replies end, and how the source decodes by default."""
+    read = read_published_settings(read_generation_config(base), config)
     settings = {
-        "eos_token_id": end_of_text if read.eos_token_id is None else read.eos_token_id,
-        "pad_token_id": end_of_text if read.pad_token_id is None else read.pad_token_id,
+        "eos_token_id": tokenizer.eod_id if read.eos_token_id is None else read.eos_token_id,
+        "pad_token_id": tokenizer.eod_id if read.pad_token_id is None else read.pad_token_id,
     }
     return settings | {key: getattr(read, key) for key in SETTINGS if getattr(read, key) is not None}
 
 
-def check_folder(folder: Path, base: str, config: QwenVLConfig) -> None:
-    """Open what was written as its users will, but for the weights' values, which were compared already.
+def check_folder(folder: Path, ours: QwenVLTokenizer) -> None:
+    """Open what was written as its users will, except the weights' values, which were compared already.
+
+    Args:
+        folder: of the export, complete except for the card.
+        ours: the source's tokenizer.
 
     Raises:
         Failed: Transformers' Qwen2 has other tensors, or the tokenizer gives other ids.
@@ -259,11 +262,11 @@ def check_folder(folder: Path, base: str, config: QwenVLConfig) -> None:
     if there != expected:
         wrong = sorted(name for name in there.keys() | expected.keys() if there.get(name) != expected.get(name))
         raise Failed(f"Qwen2ForCausalLM does not take what was written, {wrong[0]} for one. Nothing was kept")
-    ours, theirs = QwenVLTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
     for text in SAMPLE_TEXTS:
         ids = ours.encode_text(text)
         if theirs.encode(text) != ids or theirs.decode(ids) != ours.decode(ids):
-            raise Failed(f"the written tokenizer reads {text!r} otherwise than the source's. Nothing was kept")
+            raise Failed(f"the written tokenizer gives other ids for {text!r} than the source's. Nothing was kept")
     for token, token_id in ours.control_tokens.items():
         if theirs.encode(token) != [token_id]:
             raise Failed(f"the written tokenizer does not know {token}. Nothing was kept")
@@ -277,12 +280,12 @@ def write_qwen2_card(
     title: str,
     fingerprint: str,
     facts: dict[str, Any],
-    run: Path | None,
+    training: list[str],
 ) -> None:
     """Write the card, and keep the source's beside it where it has one."""
     source_card = companion_folder(base) / CARD
     if source_card.is_file():
-        shutil.copyfile(source_card, folder / SOURCE_CARD)
+        copy_file(source_card, folder / SOURCE_CARD)
         facts = {**facts, "the source's own card": f"[{SOURCE_CARD}]({SOURCE_CARD})"}
     write_card(
         folder,
@@ -291,19 +294,19 @@ def write_qwen2_card(
         fingerprint=fingerprint,
         facts=facts,
         notes=limits(config),
-        run=run,
+        training=training,
         tags=["qwen2"],
         use=(QWEN2_USE + (QWEN2_IMAGES if config.visual is not None else "")).rstrip() + "\n",
     )
 
 
-def _copy(source: Path, folder: Path, patterns: tuple[str, ...]):
+def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
     for file in companion_files(source):
         if any(fnmatch(file.name, pattern) for pattern in patterns):
-            shutil.copyfile(file, folder / file.name)
+            copy_file(file, folder / file.name)
 
 
-def _write_json(path: Path, content: dict[str, Any]):
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -8,8 +8,8 @@ The first runs the language model here, with Transformers' own classes. The seco
 (length, hidden) in torch's format. The third sends them to a server's completions API as vLLM has it
 (`vllm serve FOLDER --enable-prompt-embeds`).
 
-It needs `qwenvl` where it runs, for the vision tower and for the one place where messages become tokens; the server
-needs nothing but this folder. Of the language model's weights only the rows of the tokens in the prompt are read.
+It needs the package `qwenvl`, for the vision tower and to turn messages into tokens; the server needs only this
+folder. Of the language model's weights only the embedding rows of the prompt's tokens are read.
 """
 
 import argparse
@@ -38,9 +38,10 @@ EMBEDDINGS = "model.embed_tokens.weight"
 class PromptEmbeddings:
     """A prompt as the language model takes it.
 
-    embeddings: (1, length, hidden), image features in their places.
-    input_ids: (1, length); an image is `<img>`, 256 x `<imgpad>`, `</img>`.
-    attention_mask: (1, length), all 1.
+    Attributes:
+        embeddings: (1, length, hidden), with the image features at the positions of the images.
+        input_ids: (1, length); an image is `<img>`, 256 x `<imgpad>`, `</img>`.
+        attention_mask: (1, length), all 1.
     """
 
     embeddings: torch.Tensor
@@ -73,11 +74,11 @@ class PromptEncoder:
 
     @torch.no_grad()
     def __call__(self, messages: Sequence[Mapping[str, Any]], *, grounding: bool = False) -> PromptEmbeddings:
-        """Encode a conversation up to where the reply begins.
+        """Encode a conversation up to the beginning of the reply.
 
         Args:
             messages: `{"role": ..., "content": text or parts}`; parts are `{"type": "text", "text": ...}` and
-                `{"type": "image", "image": path or PIL image}`. See `qwenvl.text.chat.render_chat`.
+                `{"type": "image", "image": path or PIL image}`. See `qwenvl.chat.render_chat`.
             grounding: read `<ref>`, `<box>` and `<quad>` in the messages as tokens.
 
         Raises:
@@ -100,7 +101,7 @@ class PromptEncoder:
         return PromptEmbeddings(embeddings, ids, torch.ones_like(ids))
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """(1, length) ids -> (1, length, hidden), reading only the rows that occur."""
+        """(1, length) ids -> (1, length, hidden), reading only the rows of ids that occur."""
         distinct, places = ids.unique(return_inverse=True)
         with safe_open(self._embeddings_file, framework="pt") as opened:
             table = opened.get_slice(EMBEDDINGS)
@@ -109,7 +110,7 @@ class PromptEncoder:
 
 
 def _file_of(folder: Path, name: str) -> Path:
-    """The weight file that has a tensor."""
+    """The weight file that contains a tensor."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return folder / json.loads(index.read_text(encoding="utf-8"))["weight_map"][name]
@@ -140,16 +141,18 @@ def ask_here(folder: Path, prompt: PromptEmbeddings, max_new_tokens: int) -> str
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=device).eval()
     generated = model.generate(
         inputs_embeds=prompt.embeddings.to(device, model.dtype),
         attention_mask=prompt.attention_mask.to(device),
         max_new_tokens=max_new_tokens,
     )
-    return AutoTokenizer.from_pretrained(folder).decode(generated[0], skip_special_tokens=True)
+    reply = AutoTokenizer.from_pretrained(folder).decode(generated[0], skip_special_tokens=True)
+    assert isinstance(reply, str), "the ids of one reply, not of a batch"
+    return reply
 
 
-def main(arguments: Sequence[str] | None = None):
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question")
     parser.add_argument("--image", action="append", default=[], help="image file; may be given several times")

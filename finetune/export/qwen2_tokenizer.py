@@ -1,13 +1,13 @@
 """`qwen.tiktoken` as the `tokenizer.json` that other programs read: the same ids for the same text.
 
 tiktoken merges the two neighbours whose union has the lowest rank, the leftmost first. `tokenizers` merges by a list
-of pairs, of which the file has none. Each token has exactly one: the two pieces that its bytes come to when only lower
-ranks merge. Two neighbours that make up a token have only ever merged within it, in the same order, so whatever stands
-around them they are that pair.
+of pairs, which the file does not have. It follows from the ranks: each token has exactly one pair, the two pieces that
+remain of its bytes when only lower ranks merge. Two neighbours that form a token have merged only within that token,
+in the same order, so they are that pair in every context.
 
-Two things differ. A control token spelled in a text is that token, as everywhere with a `tokenizer.json`, where
-`qwenvl` takes it for text. And the order of a few combining marks that are new since Unicode 14, which the tables of
-`tokenizers` do not have yet.
+Two things differ. A control token spelled in a text becomes that token, as with every `tokenizer.json`, where `qwenvl`
+reads it as text. And a few combining marks that are new since Unicode 14 are ordered differently: the tables of
+`tokenizers` do not have them yet.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.errors import UserError
 from qwenvl.text.vocabulary import END_OF_TEXT, SPLIT_PATTERN, Vocabulary
 
 if TYPE_CHECKING:
@@ -49,16 +50,16 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, *, eos_token: str, max
     """Write `tokenizer.json` and `tokenizer_config.json`.
 
     Args:
-        eos_token: the control token at which programs that know only one end a reply.
+        eos_token: the control token that ends a reply, for programs that know only one.
         max_length: tokens that the model takes.
 
     Raises:
-        ValueError: see `fast_tokenizer`.
+        UserError: see `fast_tokenizer`.
     """
     fast_tokenizer(vocabulary).save(str(folder / "tokenizer.json"), pretty=False)
     settings = {
-        # Taken as it is by what honours this class; Transformers 5 takes Qwen2's own for the model's sake, and builds
-        # it from the vocabulary and the merges in tokenizer.json: the same ids.
+        # Programs that honour this class load tokenizer.json as it is. Transformers 5 takes Qwen2's own class because
+        # of the model, and builds it from the vocabulary and merges in tokenizer.json: the same ids.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
         "eos_token": eos_token,
@@ -72,19 +73,19 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, *, eos_token: str, max
 
 
 def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """The tokenizer that gives the ids of `vocabulary`, control tokens in the text recognised.
+    """The tokenizer that gives the ids of `vocabulary`, and recognises control tokens in the text.
 
     Raises:
-        ValueError: an ordinary token is spelled like a control token, which `tokenizers` cannot hold apart.
+        UserError: an ordinary token is spelled like a control token; `tokenizers` cannot distinguish them.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     strings = vocabulary.token_strings[: vocabulary.ordinary_size]
     for token, string in zip(vocabulary.token_bytes, strings, strict=False):
         if token.decode("latin-1") in vocabulary.control_tokens:
-            raise ValueError(f"the vocabulary has an ordinary token {token!r} ({string}) beside the control token")
+            raise UserError(f"the vocabulary has an ordinary token {token!r} ({string}) beside the control token")
     merges = [(strings[left], strings[right]) for left, right in merged_pairs(vocabulary)]
-    # As tiktoken, a word that is a token is that token, whatever merging its bytes would give.
+    # As in tiktoken, a word that is a token is that token, whatever merging its bytes would give.
     model = models.BPE(vocab={string: rank for rank, string in enumerate(strings)}, merges=merges, ignore_merges=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
@@ -105,7 +106,7 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
 def merged_pairs(vocabulary: Vocabulary) -> list[tuple[int, int]]:
     """The ranks of the two tokens that each longer token is merged from, in the order of the tokens' ranks.
 
-    A token that merging never reaches has none; as a whole word it is found all the same.
+    A token that merging never reaches has no pair; as a whole word it is found all the same.
     """
     ranks = {token: rank for rank, token in enumerate(vocabulary.token_bytes[: vocabulary.ordinary_size])}
     pairs = []
@@ -117,7 +118,7 @@ def merged_pairs(vocabulary: Vocabulary) -> list[tuple[int, int]]:
 
 
 def _merge_below(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """What a token's bytes come to when only tokens of ranks below `limit` are merged."""
+    """The pieces that remain of a token's bytes when only tokens of ranks below `limit` are merged."""
     parts = [token[place : place + 1] for place in range(len(token))]
     while len(parts) > 1:
         unions = [ranks.get(left + right, limit) for left, right in pairwise(parts)]

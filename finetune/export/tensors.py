@@ -1,18 +1,18 @@
-"""Tensors on their way from one checkpoint into another: renamed, cut, rounded at most once, and held against it."""
+"""Tensors copied from one checkpoint into another: renamed, cut, rounded at most once; and compared afterwards."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from finetune.errors import Failed, UserError
 from finetune.files.tensor_files import Planned, file_hash
+from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, tensors_in
 
 PIECE_BYTES = 1 << 26  # read at once
-SAMPLED = 16  # tensors of which every value is computed once more, spread from the first to the last
+SAMPLED = 16  # tensors of which every value is computed once more, evenly from first to last
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class ExportedTensor:
 
     def _rounded(self, values: torch.Tensor) -> torch.Tensor:
         rounded = values.to(self.dtype)
-        overflown = self.dtype != values.dtype and (rounded.isinf() & ~values.isinf()).any()
-        if overflown:
+        if self.dtype != values.dtype and (rounded.isinf() & ~values.isinf()).any():
             finite = values[~values.isinf()]
             raise UserError(
                 f"{self.source.name}: {finite.abs().max():.3g} is more than {dtype_name(self.dtype)} can hold "
@@ -77,7 +76,7 @@ def pieces(tensors: Sequence[ExportedTensor]) -> Iterator[tuple[str, torch.Tenso
 
 
 def written_dtype(stored: StoredTensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The type that a tensor is written in: what is no floating-point number stays as it is."""
+    """The type that a tensor is written in: only floating-point numbers change theirs."""
     return stored.dtype if dtype is None or not stored.dtype.is_floating_point else dtype
 
 
@@ -86,20 +85,25 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def refuse_incomplete(path: str, stored: dict[str, StoredTensor], model: nn.Module):
-    """Hold a checkpoint's tensors against the model that its config describes.
+def refuse_incomplete(path: str, stored: dict[str, StoredTensor], config: QwenVLConfig) -> None:
+    """Compare a checkpoint's tensors with the model that its config describes.
 
     Args:
-        model: may be on the meta device.
+        path: of the checkpoint, for the message.
 
     Raises:
-        ValueError: a tensor is missing, or has another shape.
+        UserError: a tensor is missing, or has another shape.
     """
+    try:
+        with torch.device("meta"):
+            model = QwenVLForConditionalGeneration(config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path}: config.json does not describe a model that can be built ({error})") from error
     for name, expected in model.state_dict().items():
         if name not in stored:
-            raise ValueError(f"{path}: {name} is missing from its weights: fetch them again")
+            raise UserError(f"{path}: {name} is missing from its weights: fetch them again")
         if stored[name].shape != tuple(expected.shape):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} is {stored[name].shape}, but by config.json it is {tuple(expected.shape)}: config "
                 "and weights are not of the same model"
             )
@@ -110,8 +114,8 @@ def check_written(
 ) -> None:
     """Read back what was written.
 
-    Every byte is held against the hash taken while writing, every tensor's name, shape and type against what was
-    planned; some tensors are computed once more and compared value by value.
+    The files must have the hashes taken while writing, and every tensor the planned name, shape and type; some tensors
+    are computed once more and compared value by value.
 
     Raises:
         Failed: something is not as it should be; says what.

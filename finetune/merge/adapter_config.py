@@ -1,10 +1,12 @@
 """Where an adapter is, and its settings as far as they decide what its weights mean: understood or refused."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import MissingFileError, UserError
+from finetune.files.checkpoint_folder import read_json
+from finetune.files.path_errors import path_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE_FILE = "merge.json"  # of a merged folder, see `folder.py`
@@ -27,46 +29,91 @@ INIT_KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 INIT_TAKES_FROM_BASE = ("pissa", "olora")
 
 
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_name_or_names(value: Any) -> bool:
+    return isinstance(value, str) or _is_names(value)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, int) for number in value)
+
+
+def _is_number_or_numbers(value: Any) -> bool:
+    return isinstance(value, int) or _is_numbers(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _is_positive_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_positive, value.values()))
+
+
+def _is_rows(value: Any) -> bool:
+    return all(map(_is_numbers, value.values())) if isinstance(value, dict) else _is_numbers(value)
+
+
+# What the values that are read here must be, unless they are null or left out.
+EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base_model_name_or_path": (lambda value: isinstance(value, str), "a text"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "rank_pattern": (_is_positive_by_name, "a positive number for each module"),
+    "alpha_pattern": (_is_positive_by_name, "a positive number for each module"),
+    "target_modules": (_is_name_or_names, "a list of names or a text"),
+    "exclude_modules": (_is_name_or_names, "a list of names or a text"),
+    "modules_to_save": (_is_names, "a list of names"),
+    "layers_to_transform": (_is_number_or_numbers, "a whole number or a list of them"),
+    "layers_pattern": (_is_name_or_names, "a list of names or a text"),
+    "trainable_token_indices": (_is_rows, "a list of token ids, or one for each module"),
+}
+
+
 def find_adapter(path: Path) -> Path:
     """The folder of the adapter in a run folder, or of an adapter by itself.
 
     Raises:
         UserError: a run or checkpoint without an adapter; says what it is.
-        FileNotFoundError: nothing of it at `path`.
+        MissingFileError: none of these is at `path`.
     """
-    if (path / MERGE_FILE).is_file():
-        raise UserError(f"{path} is a merged checkpoint already: use it as it is")
-    adapter = path / "adapter" if (path / "adapter" / ADAPTER_CONFIG).is_file() else path
-    if not (adapter / ADAPTER_CONFIG).is_file():
+    with path_errors(path, "read", "Check the path"):
+        if (path / MERGE_FILE).is_file():
+            raise UserError(f"{path} is a merged checkpoint already: use it as it is")
+        adapter = path / "adapter" if (path / "adapter" / ADAPTER_CONFIG).is_file() else path
+        if (adapter / ADAPTER_CONFIG).is_file():
+            return adapter
         if (path / "model" / "config.json").is_file():
             raise UserError(f"{path} was trained without an adapter: {path / 'model'} is a whole checkpoint already")
         if (path / "run.json").is_file():
             raise UserError(f"{path} has no adapter yet: the run did not finish. Go on with it: the same command")
         if (path / "config.json").is_file():
             raise UserError(f"{path} is a whole checkpoint: there is no adapter to merge")
-        raise FileNotFoundError(f"{path}: no {ADAPTER_CONFIG} here, so this is neither a run nor an adapter")
-    return adapter
+    raise MissingFileError(f"{path}: no {ADAPTER_CONFIG} here, so this is neither a run nor an adapter")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """An adapter's `adapter_config.json`.
+    """Read an adapter's `adapter_config.json`.
 
     Raises:
-        FileNotFoundError: there is none.
-        UserError: it is not one of LoRA, or says something that changes what LoRA computes and is not understood here.
+        MissingFileError: there is none.
+        UserError: it is not one of LoRA, has a value of the wrong kind, or says something that changes what LoRA
+            computes and is not understood here.
     """
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder}: no {ADAPTER_CONFIG} here, so this is not an adapter") from None
-    except ValueError as error:
-        raise UserError(f"{folder / ADAPTER_CONFIG} is not JSON ({error}): restore it") from None
     place = folder / ADAPTER_CONFIG
+    if not place.is_file():
+        raise MissingFileError(f"{folder}: no {ADAPTER_CONFIG} here, so this is not an adapter")
+    config = read_json(place)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{place}: peft_type is {config.get('peft_type')}; only LORA can be merged")
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+        if not _is_positive(config.get(key)):
             raise UserError(f"{place}: {key} is {config.get(key)!r} instead of a positive number")
+    for key, (is_expected, expected) in EXPECTED.items():
+        if config.get(key) is not None and not is_expected(config[key]):
+            raise UserError(f"{place}: {key} is {config[key]!r} instead of {expected}")
     for key, value in config.items():
         if value and key not in UNDERSTOOD | WITHOUT_EFFECT:
             raise UserError(
@@ -76,8 +123,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     init = config.get("init_lora_weights", True)
     if init not in INIT_KEEPS_BASE + INIT_TAKES_FROM_BASE:
         raise UserError(
-            f"{place}: init_lora_weights is {init!r}: the base was changed in a way that cannot be computed again "
-            "from it. Save the adapter as plain LoRA first (PEFT's save_pretrained with "
+            f"{place}: init_lora_weights is {init!r}: it changed the base in a way that cannot be computed again. "
+            "Save the adapter as plain LoRA first (PEFT's save_pretrained with "
             "path_initial_model_for_weight_conversion), or merge it where it was trained"
         )
     return config

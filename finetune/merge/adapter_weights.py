@@ -1,74 +1,41 @@
 """A PEFT adapter read as what it does to its base: for each changed tensor of the checkpoint, how it is computed.
 
-Nothing is guessed: a key without a place and a place without its key are refused by name, before anything is computed.
+Nothing is guessed: a tensor without a place in the base, and a module that should have tensors and has none, are
+refused by name before anything is computed.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune.errors import UserError
+from finetune.errors import MissingFileError, UserError
+from finetune.files.path_errors import path_errors
 from finetune.merge.adapter_config import ADAPTER_CONFIG, INIT_TAKES_FROM_BASE, read_adapter_config
+from finetune.merge.changes import Change, LowRank
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, tensors_in
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 TABLES = ("transformer.wte.weight", "lm_head.weight")
-FINITE_ROWS = 1 << 24  # values looked at at once in search of NaN
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """W + scale * B A, with DoRA each output row then scaled to its magnitude.
-
-    Attributes:
-        a: (r, in), for a convolution (r, in, height, width), for an embedding (r, rows).
-        b: (out, r), for a convolution (out, r, 1, 1), for an embedding (width, r).
-        scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
-        magnitude: (out,) of DoRA.
-        transposed: of an embedding, whose table is (rows, width): the change is (B A)^T.
-        init: "pissa" or "olora" where W is what that initialisation left of the base.
-    """
-
-    a: StoredTensor
-    b: StoredTensor
-    scale: float
-    magnitude: StoredTensor | None = None
-    transposed: bool = False
-    init: str | None = None
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an adapter does to one tensor, in this order.
-
-    Attributes:
-        replaced: the tensor trained in full, in place of the base's.
-        rows: (indices, values) of an embedding's rows trained in full.
-        low_rank: LoRA on it.
-        added: (vector, scale) added to a bias.
-    """
-
-    replaced: StoredTensor | None = None
-    rows: tuple[tuple[int, ...], StoredTensor] | None = None
-    low_rank: LowRank | None = None
-    added: tuple[StoredTensor, float] | None = None
+FINITE_ROWS = 1 << 24  # values that are checked for NaN at once
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """An adapter understood.
+    """An adapter, with a place in the base for each of its tensors.
 
     Attributes:
         folder: where it is.
         config: its `adapter_config.json`.
-        changes: base tensor's name -> what becomes of it.
-        keys: how many tensors the adapter holds, each of which has its place in one of the changes.
+        changes: base tensor's name -> what the adapter does to it.
+        keys: number of tensors in the adapter.
         file: the adapter's weights.
     """
 
@@ -79,23 +46,24 @@ class AdapterWeights:
     file: Path
 
     def sha256(self) -> str:
-        """Of config and weights: the same adapter has the same wherever it lies."""
+        """Of config and weights, so that it does not depend on where the adapter is."""
         digest = hashlib.sha256()
         for file in (self.folder / ADAPTER_CONFIG, self.file):
-            with file.open("rb") as opened:
+            with path_errors(file, "read", "Make it readable, or restore it"), file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
         return digest.hexdigest()
 
     def kinds(self) -> dict[str, int]:
-        """How many tensors are changed in which way, for people."""
+        """How many tensors are changed in which way, to be shown."""
         counts: dict[str, int] = {}
         for change in self.changes.values():
+            low_rank = change.low_rank
             for kind, there in (
-                ("LoRA", change.low_rank and change.low_rank.magnitude is None),
-                ("DoRA", change.low_rank and change.low_rank.magnitude is not None),
-                ("trained in full", change.replaced),
-                ("rows trained in full", change.rows),
-                ("bias added", change.added),
+                ("LoRA", low_rank is not None and low_rank.magnitude is None),
+                ("DoRA", low_rank is not None and low_rank.magnitude is not None),
+                ("trained in full", change.replaced is not None),
+                ("rows trained in full", change.rows is not None),
+                ("bias added", change.added is not None),
             ):
                 if there:
                     counts[kind] = counts.get(kind, 0) + 1
@@ -103,14 +71,14 @@ class AdapterWeights:
 
 
 def read_adapter(folder: str | Path, base: Mapping[str, StoredTensor]) -> AdapterWeights:
-    """Read an adapter and hold every one of its tensors against the base's.
+    """Read an adapter and find the place of each of its tensors in the base.
 
     Args:
         folder: with `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
         base: the base's tensors by name.
 
     Raises:
-        FileNotFoundError: no adapter in `folder`.
+        MissingFileError: no adapter in `folder`.
         UserError: it does not fit the base, is incomplete or damaged, or does something that is not understood; names
             the key.
     """
@@ -118,21 +86,20 @@ def read_adapter(folder: str | Path, base: Mapping[str, StoredTensor]) -> Adapte
     config = read_adapter_config(folder)
     file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"{folder}: no {' or '.join(ADAPTER_WEIGHTS)} here: the adapter's weights are missing")
-    stored = {tensor.name: tensor for tensor in tensors_in(file)}
-    reading = _Reading(folder, config, base)
-    for name, tensor in stored.items():
-        reading.place(name, tensor)
-    changes = reading.changes()
-    reading.refuse_missing(changes)
-    for tensor in stored.values():
+        raise MissingFileError(f"{folder}: no {' or '.join(ADAPTER_WEIGHTS)} here: the adapter's weights are missing")
+    stored = tensors_in(file)
+    reader = _Reader(folder, config, base)
+    placed = reader.place(stored)
+    changes = reader.changes(placed)
+    reader.refuse_missing(placed, changes)
+    for tensor in stored:
         refuse_non_finite(tensor, f"{folder}: {tensor.name}")
     return AdapterWeights(folder, config, changes, len(stored), file)
 
 
-def refuse_non_finite(tensor: StoredTensor, what: str):
+def refuse_non_finite(tensor: StoredTensor, what: str) -> None:
     """Raises:
-    UserError: NaN or an infinity in the tensor.
+    UserError: NaN or an infinity in the tensor, or it holds no floating-point numbers.
     """
     if not tensor.dtype.is_floating_point:
         raise UserError(f"{what} is of type {tensor.dtype}: an adapter's weights are floating-point numbers")
@@ -143,12 +110,12 @@ def refuse_non_finite(tensor: StoredTensor, what: str):
         low, high = torch.aminmax(values)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise UserError(
-                f"{what} holds NaN or infinities: the training diverged, or the file is damaged. Take an earlier "
-                "checkpoint's adapter"
+                f"{what} holds NaN or infinities: the training diverged, or the file is damaged. Take the adapter of "
+                "an earlier checkpoint"
             )
 
 
-# Ends of an adapter's keys: what they are to the module before them.
+# How an adapter's keys end, and what the tensor is to the module named before that.
 PARTS = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -161,37 +128,65 @@ PARTS = {
 }
 
 
-class _Reading:
-    """An adapter's keys finding their places."""
+@dataclass
+class _Placed:
+    """An adapter's tensors by their places in the base.
 
-    def __init__(self, folder: Path, config: dict[str, Any], base: Mapping[str, StoredTensor]):
-        self.folder = folder
-        self.config = config
-        self.base = base
-        self.modules: dict[str, dict[str, StoredTensor]] = {}
-        self.replaced: dict[str, StoredTensor] = {}
-        self.saved_modules = tuple(config.get("modules_to_save") or ())
+    Attributes:
+        modules: name of a module -> its tensors by what they are to it (see `PARTS`).
+        replaced: name of a base tensor -> the one that was trained in full.
+    """
 
-    def place(self, key: str, tensor: StoredTensor):
-        """Put one of the adapter's tensors where it belongs."""
-        name = key.removeprefix(PREFIX)
-        if name == key:
-            raise self._error(key, f"does not begin with {PREFIX}, as PEFT's keys do")
-        end = next((end for end in PARTS if name.endswith(end)), None)
-        if end is not None:
+    modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    replaced: dict[str, StoredTensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Compares an adapter's tensors with its settings and with the base.
+
+    Attributes:
+        folder: of the adapter.
+        config: as `read_adapter_config` returns it.
+        base: the base's tensors by name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    base: Mapping[str, StoredTensor]
+
+    def place(self, tensors: Iterable[StoredTensor]) -> _Placed:
+        """Find the place of each of the adapter's tensors.
+
+        Raises:
+            UserError: one has no place in the base, is there twice, or should not be there; names it.
+        """
+        placed = _Placed()
+        for tensor in tensors:
+            key = tensor.name
+            name = key.removeprefix(PREFIX)
+            if name == key:
+                raise self._error(key, f"does not begin with {PREFIX}, as PEFT's keys do")
+            end = next((end for end in PARTS if name.endswith(end)), None)
+            if end is None:
+                # PEFT names the own tensors of a module that has LoRA with base_layer.
+                name = name.replace(".base_layer.", ".")
+                self._refuse_replacing(key, name, tensor, placed)
+                placed.replaced[name] = tensor
+                continue
             module = name.removesuffix(end)
             if f"{module}.weight" not in self.base:
                 raise self._error(key, f"has no place: the base has no {module}.weight")
-            parts = self.modules.setdefault(module, {})
+            parts = placed.modules.setdefault(module, {})
             if PARTS[end] in parts:
                 raise self._error(key, "is there twice, in two spellings")
             parts[PARTS[end]] = tensor
-            return
-        # Inside a module with LoRA the base's own tensors go by base_layer.
-        name = name.replace(".base_layer.", ".")
+        return placed
+
+    def _refuse_replacing(self, key: str, name: str, tensor: StoredTensor, placed: _Placed) -> None:
         if name not in self.base:
             raise self._error(key, f"has no place: the base has no {name}")
-        if name in self.replaced:
+        if name in placed.replaced:
             raise self._error(key, "is there twice, in two spellings")
         if not self._trained_in_full(name):
             raise self._error(
@@ -199,16 +194,19 @@ class _Reading:
             )
         if tensor.shape != self.base[name].shape:
             raise self._error(key, f"has shape {list(tensor.shape)}, the base's has {list(self.base[name].shape)}")
-        self.replaced[name] = tensor
 
-    def changes(self) -> dict[str, Change]:
-        """Base tensor's name -> what becomes of it, for all that was placed."""
-        changes = {name: Change(replaced=tensor) for name, tensor in self.replaced.items()}
+    def changes(self, placed: _Placed) -> dict[str, Change]:
+        """Base tensor's name -> what the adapter does to it.
 
-        def add(name: str, **what: Any):
+        Raises:
+            UserError: a tensor is missing, or has another shape than the settings and the base say; names it.
+        """
+        changes = {name: Change(replaced=tensor) for name, tensor in placed.replaced.items()}
+
+        def add(name: str, **what: Any) -> None:
             changes[name] = replace(changes.get(name, Change()), **what)
 
-        for module, parts in self.modules.items():
+        for module, parts in placed.modules.items():
             weight = f"{module}.weight"
             if "rows" in parts:
                 add(weight, rows=self._rows(module, parts["rows"]))
@@ -219,13 +217,13 @@ class _Reading:
                     add(f"{module}.bias", added=self._added(module, parts["b_bias"], low_rank.scale))
         return changes
 
-    def refuse_missing(self, changes: Mapping[str, Change]):
+    def refuse_missing(self, placed: _Placed, changes: Mapping[str, Change]) -> None:
         """Raises:
         UserError: something that the config says was trained has no weights in the adapter.
         """
-        for module in self.saved_modules:
+        for module in self._saved_modules():
             expected = [name for name in self.base if _is_within(name, module)]
-            missing = [name for name in expected if name not in self.replaced]
+            missing = [name for name in expected if name not in placed.replaced]
             if missing or not expected:
                 what = missing[0] if missing else f"{module}, which the base does not have"
                 raise UserError(
@@ -246,7 +244,7 @@ class _Reading:
                     f"(trainable_token_indices), but the adapter lacks {PREFIX}{name}.token_adapter"
                 )
         if self.config.get("bias") == "all":
-            missing = [name for name in self.base if name.endswith(".bias") and name not in self.replaced]
+            missing = [name for name in self.base if name.endswith(".bias") and name not in placed.replaced]
             if missing:
                 raise UserError(f"{self.folder}: bias is all, but the adapter lacks {PREFIX}{missing[0]}")
 
@@ -262,6 +260,7 @@ class _Reading:
                 raise self._error(key + names[part], "is missing: LoRA needs both of its matrices")
         a, b, weight = parts[first], parts[second], self.base[f"{module}.weight"]
         rank, alpha = self._rank_and_alpha(module)
+        expected: dict[str, tuple[float, ...]]
         if embedding:
             expected = {first: (rank, weight.shape[0]), second: (weight.shape[-1], rank)}
         else:
@@ -279,7 +278,7 @@ class _Reading:
             raise self._error(key + "magnitude_vector", what)
         if magnitude is not None and embedding:
             raise self._error(key + "magnitude_vector", "is DoRA on an embedding, which cannot be merged here")
-        # As PEFT keeps it: of a convolution with axes for what it multiplies.
+        # PEFT stores that of a convolution with the axes of the kernel.
         by_row = (1, weight.shape[0], 1, 1) if len(weight.shape) == 4 else weight.shape[:1]
         if magnitude is not None and magnitude.shape != by_row:
             raise self._error(key + "magnitude_vector", f"has shape {list(magnitude.shape)}, not {list(by_row)}")
@@ -293,12 +292,14 @@ class _Reading:
         scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
         return LowRank(a, b, scale, magnitude, embedding, init)
 
-    def _rank_and_alpha(self, module: str) -> tuple[int, float]:
+    def _rank_and_alpha(self, module: str) -> tuple[float, float]:
         from peft.utils.other import get_pattern_key
 
-        ranks, alphas = self.config.get("rank_pattern") or {}, self.config.get("alpha_pattern") or {}
-        rank = ranks.get(get_pattern_key(ranks, module), self.config["r"])
-        return rank, alphas.get(get_pattern_key(alphas, module), self.config["lora_alpha"])
+        ranks: dict[str, float] = self.config.get("rank_pattern") or {}
+        alphas: dict[str, float] = self.config.get("alpha_pattern") or {}
+        with self._refused_by_peft():
+            rank = ranks.get(get_pattern_key(list(ranks), module), self.config["r"])
+            return rank, alphas.get(get_pattern_key(list(alphas), module), self.config["lora_alpha"])
 
     def _added(self, module: str, vector: StoredTensor, scale: float) -> tuple[StoredTensor, float]:
         bias = self.base.get(f"{module}.bias")
@@ -317,7 +318,7 @@ class _Reading:
         return tuple(indices), values
 
     def _token_rows(self) -> dict[str, list[int]]:
-        """Module -> indices, from `trainable_token_indices`; a plain list is of the input embeddings."""
+        """Module -> indices, from `trainable_token_indices`; a plain list means the input embeddings."""
         given = self.config.get("trainable_token_indices") or {}
         given = given if isinstance(given, dict) else {"wte": given}
         modules = {name.removesuffix(".weight") for name in self.base if name.endswith(".weight")}
@@ -332,20 +333,31 @@ class _Reading:
         if not targets:
             return []
         keys = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-        config = LoraConfig(target_modules=targets, **{key: self.config[key] for key in keys if self.config.get(key)})
-        return [
-            name.removesuffix(".weight")
-            for name, tensor in self.base.items()
-            if name.endswith(".weight")
-            and len(tensor.shape) >= 2
-            # Not a truth value alone: what is excluded is told by an object of its own.
-            and check_target_module_exists(config, name.removesuffix(".weight")) is True
-        ]
+        settings = {key: self.config[key] for key in keys if self.config.get(key)}
+        weights = [name for name in self.base if name.endswith(".weight") and len(self.base[name].shape) >= 2]
+        modules = [name.removesuffix(".weight") for name in weights]
+        with self._refused_by_peft():
+            config = LoraConfig(target_modules=targets, **settings)
+            # Not a truth value: for an excluded module PEFT returns an object.
+            return [module for module in modules if check_target_module_exists(config, module) is True]
+
+    @contextmanager
+    def _refused_by_peft(self) -> Iterator[None]:
+        """Raises:
+        UserError: PEFT cannot use the settings, or a name in them is not a regular expression.
+        """
+        try:
+            yield
+        except (re.error, ValueError) as error:
+            raise UserError(f"{self.folder / ADAPTER_CONFIG}: its settings cannot be used: {error}") from error
+
+    def _saved_modules(self) -> list[str]:
+        return self.config.get("modules_to_save") or []
 
     def _trained_in_full(self, name: str) -> bool:
-        bias = name.endswith(".bias") and self.config.get("bias", "none") != "none"
-        table = name in TABLES  # PEFT saves one that has LoRA, or was resized, whole
-        return bias or table or any(_is_within(name, module) for module in self.saved_modules)
+        bias = name.endswith(".bias") and self.config.get("bias") not in (None, "none")
+        table = name in TABLES  # PEFT saves the whole table where it has LoRA or was resized
+        return bias or table or any(_is_within(name, module) for module in self._saved_modules())
 
     def _error(self, key: str, what: str) -> UserError:
         return UserError(f"{self.folder}: {key} {what}. Nothing was written")

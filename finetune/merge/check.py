@@ -1,8 +1,8 @@
 """Does a merged checkpoint compute what its base with the adapter computes?
 
 The merged folder is loaded in a process of its own, as its users will: `python -m finetune.merge.check FOLDER FILE`
-writes the logits of a sample prompt. The base with the adapter is asked the same here, before or after: never are both
-in memory.
+writes the logits of a sample prompt. The base with the adapter gets the same prompt in this process. Only one of the
+two models is in memory at a time.
 """
 
 import argparse
@@ -14,41 +14,50 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import BatchFeature
 
-from finetune.errors import Failed
+from finetune.errors import Failed, UserError
 from finetune.files.tensor_files import file_hash
 from finetune.merge.sources import Sources
 from finetune.merge.tensors import PIECE_VALUES, MergedTensor
 from finetune.quantities import format_bytes
-from qwenvl import QwenVLTokenizer, load_model, load_processor
+from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLTokenizer, load_model, load_processor
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 QUESTION = "What is written in the image, and where? Count the shapes: 1, 2, 3."
 ANSWER = "A sign: <ref>the red sign</ref><box>(120,80),(560,430)</box>, and two circles of 1,234.50 mm."
 POSITIONS = 32  # at the prompt's end; each depends on all before it
-SAMPLED = 12  # tensors whose every value is computed once more
+SAMPLED = 12  # tensors of which every value is computed once more
 MEASURED = 8  # layers on which the rounding to 4 bits is measured
 
-# Largest relative difference (Frobenius) of the logits. In float32 only the order of sums differs. In 16 bits weights
-# and activations are rounded at other places, the merged weight once, the adapter's share of every activation twice;
-# that grows with the root of the depth (bfloat16: 1.4% measured on 2 + 2 layers of the published width), so it only
-# finds gross faults there. That each weight was rounded just once, `check_rounding` sees to.
+# Largest relative difference (Frobenius) of the logits. In float32 only the order of sums differs. In 16 bits, weights
+# and activations are rounded at different places, which grows with the root of the depth (bfloat16: 1.4% measured on
+# 2 + 2 layers of the published width): the comparison finds only gross faults there. That each weight was rounded just
+# once is what `check_rounding` tests.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.15}
 
-
-# That loading and running a model takes, for each byte of its weights; and in all where these are as stored, and stay
-# in their files, mapped into memory.
+# Memory to load and run a model, for each byte of its weights; and in bytes at most where the weights keep their
+# stored type, and stay memory-mapped in their files.
 MEMORY_PER_BYTE = 1.3
 MEMORY_MAPPED = 3_000_000_000
 
 
 def check_merge(
-    folder: Path, plan: Sequence[MergedTensor], sources: Sources, hashes: Mapping[str, str], onto: str
+    folder: Path,
+    plan: Sequence[MergedTensor],
+    sources: Sources,
+    hashes: Mapping[str, str],
+    onto: str,
+    prompt: dict[str, torch.Tensor],
 ) -> dict[str, str]:
     """Read back what was written, compute some of it once more, and compare the logits with base and adapter.
 
@@ -56,11 +65,12 @@ def check_merge(
         folder: the merged checkpoint, complete.
         plan: its tensors.
         sources: what it was made from.
-        hashes: SHA-256 of the weight files, as they were written.
-        onto: "base", or "dequantized" where it shall be the 4-bit model that was trained.
+        hashes: SHA-256 of the weight files, taken while writing.
+        onto: "base", or "dequantized" where it must equal the 4-bit model that was trained.
+        prompt: the base's `sample_prompt`.
 
     Returns:
-        What was found, by name, for people.
+        What was found, by name, to be shown.
 
     Raises:
         Failed: something is not as it should be.
@@ -83,53 +93,76 @@ def check_merge(
     quantized = onto == "dequantized"
     changed_base = any(tensor.change and tensor.change.low_rank and tensor.change.low_rank.init for tensor in plan)
     seen_in = [tensor.seen_in for tensor in plan if tensor.quantized or (changed_base and tensor.change)]
-    tolerance = max(TOLERANCES[kind] for kind in (dtype, *seen_in))
-    prompt, adapted = _answer_adapted(sources, seen_in[0] if quantized else dtype, quantized)
+    tolerance = max(TOLERANCES.get(kind, TOLERANCES[torch.float32]) for kind in (dtype, *seen_in))
+    adapted = _answer_adapted(sources, seen_in[0] if quantized else dtype, quantized, prompt)
     ids, merged = answer_in_fresh_process(folder)
-    if not torch.equal(ids, prompt):
+    if not torch.equal(ids, prompt["input_ids"]):
         raise Failed("the merged folder's tokenizer gives other ids than the base's. Nothing was kept")
     compared = compare_logits(merged, adapted, tolerance)
     what = "the 4-bit model with the adapter" if quantized else "base with adapter"
     facts["logits"] = f"{compared.from_model(what)} (allowed: {tolerance:g})"
     if sources.parts and not quantized:
-        _, trained = _answer_adapted(sources, sources.trained_in or dtype, True)
+        trained = _answer_adapted(sources, sources.trained_in or dtype, True, prompt)
         compared = compare_logits(merged, trained, None)
         facts["against 4 bits"] = f"logits {compared.from_model('the 4-bit model that was trained')}"
     return facts
 
 
-def measure_rounding_to_4bit(plan: Sequence[MergedTensor], sources: Sources) -> dict[str, str]:
-    """How far the base's weights are from what a training in 4 bits saw of them, on some of the layers."""
-    from qwenvl import QwenVLConfig
+def measure_rounding_to_4bit(
+    plan: Sequence[MergedTensor], config: QwenVLConfig, parts: Sequence[str]
+) -> dict[str, str]:
+    """How far the base's weights are from what a training in 4 bits saw of them, on some of the layers.
+
+    Args:
+        plan: tensors of the merged checkpoint.
+        config: of the base.
+        parts: of the base that were in 4 bits (see `qwenvl.model.quantization.PARTS`).
+    """
     from qwenvl.model.nf4_weights import dequantized
     from qwenvl.model.quantization import quantized_names
 
-    names = quantized_names(QwenVLConfig.from_pretrained(sources.base), sources.parts)
-    concerned = [tensor for tensor in plan if tensor.base.name in names]
-    # All but the head, whose float32 copy alone would take 2.5 GB.
-    measured = _spread([tensor for tensor in concerned if prod(tensor.base.shape) <= PIECE_VALUES], MEASURED)
+    names = quantized_names(config, parts)
+    quantized = [tensor for tensor in plan if tensor.base.name in names]
+    # All except the head, whose float32 copy alone would take 2.5 GB.
+    measured = _spread([tensor for tensor in quantized if prod(tensor.base.shape) <= PIECE_VALUES], MEASURED)
     difference = size = 0.0
     for tensor in measured:
         weight = tensor.base.read().float()
         difference += float((dequantized(weight, tensor.seen_in).float() - weight).square().sum())
         size += float(weight.square().sum())
     relative = (difference / size) ** 0.5
-    layers = f"{len(measured)} of {len(concerned)} layers measured"
+    layers = f"{len(measured)} of {len(quantized)} layers measured"
     return {"4-bit base": f"its weights are {relative:.2%} away from the base's (Frobenius; {layers})"}
 
 
-def _answer_adapted(sources: Sources, dtype: torch.dtype, quantized: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompt's ids and the logits of base and adapter; the model is gone again afterwards."""
+def prompt_of_base(base: str, *, visual: bool) -> dict[str, torch.Tensor]:
+    """The sample prompt by the base's own tokenizer and image processor.
+
+    Raises:
+        UserError: their files are missing or damaged.
+    """
+    try:
+        return sample_prompt(base, visual=visual)
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
+        raise UserError(
+            f"{base}: its tokenizer or image processor cannot be used, so that the merged model could not be checked "
+            f"({error}). Restore its files, or leave the check out with --no-check"
+        ) from error
+
+
+def _answer_adapted(
+    sources: Sources, dtype: torch.dtype, quantized: bool, prompt: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """The logits of base and adapter, (POSITIONS, vocabulary); the model is freed afterwards."""
     try:
         model = load_model(
             sources.base, adapter=sources.adapter, dtype=dtype, quantization="nf4" if quantized else None
         )
-    except ValueError as error:
+    except (ValueError, TypeError, OSError) as error:
         raise Failed(
             f"base and adapter cannot be loaded to compare with (--no-check leaves it out): {error}"
         ) from error
-    prompt = sample_prompt(sources.base, visual=model.config.visual is not None)
-    return prompt["input_ids"], answer(model, prompt)
+    return answer(model, prompt)
 
 
 @dataclass(frozen=True)
@@ -145,15 +178,15 @@ class Compared:
     largest: float
 
     def from_model(self, what: str) -> str:
-        """What is held against a tolerance comes last, next to the place for it."""
+        """The relative difference comes last, where a caller may add what is allowed."""
         return f"no logit more than {self.largest:.1e}, all {self.relative:.1e} of their size, from {what}"
 
 
 def sample_prompt(path: str | Path, *, visual: bool) -> dict[str, torch.Tensor]:
-    """A conversation about an image made here, through the folder's own processor.
+    """A conversation about an image that is drawn here, encoded by the folder's own processor.
 
     Returns:
-        `input_ids` and `attention_mask` (1, length), and `pixel_values` (1, 3, S, S) of a model that sees.
+        `input_ids` and `attention_mask` (1, length); with `visual` also `pixel_values` (1, 3, S, S).
     """
     if not visual:
         ids = torch.tensor([QwenVLTokenizer.from_pretrained(path).encode(f"{QUESTION} {ANSWER}")])
@@ -164,22 +197,22 @@ def sample_prompt(path: str | Path, *, visual: bool) -> dict[str, torch.Tensor]:
     draw.ellipse((220, 100, 330, 210), fill="blue")
     draw.text((60, 70), "SIGN 42", fill="white")
     question = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}
-    return dict(
-        load_processor(path).apply_chat_template(
-            [question, {"role": "assistant", "content": ANSWER}], tokenize=True, return_dict=True, return_tensors="pt"
-        )
+    encoded = load_processor(path).apply_chat_template(
+        [question, {"role": "assistant", "content": ANSWER}], tokenize=True, return_dict=True, return_tensors="pt"
     )
+    assert isinstance(encoded, BatchFeature), "return_dict=True"
+    return dict(encoded)
 
 
 @torch.inference_mode()
-def answer(model: torch.nn.Module, prompt: dict[str, torch.Tensor]) -> torch.Tensor:
+def answer(model: "QwenVLForConditionalGeneration | PeftModel", prompt: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits of the prompt's last positions: (POSITIONS, vocabulary), float32."""
     prompt = {name: value.to(model.device) for name, value in prompt.items()}
     return model(**prompt, logits_to_keep=POSITIONS, use_cache=False).logits[0].float().cpu()
 
 
 def answer_in_fresh_process(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Load a folder in a process that knows nothing but it, and ask the sample prompt.
+    """Load a folder in a process of its own, offline, and run the sample prompt.
 
     Returns:
         The prompt's ids (1, length) and the logits (POSITIONS, vocabulary).
@@ -204,10 +237,10 @@ def answer_in_fresh_process(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compare_logits(merged: torch.Tensor, adapted: torch.Tensor, tolerance: float | None) -> Compared:
-    """Hold the merged model's logits against those of base and adapter.
+    """Compare the merged model's logits with those of base and adapter.
 
     Raises:
-        Failed: they differ by more than the tolerance, or are not numbers.
+        Failed: they differ by more than the tolerance (None: any difference is fine), or are not finite.
     """
     merged, adapted = merged.double(), adapted.double()
     relative = float((merged - adapted).norm() / adapted.norm())
@@ -231,7 +264,7 @@ def check_rounding(folder: Path, plan: Sequence[MergedTensor]) -> int:
     """
     changed = [tensor for tensor in plan if tensor.change is not None]
     unchanged = [tensor for tensor in plan if tensor.change is None]
-    files = {}
+    files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             files |= dict.fromkeys(opened.keys(), file)
@@ -256,7 +289,7 @@ def _spread(tensors: Sequence[MergedTensor], count: int) -> list[MergedTensor]:
     return [tensors[number * (len(tensors) - 1) // (count - 1)] for number in range(count)]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a checkpoint")
     parser.add_argument("file", type=Path, help="safetensors file to write: input_ids, logits")

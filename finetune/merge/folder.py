@@ -1,4 +1,4 @@
-"""A merged folder knows what it was made of: the same merge is not done twice, and nothing else is written over."""
+"""What a merged folder was made of: the same merge is not done twice, and nothing else is overwritten."""
 
 import json
 import os
@@ -7,12 +7,13 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
+from finetune.files.checkpoint_folder import read_json
 from finetune.merge.adapter_config import MERGE_FILE
 
 FORMAT = 1
 
 
-def write_merge(folder: Path, made_of: dict[str, Any], files: dict[str, str], facts: dict[str, Any]):
+def write_merge(folder: Path, made_of: dict[str, Any], files: dict[str, str], facts: dict[str, Any]) -> None:
     """Write `merge.json`.
 
     Args:
@@ -34,21 +35,21 @@ def read_merge(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: its `merge.json` cannot be read.
     """
-    try:
-        return json.loads((folder / MERGE_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not (folder / MERGE_FILE).is_file():
         return None
-    except ValueError as error:
-        raise UserError(f"{folder / MERGE_FILE} is not JSON ({error}): remove the folder and merge again") from None
+    try:
+        return read_json(folder / MERGE_FILE)
+    except UserError as error:
+        raise UserError(f"{error}, or remove the folder and merge again") from None
 
 
 def is_done(to: Path, made_of: dict[str, Any], *, overwrite: bool, sources: list[Path]) -> bool:
-    """Whether the very same merge is at `to` already, whole.
+    """Whether the same merge is at `to` already, complete.
 
     Args:
-        to: where the merge shall be written.
+        to: the folder that is to be written.
         made_of: see `write_merge`.
-        overwrite: whether what else is there may be replaced.
+        overwrite: whether anything else that is there may be replaced.
         sources: folders that are read, which must never be replaced.
 
     Raises:
@@ -56,14 +57,12 @@ def is_done(to: Path, made_of: dict[str, Any], *, overwrite: bool, sources: list
     """
     for source in sources:
         if to.resolve() in (source.resolve(), *source.resolve().parents) and to.exists():
-            raise UserError(f"--to {to} is, or holds, {source}, which is read: give another folder")
+            raise UserError(f"--to {to} is or contains {source}, which is read: give another folder")
     if not os.path.lexists(to) or (to.is_dir() and not any(to.iterdir())):
         return False
-    if not to.is_dir():
-        raise UserError(f"--to {to} is a file: give a folder that does not exist yet")
     there = read_merge(to)
     if there is not None and there.get("made_of") == made_of:
-        changed = [name for name, told in there["files"].items() if _size(to / name) != told["bytes"]]
+        changed = _changed_files(to, there.get("files"))
         if not changed:
             return True
         reason = f"holds this merge, but {', '.join(changed)} is missing or was changed"
@@ -72,6 +71,13 @@ def is_done(to: Path, made_of: dict[str, Any], *, overwrite: bool, sources: list
     if not overwrite:
         raise UserError(f"--to {to} {reason}: give another folder, or --overwrite to replace it")
     return False
+
+
+def _changed_files(folder: Path, listed: Any) -> list[str]:
+    """The files that are missing or have another size than listed; `merge.json` itself where it lists none."""
+    if not isinstance(listed, dict) or not all(isinstance(file, dict) for file in listed.values()):
+        return [MERGE_FILE]
+    return [name for name, file in listed.items() if _size(folder / name) != file.get("bytes")]
 
 
 def _size(path: Path) -> int | None:

@@ -1,30 +1,41 @@
-"""Base + adapter -> a whole checkpoint, in the order in which it is made: find, hold against each other, write, check.
+"""Base + adapter -> a whole checkpoint, step by step: find both, compare them, write, check what was written.
 
-Memory stays at a few large tensors however large the model is, because tensors pass through one after the other. The
-check by logits is the exception: it loads the model, as its users will.
+Memory stays at a few large tensors however large the model is, because tensors are read, computed and written one
+after the other. Only the check by logits loads the model, as its users will.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from finetune.errors import Failed, UserError
-from finetune.export.model_card import CARD, write_card
+from finetune.errors import Failed, InputError, UserError
+from finetune.export.model_card import CARD, training_sections, write_card
+from finetune.export.tensors import refuse_incomplete
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.byte_progress import byte_progress
-from finetune.files.checkpoint_folder import companion_folder, copy_companions, dtype_settings, read_json
-from finetune.files.disk_space import NotEnoughDiskSpace, check_disk_space
+from finetune.files.checkpoint_folder import (
+    CONFIG,
+    companion_folder,
+    copy_companions,
+    dtype_settings,
+    read_config,
+    read_generation_config,
+    read_json,
+)
+from finetune.files.disk_space import check_disk_space
+from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.files.tensor_files import SHARD_BYTES, file_hash, write_tensors
 from finetune.merge.adapter_weights import AdapterWeights, read_adapter
-from finetune.merge.check import check_merge, measure_rounding_to_4bit
+from finetune.merge.check import check_merge, measure_rounding_to_4bit, prompt_of_base
 from finetune.merge.folder import is_done, write_merge
 from finetune.merge.sources import Sources, find_sources
 from finetune.merge.tensors import MergedTensor, merged_pieces
 from finetune.quantities import format_bytes
 from finetune.run.environment import describe_environment
+from finetune.terminal import Say, say
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
 from qwenvl.loading import DTYPES
 
@@ -41,64 +52,74 @@ def merge(
     shard_bytes: float = SHARD_BYTES,
     check: bool = True,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = say,
 ) -> Path:
     """Write the checkpoint that is base and adapter in one.
 
     Args:
         path: run or adapter folder.
-        to: the folder to write; it appears whole or not at all.
+        to: the folder to write; it appears complete or not at all.
         base: the adapter's base, where it is not where the adapter says: folder or hub id.
         dtype: "float32", "bfloat16", "float16", or "auto" for the types that the base is stored in.
         onto: after a training in 4 bits: merge into the base's own weights, or into those that the training saw.
-        shard_bytes: of the largest weight file.
+        shard_bytes: size of a weight file at most.
         check: read back what was written, load it in a fresh process, and compare its logits with base and adapter.
         overwrite: replace a folder that is there.
-        say: prints a line.
+        say: prints a labelled line.
 
     Returns:
         `to`.
 
     Raises:
-        UserError, ValueError, FileNotFoundError: something that was given does not fit; see the message.
-        Failed: it could not be written, or the check found that it is not right. Nothing is under `to` then.
+        InputError: something that was given does not fit; see the message.
+        Failed: it could not be written, or the check found a fault. There is nothing new under `to` then.
     """
     to = Path(to)
+    refuse_unwritable_folder(to, "the merged model", "--to")
     found = find_sources(Path(path), base)
     stored = locate_tensors(found.base)
     adapter = read_adapter(found.adapter, stored)
     plan = plan_tensors(stored, adapter, found, dtype, onto)
+    dtypes = _dtypes(plan)
     made_of = {
         "base": found.fingerprint,
         "adapter": adapter.sha256(),
-        "dtype": _dtypes(plan),
+        "dtype": dtypes,
         "onto": onto,
         "shard_bytes": int(shard_bytes),
     }
-    say(f"base        {found.base} ({format_bytes(_bytes(stored.values()))}, fingerprint {found.fingerprint})")
+    say("base", f"{found.base} ({format_bytes(_bytes(stored.values()))}, fingerprint {found.fingerprint})")
     kinds = ", ".join(f"{count} {kind}" for kind, count in adapter.kinds().items())
-    say(f"adapter     {found.adapter} ({adapter.keys} tensors: {kinds})")
+    say("adapter", f"{found.adapter} ({adapter.keys} tensors: {kinds})")
     sources = [found.adapter, Path(found.base), *([found.run] if found.run is not None else [])]
     if is_done(to, made_of, overwrite=overwrite, sources=sources):
-        say(f"{to} holds this very merge already: nothing to do")
+        say("merged", f"{to} holds this very merge already: nothing to do")
         return to
     notes = _notes(found, adapter, onto)
     for note in notes:
-        say(f"note        {note}")
+        say("note", note)
     needed = sum(tensor.planned.nbytes for tensor in plan)
     check_disk_space(to, needed + COMPANION_BYTES, "the merged folder")
+    # Files that are read at the end: if one is damaged, better to know before gigabytes are written.
+    config = read_config(found.base)
+    read_generation_config(found.base)
+    training = training_sections(found.run)
+    prompt = None
+    if check:
+        refuse_incomplete(found.base, stored, config)
+        prompt = prompt_of_base(found.base, visual=config.visual is not None)
     try:
         with writing_large_folder(to) as partial:
             hashes = _write(partial, plan, shard_bytes, say)
             _copy_companions(partial, found, plan)
-            facts = measure_rounding_to_4bit(plan, found) if found.parts else {}
-            if check:
-                facts |= check_merge(partial, plan, found, hashes, onto)
+            facts = measure_rounding_to_4bit(plan, config, found.parts) if found.parts else {}
+            if prompt is not None:
+                facts |= check_merge(partial, plan, found, hashes, onto, prompt)
             else:
                 facts["checked"] = "no (--no-check)"
             for name, fact in facts.items():
-                say(f"{name:<11} {fact}")
-            _write_card(partial, found, adapter, made_of, facts, notes)
+                say(name, fact)
+            _write_card(partial, found, adapter, dtypes, facts, notes, training)
             hashes |= {
                 file.name: file_hash(file)
                 for file in sorted(partial.iterdir())
@@ -106,15 +127,12 @@ def merge(
             }
             about = {"base": found.base, "adapter_tensors": adapter.keys, "facts": facts}
             write_merge(partial, made_of, hashes, {**about, "versions": describe_environment()["versions"]})
-    except NotEnoughDiskSpace:
+    except InputError:
         raise
     except OSError as error:
         raise Failed(f"{to} could not be written: {error}. What was there before is as it was") from error
-    say(f"merged      {to}")
+    say("merged", to)
     return to
-
-
-# What it becomes
 
 
 def plan_tensors(
@@ -123,12 +141,12 @@ def plan_tensors(
     """Every tensor of the merged checkpoint, in the order of the base's files.
 
     Raises:
-        UserError: a combination that has no sense.
+        UserError: an adapter that cannot be merged, or not as `onto` says.
     """
     if onto == "dequantized" and not found.parts:
         raise UserError("--onto dequantized is for adapters trained on a 4-bit base, which this one was not")
     if found.parts and any(change.low_rank and change.low_rank.init for change in adapter.changes.values()):
-        raise UserError(f"{found.adapter}: PiSSA and OLoRA on a 4-bit base change it for good: it cannot be merged")
+        raise UserError(f"{found.adapter}: it cannot be merged, as PiSSA and OLoRA change a 4-bit base for good")
     quantized = _quantized_names(found) if onto == "dequantized" else frozenset()
     return [
         MergedTensor(
@@ -143,15 +161,14 @@ def plan_tensors(
 
 
 def _quantized_names(found: Sources) -> frozenset[str]:
-    from qwenvl import QwenVLConfig
     from qwenvl.model.quantization import quantized_names, require_bitsandbytes
 
     require_bitsandbytes()
-    return quantized_names(QwenVLConfig.from_pretrained(found.base), found.parts)
+    return quantized_names(read_config(found.base), found.parts)
 
 
 def _dtypes(plan: list[MergedTensor]) -> str:
-    """The types written, the one with the most bytes first."""
+    """The floating-point types that are written, the one with the most bytes first."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in plan:
         if tensor.dtype.is_floating_point:
@@ -160,12 +177,12 @@ def _dtypes(plan: list[MergedTensor]) -> str:
     return " ".join(str(dtype).removeprefix("torch.") for dtype in ordered)
 
 
-def _bytes(tensors) -> int:
+def _bytes(tensors: Iterable[StoredTensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def _notes(found: Sources, adapter: AdapterWeights, onto: str) -> list[str]:
-    """What a user must know that does not go without saying."""
+    """Sentences that a user must read."""
     notes = []
     if not found.checked:
         named = adapter.config.get("base_model_name_or_path")
@@ -184,20 +201,17 @@ def _notes(found: Sources, adapter: AdapterWeights, onto: str) -> list[str]:
         notes.append(f"Trained on a 4-bit base (Q-LoRA), merged into {into}.")
     if any(change.low_rank and change.low_rank.init for change in adapter.changes.values()):
         notes.append(
-            f"Initialised by {adapter.config['init_lora_weights']}: what that took out of the base is computed anew, "
+            f"Initialised by {adapter.config['init_lora_weights']}: what that took out of the base is computed again, "
             "which takes a while for large layers."
         )
     return notes
 
 
-# Writing
-
-
-def _write(folder: Path, plan: list[MergedTensor], shard_bytes: float, say: Callable[[str], None]) -> dict[str, str]:
+def _write(folder: Path, plan: list[MergedTensor], shard_bytes: float, say: Say) -> dict[str, str]:
     planned = [tensor.planned for tensor in plan]
     with byte_progress("merging", sum(each.nbytes for each in planned)) as progress:
         hashes = write_tensors(folder, planned, merged_pieces(plan), shard_bytes, progress)
-        say(f"written     {progress.rate()}; peak memory {format_bytes(_peak_memory())}")
+        say("written", f"{progress.rate()}; peak memory {format_bytes(_peak_memory())}")
     return hashes
 
 
@@ -208,8 +222,8 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _copy_companions(folder: Path, found: Sources, plan: list[MergedTensor]):
-    config = read_json(companion_folder(found.base) / "config.json")
+def _copy_companions(folder: Path, found: Sources, plan: list[MergedTensor]) -> None:
+    config = read_json(companion_folder(found.base) / CONFIG)
     dtype = getattr(torch, _dtypes(plan).split()[0])
     copy_companions(
         found.base,
@@ -224,20 +238,19 @@ def _write_card(
     folder: Path,
     found: Sources,
     adapter: AdapterWeights,
-    made_of: dict[str, Any],
-    facts: dict[str, Any],
+    dtypes: str,
+    facts: dict[str, str],
     notes: list[str],
-):
+    training: list[str],
+) -> None:
     shown = {"adapter": ", ".join(f"{count} tensors {kind}" for kind, count in adapter.kinds().items())}
-    shown |= {"weights": made_of["dtype"], **facts}
-    name = found.run.name if found.run is not None else found.adapter.name
     write_card(
         folder,
-        title=name,
+        title=found.run.name if found.run is not None else found.adapter.name,
         base=found.base,
         fingerprint=found.fingerprint,
-        facts=shown,
+        facts=shown | {"weights": dtypes, **facts},
         notes=notes,
-        run=found.run,
+        training=training,
         tags=["lora", "merged"],
     )

@@ -1,4 +1,4 @@
-"""What is merged: an adapter, the base it was trained on, and the run that it came from."""
+"""What is merged: an adapter, the base that it was trained on, and the run that made it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from finetune.errors import UserError
-from finetune.files.checkpoint_folder import companion_folder, read_json
-from finetune.merge.adapter_config import ADAPTER_CONFIG, find_adapter
-from finetune.run.folder import RunFolder
+from finetune.errors import InputError, MissingFileError, UserError
+from finetune.files.checkpoint_folder import CONFIG, companion_folder, read_json
+from finetune.merge.adapter_config import ADAPTER_CONFIG, find_adapter, read_adapter_config
 from qwenvl.checkpoint.fingerprint import BASE_FILE, weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
+from qwenvl.model.quantization import DEFAULT_PARTS, PARTS
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Sources:
         fingerprint: of the base's weights.
         checked: whether the adapter says which base it was trained on, and this is it.
         parts: those of the base that were in 4 bits in training (see `qwenvl.model.quantization.PARTS`).
-        trained_in: the type that training held the base in; None where that is not known, or was as it is stored.
+        trained_in: the type of the base's weights in training; None where it is not known, or was the stored one.
     """
 
     adapter: Path
@@ -38,24 +38,28 @@ class Sources:
 
 
 def find_sources(path: Path, base: str | None) -> Sources:
-    """Find adapter, base and run, and hold the base against the one that the adapter was trained on.
+    """Find adapter, base and run, and compare the base with the one that the adapter was trained on.
 
     Raises:
-        UserError: nothing to merge, or another base.
-        FileNotFoundError: no adapter at `path`, or no base.
+        UserError: nothing to merge, another base, or a damaged file.
+        MissingFileError: no adapter at `path`, or no base.
     """
     adapter = find_adapter(path)
     run = adapter.resolve().parent if adapter.resolve().name == "adapter" else None
     run = run if run is not None and (run / "run.json").is_file() else None
-    noted = read_json(adapter / BASE_FILE) if (adapter / BASE_FILE).is_file() else {}
+    noted = _read_base_file(adapter) if (adapter / BASE_FILE).is_file() else {}
+    named = read_adapter_config(adapter).get("base_model_name_or_path")
     if base is None:
         try:
             base = find_source(adapter).base
-        except FileNotFoundError as error:
-            named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-            raise FileNotFoundError(
+        except OSError as error:
+            raise MissingFileError(
                 f"{adapter}: its base ({named or 'it names none'}) is not there: give it with --base"
             ) from error
+        except InputError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{adapter / ADAPTER_CONFIG}: PEFT cannot read it ({error}): correct it") from error
     base = _without_quantization(base)
     fingerprint = weights_fingerprint(base)
     if noted and noted["fingerprint"] != fingerprint:
@@ -63,22 +67,42 @@ def find_sources(path: Path, base: str | None) -> Sources:
             f"{adapter} was trained on {noted['base']} (fingerprint {noted['fingerprint']}), but {base} has other "
             f"weights (fingerprint {fingerprint}): give the right base with --base"
         )
-    recipe = _recipe(run)
-    trained_in = DTYPES.get(recipe.get("model", {}).get("dtype"))
-    return Sources(adapter, base, run, fingerprint, bool(noted), _parts_in_4bit(noted, recipe), trained_in)
+    model = _model_section(run)
+    trained_in = DTYPES.get(str(model.get("dtype")))
+    return Sources(adapter, base, run, fingerprint, bool(noted), _parts_in_4bit(noted, model), trained_in)
+
+
+def _read_base_file(folder: Path) -> dict[str, Any]:
+    """What an adapter or a 4-bit folder notes of its base (see `qwenvl.checkpoint.fingerprint.write_base`).
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / BASE_FILE
+    noted = read_json(file)
+    for key in ("base", "fingerprint"):
+        if not isinstance(noted.get(key), str):
+            raise UserError(f"{file}: {key} is missing: restore the file")
+    _refuse_parts(noted.get("quantize"), file)
+    return noted
+
+
+def _refuse_parts(parts: Any, file: Path) -> None:
+    if parts is not None and not (isinstance(parts, list) and all(part in PARTS for part in parts)):
+        raise UserError(f"{file}: quantize is {parts!r}, but the parts are {', '.join(PARTS)}: restore the file")
 
 
 def _without_quantization(base: str) -> str:
-    """The 16-bit base, which a 4-bit folder says it was made from.
+    """The base, or where it is a 4-bit folder, the 16-bit checkpoint that it was made from.
 
     Raises:
-        UserError: the base is quantised and does not say.
+        UserError: the base is quantised, and the checkpoint that it was made from is not known or not there.
     """
     folder = companion_folder(base)
-    if not read_json(folder / "config.json").get("quantization_config"):
+    if not read_json(folder / CONFIG).get("quantization_config"):
         return base
-    noted = read_json(folder / BASE_FILE).get("base") if (folder / BASE_FILE).is_file() else None
-    if noted is None or not (Path(noted) / "config.json").is_file():
+    noted = _read_base_file(folder)["base"] if (folder / BASE_FILE).is_file() else None
+    if noted is None or not (Path(noted) / CONFIG).is_file():
         raise UserError(
             f"{base} is quantised: its weights are rounded already, and merging would round them again. Give the "
             f"16-bit checkpoint that it was made from{f' ({noted})' if noted else ''} with --base"
@@ -86,14 +110,24 @@ def _without_quantization(base: str) -> str:
     return noted
 
 
-def _parts_in_4bit(noted: dict[str, Any], recipe: dict[str, Any]) -> tuple[str, ...]:
+def _parts_in_4bit(noted: dict[str, Any], model: dict[str, Any]) -> tuple[str, ...]:
     if noted.get("quantize"):
         return tuple(noted["quantize"])
-    model = recipe.get("model", {})
-    return () if model.get("quantization", "none") == "none" else tuple(model.get("quantize") or ("language",))
+    if model.get("quantization", "none") == "none":
+        return ()
+    return tuple(model.get("quantize") or DEFAULT_PARTS)
 
 
-def _recipe(run: Path | None) -> dict[str, Any]:
-    """The resolved recipe of a run; empty where there is none."""
-    described = RunFolder(run).read_run() if run is not None else None
-    return (described or {}).get("identity", {}).get("recipe", {})
+def _model_section(run: Path | None) -> dict[str, Any]:
+    """The `model` section of a run's resolved recipe; empty where there is none.
+
+    Raises:
+        UserError: its `run.json` is damaged.
+    """
+    section: Any = {} if run is None else read_json(run / "run.json")
+    for key in ("identity", "recipe", "model"):
+        section = section.get(key) if isinstance(section, dict) else None
+    if run is None or not isinstance(section, dict):
+        return {}
+    _refuse_parts(section.get("quantize"), run / "run.json")
+    return section

@@ -1,58 +1,60 @@
 """A checkpoint's tensors with an adapter merged in, one after the other, in pieces: none needs much memory.
 
-Everything is computed in float32 and rounded once, to the type that is written. Large pieces of memory are used again
-and again: clearing fresh ones would take longer than the arithmetic.
+Everything is computed in float32 and rounded once, to the type that is written. Large buffers are reused: for new ones
+the operating system would clear the memory first, which takes longer than the arithmetic.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from finetune.errors import UserError
 from finetune.files.tensor_files import Planned
-from finetune.merge.adapter_weights import Change, LowRank
+from finetune.merge.changes import Change, LowRank
 from qwenvl.checkpoint.checkpoint_files import StoredTensor
 from qwenvl.checkpoint.direct_reading import SLACK
 from qwenvl.model.nf4_weights import dequantized
 
 # Values computed at once. The published model's linears have up to 45 million: each is one piece, so that its product
-# B A is that of one multiplication, whatever the machine makes of a smaller one.
+# B A comes from one multiplication (a smaller one may round differently on some machines).
 PIECE_VALUES = 46_000_000
 COPIED_BYTES = 1 << 25  # read at once where nothing is computed
 
+T = TypeVar("T")
+
 
 class Scratch:
-    """Memory that is used anew for every piece, by purpose; it grows to the largest.
+    """Buffers by purpose, reused for every piece; each grows to the largest size that was asked for.
 
-    What is handed out as a piece alternates between two places: one is written to disk while the next is computed.
+    Pieces that are handed out alternate between two buffers: one is written to disk while the next is computed.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}
         self._turn = self._reading = 0
 
     def bytes(self, purpose: str, count: int) -> torch.Tensor:
-        """(count,) uint8, with whatever is left in it."""
+        """(count,) uint8, not cleared."""
         if purpose not in self._memory or len(self._memory[purpose]) < count:
             self._memory[purpose] = torch.empty(count, dtype=torch.uint8)
         return self._memory[purpose][:count]
 
     def bytes_to_hand_out(self, count: int) -> torch.Tensor:
-        """As `bytes`, good until the second next call."""
+        """As `bytes`, valid until the call after the next one."""
         self._turn = 1 - self._turn
         return self.bytes(f"handed out {self._turn}", count)
 
     def bytes_to_read_into(self, count: int) -> torch.Tensor:
-        """As `bytes`, good until the third next call: one is read, one computed with, one written as it is."""
+        """As `bytes`, valid for two more calls: one buffer is read into, one computed with, one written as it is."""
         self._reading = (self._reading + 1) % 3
         return self.bytes(f"read {self._reading}", count)
 
     def tensor(self, purpose: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor, with whatever is left in it."""
+        """A contiguous tensor, not cleared."""
         return self.bytes(purpose, prod(shape) * dtype.itemsize).view(dtype).view(*shape)
 
 
@@ -66,21 +68,21 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """A tensor of the merged checkpoint and how it comes about.
+    """A tensor of the merged checkpoint and how it is computed.
 
     Attributes:
         base: the base's tensor.
         change: what the adapter does to it; None for nothing.
         dtype: that it is written in.
-        seen_in: the type that training held the base in; the 4-bit weight and what PiSSA and OLoRA left of the base
-            are of that type. None where neither matters.
+        seen_in: the type of the base in training: 4-bit weights, and what PiSSA and OLoRA left of the base, are
+            computed in it.
         quantized: take the base's weight as 4-bit training saw it, quantised and dequantised.
     """
 
     base: StoredTensor
     change: Change | None
     dtype: torch.dtype
-    seen_in: torch.dtype | None = None
+    seen_in: torch.dtype
     quantized: bool = False
 
     @property
@@ -93,7 +95,7 @@ class MergedTensor:
         return self.change is None and self.dtype == self.base.dtype and not self.quantized
 
     def pieces(self, scratch: Scratch | None = None) -> Iterator[torch.Tensor]:
-        """The tensor, cut along its first axis. A piece is good until the second next is asked for.
+        """The tensor, cut along its first axis. A piece is valid until the one after the next is asked for.
 
         Raises:
             UserError: a value that the written type cannot hold.
@@ -102,8 +104,8 @@ class MergedTensor:
         for part in self.read(scratch):
             yield self.finish(part, scratch)
 
-    def read(self, scratch: Scratch) -> Iterator["Part"]:
-        """What the pieces are made of, read one after the other; a part is good until the third next is asked for."""
+    def read(self, scratch: Scratch) -> Iterator[Part]:
+        """What the pieces are computed from, read one after the other; a part is valid while two more are read."""
         shape = self.base.shape
         whole = self._whole_base()
         at_once = COPIED_BYTES // self.dtype.itemsize if self.copied else PIECE_VALUES
@@ -120,8 +122,8 @@ class MergedTensor:
             memory = scratch.bytes_to_read_into(size + SLACK)
             yield Part(source.read(start, stop, memory) if shape else source.read(), start, stop)
 
-    def finish(self, part: "Part", scratch: Scratch) -> torch.Tensor:
-        """The piece that a part makes.
+    def finish(self, part: Part, scratch: Scratch) -> torch.Tensor:
+        """Compute the piece from its part.
 
         Raises:
             UserError: a value that the written type cannot hold.
@@ -140,7 +142,7 @@ class MergedTensor:
         return rounded.view(values.shape).copy_(values)
 
     def _whole_base(self) -> torch.Tensor | None:
-        """The base's weight where all of it decides what a part of it is."""
+        """The base's weight where every row depends on all of it; None where rows can be read one by one."""
         weight = None
         if self.quantized:
             weight = dequantized(self.base.read(), self.seen_in)
@@ -149,10 +151,10 @@ class MergedTensor:
             weight = left_of_base(self.base.read(), low_rank, self.seen_in)
         return weight
 
-    def _refuse_overflow(self, values: torch.Tensor):
+    def _refuse_overflow(self, values: torch.Tensor) -> None:
         if not values.numel():
             return
-        # Rounding keeps the order: where the extremes are finite, all is.
+        # Rounding is monotonic: where the extremes stay finite, all values do.
         extremes = torch.stack(torch.aminmax(values))
         if extremes.to(self.dtype).isfinite().all():
             return
@@ -161,11 +163,14 @@ class MergedTensor:
                 f"{self.base.name}: {extremes.abs().max():.6g} is more than {_name(self.dtype)} can hold "
                 f"({torch.finfo(self.dtype).max:.5g}): give --dtype bfloat16"
             )
-        raise UserError(f"{self.base.name}: the merged weights hold NaN or infinities; base and adapter do not fit")
+        raise UserError(
+            f"{self.base.name}: the merged weights hold NaN or infinities: base and adapter do not belong together, "
+            "or one of them is damaged"
+        )
 
 
 def merged_pieces(plan: Iterable[MergedTensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, piece) of all tensors in order. While one is worked on, the next is computed and the one after it read.
+    """(name, piece) of all tensors in order. While one is used, the next is computed and the one after it is read.
 
     Raises:
         UserError: a value that the written type cannot hold.
@@ -175,8 +180,8 @@ def merged_pieces(plan: Iterable[MergedTensor]) -> Iterator[tuple[str, torch.Ten
     return _ahead((tensor.base.name, tensor.finish(part, scratch)) for tensor, part in parts)
 
 
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The items; the next is made in a thread of its own while one is worked on."""
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items; a thread computes the next while one is used."""
     with ThreadPoolExecutor(1) as making:
         coming = making.submit(next, items, None)
         while (item := coming.result()) is not None:
@@ -192,8 +197,8 @@ def left_of_base(weight: torch.Tensor, low_rank: LowRank, dtype: torch.dtype) ->
 
     Args:
         weight: (out, in), of the base.
-        low_rank: of it the rank, the scale and `init` count.
-        dtype: that the training held the base in.
+        low_rank: its rank, scale and `init` are used.
+        dtype: of the base in training.
 
     Returns:
         (out, in), in `dtype`.
@@ -210,7 +215,7 @@ def left_of_base(weight: torch.Tensor, low_rank: LowRank, dtype: torch.dtype) ->
 
 
 def _apply(change: Change, values: torch.Tensor, start: int, stop: int, scratch: Scratch) -> torch.Tensor:
-    """Rows `start` to before `stop` of a tensor, float32, with everything but the replacement done to them."""
+    """Apply everything but a replacement to rows `start` to before `stop` of a tensor, in float32."""
     if change.rows is not None:
         indices, stored = change.rows
         trained = stored.read().float()

@@ -59,7 +59,6 @@ def _load(folder: Path, dtype: torch.dtype = torch.float32) -> QwenVLForConditio
     return model
 
 
-
 def _save(model: QwenVLForConditionalGeneration, source: Path, to: Path) -> None:
     """Save a model with the tokenizer of `source`."""
     partial = to.with_name(to.name + ".partial")

@@ -1,4 +1,4 @@
-"""The road of an export: what is refused, what is written, and that nothing half done stays."""
+"""An export from beginning to end: what is refused, what is written, and that nothing partial stays."""
 
 import errno
 import json
@@ -17,6 +17,7 @@ from finetune.export.export import export
 from finetune.export.folder import default_folder
 from finetune.files.direct_file import DirectFile
 from finetune.files.tensor_files import Planned, write_tensors
+from finetune.terminal import labelled, say_nothing
 from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.checkpoint.checkpoint_files import stored_tensors
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
@@ -43,13 +44,10 @@ def pickled(tmp_path) -> Path:
     return folder
 
 
-def quiet(line: str):
-    pass
-
-
 def test_pickled_shards_become_safetensors_with_every_bit(pickled, tmp_path):
     said = []
-    out = export(str(pickled), "safetensors", out=tmp_path / "out", shard_bytes=2e6, say=said.append)
+    settings = {"out": tmp_path / "out", "shard_bytes": 2e6}
+    out = export(str(pickled), "safetensors", **settings, say=lambda *line: said.append(labelled(*line)))
     written, source = dict(stored_tensors(out)), load_file(TINY / "model.safetensors")
     assert written.keys() == source.keys()
     assert all(torch.equal(written[name], source[name]) for name in source)
@@ -65,7 +63,7 @@ def test_pickled_shards_become_safetensors_with_every_bit(pickled, tmp_path):
 
 
 def test_another_type_is_one_rounding(tmp_path):
-    out = export(str(TINY), "safetensors", out=tmp_path / "out", dtype="bfloat16", say=quiet)
+    out = export(str(TINY), "safetensors", out=tmp_path / "out", dtype="bfloat16", say=say_nothing)
     source = load_file(TINY / "model.safetensors")
     for name, tensor in stored_tensors(out):
         assert torch.equal(tensor, source[name].bfloat16()), name
@@ -80,7 +78,7 @@ def test_a_value_that_the_type_cannot_hold_is_named(tmp_path):
     tensors["transformer.h.1.ln_2.weight"][3] = 1e6
     write_checkpoint(source, tensors)
     with pytest.raises(UserError, match=r"transformer.h.1.ln_2.weight: 1e\+06 is more than float16 can hold"):
-        export(str(source), "safetensors", out=tmp_path / "out", dtype="float16", say=quiet)
+        export(str(source), "safetensors", out=tmp_path / "out", dtype="float16", say=say_nothing)
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -97,7 +95,7 @@ def test_the_card_of_the_source_stays(tmp_path):
     source = tmp_path / "merged"
     write_checkpoint(source, load_file(TINY / "model.safetensors"))
     (source / "README.md").write_text("# How it was trained\n")
-    out = export(str(source), "safetensors", out=tmp_path / "out", say=quiet)
+    out = export(str(source), "safetensors", out=tmp_path / "out", say=say_nothing)
     assert (out / "README.md").read_text() == "# How it was trained\n"
 
 
@@ -106,7 +104,7 @@ def test_an_incomplete_checkpoint_is_refused_before_anything_is_written(tmp_path
     del tensors["transformer.h.0.attn.c_attn.bias"]
     write_checkpoint(tmp_path / "source", tensors)
     with pytest.raises(ValueError, match=r"h\.0\.attn.c_attn.bias is missing from its weights"):
-        export(str(tmp_path / "source"), "qwen2", out=tmp_path / "out", say=quiet)
+        export(str(tmp_path / "source"), "qwen2", out=tmp_path / "out", say=say_nothing)
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -119,7 +117,7 @@ def test_an_adapter_is_refused_with_the_way_to_merge_it(tmp_path):
     with pytest.raises(
         UserError, match=rf"merge it first.*\n    finetune merge {tmp_path}/run --to {tmp_path}/run-me"
     ):
-        export(str(tmp_path / "run"), "safetensors", say=quiet)
+        export(str(tmp_path / "run"), "safetensors", say=say_nothing)
 
 
 def test_the_result_of_a_full_training_is_exported(tmp_path):
@@ -128,7 +126,7 @@ def test_the_result_of_a_full_training_is_exported(tmp_path):
     run.mkdir()
     (tmp_path / "model").rename(run / "model")
     (run / "run.json").write_text("{}")
-    out = export(str(run), "safetensors", say=quiet)
+    out = export(str(run), "safetensors", say=say_nothing)
     assert out == tmp_path / "run-safetensors"
     assert weights_fingerprint(out) == weights_fingerprint(TINY)
 
@@ -137,17 +135,17 @@ def test_what_is_there_is_not_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is not empty"):
-        export(str(TINY), "safetensors", out=tmp_path / "out", say=quiet)
+        export(str(TINY), "safetensors", out=tmp_path / "out", say=say_nothing)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        export(str(TINY), "safetensors", out=tmp_path / "file", say=quiet)
+    with pytest.raises(UserError, match="a file of this name is in the way"):
+        export(str(TINY), "safetensors", out=tmp_path / "file", say=say_nothing)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
 def test_too_little_disk_space_is_told_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     with pytest.raises(OSError, match=r"are free, but 67\.8 MB are needed"):
-        export(str(TINY), "safetensors", out=tmp_path / "out", say=quiet)
+        export(str(TINY), "safetensors", out=tmp_path / "out", say=say_nothing)
     assert not list(tmp_path.iterdir())
 
 
@@ -164,7 +162,7 @@ def test_a_disk_that_fails_leaves_nothing(to, tmp_path, monkeypatch):
     write = DirectFile.write
     monkeypatch.setattr(DirectFile, "write", failing)
     with pytest.raises(Failed, match="No space left on device"):
-        export(str(TINY), to, out=tmp_path / "out", say=quiet)
+        export(str(TINY), to, out=tmp_path / "out", say=say_nothing)
     assert not list(tmp_path.iterdir())
 
 
@@ -181,7 +179,7 @@ def test_a_flipped_bit_is_found_when_it_is_read_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(exported_tensors, "file_hash", after_damage)
     with pytest.raises(Failed, match=r"model.safetensors does not read back as it was written"):
-        export(str(TINY), "safetensors", out=tmp_path / "out", say=quiet)
+        export(str(TINY), "safetensors", out=tmp_path / "out", say=say_nothing)
     assert not list(tmp_path.iterdir())
 
 
@@ -197,13 +195,13 @@ def test_a_tensor_made_otherwise_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(exported_tensors.ExportedTensor, "_rounded", wrong_at_first)
     monkeypatch.setattr(exported_tensors, "SAMPLED", 1000)
     with pytest.raises(Failed, match=r"transformer\.ln_f.weight was not written as it was computed"):
-        export(str(TINY), "safetensors", out=tmp_path / "out", say=quiet)
+        export(str(TINY), "safetensors", out=tmp_path / "out", say=say_nothing)
     assert not list(tmp_path.iterdir())
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(exported_tensors, "PIECE_BYTES", 5000)
-    out = export(str(TINY), "qwen2", out=tmp_path / "out", say=quiet)
+    out = export(str(TINY), "qwen2", out=tmp_path / "out", say=say_nothing)
     source, written = load_file(TINY / "model.safetensors"), load_file(out / "model.safetensors")
     assert torch.equal(written["lm_head.weight"], source["lm_head.weight"])
     fused = source["transformer.h.1.attn.c_attn.weight"]

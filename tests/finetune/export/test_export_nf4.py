@@ -14,6 +14,7 @@ from finetune.export import nf4 as module
 from finetune.export.nf4 import export_nf4, stored_bytes
 from finetune.files.disk_space import NotEnoughDiskSpace
 from finetune.recipe import load_recipe
+from finetune.terminal import labelled
 from finetune.training.train import train
 from qwenvl import load_model, load_processor
 from qwenvl.checkpoint.fingerprint import check_base, own_fingerprint, weights_fingerprint
@@ -21,7 +22,7 @@ from qwenvl.checkpoint.fingerprint import check_base, own_fingerprint, weights_f
 
 def export(to, **settings):
     said = []
-    export_nf4(str(TINY), to, say=said.append, **settings)
+    export_nf4(str(TINY), to, say=lambda *line: said.append(labelled(*line)), **settings)
     return said
 
 
@@ -69,7 +70,7 @@ def test_an_adapter_trained_on_the_folder_belongs_to_the_checkpoint(tmp_path):
     adapters = []
     for name, path in (("folder", tmp_path / "small"), ("checkpoint", TINY)):
         recipe = write_recipe(tmp_path / name, model__quantization="nf4", model__path=str(path), train__max_steps=1)
-        adapters.append(train(load_recipe(recipe), say=lambda line: None) / "adapter")
+        adapters.append(train(load_recipe(recipe), say=lambda *_: None) / "adapter")
     tensors = [(folder / "adapter_model.safetensors").read_bytes() for folder in adapters]
     assert tensors[0] == tensors[1]
     assert check_base(adapters[0], TINY) and check_base(adapters[1], tmp_path / "small")
@@ -107,7 +108,7 @@ def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch, broken):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, broken, fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(Failed, match="No space"):
         export(tmp_path / "small")
     assert not list(tmp_path.iterdir())
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from finetune.export.export import export
 from finetune.export.qwen2 import limits, plan_language, qwen2_config
 from finetune.export.qwen2_prompt_embeddings import PromptEncoder, for_server, main
+from finetune.terminal import labelled, say_nothing
 from qwenvl import QwenVLConfig, load_model, load_processor
 from qwenvl.checkpoint.checkpoint_files import locate_tensors
 
@@ -23,7 +24,7 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "qwen2"
-    return export(str(TINY), "qwen2", out=folder, shard_bytes=2e6, say=lambda line: None)
+    return export(str(TINY), "qwen2", out=folder, shard_bytes=2e6, say=say_nothing)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_a_text_only_checkpoint_has_no_visual_side(tmp_path):
     tensors = {name: tensor for name, tensor in tensors.items() if "visual" not in name}
     save_file({**tensors, "transformer.rotary_emb.inv_freq": torch.ones(3)}, source / "model.safetensors")
     said = []
-    out = export(str(source), "qwen2", out=tmp_path / "out", say=said.append)
+    out = export(str(source), "qwen2", out=tmp_path / "out", say=lambda *line: said.append(labelled(*line)))
     assert any("left out, as no part of the model: transformer.rotary_emb.inv_freq" in line for line in said)
     assert not (out / "visual").exists() and not (out / "prompt_embeddings.py").exists()
     assert "prompt_embeddings" not in (out / "README.md").read_text()

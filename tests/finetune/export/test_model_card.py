@@ -3,7 +3,7 @@ import re
 import pytest
 import yaml
 
-from finetune.export.model_card import write_card
+from finetune.export.model_card import training_sections, write_card
 from finetune.run.folder import RunFolder
 
 
@@ -73,7 +73,7 @@ def test_a_run_gives_data_figures_and_recipe(tmp_path):
         run.append_metrics({"step": step, **record})
     folder = tmp_path / "model"
     folder.mkdir()
-    write_card(folder, title="x", base="Qwen/Qwen-VL", run=run.path)
+    write_card(folder, title="x", base="Qwen/Qwen-VL", training=training_sections(run.path))
     body = read(folder)[1]
     assert "| train | 1,200 | 1,100 | 60 | 40 |" in body
     assert "| eval_loss | 2.5000 (step 0) | 0.2500 (step 9) |" in body
@@ -85,5 +85,5 @@ def test_a_run_gives_data_figures_and_recipe(tmp_path):
 
 def test_a_run_folder_may_lack_everything(tmp_path):
     (tmp_path / "run").mkdir()
-    write_card(tmp_path, title="x", base="Qwen/Qwen-VL", run=tmp_path / "run")
+    write_card(tmp_path, title="x", base="Qwen/Qwen-VL", training=training_sections(tmp_path / "run"))
     assert "## Data" not in read(tmp_path)[1]

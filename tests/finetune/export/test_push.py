@@ -9,6 +9,7 @@ from finetune.errors import Failed, UserError
 from finetune.export import push as push_module
 from finetune.export.export import export
 from finetune.export.push import push, refuse_push
+from finetune.terminal import labelled, say_nothing
 
 
 class FakeApi:
@@ -57,7 +58,7 @@ def folder(tmp_path):
 def test_a_new_repository_is_private_and_gets_the_folder(logged_in, folder):
     api, said = FakeApi(), []
     refuse_push("me/model", public=False, api=api)
-    push(folder, "me/model", api=api, say=said.append)
+    push(folder, "me/model", api=api, say=lambda *line: said.append(labelled(*line)))
     (_, repo, created), (_, uploaded) = api.calls
     assert repo == "me/model" and created["private"] is True
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/model", str(folder))
@@ -66,7 +67,7 @@ def test_a_new_repository_is_private_and_gets_the_folder(logged_in, folder):
 
 def test_public_only_where_asked_for(logged_in, folder):
     api = FakeApi()
-    push(folder, "me/model", public=True, api=api, say=lambda line: None)
+    push(folder, "me/model", public=True, api=api, say=say_nothing)
     assert api.calls[0][2]["private"] is False
 
 
@@ -110,7 +111,7 @@ def test_an_upload_that_breaks_off_says_how_to_go_on(logged_in, folder):
     with pytest.raises(
         Failed, match=r"is finished, but its upload.*the line is dead.*hf upload me/model .* --private"
     ):
-        push(folder, "me/model", api=FakeApi(fails="upload"), say=lambda line: None)
+        push(folder, "me/model", api=FakeApi(fails="upload"), say=say_nothing)
     assert (folder / "config.json").is_file()
 
 
@@ -119,20 +120,20 @@ def test_a_link_out_of_the_folder_is_not_followed(logged_in, folder, tmp_path):
     (folder / "visual" / "notes.txt").symlink_to(tmp_path / "secret.txt")
     api = FakeApi()
     with pytest.raises(UserError, match="is a link"):
-        push(folder, "me/model", api=api, say=lambda line: None)
+        push(folder, "me/model", api=api, say=say_nothing)
     assert api.calls == []
 
 
 def test_an_export_that_could_not_be_pushed_does_not_begin(tiny_folder, tmp_path):
     """Offline, as the tests are: refused before anything is written."""
     with pytest.raises(UserError, match="--push needs"):
-        export(str(tiny_folder), "safetensors", out=tmp_path / "out", push="me/model", say=lambda line: None)
+        export(str(tiny_folder), "safetensors", out=tmp_path / "out", push="me/model", say=say_nothing)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_export_is_pushed_when_it_is_finished(tiny_folder, tmp_path, logged_in, monkeypatch):
     api = FakeApi()
     monkeypatch.setattr(push_module, "HfApi", lambda: api)
-    out = export(str(tiny_folder), "safetensors", out=tmp_path / "out", push="me/model", say=lambda line: None)
+    out = export(str(tiny_folder), "safetensors", out=tmp_path / "out", push="me/model", say=say_nothing)
     assert api.calls[1][1]["folder_path"] == str(out) == str(tmp_path / "out")
     assert (out / "model.safetensors").is_file()

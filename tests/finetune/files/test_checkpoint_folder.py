@@ -1,10 +1,22 @@
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
-from finetune.files.checkpoint_folder import copy_companions, dtype_settings
+from finetune.errors import InputError, MissingFileError, UserError
+from finetune.files.checkpoint_folder import (
+    companion_folder,
+    copy_companions,
+    dtype_settings,
+    read_config,
+    read_generation_config,
+    read_tokenizer,
+)
 from qwenvl import QwenVLConfig
 
 EXTRA = {
@@ -110,13 +122,103 @@ def test_a_hub_id_is_found_in_the_cache(source, made, tmp_path, monkeypatch):
 
 
 def test_what_is_not_there_is_named(made, tmp_path):
-    with pytest.raises(FileNotFoundError, match="owner/unknown: no folder here, and as a hub id it cannot be had"):
+    match = "owner/unknown: no folder here has this name, and as a hub id it cannot be fetched"
+    with pytest.raises(MissingFileError, match=match):
         copy_companions("owner/unknown", made)
-    with pytest.raises(FileNotFoundError, match=r"no config\.json here"):
+    with pytest.raises(MissingFileError, match=r"no config\.json here"):
         copy_companions(made, tmp_path)
 
 
 def test_a_config_that_is_not_json_is_named(source, made):
     (source / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        copy_companions(source, made, config={"bf16": True})
+
+
+def test_only_code_at_the_top_level_is_copied(source, made):
+    """That of a published checkpoint, which runs it elsewhere; scripts in sub-folders are no part of it."""
+    (source / "making").mkdir()
+    for name in ("train.py", "LICENSE.txt", "config.json", "font.ttf"):
+        (source / "making" / name).write_text("not for a checkpoint")
+    (source / "modeling.py").write_text("class Model: ...")
+    copy_companions(source, made)
+    assert (made / "modeling.py").read_text() == "class Model: ..."
+    assert not (made / "making").exists() and not (made / "train.py").exists()
+    assert (made / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_a_hub_id_fetches_no_sub_folders(monkeypatch, source):
+    asked = {}
+
+    def download(name, **settings):
+        asked.update(settings)
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert companion_folder("owner/name") == source
+    files = ["modeling.py", "making/train.py", "config.json", "making/documents/page.py"]
+    kept = filter_repo_objects(files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
+    assert list(kept) == ["modeling.py", "config.json"]
+
+
+def test_a_file_that_cannot_be_read_is_named(source, made, monkeypatch):
+    read_bytes = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "LICENSE":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"cannot read .*/LICENSE: you have no permission"):
         copy_companions(source, made)
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"hidden_size": 2',
+    "a list": b"[]",
+    "binary": b"\xff\xfe\x00\x01",
+    "nested": b"[" * 200_000,
+    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1140\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", read_config),
+        ("generation_config.json", read_generation_config),
+        ("tokenizer_config.json", read_tokenizer),
+        ("qwen.tiktoken", read_tokenizer),
+    ],
+)
+def test_a_damaged_file_is_an_input_error(source, name, read, damage):
+    (source / name).write_bytes(DAMAGED[damage])
+    with pytest.raises(InputError):
+        read(source)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "large"},
+        {"hidden_size": None},
+        {"visual": 5},
+        {"visual": {}},
+        {"quantization_config": 5},
+    ],
+)
+def test_a_config_of_another_kind_is_an_input_error(source, changes):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match=r"config"):
+        read_config(source)
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": -1}, {"eos_token_id": "x"}, {"pad_token_id": [1, "x"]}])
+def test_generation_settings_that_cannot_be_used_are_an_input_error(source, settings):
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        read_generation_config(source)

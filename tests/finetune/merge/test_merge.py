@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from transformers.utils import logging
 from finetune.errors import UserError
 from finetune.merge.merge import merge
 from finetune.recipe import load_recipe
+from finetune.terminal import labelled
 from finetune.training.train import train
 from qwenvl import load_model, load_processor
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
@@ -27,7 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 def quietly(*arguments, **settings):
     """Merge without the check, which has its own tests; the lines that were said."""
     lines = []
-    merge(*arguments, **{"check": False, "say": lines.append} | settings)
+    merge(*arguments, **{"check": False, "say": lambda *said: lines.append(labelled(*said))} | settings)
     return "\n".join(lines)
 
 
@@ -121,9 +124,9 @@ def test_an_adapter_of_the_published_script_is_merged(tmp_path):
 
 def test_a_run_becomes_a_checkpoint_that_every_loader_opens(tmp_path, tiny_images):
     changes = {"train__max_steps": 2, "adapter__train_embeddings": True, "evaluate": None}
-    run = train(load_recipe(write_recipe(tmp_path, **changes), []), say=lambda line: None)
+    run = train(load_recipe(write_recipe(tmp_path, **changes), []), say=lambda *_: None)
     lines = []
-    to = merge(run, tmp_path / "merged", say=lines.append)
+    to = merge(run, tmp_path / "merged", say=lambda *said: lines.append(labelled(*said)))
     said = "\n".join(lines)
     assert "from base with adapter (allowed: 1e-05)" in said
 
@@ -187,12 +190,34 @@ def test_nothing_else_is_written_over(tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="is not empty"):
         quietly(tmp_path / "adapter", tmp_path / "mine")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="a file of this name is in the way"):
         quietly(tmp_path / "adapter", tmp_path / "mine" / "thesis.tex", overwrite=True)
     for source in (tmp_path / "adapter", tmp_path):
         with pytest.raises(UserError, match="which is read: give another folder"):
             quietly(tmp_path / "adapter", source, overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_place_that_cannot_be_written_is_told_first(tmp_path, monkeypatch):
+    """Before the adapter is read: there is none here."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for to, reason in [
+        (tmp_path / "file", "a file of this name is in the way"),
+        (tmp_path / "file" / "to", "file is a file"),
+        (tmp_path / "dangling", "is a symbolic link to nowhere, which does not exist"),
+        (tmp_path / ("x" * 240), "the name is too long"),
+    ]:
+        with pytest.raises(UserError, match=f"cannot write the merged model to {to}: .*{reason}.* with --to"):
+            quietly(tmp_path / "adapter", to)
+
+    def no_permission(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", no_permission)
+    with pytest.raises(UserError, match=r"cannot write the merged model to .*: you have no permission.* with --to"):
+        quietly(tmp_path / "adapter", tmp_path / "to")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
 
 
 def test_an_empty_folder_may_be_filled(tmp_path):

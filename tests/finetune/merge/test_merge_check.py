@@ -21,6 +21,7 @@ from finetune.merge.check import (
 )
 from finetune.merge.merge import merge, plan_tensors
 from finetune.merge.sources import find_sources
+from finetune.terminal import labelled
 from qwenvl import load_model
 from qwenvl.checkpoint.checkpoint_files import locate_tensors
 from qwenvl.checkpoint.fingerprint import weights_fingerprint, write_base
@@ -34,7 +35,7 @@ logging.set_verbosity_error()
 def merged(adapter, to, **settings):
     """Merge with the check, the fresh process left out: it has its own test and takes seconds."""
     lines = []
-    merge(adapter, to, say=lines.append, **settings)
+    merge(adapter, to, say=lambda *said: lines.append(labelled(*said)), **settings)
     return "\n".join(lines)
 
 
@@ -107,7 +108,7 @@ def test_a_disk_that_gives_back_something_else_is_noticed_and_nothing_is_kept(tm
 def test_a_merge_that_computes_something_else_is_noticed_and_nothing_is_kept(tmp_path, monkeypatch, in_this_process):
     make_adapter(tmp_path / "adapter")
     # As a wrong scale would: the weights are then what was computed, but not the trained model's.
-    monkeypatch.setattr("finetune.merge.adapter_weights._Reading._rank_and_alpha", lambda self, module: (4, 8.01))
+    monkeypatch.setattr("finetune.merge.adapter_weights._Reader._rank_and_alpha", lambda self, module: (4, 8.01))
     with pytest.raises(Failed, match="does not answer as base and adapter do"):
         merged(tmp_path / "adapter", tmp_path / "to")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from adapters_for_tests import make_adapter
 
-from finetune.errors import Failed, Interrupted
+from finetune.errors import Failed, Interrupted, UserError
 from finetune.merge.folder import MERGE_FILE
 from finetune.merge.merge import merge
+from finetune.terminal import say_nothing
 
 OPERATIONS = ("write", "fsync", "rename", "replace", "mkdir")
 SETTINGS = {"check": False, "shard_bytes": 3e6}
@@ -52,7 +53,7 @@ class Strike:
 def operations_of_a_merge(adapter, to):
     with pytest.MonkeyPatch.context() as patch:
         strike = Strike(patch, None, OSError())
-        merge(adapter, to, say=lambda line: None, **SETTINGS)
+        merge(adapter, to, say=say_nothing, **SETTINGS)
     return strike.count
 
 
@@ -67,14 +68,17 @@ def test_a_failing_disk_leaves_what_was_there(adapter, tmp_path, there):
     before = None
     for at in range(1, count + 1):
         if there and before is None:
-            merge(adapter, to, dtype="bfloat16", overwrite=True, say=lambda line: None, **SETTINGS)
+            merge(adapter, to, dtype="bfloat16", overwrite=True, say=say_nothing, **SETTINGS)
             before = content(to)
         with pytest.MonkeyPatch.context() as patch:
             Strike(patch, at, OSError(errno.ENOSPC, "No space left on device"))
             try:
-                merge(adapter, to, overwrite=there, say=lambda line: None, **SETTINGS)
+                merge(adapter, to, overwrite=there, say=say_nothing, **SETTINGS)
             except Failed as error:
                 assert "could not be written: [Errno 28]" in str(error)
+                failures += 1
+            except UserError as error:  # by the attempt that is made first
+                assert f"cannot write the merged model to {to}: the disk is full" in str(error)
                 failures += 1
         if to.exists() and content(to) != before:
             # Nothing was lost by that failure (making a folder that is there, deleting the old one), or only the last
@@ -93,7 +97,7 @@ def test_a_stopped_merge_leaves_nothing(adapter, tmp_path, stop):
     with pytest.MonkeyPatch.context() as patch:
         Strike(patch, 12, stop)
         with pytest.raises(type(stop)):
-            merge(adapter, tmp_path / "to", say=lambda line: None, **SETTINGS)
+            merge(adapter, tmp_path / "to", say=say_nothing, **SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -123,6 +127,6 @@ def test_a_killed_merge_leaves_nothing_under_the_name_and_the_next_cleans_up(ada
     assert done.returncode == -signal.SIGKILL, done.stderr
     (partial,) = [path for path in tmp_path.iterdir() if path.name != "adapter"]
     assert partial.name.startswith(".to.partial-")
-    merge(adapter, to, say=lambda line: None, **SETTINGS)
+    merge(adapter, to, say=say_nothing, **SETTINGS)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "to"}
     assert (to / MERGE_FILE).is_file()
