@@ -192,7 +192,7 @@ def _groups(name: str, samples: Samples, checked: Checked, names: Sequence[str] 
     """The samples by folder.
 
     Args:
-        names: of the sources, each of which then has a folder; None where they need none.
+        names: of the sources, which then have a folder each; None where they need none.
     """
     if names is None and all(weight == 1 for weight in checked.weights):
         return [Group(name, checked.kept.tolist(), 1.0)]

@@ -18,7 +18,7 @@ from finetune.data.sources.sources import RowSource, read_source
 from qwenvl.images.images import ImageAccess
 
 _LOOKED_AT = 1000
-"""Samples whose image files count in a fingerprint; up to twice as many."""
+"""Samples whose image files count in a fingerprint; at most twice this many."""
 
 
 class Samples:

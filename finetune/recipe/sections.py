@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from finetune.recipe.problems import nearest
 
 NAME = re.compile(r"\w[\w.-]*")
-"""A name is part of a logged key, of a folder's name and of lines to read."""
+"""Of a source: it becomes part of a logged key and of a folder's name."""
 
 
 class Named(Protocol):
@@ -62,7 +62,7 @@ class Section(BaseModel):
     )
 
     def findings(self) -> Iterator[Finding]:
-        """What is wrong between the keys of this section, each of which is right by itself."""
+        """Keys of this section that do not go together, though each is right by itself."""
         yield from ()
 
     @model_validator(mode="after")
@@ -178,7 +178,7 @@ ROLES = {
     "grounding": ("image", "phrase", "box"),
     "caption": ("image", "caption"),
 }
-"""What the columns of each format are for."""
+"""The roles that the columns of each format can have."""
 
 PLACEHOLDERS = {"vqa": "{question}", "grounding": "{phrase}", "caption": ""}
 """What the prompt of each format must hold; the rows of other formats bring their prompts."""
@@ -232,7 +232,7 @@ class Source(Section):
 
 
 def one_as_list(value: Any) -> Any:
-    """A single source stands for a list of one."""
+    """A single source as a list of one."""
     return (value,) if isinstance(value, dict | Source) else value
 
 

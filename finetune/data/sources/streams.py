@@ -144,7 +144,7 @@ def _fetch(
             spool.flush()
             raise Failed(
                 f"{name}: the stream broke after {fetched.rows:,} rows ({type(error).__name__}: {error}). They are "
-                f"kept in {folder}: the same command goes on from there"
+                f"kept in {folder}: the same command continues from there"
             ) from error
     spool.flush(complete=wanted is None or wanted > 0)
     if not fetched.rows:

@@ -9,6 +9,7 @@ from encoded_images import AVIF, encode, noise
 from PIL import ExifTags, Image
 
 from finetune.data.image_files import absolute, check_image, upright_size
+from finetune.errors import InputError, UserError
 from qwenvl.images.images import ImageAccess, load_image
 
 
@@ -56,12 +57,12 @@ def test_a_header_is_enough_for_a_jpeg(tmp_path):
     ],
 )
 def test_no_size_of_what_is_no_image(tmp_path, source, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(InputError, match=reason):
         upright_size(source, ImageAccess(root=tmp_path))
 
 
 def test_an_image_beyond_the_limit_has_no_size():
-    with pytest.raises(ValueError, match="more than 10 in all"):
+    with pytest.raises(InputError, match="more than 10 in all"):
         upright_size(rotated("JPEG", 1), ImageAccess(max_pixels=10))
 
 
@@ -125,7 +126,7 @@ def test_paths_within_the_root_pass(places, path):
     ],
 )
 def test_other_paths_are_refused(places, path, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         check_image(absolute(path, places), ImageAccess(root=places))
 
 
@@ -134,5 +135,5 @@ def test_urls_pass_where_they_are_allowed(places):
 
 
 def test_a_file_that_is_too_long_is_refused(places):
-    with pytest.raises(ValueError, match="5 bytes, more than the 4 allowed"):
+    with pytest.raises(UserError, match="5 bytes, more than the 4 allowed"):
         check_image(str(places / "inside" / "a.png"), ImageAccess(root=places, max_bytes=4))

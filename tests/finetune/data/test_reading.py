@@ -9,6 +9,7 @@ from recipes_for_tests import write_recipe
 from finetune.data.reading import look_at_data, read_checked
 from finetune.data.sample import BadRow, DataError, Origin
 from finetune.data.summary import count_sources, problem_kinds
+from finetune.errors import MissingFileError
 from finetune.recipe import load_recipe
 
 
@@ -39,7 +40,7 @@ def test_both_parts_are_read(recipe, tmp_path, tiny_processor):
 
 def test_a_single_error_is_raised_as_it_is(recipe, tmp_path, tiny_processor):
     missing = {"path": str(tmp_path / "gone.jsonl"), "format": "messages"}
-    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+    with pytest.raises(MissingFileError, match=r"gone\.jsonl"):
         read_checked(recipe(missing), tiny_processor, show_progress=False)
     with pytest.raises(DataError, match="of 2 samples, 1 cannot be used") as caught:
         read_checked(recipe(write(tmp_path / "t.jsonl", ["", "a"])), tiny_processor, show_progress=False)

@@ -14,6 +14,7 @@ from finetune.data.sample import BadRow, DataError
 from finetune.data.sources.arrow_rows import ArrowRows
 from finetune.data.sources.rows import JsonLinesRows, JsonRows
 from finetune.data.sources.sources import read_source
+from finetune.errors import MissingFileError
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +121,7 @@ def test_a_bad_file_is_refused_as_a_whole(tmp_path, name, data, reason):
 
 @pytest.mark.parametrize("name", ["gone.json", "data/gone.parquet", "/gone", "../gone", "C:\\gone"])
 def test_a_file_that_is_not_there(name):
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(MissingFileError, match="there is no file"):
         read(name)
 
 
