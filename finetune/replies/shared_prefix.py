@@ -106,8 +106,8 @@ def generate_from_prefixes(
     ids, mask = _padded(batch.rests, pad, device)
     if not batch.prefixes:
         whole = _stacked([one for own in features for one in own])
-        return _generate(model, input_ids=ids, attention_mask=mask, image_features=whole, **generation)
-    image_end = model.config.image_end_id
+        return _token_ids(model.generate(input_ids=ids, attention_mask=mask, image_features=whole, **generation))
+    image_end = model.config.image_end_id  # None for a text-only model
     in_prefix = [0 if image_end is None else prefix.count(image_end) for prefix in batch.prefixes]
     first_rows = [batch.prefix_of.index(number) for number in range(len(batch.prefixes))]
     seen = [one for row, count in zip(first_rows, in_prefix, strict=True) for one in features[row][:count]]
@@ -118,21 +118,20 @@ def generate_from_prefixes(
     prefix_of = torch.tensor(batch.prefix_of, device=device)
     cache.batch_select_indices(prefix_of)
     rest = [one for own, number in zip(features, batch.prefix_of, strict=True) for one in own[in_prefix[number] :]]
-    return _generate(
-        model,
-        input_ids=torch.cat([prefix_ids[prefix_of], ids], dim=1),
-        attention_mask=torch.cat([prefix_mask[prefix_of], mask], dim=1),
-        image_features=_stacked(rest),
-        past_key_values=cache,
-        **generation,
+    return _token_ids(
+        model.generate(
+            input_ids=torch.cat([prefix_ids[prefix_of], ids], dim=1),
+            attention_mask=torch.cat([prefix_mask[prefix_of], mask], dim=1),
+            image_features=_stacked(rest),
+            past_key_values=cache,
+            **generation,
+        )
     )
 
 
-def _generate(model: QwenVLForConditionalGeneration, **arguments: Any) -> torch.Tensor:
-    """`model.generate` as it returns by default: ids alone."""
-    ids = model.generate(**arguments)
-    assert isinstance(ids, torch.Tensor)
-    return ids
+def _token_ids(generated: object) -> torch.Tensor:
+    assert isinstance(generated, torch.Tensor), "`generate` returns token ids unless return_dict_in_generate is set"
+    return generated
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ import sys
 import time
 
 import psutil
+import pytest
 from recipes_for_tests import ROOT
 
 from qwenvl import load_model, load_processor
@@ -47,6 +48,7 @@ def make(folder, to):
     )
 
 
+@pytest.mark.slow
 def test_it_makes_a_checkpoint_and_does_nothing_twice(tmp_path):
     (tmp_path / "small.py").write_text(SMALL)
     (tmp_path / "recipes" / "nano").mkdir(parents=True)
