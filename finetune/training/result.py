@@ -11,7 +11,7 @@ from finetune.report.report import write_report
 from finetune.run.checkpoints import writing
 from finetune.run.folder import RunFolder
 from finetune.terminal import Say
-from finetune.training.progress import summary
+from finetune.training.summary import summary
 from finetune.training.trainer import QwenVLTrainer
 from qwenvl.checkpoint.fingerprint import write_base
 

@@ -3,7 +3,7 @@
 import math
 
 from finetune.terminal import labelled
-from finetune.training.progress import summary
+from finetune.training.summary import summary
 
 
 def lines(history, **about) -> list[str]:
