@@ -1,11 +1,11 @@
-"""What is raised for input that a user can put right; any other exception is a fault of ours.
+"""Errors in the input, which a user can correct; any other exception is a bug.
 
-This module imports nothing, so that a command line can know these errors before anything heavy is loaded.
+This module imports nothing, so that a command line can use these errors before anything heavy is loaded.
 """
 
 
 class InputError(ValueError):
-    """A value, a file or its surroundings are not as they must be. The message says where, why and what to do."""
+    """A value or a file is wrong or cannot be used. The message says where, why and what to do."""
 
 
 class MissingFileError(InputError, FileNotFoundError):

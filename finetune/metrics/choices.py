@@ -45,8 +45,8 @@ def multiple_choice_accuracy(prediction: str, gold: str, options: Sequence[str])
     if len(gold) != 1 or gold not in LETTERS[: len(options)]:
         raise ValueError(f"gold must be one of {LETTERS[: len(options)]}, not {gold!r}")
     # The text is compared first: an option may itself be "B." or "(a)".
-    said = _plain(prediction)
-    chosen = [LETTERS[place] for place, option in enumerate(options) if _plain(option) == said]
+    reply = _plain(prediction)
+    chosen = [LETTERS[place] for place, option in enumerate(options) if _plain(option) == reply]
     letter = chosen[0] if len(chosen) == 1 else choice_letter(prediction, len(options))
     return float(letter == gold)
 

@@ -19,7 +19,7 @@ DEFAULT_PROMPT = "Describe the image in English:"
 
 
 def caption(row: Mapping[str, Any], columns: Mapping[str, str], prompt: str = DEFAULT_PROMPT) -> list[list[Message]]:
-    """One conversation for each caption; `prompt` is what the user says.
+    """One conversation for each caption; `prompt` is the user's text.
 
     Raises:
         BadField: no image or no caption.

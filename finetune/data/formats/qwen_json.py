@@ -72,7 +72,7 @@ def turn_text(turn: Mapping[str, Any], role: str, name: str) -> str:
 def _parts(value: str, name: str) -> list[dict[str, Any]]:
     tags = [*_TAG.finditer(value)]
     if any(tag[0] != ("<img>", "</img>")[index % 2] for index, tag in enumerate(tags)) or len(tags) % 2:
-        raise BadField(name, "<img> and </img> do not stand in pairs; to write them as text, use format `messages`")
+        raise BadField(name, "<img> and </img> are not paired; to write them as text, use format `messages`")
     parts: list[dict[str, Any]] = []
     cursor = 0
     for opening, closing in zip(tags[0::2], tags[1::2], strict=True):
