@@ -204,7 +204,7 @@ class Source(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is used an epoch: 2.0 twice, 0.5 half of the rows."""
     limit: Count | None = None
-    """Only the first so many rows."""
+    """Only this many of the first rows."""
     streaming: bool = False
     """Fetch a hub dataset row by row, and none beyond limit, instead of whole."""
 
@@ -293,7 +293,7 @@ class Data(Section):
     allow_urls: bool = False
     """Allow rows to name images by public web address."""
     shuffle: bool = True
-    """Draw the order of the rows anew each epoch."""
+    """Draw a new order of the rows in each epoch."""
     vision_cache: Literal["off", "memory", "disk"] = "off"
     """Encode each image once, before training, where the vision side is frozen; disk keeps that for later runs."""
     vision_cache_gb: Annotated[float, Field(gt=0)] | None = None
@@ -360,9 +360,9 @@ class Evaluate(Section):
     max_new_tokens: Count = 64
     """Most tokens of a reply."""
     patience: Count | None = None
-    """Stop after so many evaluations without a better score (without a task: loss); null trains to the end."""
+    """Stop after this many evaluations without a better score (without a task: loss); null trains to the end."""
     limit: Count | None = None
-    """Evaluate on only the first so many rows, over all sources."""
+    """Evaluate on only this many of the first rows, over all sources."""
 
     def findings(self) -> Iterator[Finding]:
         if self.task == "custom" and self.metric is None:

@@ -203,7 +203,7 @@ class OwnTrainKeys(Section):
     vision_layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor on the learning rate from each layer of the vision transformer to the one below (the paper: 0.95)."""
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] | None = None
-    """What backward computes anew instead of keeping; auto is the least that fits, null goes by TRL's keys."""
+    """Activations that backward recomputes; auto is the least that fits, null leaves the choice to TRL's keys."""
 
     def findings(self) -> Iterator[Finding]:
         if self.max_steps == 0:

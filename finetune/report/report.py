@@ -50,7 +50,7 @@ from finetune.run.json_values import NON_FINITE
 
 REPORT = "report.html"
 LARGEST_STEP = 10**12  # beyond any run
-FEW_POINTS = 10  # a curve of at most so many points is not smoothed
+FEW_POINTS = 10  # a curve of at most this many points is not smoothed
 
 Curve = list[tuple[float, float]]  # (step, value), steps ascending; values may be NaN or infinite
 
