@@ -80,8 +80,8 @@ class Evaluation:
         sources: what is asked, one after the other; several are scored apart as well.
         compare: a second model, asked the same; None for none.
         images_root, allow_urls: what images may be reached.
-        limit: only this many of the first questions; None is all.
-        sample: this many of them, drawn by `seed`, equal shares of all sources; None is all.
+        limit: use only the first `limit` questions; None is all.
+        sample: number of them to draw by `seed`, in equal shares of all sources; None is all.
         style: None is each model's own.
         shots: solved examples before each question, for style base.
         dtype, quantization: as `load_model` takes them; "auto" is the device's own.

@@ -51,7 +51,7 @@ class Question:
     source: str | None = None
 
     def render(self, tokenizer: QwenVLTokenizer, n_queries: int = 256) -> Rendered:
-        """The prompt: a chat that waits for a reply, or raw text for a base model to go on with.
+        """The prompt: a chat that waits for a reply, or raw text for a base model to continue.
 
         Open `Rendered.images` with `self.access`. Images of solved examples with another access are read here, and
         come as encoded bytes.

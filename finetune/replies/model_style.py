@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from finetune.errors import UserError
 from finetune.replies.task_replies import Style
 from qwenvl.loading import find_source
 
@@ -13,7 +14,7 @@ def stored_style(model: str) -> Style | None:
     whatever its base; "base" for a base checkpoint. None where the generation config does not say.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or its generation config is damaged.
     """
     source = find_source(model)
     if source.adapter is not None or is_run(model):
@@ -22,6 +23,8 @@ def stored_style(model: str) -> Style | None:
         settings = GenerationConfig.from_pretrained(source.base)
     except OSError:  # there is none
         return None
+    except TypeError as error:
+        raise UserError(f"{source.base}: generation_config.json is not a JSON object: restore it") from error
     match getattr(settings, "chat_format", None):
         case "chatml":
             return "chat"

@@ -329,6 +329,7 @@ def _generate(
             [_StopAtText(tokenizer, batch.length, decoding.stop_texts)] if decoding.stop_texts else None
         ),
     )
+    assert isinstance(generated, torch.Tensor), "no dictionary was asked for"
     new_ids = generated[:, batch.length :].tolist()
     return [_read(row, new, tokenizer, decoding) for row, new in zip(rows, new_ids, strict=True)]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateOutput
 
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 
@@ -89,7 +90,7 @@ def generate_from_prefixes(
     features: Sequence[Sequence[torch.Tensor]],
     pad: int,
     **generation: Any,
-) -> torch.Tensor:
+) -> GenerateOutput | torch.LongTensor:
     """Generate as `model.generate` would on the whole rows.
 
     Args:
@@ -100,13 +101,14 @@ def generate_from_prefixes(
         generation: keyword arguments of `generate`.
 
     Returns:
-        (rows, `batch.length` + new tokens) the padded rows with the generated tokens.
+        As `generate`: (rows, `batch.length` + new tokens) the padded rows with the generated tokens, unless
+        `generation` asks for a dictionary.
     """
     device = model.device
     ids, mask = _padded(batch.rests, pad, device)
     if not batch.prefixes:
         whole = _stacked([one for own in features for one in own])
-        return _token_ids(model.generate(input_ids=ids, attention_mask=mask, image_features=whole, **generation))
+        return model.generate(input_ids=ids, attention_mask=mask, image_features=whole, **generation)
     image_end = model.config.image_end_id  # None for a text-only model
     in_prefix = [0 if image_end is None else prefix.count(image_end) for prefix in batch.prefixes]
     first_rows = [batch.prefix_of.index(number) for number in range(len(batch.prefixes))]
@@ -118,20 +120,13 @@ def generate_from_prefixes(
     prefix_of = torch.tensor(batch.prefix_of, device=device)
     cache.batch_select_indices(prefix_of)
     rest = [one for own, number in zip(features, batch.prefix_of, strict=True) for one in own[in_prefix[number] :]]
-    return _token_ids(
-        model.generate(
-            input_ids=torch.cat([prefix_ids[prefix_of], ids], dim=1),
-            attention_mask=torch.cat([prefix_mask[prefix_of], mask], dim=1),
-            image_features=_stacked(rest),
-            past_key_values=cache,
-            **generation,
-        )
+    return model.generate(
+        input_ids=torch.cat([prefix_ids[prefix_of], ids], dim=1),
+        attention_mask=torch.cat([prefix_mask[prefix_of], mask], dim=1),
+        image_features=_stacked(rest),
+        past_key_values=cache,
+        **generation,
     )
-
-
-def _token_ids(generated: object) -> torch.Tensor:
-    assert isinstance(generated, torch.Tensor), "`generate` returns token ids unless return_dict_in_generate is set"
-    return generated
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
