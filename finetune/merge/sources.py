@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from finetune.errors import InputError, MissingFileError, UserError
+from finetune.errors import MissingFileError, UserError
 from finetune.files.checkpoint_folder import CONFIG, companion_folder, read_json
-from finetune.merge.adapter_config import ADAPTER_CONFIG, find_adapter, read_adapter_config
+from finetune.merge.adapter_config import find_adapter, read_adapter_config
 from qwenvl.checkpoint.fingerprint import BASE_FILE, weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
 from qwenvl.model.quantization import DEFAULT_PARTS, PARTS
@@ -52,14 +52,10 @@ def find_sources(path: Path, base: str | None) -> Sources:
     if base is None:
         try:
             base = find_source(adapter).base
-        except OSError as error:
+        except FileNotFoundError as error:
             raise MissingFileError(
                 f"{adapter}: its base ({named or 'it names none'}) is not there: give it with --base"
             ) from error
-        except InputError:
-            raise
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{adapter / ADAPTER_CONFIG}: PEFT cannot read it ({error}): correct it") from error
     base = _without_quantization(base)
     fingerprint = weights_fingerprint(base)
     if noted and noted["fingerprint"] != fingerprint:

@@ -1,4 +1,4 @@
-"""Pickles that run code, under every name a loader might open: none runs, and the error says what is wrong."""
+"""Pickles that run code, under every name a loader might open: none runs, and the error is one for the user."""
 
 import json
 import pickle
@@ -7,7 +7,10 @@ import shutil
 import pytest
 import torch
 
-from qwenvl import load_model, load_processor
+from finetune.export.export import export
+from finetune.merge.merge import merge
+from finetune.terminal import say_nothing
+from qwenvl import InputError, load_model, load_processor
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
 
 
@@ -47,10 +50,23 @@ def test_weights_that_run_code(folder, mark, name, form):
     if "00001" in name:
         index = {"metadata": {}, "weight_map": {"transformer.wte.weight": name}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    for read in (load_model, weights_fingerprint):
-        with pytest.raises(Exception):  # noqa: B017 (torch, pickle and safetensors each raise their own)
+    for read in (load_model, weights_fingerprint, export_safetensors, export_nf4, export_qwen2):
+        with pytest.raises(InputError, match=r"cannot be read|cannot be loaded|damaged"):
             read(folder)
     assert not mark.exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
+
+
+def export_safetensors(folder):
+    export(str(folder), "safetensors", out=folder.parent / "out", say=say_nothing)
+
+
+def export_nf4(folder):
+    export(str(folder), "nf4", out=folder.parent / "out", say=say_nothing)
+
+
+def export_qwen2(folder):
+    export(str(folder), "qwen2", out=folder.parent / "out", say=say_nothing)
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])
@@ -60,15 +76,22 @@ def test_adapters_that_run_code(tiny_folder, tmp_path, mark, form):
     config = {
         "peft_type": "LORA",
         "r": 4,
+        "lora_alpha": 8,
         "target_modules": ["c_attn"],
         "base_model_name_or_path": str(tiny_folder),
         "task_type": "CAUSAL_LM",
     }
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     write_payload(adapter / "adapter_model.bin", mark, form)
-    with pytest.raises(Exception):  # noqa: B017
-        load_model(adapter)
+    for read in (load_model, merge_adapter):
+        with pytest.raises(InputError, match="adapter"):
+            read(adapter)
     assert not mark.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def merge_adapter(folder):
+    merge(folder, folder.parent / "out", say=say_nothing)
 
 
 def test_other_pickles_in_the_folder_are_not_opened(tiny_folder, tmp_path, mark):

@@ -185,6 +185,20 @@ def test_the_page_shows_the_same_and_data_is_text_in_it(show, tmp_path):
     assert len(pictures) == 2 and pictures[0] != pictures[1], "the boxes are drawn on one of them"
 
 
+def test_a_page_that_cannot_be_written_is_told_first(show, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for html, reason in [
+        (tmp_path, "it is a folder"),
+        (tmp_path / "file" / "check.html", "file is a file"),
+        (tmp_path / "dangling", "is a symbolic link to nowhere, which does not exist"),
+        (tmp_path / ("x" * 240), "the name is too long"),
+    ]:
+        shown = show(html=html)
+        assert shown.refused.startswith(f"cannot write the page to {html}: ") and reason in shown.refused
+        assert shown.refused.endswith("with --html") and not shown.text
+
+
 def test_images_are_opened_when_asked(show, tmp_path):
     good = encode(Image.new("RGB", (8, 8)))
     for name, data in {"good.png": good, "cut.png": good[:40], "text.png": b"no image at all"}.items():

@@ -103,7 +103,7 @@ def test_an_incomplete_checkpoint_is_refused_before_anything_is_written(tmp_path
     tensors = load_file(TINY / "model.safetensors")
     del tensors["transformer.h.0.attn.c_attn.bias"]
     write_checkpoint(tmp_path / "source", tensors)
-    with pytest.raises(ValueError, match=r"h\.0\.attn.c_attn.bias is missing from its weights"):
+    with pytest.raises(UserError, match=r"h\.0\.attn.c_attn.bias is missing from its weights"):
         export(str(tmp_path / "source"), "qwen2", out=tmp_path / "out", say=say_nothing)
     assert not list(tmp_path.glob("*out*"))
 
@@ -140,6 +140,31 @@ def test_what_is_there_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="a file of this name is in the way"):
         export(str(TINY), "safetensors", out=tmp_path / "file", say=say_nothing)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_told_first(tmp_path):
+    """Before the checkpoint is looked for: there is none here."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for out, reason in [
+        (tmp_path / "file" / "out", "file is a file"),
+        (tmp_path / "dangling", "is a symbolic link to nowhere, which does not exist"),
+        (tmp_path / ("x" * 240), "the name is too long"),
+    ]:
+        with pytest.raises(UserError, match=f"cannot write the export to {out}: .*{reason}.* with --out"):
+            export(str(tmp_path / "none"), "qwen2", out=out, say=say_nothing)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+@pytest.mark.parametrize("to", ["safetensors", "nf4", "qwen2"])
+def test_scripts_in_sub_folders_are_not_exported(tmp_path, to):
+    write_checkpoint(tmp_path / "source", load_file(TINY / "model.safetensors"))
+    (tmp_path / "source" / "making").mkdir()
+    (tmp_path / "source" / "making" / "train.py").write_text("raise SystemExit")
+    (tmp_path / "source" / "modeling.py").write_text("class Model: ...")
+    out = export(str(tmp_path / "source"), to, out=tmp_path / "out", say=say_nothing)
+    # The language model as Qwen2 needs no code of the source's.
+    assert [path.name for path in out.rglob("*.py")] == ["prompt_embeddings.py" if to == "qwen2" else "modeling.py"]
 
 
 def test_too_little_disk_space_is_told_before_writing(tmp_path, monkeypatch):
