@@ -8,7 +8,7 @@ from finetune.check.sample_preview import Preview, choose_samples, preview
 from finetune.data.image_check import OpenedImages, open_images
 from finetune.data.reading import DataPart, look_at_data, rules_of
 from finetune.data.sample import BadRow, DataError
-from finetune.errors import UserError
+from finetune.errors import InputError
 from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.run_plan import RunPlan, look_at_memory, settled
@@ -78,14 +78,14 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
     base, rules = findings.base, rules_of(recipe, findings.base.processor)
     findings.parts = look_at_data(recipe, base.processor, processes=processes)
     for name, part in findings.parts.items():
-        findings.refusals += [(f"{name} data", _first_line(error)) for error in part.errors]
+        findings.refusals += [(f"{name} data", _without_rows(error)) for error in part.errors]
     training = findings.parts["train"].checked
     try:
         model = build_without_weights(recipe, base)
         findings.parameters = count_parameters(model)
         if training is not None:
             refuse_text_only_samples(model, training)
-    except (UserError, ValueError) as error:
+    except InputError as error:
         findings.refusals.append(("model", str(error)))
     if training is not None and len(training.kept):
         findings.budget = ChosenBudget(packing_budget(recipe.data, training.lengths))
@@ -103,11 +103,11 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         try:
             task = TaskEvaluation(recipe, base.processor)
             findings.task = str(task)
-        except (UserError, ValueError, OSError) as error:
+        except InputError as error:
             # The same rows as the evaluation data's, in another form: one example is enough.
             problems = error.problems if isinstance(error, DataError) else []
             example = f", such as {problems[0]}" if problems else ""
-            findings.refusals.append(("eval task", _first_line(error) + example))
+            findings.refusals.append(("eval task", _without_rows(error) + example))
     if not findings.refusals:
         findings.vision_cache = describe_phase(
             recipe, QwenVLConfig.from_pretrained(base.path), base.processor, findings.parts, task, processes
@@ -126,6 +126,6 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
     return findings
 
 
-def _first_line(error: Exception) -> str:
+def _without_rows(error: Exception) -> str:
     """The message without the rows that it lists: they are shown already."""
     return error.message.rstrip(":") if isinstance(error, DataError) else str(error)

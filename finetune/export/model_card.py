@@ -76,14 +76,14 @@ def write_card(
         tags: in addition to those of every checkpoint of this toolkit.
         use: how to load it, where that is not the usual way.
     """
-    told = [f"# {title}", "", f"Made from {_base_text(base)}{_fingerprint_text(fingerprint)}.", ""]
-    told += [f"> {note}\n" for note in notes]
+    lines = [f"# {title}", "", f"Made from {_base_text(base)}{_fingerprint_text(fingerprint)}.", ""]
+    lines += [f"> {note}\n" for note in notes]
     if facts:
-        told += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items()), ""]
-    told += training
-    told += ["## Use", "", use, "## Intended use and limits", "", LIMITS, "", "## License", "", _license_text(folder)]
+        lines += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items()), ""]
+    lines += training
+    lines += ["## Use", "", use, "## Intended use and limits", "", LIMITS, "", "## License", "", _license_text(folder)]
     header = yaml.safe_dump(_metadata(folder, base, tags), sort_keys=False, allow_unicode=True)
-    write_text(folder / CARD, f"---\n{header}---\n\n" + "\n".join(told) + "\n")
+    write_text(folder / CARD, f"---\n{header}---\n\n" + "\n".join(lines) + "\n")
 
 
 def training_sections(run: str | Path | None) -> list[str]:
@@ -95,7 +95,7 @@ def training_sections(run: str | Path | None) -> list[str]:
     if run is None:
         return []
     folder = RunFolder(run)
-    told = []
+    lines = []
     with path_errors(run, "read", "Make it readable, or restore it"):
         rows = (folder.read_run() or {}).get("rows")
         metrics = folder.read_metrics()
@@ -103,20 +103,20 @@ def training_sections(run: str | Path | None) -> list[str]:
             folder.recipe_file.read_text(encoding="utf-8", errors="replace") if folder.recipe_file.is_file() else ""
         )
     if rows:
-        told += ["## Data", "", "| | rows | trained or scored | too long | bad |", "|---|---|---|---|---|"]
+        lines += ["## Data", "", "| | rows | trained or scored | too long | bad |", "|---|---|---|---|---|"]
         try:
             for name, count in rows.items():
                 numbers = (f"{count[key]:,}" for key in ("total", "kept", "too_long", "bad"))
-                told.append(f"| {name} | {' | '.join(numbers)} |")
+                lines.append(f"| {name} | {' | '.join(numbers)} |")
         except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"{folder.run_file}: its rows are not as a run writes them: restore the file") from error
-        told.append("")
+        lines.append("")
     if table := _figures(metrics):
-        told += ["## Figures", "", *table, ""]
+        lines += ["## Figures", "", *table, ""]
     if recipe:
         fence = "```" if "```" not in recipe else "~~~~~~~~"
-        told += ["## Recipe", "", f"{fence}yaml", recipe.rstrip(), fence, ""]
-    return told
+        lines += ["## Recipe", "", f"{fence}yaml", recipe.rstrip(), fence, ""]
+    return lines
 
 
 def is_hub_id(base: str) -> bool:

@@ -98,27 +98,27 @@ python prompt_embeddings.py --image image.jpg "What is in the image?" --server h
 
 def limits(config: QwenVLConfig) -> list[str]:
     """What the exported model does not do, for the card and the terminal."""
-    told = []
+    lines = []
     if config.use_dynamic_ntk or config.use_logn_attn:
         missing = [
             *(["dynamic NTK"] if config.use_dynamic_ntk else []),
             *(["log-n attention"] if config.use_logn_attn else []),
         ]
-        told.append(
+        lines.append(
             f"Equal to the source up to {config.seq_length:,} tokens of prompt and reply together. Beyond that, the "
             f"source uses {' and '.join(missing)}, which Qwen2 does not have: replies to longer contexts differ, and "
             f"get worse. `max_position_embeddings` is {config.seq_length:,} for that reason."
         )
-    told.append(
+    lines.append(
         "A control token spelled in a text (`<|im_end|>`, `<ref>`) becomes that token with this folder's tokenizer: "
         "remove it from text that others wrote. `qwenvl` reads it as text."
     )
     if config.visual is not None:
-        told.append(
+        lines.append(
             "This folder by itself reads text only. Images go in as prompt embeddings, made by `prompt_embeddings.py` "
             "from what is in `visual/`."
         )
-    return told
+    return lines
 
 
 def plan_language(

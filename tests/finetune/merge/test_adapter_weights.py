@@ -139,7 +139,7 @@ def test_settings_that_are_not_understood_are_refused_by_name(adapter, changes, 
     refused(adapter, match)
 
 
-def test_settings_without_effect_are_no_hindrance(adapter):
+def test_settings_without_effect_are_accepted(adapter):
     edit_config(adapter, use_qalora=False, invented_in_2030=None, qalora_group_size=16, runtime_config={"x": 1})
     assert read_adapter(adapter, BASE).keys == 16
 
