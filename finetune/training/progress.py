@@ -36,6 +36,7 @@ from finetune.quantities import (
 )
 from finetune.report.logged_scores import is_score, parts_of_scores
 from finetune.run.checkpoints import checkpoint_path
+from finetune.terminal import terminal_text
 
 SEPARATOR = " | "
 REDRAW_SECONDS = 0.1  # the least time between two redraws without new values; faster cannot be read
@@ -200,6 +201,7 @@ class Progress(TrainerCallback):
 
     def _say(self, line: str) -> None:
         """Print a permanent line."""
+        line = terminal_text(line)
         if self._live is None:
             print(line, file=self._stream, flush=True)
         else:

@@ -10,6 +10,7 @@ from finetune.model.computing import choose_backends
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.terminal import Say, say, say_nothing
+from finetune.training.arguments import trainer_arguments
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.phases import Phases
 from finetune.training.processes import closing_process_group
@@ -78,6 +79,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
             begin_record(run, recipe, identity, base, data, plan.switches, trained, score_so_far)
             stack.enter_context(record_failure(run, phases))
+        # This opens the process group of a distributed run, whose processes encode images together.
+        arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
         cache = encode_images(recipe, base, data, trained, phases, say)
         progress = Progress(checkpoints=run.checkpoints)
         trainer = make_trainer(
@@ -87,6 +90,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             data,
             plan,
             trained,
+            arguments,
             cache,
             stop=stop,
             progress=progress,

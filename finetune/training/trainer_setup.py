@@ -14,7 +14,7 @@ from finetune.model.base import Base
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.terminal import Say
-from finetune.training.arguments import KEPT_CHECKPOINTS, trainer_arguments
+from finetune.training.arguments import KEPT_CHECKPOINTS
 from finetune.training.best_checkpoint import Patience, SaveBest
 from finetune.training.budget_notes import NoteBudgets
 from finetune.training.interrupts import StopOnSignal
@@ -47,6 +47,7 @@ def make_trainer(
     data: TrainingData,
     plan: TrainingPlan,
     trained: TrainedModel,
+    arguments: SFTConfig,
     cache: VisionCache | None,
     *,
     stop: StopOnSignal,
@@ -58,6 +59,7 @@ def make_trainer(
     """Put together everything that a training needs.
 
     Args:
+        arguments: the trainer's configuration.
         cache: has the features of images that were encoded before; None where there is none.
         stop, progress, phases: callbacks.
         optimizer: makes the optimizer, in place of the one that the recipe names.
@@ -65,7 +67,6 @@ def make_trainer(
     Raises:
         NotEnoughDiskSpace: the checkpoints would not fit.
     """
-    arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
     if data.task is not None:
         data.task.note_stop_ids(trained.model)
     if is_main:

@@ -35,6 +35,7 @@ def make_trainer(folder, workers):
         data,
         plan,
         trained,
+        trainer_arguments(recipe, plan.switches, None),
         None,
         stop=StopOnSignal(),
         progress=Progress(),
