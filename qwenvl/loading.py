@@ -42,7 +42,7 @@ DeviceMap = str | Mapping[str, int | str | torch.device] | None
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """What a path refers to: a base checkpoint (folder or hub id) and the folder of an adapter on it, or None."""
 
     base: str
@@ -84,7 +84,7 @@ def load_model(
     if adapter is not None:
         if source.adapter is not None:
             raise InputError(f"{path} is an adapter itself: give the base checkpoint as path, or leave adapter out")
-        source = Source(source.base, _find_adapter(adapter))
+        source = ModelSource(source.base, _find_adapter(adapter))
     if quantization is not None and quantize is None and source.adapter is not None:
         quantize = trained_parts(source.adapter) or None
     parts = find_parts(source.base, quantization, quantize)
@@ -160,7 +160,7 @@ def load_processor(path: str | Path) -> QwenVLProcessor:
     return QwenVLProcessor.from_pretrained(find_source(path).base)
 
 
-def find_source(path: str | Path) -> Source:
+def find_source(path: str | Path) -> ModelSource:
     """Find out what a path refers to, without loading weights. An adapter on the hub is downloaded.
 
     Raises:
@@ -175,18 +175,18 @@ def find_source(path: str | Path) -> Source:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _source_in_folder(path: str | Path) -> Source | None:
+def _source_in_folder(path: str | Path) -> ModelSource | None:
     """None if there is no such folder and the path may be a hub id."""
     folder = Path(path)
     if (folder / "adapter" / ADAPTER_CONFIG).is_file():  # a run folder
         folder = folder / "adapter"
     if (folder / ADAPTER_CONFIG).is_file():
-        return Source(_base_of(folder), str(folder))
+        return ModelSource(_base_of(folder), str(folder))
     if (folder / "model" / "config.json").is_file():  # a run folder of a training without adapter
         folder = folder / "model"
     if (folder / "config.json").is_file():
         _refuse_other_kind(folder)
-        return Source(str(folder), None)
+        return ModelSource(str(folder), None)
     if folder.exists():
         raise MissingFileError(f"{path}: neither config.json (a checkpoint) nor {ADAPTER_CONFIG} (an adapter) is here")
     if not _looks_like_hub_id(str(path)):
@@ -194,7 +194,7 @@ def _source_in_folder(path: str | Path) -> Source | None:
     return None
 
 
-def _source_on_hub(name: str) -> Source:
+def _source_on_hub(name: str) -> ModelSource:
     config = cached_file(
         name,
         ADAPTER_CONFIG,
@@ -204,9 +204,9 @@ def _source_on_hub(name: str) -> Source:
     )
     if config is None:
         _require_on_hub(name)
-        return Source(name, None)
+        return ModelSource(name, None)
     folder = Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
-    return Source(_base_of(folder), str(folder))
+    return ModelSource(_base_of(folder), str(folder))
 
 
 def _find_adapter(path: str | Path) -> str:
@@ -224,7 +224,7 @@ def _find_adapter(path: str | Path) -> str:
 def _refuse_other_kind(folder: Path) -> None:
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return  # QwenVLConfig reports a damaged file when it is loaded
     if kind not in (None, QwenVLConfig.model_type):
         raise InputError(

@@ -52,7 +52,7 @@ from qwenvl import ImageAccess, load_model, load_processor
 
 @dataclass(frozen=True)
 class EvaluationSource:
-    """A dataset to ask from; see `data.sources.sources.Source`. `format` None is the task's.
+    """A dataset to ask from; see `data.sources.sources.Location`. `format` None is the task's.
 
     `name` is what its score goes by where there are several; None is the name of its file.
     """

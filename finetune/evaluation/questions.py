@@ -23,7 +23,7 @@ from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import read_source
+from finetune.data.sources.sources import Location, read_source
 from finetune.errors import UserError
 from finetune.evaluation.question import Question
 from finetune.evaluation.task_rows import Asked, RowReader
@@ -38,19 +38,9 @@ __all__ = ["Question", "Questions"]
 _MORE_ROLES = ("id", "group", "options")
 
 
-class QuestionSource(Protocol):
-    """A source of questions: as one of `data.sources.sources`, but a `format` of None is the task's."""
+class QuestionSource(Location, Protocol):
+    """A source of questions: where its rows are, and how they are read. A `format` of None is the task's."""
 
-    @property
-    def path(self) -> str: ...
-    @property
-    def config(self) -> str | None: ...
-    @property
-    def split(self) -> str | None: ...
-    @property
-    def limit(self) -> int | None: ...
-    @property
-    def streaming(self) -> bool: ...
     @property
     def format(self) -> str | None: ...
     @property
