@@ -1,4 +1,4 @@
-"""The command line: `finetune RECIPE [key.path=value ...]`, and `finetune COMMAND ...` for the rest of the way.
+"""The command line: `finetune RECIPE [key.path=value ...]`, and `finetune COMMAND ...` for everything else.
 
 Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 / 143 interrupted with the state saved.
 """
@@ -84,9 +84,7 @@ def usage() -> str:
         word = "RECIPE" if name == "train" else name
         lines.append(f"finetune {word:<10}{import_module(f'finetune.commands.{name}').SUMMARY}")
     lines += ["", indented(import_module("finetune.commands.train").EXAMPLES), ""]
-    lines.append(
-        "`finetune COMMAND --help` has the words of each. Recipes are in recipes/; every key can be overridden."
-    )
+    lines.append("`finetune COMMAND --help` lists its options. Recipes are in recipes/; every key can be overridden.")
     return "\n".join(lines)
 
 

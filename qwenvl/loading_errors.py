@@ -29,7 +29,7 @@ def checkpoint_errors(base: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except (*FILE_ERRORS, KeyError, RuntimeError) as error:
         fault = _fault_in_checkpoint(base)

@@ -276,7 +276,7 @@ class _Row:
 
 
 def _fitting(work: Callable[[], T]) -> T | OutOfMemory:
-    """As `batches.attempt.attempt`, also if the trainer has given up on a conversation."""
+    """As `batches.attempt.attempt`, also for the trainer's DoesNotFit."""
     try:
         return attempt(work)
     except DoesNotFit as error:

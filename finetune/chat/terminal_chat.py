@@ -11,7 +11,7 @@ from PIL import Image
 
 from finetune.chat.conversation import Answer, ChatImage, Conversation
 from finetune.chat.conversation_rows import append_row
-from finetune.errors import Failed, UserError
+from finetune.errors import Failed, InputError, UserError
 from finetune.files.path_errors import path_errors
 from finetune.quantities import format_count
 from finetune.replies.model_style import stored_style
@@ -163,7 +163,7 @@ class TerminalChat:
                 self._take(line)
             except torch.OutOfMemoryError:
                 tell("The device's memory does not hold this: /new, or --quantization nf4")
-            except (ValueError, OSError) as error:
+            except (InputError, Failed) as error:
                 tell(str(error))
 
     def _take(self, line: str) -> None:

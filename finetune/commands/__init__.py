@@ -1,1 +1,1 @@
-"""The commands by their names: the words of each on the command line, and what it calls."""
+"""The commands by their names: each command's arguments, and the function that it calls."""

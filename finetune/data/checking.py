@@ -287,7 +287,7 @@ def _check(sample: Sample, rules: Rules) -> Fitted:
             raise BadField(place, f"malformed grounding markup: {problems[0].reason}")
     try:
         fitted = rules.fit(sample.messages)
-    except ValueError as error:  # what only the tokenizer finds, such as half a surrogate pair
+    except InputError as error:  # what only the tokenizer finds, such as half a surrogate pair
         raise BadField("messages", str(error)) from error
     for number, source in enumerate(image_sources(sample.messages)):
         try:

@@ -87,8 +87,8 @@ class Evaluation:
         dtype, quantization: as `load_model` takes them; "auto" is the device's own.
         batch_tokens: see `replies.Decoding`.
         grounding: read markup in all texts as tokens.
-        on_bad_row: what becomes of a row that cannot be asked.
-        on_bad_image: what becomes of an image that is missing or damaged; "wrong" counts its questions as wrong.
+        on_bad_row: what happens to a row that cannot be asked.
+        on_bad_image: what happens to an image that is missing or damaged; "wrong" counts its questions as wrong.
         out: where results go; None is `runs/evaluations/MODEL-TASK`, or in a run's own folder.
     """
 

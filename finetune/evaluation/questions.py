@@ -24,7 +24,7 @@ from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.sources.rows import Rows
 from finetune.data.sources.sources import Location, read_source
-from finetune.errors import UserError
+from finetune.errors import InputError, UserError
 from finetune.evaluation.question import Question
 from finetune.evaluation.task_rows import Asked, RowReader
 from finetune.evaluation.tasks import Task, check_prompt
@@ -232,7 +232,7 @@ class Questions(Sequence[Question]):
         for number, source in enumerate(asked[0].sources if self._look_for_images else ()):
             try:
                 check_image(absolute(source, self._root), self._access)
-            except ValueError as error:
+            except InputError as error:
                 raise BadRow(self._rows.origin(row), f"images[{number}]", str(error)) from error
         return asked
 
@@ -241,7 +241,7 @@ class Questions(Sequence[Question]):
         if bad and on_bad_row == "error":
             raise DataError(
                 f"{self._name}: of {self._count:,} rows, {len(bad):,} cannot be asked as task {self.task.name} "
-                "(mend them, or leave them out with on_bad_row: skip):",
+                "(fix them, or leave them out with on_bad_row: skip):",
                 list(bad.values()),
             )
         if not self.ids:

@@ -137,7 +137,7 @@ class PredictionFile:
         """Refuse a folder that holds another evaluation. Changes nothing.
 
         Raises:
-            UserError: it does, with the differences; or what is there is no folder, or damaged.
+            UserError: it does, with the differences; or the path is not a folder, or damaged.
         """
         for path, is_right, kind in (
             (self.folder, self.folder.is_dir(), "folder"),

@@ -31,7 +31,7 @@ from finetune.evaluation.tasks import task_of
 from finetune.quantities import format_loss
 from finetune.recipe import Recipe
 from finetune.recipe.sections import source_names
-from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies, stop_ids_of
+from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies
 from qwenvl import ImageAccess, QwenVLProcessor
 
 BATCH_TOKENS = 4096  # leaves memory for gradients and optimizer states; halved after an out-of-memory error
@@ -78,9 +78,7 @@ class TaskScore:
 
 
 class TaskEvaluation:
-    """Scores a model on the sample of a recipe's `evaluate` section.
-
-    Each process replies to a share of the questions; the replies are gathered, so that all have the same score.
+    """The task of a recipe's `evaluate` section, and the sample of its questions.
 
     Args:
         recipe: with an evaluate section that names a task.
@@ -90,8 +88,7 @@ class TaskEvaluation:
         task: the task of the questions.
         questions: the sample.
         key: the logged key of the score.
-        last: the latest score, with its step.
-        vision_cache: has the features of the sample's images if they were encoded before training; else None.
+        processor: of the model.
 
     Raises:
         DataError: rows that cannot be asked (see `Questions`).
@@ -126,92 +123,11 @@ class TaskEvaluation:
         if not self.questions.answered:
             raise UserError("evaluate.data: its answers are hidden, so there is no score: set evaluate.task: null")
         self.key = f"eval_{self.task.metric}"
-        self.last: TaskScore | None = None
-        self.vision_cache: VisionCache | None = None
-        self._processor = processor
-        self._stop_ids: tuple[int, ...] | None = None
+        self.processor = processor
 
     def __str__(self) -> str:
         """`docvqa: anls on 200 of 5,949 questions (boarding 100, before 100)`"""
         return f"{self.task.name}: {self.task.metric} on {self.questions}"
-
-    def note_stop_ids(self, model: torch.nn.Module) -> None:
-        """Take the stop tokens from the model's generation config, before Transformers' trainer changes it."""
-        self._stop_ids = stop_ids_of(model, self._processor.tokenizer)
-
-    def evaluate(
-        self,
-        model: torch.nn.Module,
-        accelerator: Accelerator,
-        step: int,
-        *,
-        bar: bool = True,
-        tick: Callable[[], Any] = lambda: None,
-    ) -> TaskScore:
-        """Reply to the sample and score the replies; on all processes together.
-
-        Args:
-            model: not wrapped by DDP or FSDP; its mode is left as it is.
-            accelerator: of the trainer.
-            step: optimizer steps done.
-            bar: show a bar on a terminal; a trainer's live line excludes one.
-            tick: called after every reply of this process.
-
-        Raises:
-            UserError: an image of the sample is damaged, or a source has the name of a group of the data.
-        """
-        replies = self._share(model, accelerator, bar and accelerator.is_main_process, tick)
-        if accelerator.num_processes > 1:
-            replies = gather_object(replies)
-        replies = sorted(replies, key=lambda reply: reply.index)
-        # After the gathering, so that all processes raise together and none waits for another.
-        if bad := [reply.unreadable for reply in replies if reply.unreadable]:
-            lines = "\n  ".join(bad)
-            raise UserError(f"evaluate.data: {len(bad)} of the sampled questions are on damaged images:\n  {lines}")
-        records = [record_of(self.task, reply.index, self.questions[reply.index], reply) for reply in replies]
-        scored = score_records(self.task, self.questions, records)
-        if both := scored.sources.keys() & scored.groups.keys():
-            named = ", ".join(sorted(both))
-            raise UserError(f"evaluate.data: {named} is the name of a source and of a group: rename the source")
-        self.last = TaskScore(step, self.task.metric, with_scores(records, scored), scored)
-        return self.last
-
-    def _share(
-        self, model: torch.nn.Module, accelerator: Accelerator, bar: bool, tick: Callable[[], Any]
-    ) -> list[Reply]:
-        """This process's replies, to every n-th question; their index is the number in the sample."""
-        assert self._stop_ids is not None, "note_stop_ids comes first"
-        numbers = list(range(accelerator.process_index, len(self.questions), accelerator.num_processes))
-        tokenizer = self._processor.tokenizer
-        prompts = QuestionPrompts(self.questions, numbers, tokenizer, self._processor.n_queries)
-        made = generate_replies(
-            model,
-            prompts,
-            plan_replies(prompts),
-            tokenizer,
-            self._processor.image_processor,
-            Decoding(self.task.max_new_tokens, self._stop_ids, batch_tokens=BATCH_TOKENS),
-            on_bad_image="wrong",
-            vision_cache=self.vision_cache,
-        )
-        replies = []
-        with ReplyProgress(f"evaluating {self.task.metric}", len(numbers), bar=bar) as progress:
-            for reply in made:
-                replies.append(Reply(numbers[reply.index], reply.ids, reply.text, reply.unreadable))
-                tick()
-                if accelerator.is_main_process:
-                    progress.reached(len(replies))
-        return replies
-
-    def score_of(self, trainer: Trainer) -> TaskScore:
-        """The score of a trainer's model outside training: the latest if it is of the same step, else a new one."""
-        state, step = trainer.state, trainer.state.global_step
-        if step and trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            assert state.best_global_step is not None, "the trainer sets it with best_model_checkpoint"
-            step = state.best_global_step
-        if self.last is not None and self.last.step == step:
-            return self.last
-        return self.evaluate(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator, step)
 
     def without_scores(self, log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The log history without the scores, for a summary with a separate line for the score."""
@@ -244,6 +160,102 @@ class TaskEvaluation:
         ends = list(accumulate(self.questions.counts.values())) or [len(self.questions)]
         parts = [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         return choose_shown(parts, lambda number: document_of(self.questions[number].images), count)
+
+
+class TaskScorer:
+    """Scores the model in training on the questions of a `TaskEvaluation`.
+
+    Each process replies to a share of the questions; the replies are gathered, so that all have the same score.
+
+    Args:
+        asked: the task and its questions.
+        stop_ids: ids that end a reply: those of the model before Transformers' trainer changes its generation config.
+        vision_cache: has the features of the images that were encoded before training; None reads every image.
+
+    Attributes:
+        last: the latest score, with its step.
+    """
+
+    def __init__(self, asked: TaskEvaluation, stop_ids: tuple[int, ...], vision_cache: VisionCache | None = None):
+        self.asked = asked
+        self.stop_ids = stop_ids
+        self.vision_cache = vision_cache
+        self.last: TaskScore | None = None
+
+    def evaluate(
+        self,
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        step: int,
+        *,
+        bar: bool = True,
+        tick: Callable[[], Any] = lambda: None,
+    ) -> TaskScore:
+        """Reply to the sample and score the replies; on all processes together.
+
+        Args:
+            model: not wrapped by DDP or FSDP; its mode is left as it is.
+            accelerator: of the trainer.
+            step: optimizer steps done.
+            bar: show a bar on a terminal; a trainer's live line excludes one.
+            tick: called after every reply of this process.
+
+        Raises:
+            UserError: an image of the sample is damaged, or a source has the name of a group of the data.
+        """
+        replies = self._share(model, accelerator, bar and accelerator.is_main_process, tick)
+        if accelerator.num_processes > 1:
+            replies = gather_object(replies)
+        replies = sorted(replies, key=lambda reply: reply.index)
+        # After the gathering, so that all processes raise together and none waits for another.
+        if bad := [reply.unreadable for reply in replies if reply.unreadable]:
+            lines = "\n  ".join(bad)
+            raise UserError(f"evaluate.data: {len(bad)} of the sampled questions are on damaged images:\n  {lines}")
+        records = [
+            record_of(self.asked.task, reply.index, self.asked.questions[reply.index], reply) for reply in replies
+        ]
+        scored = score_records(self.asked.task, self.asked.questions, records)
+        if both := scored.sources.keys() & scored.groups.keys():
+            named = ", ".join(sorted(both))
+            raise UserError(f"evaluate.data: {named} is the name of a source and of a group: rename the source")
+        self.last = TaskScore(step, self.asked.task.metric, with_scores(records, scored), scored)
+        return self.last
+
+    def _share(
+        self, model: torch.nn.Module, accelerator: Accelerator, bar: bool, tick: Callable[[], Any]
+    ) -> list[Reply]:
+        """This process's replies, to every n-th question; their index is the number in the sample."""
+        numbers = list(range(accelerator.process_index, len(self.asked.questions), accelerator.num_processes))
+        tokenizer = self.asked.processor.tokenizer
+        prompts = QuestionPrompts(self.asked.questions, numbers, tokenizer, self.asked.processor.n_queries)
+        made = generate_replies(
+            model,
+            prompts,
+            plan_replies(prompts),
+            tokenizer,
+            self.asked.processor.image_processor,
+            Decoding(self.asked.task.max_new_tokens, self.stop_ids, batch_tokens=BATCH_TOKENS),
+            on_bad_image="wrong",
+            vision_cache=self.vision_cache,
+        )
+        replies = []
+        with ReplyProgress(f"evaluating {self.asked.task.metric}", len(numbers), bar=bar) as progress:
+            for reply in made:
+                replies.append(Reply(numbers[reply.index], reply.ids, reply.text, reply.unreadable))
+                tick()
+                if accelerator.is_main_process:
+                    progress.reached(len(replies))
+        return replies
+
+    def score_of(self, trainer: Trainer) -> TaskScore:
+        """The score of a trainer's model outside training: the latest if it is of the same step, else a new one."""
+        state, step = trainer.state, trainer.state.global_step
+        if step and trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            assert state.best_global_step is not None, "the trainer sets it with best_model_checkpoint"
+            step = state.best_global_step
+        if self.last is not None and self.last.step == step:
+            return self.last
+        return self.evaluate(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator, step)
 
 
 def score_line(score: Mapping[str, Any]) -> tuple[str, str]:

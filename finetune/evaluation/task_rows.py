@@ -15,6 +15,7 @@ from finetune.data.formats.messages import Message
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.sample import BadField
+from finetune.errors import InputError, UserError
 from finetune.evaluation.predictions import split_last_reply
 from finetune.evaluation.tasks import Task
 from finetune.metrics import first_box
@@ -175,7 +176,7 @@ class RowReader:
         source = fields.image(fields.field(row, self.columns["image"]), self.columns["image"])
         try:
             size = self.image_size(source)
-        except ValueError as error:
+        except InputError as error:
             raise BadField(self.columns["image"], str(error)) from error
         name = self.columns["box"]
         value = _may_be_hidden(row, name)
@@ -196,10 +197,10 @@ class RowReader:
         try:
             if self.box_form == "xyxy_fraction":
                 if not all(-0.5 <= number <= 1.5 for number in numbers):
-                    raise ValueError(f"{numbers} are not fractions of the image")
+                    raise UserError(f"{numbers} are not fractions of the image")
                 numbers = [number * side for number, side in zip(numbers, (width, height) * 2, strict=True)]
             box = Box.from_xywh(*numbers) if self.box_form == "xywh" else Box(*numbers)
-        except ValueError as error:
+        except InputError as error:
             raise BadField(name, str(error)) from error
         return box.x1, box.y1, box.x2, box.y2
 
@@ -241,7 +242,7 @@ class RowReader:
                 raise BadField(name, "holds no image that its box could be in")
             try:
                 size = self.image_size(sources[-1])
-            except ValueError as error:
+            except InputError as error:
                 raise BadField(name, str(error)) from error
             box = first_box(answer, size)
             if box is None:

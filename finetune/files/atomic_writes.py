@@ -1,6 +1,6 @@
 """Files and folders that are there whole or not at all, whatever kills the process or fills the disk.
 
-What is being written has a hidden name beside the final one, is brought to the disk (fsync), and only then gets its
+What is being written has a hidden name beside the final one, is fsynced (fsync), and only then gets its
 final name. A process that dies leaves at most these names behind; `clean_partials` deals with them:
 
     .NAME.partial-1a2b3c4d     being written, worth nothing

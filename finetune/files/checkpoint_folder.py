@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import InputError, MissingFileError, UserError
+from finetune.errors import MissingFileError, UserError
 from finetune.files.atomic_writes import write_text
 from finetune.files.path_errors import path_errors
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwenvl import QwenVLConfig, QwenVLTokenizer
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # What belongs to a checkpoint beside its weights: files at its top level, never those of sub-folders. The published
 # folders have the code that other programs run them with (*.py), which draws boxes with a font of its own
@@ -153,9 +154,7 @@ def read_config(source: str | Path) -> "QwenVLConfig":
     read_json(folder / CONFIG)  # which says what is wrong where it is not JSON
     try:
         return QwenVLConfig.from_pretrained(folder)
-    except InputError:
-        raise
-    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:  # a value of the wrong kind
+    except (TypeError, AttributeError) as error:  # Transformers' own keys with a value of another kind
         raise UserError(f"{folder / CONFIG} does not describe a Qwen-VL model ({_first_line(error)})") from error
 
 
@@ -182,12 +181,9 @@ def read_tokenizer(source: str | Path) -> "QwenVLTokenizer":
     from qwenvl import QwenVLTokenizer
 
     folder = companion_folder(source)
-    try:
-        return QwenVLTokenizer.from_pretrained(folder)
-    except InputError:
-        raise
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be read ({_first_line(error)}): restore its files") from error
+    if (settings := folder / TOKENIZER_CONFIG).is_file():
+        read_json(settings)  # names the file if it is damaged
+    return QwenVLTokenizer.from_pretrained(folder)
 
 
 def _generation_config(settings: dict[str, Any], file: Path) -> "GenerationConfig":

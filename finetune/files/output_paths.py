@@ -18,7 +18,7 @@ from finetune.files.path_errors import path_errors
 
 def refuse_unwritable_folder(folder: Path, what: str, option: str, *, replaced: bool = True) -> None:
     """Raises:
-    UserError: `folder` cannot be made, or something that is no folder is in its place. One that exists is fine.
+    UserError: `folder` cannot be made, or a file is in its place. One that exists is fine.
 
     Args:
         folder: as the user wrote it.

@@ -70,7 +70,7 @@ def path_errors(path: str | Path, doing: str, remedy: str) -> Iterator[None]:
 
     Raises:
         PathError: in place of any OSError that is not an error for the user already. Also in place of those that
-            `write_errors` raises for this path, or for one above or below it, as they know less of what to do.
+            `write_errors` raises for this path, or for one above or below it, as their remedies are more general.
     """
     try:
         yield
@@ -126,13 +126,13 @@ def _reason(path: Path, cause: OSError, name: str) -> tuple[str, str]:
             return f"{name} is a folder", _ANOTHER_PATH
         case errno.EACCES | errno.EPERM:
             place = f" for {name}" if name != "it" else "" if nearest == path else f" in {nearest}"
-            return f"you have no permission{place}", "Give a path where you have it, or ask for it"
+            return f"you have no permission{place}", "Give a path that you may write to, or ask for it"
         case errno.EROFS:
             return f"{name if nearest == path else nearest} is on a read-only disk", "Give a path on another disk"
         case errno.ENAMETOOLONG:
             return "the name is too long", "Give a shorter one"
         case errno.ELOOP:
-            return "its symbolic links lead in a circle", _ANOTHER_PATH
+            return "its symbolic links form a loop", _ANOTHER_PATH
         case errno.ENOSPC:
             return "the disk is full", "Make room there, or give a path on another disk"
         case errno.EDQUOT:

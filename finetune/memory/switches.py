@@ -11,7 +11,7 @@ from finetune.recipe import Train
 
 @dataclass(frozen=True)
 class Switches:
-    """What a run computes with; nothing says `auto` any more.
+    """What a run computes with; every `auto` is resolved.
 
     Attributes:
         attention: varlen, sdpa, eager or flash_attention_2.

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BatchFeature
 
-from finetune.errors import Failed, UserError
+from finetune.errors import Failed, InputError, UserError
 from finetune.files.tensor_files import file_hash
 from finetune.merge.sources import Sources
 from finetune.merge.tensors import PIECE_VALUES, MergedTensor
@@ -143,7 +143,7 @@ def prompt_of_base(base: str, *, visual: bool) -> dict[str, torch.Tensor]:
     """
     try:
         return sample_prompt(base, visual=visual)
-    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
+    except InputError as error:
         raise UserError(
             f"{base}: its tokenizer or image processor cannot be used, so that the merged model could not be checked "
             f"({error}). Restore its files, or leave the check out with --no-check"
@@ -158,7 +158,7 @@ def _answer_adapted(
         model = load_model(
             sources.base, adapter=sources.adapter, dtype=dtype, quantization="nf4" if quantized else None
         )
-    except (ValueError, TypeError, OSError) as error:
+    except InputError as error:
         raise Failed(
             f"base and adapter cannot be loaded to compare with (--no-check leaves it out): {error}"
         ) from error

@@ -93,7 +93,7 @@ def merge(
     say("adapter", f"{found.adapter} ({adapter.keys} tensors: {kinds})")
     sources = [found.adapter, Path(found.base), *([found.run] if found.run is not None else [])]
     if is_done(to, made_of, overwrite=overwrite, sources=sources):
-        say("merged", f"{to} holds this very merge already: nothing to do")
+        say("merged", f"{to} already holds this merge: nothing to do")
         return to
     notes = _notes(found, adapter, onto)
     for note in notes:

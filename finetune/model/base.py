@@ -13,6 +13,7 @@ from finetune.model.computing import quantization_arguments
 from finetune.recipe import Model, Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
 from qwenvl.loading import find_parts, find_source
+from qwenvl.model.generation import stored_generation_config
 from qwenvl.model.host_embedding import HostEmbedding
 from qwenvl.model.nf4_weights import linear_4bit
 from qwenvl.model.quantization import quantized_names
@@ -63,10 +64,8 @@ def read_generation_config(base: str) -> GenerationConfig:
     Args:
         base: folder or hub id.
     """
-    try:
-        return GenerationConfig.from_pretrained(base)
-    except OSError:  # a missing `chat_format` is refused where it matters: see `adapters.trains_embeddings`
-        return GenerationConfig()
+    # A missing `chat_format` is refused where it matters: see `adapters.trains_embeddings`.
+    return stored_generation_config(base) or GenerationConfig()
 
 
 def make_trainable(model: QwenVLForConditionalGeneration, recipe: Recipe) -> TrainableModel:

@@ -1,4 +1,4 @@
-"""Components of the model, told by parameter names: vision, resampler, language, embeddings, adapter."""
+"""Components of the model, identified by parameter names: vision, resampler, language, embeddings, adapter."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from finetune.errors import UserError
+from finetune.errors import InputError, UserError
 from finetune.recipe import Model
 from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.model.kernels import liger_runs, require_liger
@@ -105,7 +105,7 @@ def choose_kernels(model: Model) -> str:
     if model.kernels == "liger":
         try:
             require_liger()
-        except ValueError as error:
+        except InputError as error:
             raise UserError(f"model.kernels: liger. {error}") from error
     if model.kernels == "auto":
         return "liger" if liger_runs() else "torch"

@@ -350,7 +350,7 @@ class Evaluate(Section):
     data: NamedSources
     """The sources to evaluate on; one may stand without a list, of several each has a score of its own as well."""
     task: TaskName | None = None
-    """What replies are scored as, besides the loss; the score over all picks the best. custom takes `metric`."""
+    """What replies are scored as, besides the loss; its score selects the best checkpoint. custom takes `metric`."""
     metric: MetricName | None = None
     """The score of task custom, on data of any format that it goes with."""
     sample: Count = 200

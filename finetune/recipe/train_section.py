@@ -44,7 +44,7 @@ OWNED: dict[str, tuple[str | None, str]] = {
     "dataset_num_proc": ("data.workers", ""),
     "dataloader_num_workers": ("data.workers", ""),
     "shuffle_dataset": ("data.shuffle", ""),
-    "train_sampling_strategy": ("data.shuffle", "packing makes use of lengths by itself"),
+    "train_sampling_strategy": ("data.shuffle", "packing already uses lengths"),
     "length_column_name": (None, "lengths are known without a column"),
     "remove_unused_columns": (None, "the collator decides what the model gets"),
     "label_names": (None, "the collator decides what the model gets"),

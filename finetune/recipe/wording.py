@@ -1,4 +1,4 @@
-"""In words: what a key takes, what was found there, and what was likely meant; read from the JSON Schema."""
+"""Texts of recipe errors: what a key takes, what was found, what was likely meant; read from the JSON Schema."""
 
 from typing import Any
 

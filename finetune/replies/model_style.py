@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from transformers import GenerationConfig
-
-from finetune.errors import UserError
 from finetune.replies.task_replies import Style
 from qwenvl.loading import find_source
+from qwenvl.model.generation import stored_generation_config
 
 
 def stored_style(model: str) -> Style | None:
@@ -19,12 +17,7 @@ def stored_style(model: str) -> Style | None:
     source = find_source(model)
     if source.adapter is not None or is_run(model):
         return "chat"
-    try:
-        settings = GenerationConfig.from_pretrained(source.base)
-    except OSError:  # there is none
-        return None
-    except TypeError as error:
-        raise UserError(f"{source.base}: generation_config.json is not a JSON object: restore it") from error
+    settings = stored_generation_config(source.base)
     match getattr(settings, "chat_format", None):
         case "chatml":
             return "chat"

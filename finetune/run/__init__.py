@@ -1,1 +1,1 @@
-"""The run folder: its files, its lock, its checkpoints, and what tells two runs apart."""
+"""The run folder: its files, its lock, its checkpoints, and its identity."""

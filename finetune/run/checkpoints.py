@@ -64,7 +64,7 @@ def checkpoint_path(checkpoints: str | Path, step: int) -> Path:
 
 
 def step_of(path: str | Path) -> int | None:
-    """The optimizer steps a checkpoint's name tells; None for a name that is not a checkpoint's."""
+    """The step in a checkpoint's name; None for a name that is not a checkpoint's."""
     match = STEP_NAME.fullmatch(Path(path).name)
     return int(match[1]) if match else None
 
@@ -187,7 +187,7 @@ def _write_manifest(folder: Path, step: int | None) -> None:
 
 def _read_manifest(folder: Path) -> dict:
     if not (folder / MANIFEST).is_file():
-        raise DamagedCheckpoint(folder, [f"{MANIFEST} is missing, so nothing tells whether it is complete"])
+        raise DamagedCheckpoint(folder, [f"{MANIFEST} is missing, so it cannot be verified"])
     try:
         text = (folder / MANIFEST).read_bytes().decode()
         manifest = json.loads(text)

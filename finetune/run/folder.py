@@ -72,8 +72,15 @@ class RunFolder:
         return run
 
     def update_run(self, changes: Mapping[str, Any]) -> None:
-        """Replace entries of `run.json`, or add them; the others stay."""
-        self.write_run({**(self.read_run() or {}), **changes})
+        """Replace entries of `run.json`, or add them; the others stay.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        run = self.read_run()
+        if run is None:
+            raise UserError(f"{self.run_file} has been deleted while the run needs it: start the run again")
+        self.write_run({**run, **changes})
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add a line to `metrics.jsonl`; see `metrics_file.append_metrics`."""

@@ -1,4 +1,4 @@
-"""What tells two runs apart: a resume continues the same run, or is refused."""
+"""The identity of a run: a resume continues the same run, or is refused."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping

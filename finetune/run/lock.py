@@ -41,8 +41,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a folder; it is created if it does not exist.
 
     The operating system releases the lock with the process, however that ends: there is no stale lock, the file stays
-    and means nothing by itself. In a distributed run (`RANK` set by the launcher) the main process holds it for
-    all; in the others this does nothing.
+    and its existence does not mean that the folder is locked. In a distributed run (`RANK` set by the launcher) the
+    main process holds it for all; in the others this does nothing.
 
     Raises:
         RunLocked: another process holds it; says which.

@@ -9,7 +9,7 @@ from finetune.run.folder import RunFolder
 
 
 class NoteBudgets(TrainerCallback):
-    """Writes the budget of the run into run.json, and each lower one that a pack which did not fit led to.
+    """Writes the budget of the run into run.json, and each lower one after a pack did not fit.
 
     Args:
         budget: at the start of this part of the run, with what earlier parts noted.

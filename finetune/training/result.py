@@ -46,7 +46,7 @@ def save_result(
 def report_result(
     trainer: QwenVLTrainer, run: RunFolder, result: Path, task: TaskEvaluation | None, seconds: float, say: Say
 ) -> None:
-    """Write the report, and say what came of the run and what can be done next."""
+    """Write the report, and print the result of the run and what can be done next."""
     report = write_report(run.path)
     history = trainer.state.log_history
     lines = summary(

@@ -1,12 +1,12 @@
 """What `run.json` says of a training run, from its start to its end."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
 from finetune.data.summary import count_rows, lines_left_out
-from finetune.errors import Interrupted
+from finetune.errors import Interrupted, UserError
 from finetune.evaluation.task_evaluation import TaskScore
 from finetune.files.atomic_writes import write_text
 from finetune.memory.run_plan import SWITCHES
@@ -66,7 +66,8 @@ def record_failure(run: RunFolder, phases: Phases) -> Iterator[None]:
         yield
     except BaseException as error:
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        run.update_run({"status": status, "phases": phases.record()})
+        with suppress(UserError, OSError):  # the error itself is more important than the note, on a full disk say
+            run.update_run({"status": status, "phases": phases.record()})
         raise
 
 

@@ -30,7 +30,8 @@ def reply_to_samples(
         return
     phases.begin("evaluate")
     if data.task is not None:
-        score = data.task.score_of(trainer)
+        assert trainer.task_scorer is not None, "a run with a task has its scorer"
+        score = trainer.task_scorer.score_of(trainer)
         if when == "before":
             trainer.log(score.metrics())
         if is_main:

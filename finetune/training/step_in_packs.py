@@ -25,7 +25,7 @@ class StepInPacks:
 
     Args:
         budget: of a pack.
-        run_pack: runs forward and backward of a pack, told whether it is the last one; returns the pack's part of the
+        run_pack: runs forward and backward of a pack, with a flag for the last pack; returns the pack's part of the
             step's loss.
         empty_gradients: sets the gradients to what they are at the start of a step.
         refuse: called with a pack that does not fit and cannot be made smaller; raises.

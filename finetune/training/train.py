@@ -77,8 +77,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say)
         if is_main:
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
-            begin_record(run, recipe, identity, base, data, plan.switches, trained, score_so_far)
             stack.enter_context(record_failure(run, phases))
+            begin_record(run, recipe, identity, base, data, plan.switches, trained, score_so_far)
         # This opens the process group of a distributed run, whose processes encode images together.
         arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
         cache = encode_images(recipe, base, data, trained, phases, say)

@@ -27,7 +27,7 @@ from finetune.batches.collate import Collator
 from finetune.batches.packing import split_batch
 from finetune.data.loader_workers import ignore_signals_from_others
 from finetune.errors import Failed
-from finetune.evaluation.task_evaluation import TaskEvaluation, TaskScore
+from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
 from finetune.model.adapters import TrainableModel, parameter_groups
 from finetune.model.step_loss import forward_with_loss
@@ -61,7 +61,7 @@ class QwenVLTrainer(SFTTrainer):
         out_of_memory: what earlier parts of a resumed run noted in run.json about packs that did not fit.
         learning_rates, vision_layer_decay: see `adapters.parameter_groups`.
         shuffle: draw a new order of the training samples in each epoch.
-        task_evaluation: scores replies at each evaluation, besides the loss; None evaluates the loss alone.
+        task_scorer: scores replies at each evaluation, besides the loss; None evaluates the loss alone.
         callbacks: Transformers' callbacks, besides its own.
         optimizer: in place of the one that `args.optim` names.
     """
@@ -79,7 +79,7 @@ class QwenVLTrainer(SFTTrainer):
         learning_rates: dict[str, float | None] | None = None,
         vision_layer_decay: float | None = None,
         shuffle: bool = True,
-        task_evaluation: TaskEvaluation | None = None,
+        task_scorer: TaskScorer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
     ):
@@ -92,7 +92,7 @@ class QwenVLTrainer(SFTTrainer):
         self.learning_rates = learning_rates or {}
         self.vision_layer_decay = vision_layer_decay
         self.shuffle = shuffle
-        self.task_evaluation = task_evaluation
+        self.task_scorer = task_scorer
         self.throughput = Throughput()
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
         config = self._config_of(model)
@@ -295,8 +295,8 @@ class QwenVLTrainer(SFTTrainer):
             f"{metric_key_prefix}_samples": int(sums[2]),
             f"{metric_key_prefix}_long_samples": int(sums[3]),
         }
-        if self.task_evaluation is not None:
-            metrics |= self._task_score(self.task_evaluation).metrics()
+        if self.task_scorer is not None:
+            metrics |= self._task_score(self.task_scorer).metrics()
         metrics[f"{metric_key_prefix}_seconds"] = round(time.monotonic() - start, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -324,9 +324,9 @@ class QwenVLTrainer(SFTTrainer):
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(pack), num_items_in_batch=1)
 
-    def _task_score(self, task: TaskEvaluation) -> TaskScore:
+    def _task_score(self, scorer: TaskScorer) -> TaskScore:
         model = self.accelerator.unwrap_model(self.model)
-        return task.evaluate(model, self.accelerator, self.state.global_step, bar=False, tick=self._tick)
+        return scorer.evaluate(model, self.accelerator, self.state.global_step, bar=False, tick=self._tick)
 
     def _tick(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

@@ -9,9 +9,11 @@ from trl import SFTConfig
 from finetune.batches.collate import Collator
 from finetune.batches.image_request import VisionCache
 from finetune.data.reading import rules_of
+from finetune.evaluation.task_evaluation import TaskScorer
 from finetune.files.disk_space import check_disk_space
 from finetune.model.base import Base
 from finetune.recipe import Recipe
+from finetune.replies.replies import stop_ids_of
 from finetune.run.folder import RunFolder
 from finetune.terminal import Say
 from finetune.training.arguments import KEPT_CHECKPOINTS
@@ -67,8 +69,9 @@ def make_trainer(
     Raises:
         NotEnoughDiskSpace: the checkpoints would not fit.
     """
+    scorer = None
     if data.task is not None:
-        data.task.note_stop_ids(trained.model)
+        scorer = TaskScorer(data.task, stop_ids_of(trained.model, base.processor.tokenizer), cache)
     if is_main:
         check_disk_space(run.path, checkpoint_bytes(trained, arguments), "the checkpoints")
     budget = plan.budget.of_all_processes(arguments.device)
@@ -90,7 +93,7 @@ def make_trainer(
         learning_rates=None if recipe.train.learning_rates is None else recipe.train.learning_rates.model_dump(),
         vision_layer_decay=recipe.train.vision_layer_decay,
         shuffle=recipe.data.shuffle,
-        task_evaluation=data.task,
+        task_scorer=scorer,
         callbacks=[
             stop,
             progress,

@@ -151,7 +151,7 @@ class VisionCache:
                 damage = f"its features are damaged ({error})"
         if self.complete:
             raise UserError(
-                f"{request.name}: {damage}. Start the run again: it goes on from its last checkpoint, and this image "
+                f"{request.name}: {damage}. Start the run again: it resumes from its last checkpoint, and this image "
                 "is encoded again"
             )
         if damage.startswith("its"):

@@ -47,7 +47,7 @@ def cache_images(
     Args:
         model: with what shall be trained requiring gradients.
         samples, checked: for "train" and, if the recipe evaluates, "eval".
-        task: is given the cache for its replies.
+        task: asks about images of its own, which are encoded too.
         say: prints a labelled line.
 
     Returns:
@@ -70,8 +70,6 @@ def cache_images(
         cache = encode_images(base, images, processor.image_processor, recipe.data, say)
         if note := _note_unused_samples(recipe, checked["train"]):
             say("", note)
-        if task is not None:
-            task.vision_cache = cache
         if cache.complete and isinstance(model, PeftModel):
             remove_vision_tower(base)
             say("", "the vision side was removed from the model, which frees its memory")

@@ -133,7 +133,7 @@ def find_images(
         show_progress, processes: see `checking.look_at`.
 
     Raises:
-        WorkerDied: a process of several ended by itself.
+        WorkerDied: a worker process ended unexpectedly.
     """
     chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     chunks = chunks[share[0] :: share[1]]

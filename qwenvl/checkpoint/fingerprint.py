@@ -116,7 +116,7 @@ def _read_base(folder: str | Path) -> _Base | None:
     match read_json(file):
         case {"base": str(base), "fingerprint": str(fingerprint), **others}:
             return _Base(base, fingerprint, tuple(others.get("quantize", ())), others.get("own_fingerprint"))
-    raise InputError(f"{file} does not name a base and its fingerprint: restore it, or take it away")
+    raise InputError(f"{file} does not name a base and its fingerprint: restore it, or delete it")
 
 
 def _sample(tensor: StoredTensor) -> tuple[list[int], bytes]:

@@ -1,13 +1,29 @@
 """What `generate` needs to know about this model: the stop tokens, and which images belong to which row."""
 
+from pathlib import Path
+
 import torch
 from transformers import GenerationConfig
 
+from qwenvl.checkpoint.checkpoint_files import find_file, read_json
 from qwenvl.errors import InputError
 from qwenvl.model.configuration import IMAGE_START_AFTER_END_OF_TEXT, QwenVLConfig
 from qwenvl.model.image_span import image_span_starts
 
 SAMPLING_ONLY = ("temperature", "top_p", "top_k", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def stored_generation_config(checkpoint: str | Path) -> GenerationConfig | None:
+    """Read the generation config of a checkpoint folder or hub id; None if it has none.
+
+    Raises:
+        InputError: `generation_config.json` cannot be read, or is no JSON object.
+    """
+    file = find_file(checkpoint, "generation_config.json")
+    if file is None:
+        return None
+    read_json(file)  # names the file if it is damaged
+    return GenerationConfig.from_pretrained(file.parent)
 
 
 def read_published_settings(generation_config: GenerationConfig, config: QwenVLConfig) -> GenerationConfig:

@@ -54,7 +54,7 @@ def grounding(
     box = fields.numbers(fields.field(row, name), name, 4)
     try:
         width, height = image_size(source)
-    except ValueError as error:
+    except InputError as error:
         raise BadField(columns["image"], str(error)) from error
     try:
         answer = box_markup(box, width=width, height=height, form=box_form)

@@ -3,7 +3,7 @@
 import pytest
 from recipes_for_tests import TINY
 
-from finetune.errors import UserError
+from finetune.errors import InputError
 from finetune.replies.model_style import stored_style
 
 
@@ -30,6 +30,7 @@ def test_what_is_trained_here_is_a_chat_model(checkpoint):
 
 
 def test_a_damaged_generation_config_is_named(checkpoint):
-    (checkpoint / "generation_config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"generation_config\.json is not a JSON object"):
-        stored_style(str(checkpoint))
+    for text in ("[]", "{", ""):
+        (checkpoint / "generation_config.json").write_text(text)
+        with pytest.raises(InputError, match=r"generation_config\.json (is not JSON|holds a list)"):
+            stored_style(str(checkpoint))

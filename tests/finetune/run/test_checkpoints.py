@@ -184,8 +184,8 @@ def test_find_last_good(tmp_path):
     assert (found.path, found.step) == (tmp_path / "step-10", 10)
     assert [path.name for path, _ in found.damaged] == ["step-400", "step-300", "step-100"]
     assert [reason.split(" (")[0] for _, reason in found.damaged] == [
-        "manifest.json is missing, so nothing tells whether it is complete",
-        "manifest.json is missing, so nothing tells whether it is complete",
+        "manifest.json is missing, so it cannot be verified",
+        "manifest.json is missing, so it cannot be verified",
         "weights is not what was saved",
     ]
 

@@ -1,4 +1,4 @@
-"""What tells two runs apart."""
+"""The identity of a run."""
 
 import json
 import math
