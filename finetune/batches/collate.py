@@ -4,13 +4,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import get_worker_info
 
 from finetune.batches.image_request import ImageRequest, VisionCache, read_pixels
 from finetune.batches.images import image_columns
 from finetune.data.checking import Rules
 from finetune.data.samples import Samples
+from finetune.errors import InputError, UserError
 from qwenvl import QwenVLImageProcessor, QwenVLTokenizer
 from qwenvl.text.chat import IGNORED
+
+
+class BatchError(UserError):
+    """A batch that cannot be made from the user's data, in a loader worker.
+
+    PyTorch raises a worker's error in the training process as `type(error)(text)`, where the text is the worker's
+    traceback. This keeps the message at its end.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].rstrip())
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,14 @@ class Collator:
             ImageError: an image that cannot be read; file and row are named.
             UserError: an image has changed since it was encoded.
         """
+        try:
+            return self._collate(rows)
+        except InputError as error:
+            if get_worker_info() is None:
+                raise
+            raise BatchError(str(error)) from None
+
+    def _collate(self, rows: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []

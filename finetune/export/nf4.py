@@ -87,7 +87,7 @@ def export_nf4(
         stored_as = model.dtype
         del model, state
         gc.collect()
-        say("reading", "back what was written")
+        say("checking", "what was written, read back")
         _compare(written, _digests(load_model(partial)))
         noted = base if is_hub_id(base) else str(Path(base).resolve())
         write_base(partial, noted, fingerprint, quantize=parts, own_fingerprint=own_fingerprint(partial))

@@ -141,7 +141,8 @@ def ask_here(folder: Path, prompt: PromptEmbeddings, max_new_tokens: int) -> str
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    torch.nn.Module.to(model, device)
     generated = model.generate(
         inputs_embeds=prompt.embeddings.to(device, model.dtype),
         attention_mask=prompt.attention_mask.to(device),

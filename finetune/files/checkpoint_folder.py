@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from qwenvl import QwenVLConfig, QwenVLTokenizer
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # What belongs to a checkpoint beside its weights: files at its top level, never those of sub-folders. The published
 # folders have the code that other programs run them with (*.py), which draws boxes with a font of its own
@@ -180,10 +179,7 @@ def read_tokenizer(source: str | Path) -> "QwenVLTokenizer":
     """
     from qwenvl import QwenVLTokenizer
 
-    folder = companion_folder(source)
-    if (settings := folder / TOKENIZER_CONFIG).is_file():
-        read_json(settings)  # names the file if it is damaged
-    return QwenVLTokenizer.from_pretrained(folder)
+    return QwenVLTokenizer.from_pretrained(companion_folder(source))
 
 
 def _generation_config(settings: dict[str, Any], file: Path) -> "GenerationConfig":

@@ -376,7 +376,7 @@ def test_what_is_missing_or_damaged_is_named(folder, tmp_path):
     with pytest.raises(MissingFileError, match="absent cannot be loaded"):
         QwenVLTokenizer.from_pretrained(tmp_path / "absent")
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(InputError, match=f"{re.escape(str(folder))}: .* is damaged"):
+    with pytest.raises(InputError, match=r"tokenizer_config\.json is not JSON"):
         QwenVLTokenizer.from_pretrained(folder)
 
 
