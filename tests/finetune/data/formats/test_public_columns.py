@@ -5,6 +5,7 @@ from formats_for_tests import asked, conversations, one
 
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.sample import BadField
+from finetune.errors import UserError
 from qwenvl.text.chat import render_chat
 
 IMAGE = {"bytes": b"...", "path": "a.jpg"}
@@ -135,7 +136,7 @@ def test_columns_refuse(name, row, field, reason):
 
 def test_an_image_whose_size_cannot_be_had_is_a_bad_row():
     def no_size(source):
-        raise ValueError(f"there is no file {source!r}")
+        raise UserError(f"there is no file {source!r}")
 
     with pytest.raises(BadField, match="image: there is no file 'a'"):
         RowFormat("grounding").conversations({"image": "a", "phrase": "x", "box": [0, 0, 1, 1]}, no_size)
