@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from qwenvl.checkpoint.pretrained_errors import pretrained_errors
+from qwenvl.checkpoint.settings import examine_settings
 from qwenvl.errors import InputError
 from qwenvl.images.image_processor import QwenVLImageProcessor
 from qwenvl.images.images import ImageAccess
@@ -70,6 +72,8 @@ class QwenVLProcessor(ProcessorMixin):
             "revision": revision,
             **{key: kwargs[key] for key in ("proxies", "subfolder") if kwargs.get(key) is not None},
         }
+        if Path(path).is_dir():
+            examine_settings(Path(path, kwargs.get("subfolder") or ""))
         with pretrained_errors(path):
             tokenizer = QwenVLTokenizer.from_pretrained(path, **hub)
             saved = {

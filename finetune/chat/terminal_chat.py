@@ -20,7 +20,7 @@ from finetune.replies.task_replies import Style
 from finetune.terminal import terminal_line, terminal_text
 from qwenvl import QwenVLConfig, QwenVLTokenizer, load_image, load_model, load_processor
 from qwenvl.images.drawing import save_grounding
-from qwenvl.loading import find_source
+from qwenvl.loading import find_source, require_loadable
 from qwenvl.text.grounding import Region, parse_grounding
 
 HELP = """\
@@ -61,7 +61,8 @@ def chat(
         InputError: an argument is wrong; found before weights are loaded.
         Failed: with `once`, the device's memory does not hold prompt and reply.
     """
-    style, config = chat_style(model), QwenVLConfig.from_pretrained(find_source(model).base)
+    source = require_loadable(model)
+    style, config = chat_style(model), QwenVLConfig.from_pretrained(source.base)
     if style == "base" and system is not None:
         raise UserError(f"{model} is a base model, which continues raw text: it has no system message")
     if config.visual is None and images:

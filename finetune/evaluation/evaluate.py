@@ -48,6 +48,7 @@ from finetune.replies.task_replies import Style
 from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
 from qwenvl import ImageAccess, load_model, load_processor
+from qwenvl.loading import require_loadable
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def find_models(evaluation: Evaluation, say: Say) -> list[EvaluatedModel]:
         given.append(("compared", evaluation.compare))
     models = []
     for role, name in given:
+        require_loadable(name)
         model = EvaluatedModel(role, name, evaluation.style or style_of(name))
         say(role, f"{name}, asked as a {model.style} model")
         models.append(model)

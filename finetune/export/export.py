@@ -12,38 +12,41 @@ import torch
 
 from finetune.errors import Failed, UserError
 from finetune.export.folder import FORMATS, default_folder, refuse_existing, writing_errors
-from finetune.export.model_card import CARD, training_sections, write_card
+from finetune.export.model_card import training_sections, write_card
 from finetune.export.tensors import (
     ExportedTensor,
     check_written,
     dtype_name,
     pieces,
     planned,
-    refuse_incomplete,
     written_dtype,
 )
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.byte_progress import byte_progress
 from finetune.files.checkpoint_folder import (
+    CARD,
     CONFIG,
     companion_folder,
     copy_companions,
     copy_file,
     dtype_settings,
+    own_card,
     read_config,
     read_generation_config,
     read_json,
     read_tokenizer,
+    say_links_left_out,
 )
 from finetune.files.disk_space import check_disk_space
 from finetune.files.tensor_files import SHARD_BYTES, SINGLE_NAME, write_tensors
 from finetune.quantities import format_bytes
 from finetune.terminal import Say, say
 from qwenvl import QwenVLConfig
-from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
+from qwenvl.checkpoint.checkpoint_files import StoredTensor
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
 from qwenvl.model.quantization import quantized_parts
+from qwenvl.model.whole import require_whole
 
 COMPANION_BYTES = 60_000_000  # room for tokenizers, font and card
 
@@ -86,6 +89,7 @@ def export(
     folder = default_folder(model, to) if out is None else Path(out)
     refuse_existing(folder)
     base = _checkpoint(model)
+    say_links_left_out(base, say)
     read_generation_config(base)  # which is copied as it is, or read: refused where it is damaged
     if push is not None:
         from finetune.export.push import refuse_push
@@ -144,8 +148,7 @@ def _locate(base: str, config: QwenVLConfig, say: Say) -> dict[str, StoredTensor
             f"{base} is in 4 bits already ({', '.join(parts)}), and those are safetensors files: give the checkpoint "
             "that it was made from"
         )
-    stored = locate_tensors(base)
-    refuse_incomplete(base, stored, config)
+    stored = require_whole(base, config)
     say("source", f"{base} ({format_bytes(sum(tensor.nbytes for tensor in stored.values()))})")
     return stored
 
@@ -166,8 +169,8 @@ def _write_safetensors(
         written_as = _main_dtype(tensors)
         copy_companions(base, partial, config=None if dtype is None else dtype_settings(published, written_as))
         fingerprint = weights_fingerprint(base)
-        source_card = companion_folder(base) / CARD
-        if source_card.is_file():  # it is the same model, and so is its card
+        source_card = own_card(companion_folder(base))
+        if source_card is not None:  # it is the same model, and so is its card
             copy_file(source_card, partial / CARD)
         else:
             facts = {"weights": dtype_name(written_as)}

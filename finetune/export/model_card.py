@@ -8,12 +8,12 @@ import yaml
 
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
+from finetune.files.checkpoint_folder import CARD
 from finetune.files.path_errors import path_errors
 from finetune.quantities import format_loss
 from finetune.report.logged_scores import is_score
 from finetune.run.folder import RunFolder
 
-CARD = "README.md"
 LICENSE_PATTERNS = ("LICENSE*", "LICENCE*", "Tongyi*LICENSE*")
 TONGYI = "Tongyi Qianwen"
 

@@ -17,7 +17,6 @@ from torch import nn
 from finetune.errors import Failed, UserError
 from finetune.export.folder import writing_errors
 from finetune.export.model_card import is_hub_id, write_card
-from finetune.export.tensors import refuse_incomplete
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.checkpoint_folder import (
     CONFIG,
@@ -37,6 +36,7 @@ from qwenvl.checkpoint.fingerprint import own_fingerprint, weights_fingerprint, 
 from qwenvl.loading import DTYPES, find_parts, find_source
 from qwenvl.model.nf4_weights import BLOCK
 from qwenvl.model.quantization import DEFAULT_PARTS, quantized_names, quantized_parts
+from qwenvl.model.whole import require_whole
 
 # Bytes beyond the codes of a 4-bit weight: its 16 levels and the 256 of its magnitudes, both float32, the rest of its
 # state, and their entries in the file's header. Of every other tensor: its entry in the header.
@@ -71,7 +71,7 @@ def export_nf4(
     parts = find_parts(base, "nf4", quantize)
     needed = stored_bytes(base, parts, DTYPES.get(dtype or "auto"))
     check_disk_space(to, needed, "the 4-bit folder")
-    refuse_incomplete(base, locate_tensors(base), read_config(base))
+    require_whole(base)
     fingerprint = weights_fingerprint(base)
     say("loading", f"{source}, in 4 bits: {', '.join(parts)}")
     model = load_model(base, quantization="nf4", quantize=parts, dtype=dtype)

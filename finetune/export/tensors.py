@@ -8,7 +8,6 @@ import torch
 
 from finetune.errors import Failed, UserError
 from finetune.files.tensor_files import Planned, file_hash
-from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, tensors_in
 
 PIECE_BYTES = 1 << 26  # read at once
@@ -83,27 +82,6 @@ def written_dtype(stored: StoredTensor, dtype: torch.dtype | None) -> torch.dtyp
 def dtype_name(dtype: torch.dtype) -> str:
     """bfloat16"""
     return str(dtype).removeprefix("torch.")
-
-
-def refuse_incomplete(path: str, stored: dict[str, StoredTensor], config: QwenVLConfig) -> None:
-    """Compare a checkpoint's tensors with the model that its config describes.
-
-    Args:
-        path: of the checkpoint, for the message.
-
-    Raises:
-        UserError: a tensor is missing, or has another shape.
-    """
-    with torch.device("meta"):
-        model = QwenVLForConditionalGeneration(config)
-    for name, expected in model.state_dict().items():
-        if name not in stored:
-            raise UserError(f"{path}: {name} is missing from its weights: fetch them again")
-        if stored[name].shape != tuple(expected.shape):
-            raise UserError(
-                f"{path}: {name} is {stored[name].shape}, but by config.json it is {tuple(expected.shape)}: config "
-                "and weights are not of the same model"
-            )
 
 
 def check_written(

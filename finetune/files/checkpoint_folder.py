@@ -5,9 +5,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import MissingFileError, UserError
+from finetune.errors import InputError, MissingFileError, UserError
 from finetune.files.atomic_writes import write_text
 from finetune.files.path_errors import path_errors
+from finetune.terminal import Say
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from qwenvl import QwenVLConfig, QwenVLTokenizer
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CARD = "README.md"
 
 # What belongs to a checkpoint beside its weights: files at its top level, never those of sub-folders. The published
 # folders have the code that other programs run them with (*.py), which draws boxes with a font of its own
@@ -99,9 +101,34 @@ def companion_folder(source: str | Path) -> Path:
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """The files at the top level of a checkpoint folder that are neither weights nor notes, in name order."""
+    """The files at the top level of a checkpoint folder that are neither weights nor notes, in name order.
+
+    Not links out of the folder, whose targets would be copied; see `say_links_left_out`.
+    """
+    from qwenvl.checkpoint.own_files import is_own_file
+
+    return [file for file in _companions(folder) if is_own_file(file, folder)]
+
+
+def own_card(folder: Path) -> Path | None:
+    """The model card of a checkpoint folder; None where it has none, or a link out of the folder."""
+    from qwenvl.checkpoint.own_files import is_own_file
+
+    return folder / CARD if is_own_file(folder / CARD, folder) else None
+
+
+def say_links_left_out(source: str | Path, say: Say) -> None:
+    """Say which files beside a checkpoint's weights are not copied, because they are links out of its folder."""
+    folder = companion_folder(source)
+    own = {*companion_files(folder), own_card(folder)}
+    for file in (*_companions(folder), *([folder / CARD] if (folder / CARD).is_symlink() else [])):
+        if file not in own:
+            say("left out", f"{file.name}: it is a link out of {folder}, and what it leads to is not the checkpoint's")
+
+
+def _companions(folder: Path) -> list[Path]:
     with path_errors(folder, "read", "Make it readable"):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
+        files = sorted(path for path in folder.iterdir() if path.is_symlink() or path.is_file())
     return [file for file in files if any(fnmatch(file.name, pattern) for pattern in COMPANIONS)]
 
 
@@ -128,16 +155,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 
     Raises:
-        UserError: it cannot be read, or holds something else.
+        MissingFileError: there is no such file.
+        UserError: it cannot be read, or holds something else (see `qwenvl.checkpoint.json_files`).
     """
+    from qwenvl.checkpoint import json_files
+
     try:
-        with path_errors(path, "read", "Make it readable, or restore it"):
-            read = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it") from None
-    if not isinstance(read, dict):
-        raise UserError(f"{path} holds a {type(read).__name__} where an object is expected: restore it")
-    return read
+        return json_files.read_json(path)
+    except MissingFileError:
+        raise
+    except InputError as error:
+        raise UserError(str(error)) from None
 
 
 def read_config(source: str | Path) -> "QwenVLConfig":

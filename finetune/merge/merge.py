@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 
 from finetune.errors import Failed, InputError, UserError
-from finetune.export.model_card import CARD, training_sections, write_card
-from finetune.export.tensors import refuse_incomplete
+from finetune.export.model_card import training_sections, write_card
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.byte_progress import byte_progress
 from finetune.files.checkpoint_folder import (
+    CARD,
     CONFIG,
     companion_folder,
     copy_companions,
@@ -24,6 +24,7 @@ from finetune.files.checkpoint_folder import (
     read_config,
     read_generation_config,
     read_json,
+    say_links_left_out,
 )
 from finetune.files.disk_space import check_disk_space
 from finetune.files.output_paths import refuse_unwritable_folder
@@ -36,8 +37,9 @@ from finetune.merge.tensors import MergedTensor, merged_pieces
 from finetune.quantities import format_bytes
 from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
-from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
+from qwenvl.checkpoint.checkpoint_files import StoredTensor
 from qwenvl.loading import DTYPES
+from qwenvl.model.whole import require_whole
 
 COMPANION_BYTES = 50_000_000  # room for tokenizer, font and card
 
@@ -77,7 +79,7 @@ def merge(
     to = Path(to)
     refuse_unwritable_folder(to, "the merged model", "--to")
     found = find_sources(Path(path), base)
-    stored = locate_tensors(found.base)
+    stored = require_whole(found.base)
     adapter = read_adapter(found.adapter, stored)
     plan = plan_tensors(stored, adapter, found, dtype, onto)
     dtypes = _dtypes(plan)
@@ -98,6 +100,7 @@ def merge(
     notes = _notes(found, adapter, onto)
     for note in notes:
         say("note", note)
+    say_links_left_out(found.base, say)
     needed = sum(tensor.planned.nbytes for tensor in plan)
     check_disk_space(to, needed + COMPANION_BYTES, "the merged folder")
     # Files that are read at the end: if one is damaged, better to know before gigabytes are written.
@@ -106,7 +109,6 @@ def merge(
     training = training_sections(found.run)
     prompt = None
     if check:
-        refuse_incomplete(found.base, stored, config)
         prompt = prompt_of_base(found.base, visual=config.visual is not None)
     try:
         with writing_large_folder(to) as partial:

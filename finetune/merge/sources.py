@@ -9,6 +9,7 @@ import torch
 from finetune.errors import MissingFileError, UserError
 from finetune.files.checkpoint_folder import CONFIG, companion_folder, read_json
 from finetune.merge.adapter_config import find_adapter, read_adapter_config
+from qwenvl.checkpoint.adapter_files import require_whole_adapter
 from qwenvl.checkpoint.fingerprint import BASE_FILE, weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
 from qwenvl.model.quantization import DEFAULT_PARTS, PARTS
@@ -45,6 +46,7 @@ def find_sources(path: Path, base: str | None) -> Sources:
         MissingFileError: no adapter at `path`, or no base.
     """
     adapter = find_adapter(path)
+    require_whole_adapter(adapter)
     run = adapter.resolve().parent if adapter.resolve().name == "adapter" else None
     run = run if run is not None and (run / "run.json").is_file() else None
     noted = _read_base_file(adapter) if (adapter / BASE_FILE).is_file() else {}

@@ -17,6 +17,7 @@ from qwenvl.model.generation import stored_generation_config
 from qwenvl.model.host_embedding import HostEmbedding
 from qwenvl.model.nf4_weights import linear_4bit
 from qwenvl.model.quantization import quantized_names
+from qwenvl.model.whole import require_whole
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def find_base(model: Model) -> Base:
             f"model.path: {model.path} is an adapter. Training starts from a checkpoint: give its base "
             f"({source.base}), or merge the adapter first"
         )
+    require_whole(source.base)
     quantized = find_parts(source.base, **quantization_arguments(model))
     if quantized and model.quantization == "none":
         raise UserError(

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,11 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import cached_file
 
 from qwenvl.checkpoint.direct_reading import SLACK, read_direct
+from qwenvl.checkpoint.json_files import read_json as read_json  # others import it from here
+from qwenvl.checkpoint.own_files import refuse_foreign_file, refuse_irregular_file, refuse_lfs_pointer
 from qwenvl.errors import InputError, MissingFileError
 
 # In the order in which Transformers looks for them.
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin")
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -121,23 +123,45 @@ def weight_files(path: str | Path) -> list[Path]:
 
     Raises:
         MissingFileError: no weights, or an index that names a missing shard.
-        InputError: an index that is damaged.
+        InputError: an index that is damaged, or names files outside of its folder.
     """
+    return _find_weights(path)[0]
+
+
+def _find_weights(path: str | Path) -> tuple[list[Path], Path | None]:
+    """The files that hold a checkpoint's weights, and their index where there is one."""
     for name in (SINGLE_NAMES[0], INDEX_NAMES[0], SINGLE_NAMES[1], INDEX_NAMES[1]):
+        if Path(path).is_dir() and (Path(path) / name).is_symlink():
+            refuse_irregular_file(Path(path) / name)  # a link to nowhere is no reason to take the next
         found = find_file(path, name)
         if found is None:
             continue
         if name in SINGLE_NAMES:
-            return [found]
-        weight_map = read_json(found).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise InputError(f"{found} has no weight_map that names the files of weights: fetch it again")
-        shards = {shard: find_file(path, shard) for shard in sorted(set(weight_map.values()))}
+            return [found], None
+        shards = {shard: find_file(path, shard) for shard in sorted(set(_read_index(found).values()))}
         missing = [shard for shard, file in shards.items() if file is None]
         if missing:
             raise MissingFileError(f"{path}: {name} names {', '.join(missing)}, which is missing: fetch it again")
-        return [file for file in shards.values() if file is not None]
+        return [file for file in shards.values() if file is not None], found
     raise MissingFileError(f"{path}: no weights here (looked for {', '.join(SINGLE_NAMES + INDEX_NAMES)})")
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """Tensor's name -> name of the file that holds it.
+
+    Raises:
+        InputError: the index is damaged, or names a file that is not beside it.
+    """
+    refuse_foreign_file(file, file.parent)
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{file} has no weight_map that names the files of weights: fetch it again")
+    for shard in sorted(set(weight_map.values())):
+        if PurePath(shard).name != shard or "\\" in shard or "\0" in shard or not shard.endswith(SUFFIXES):
+            raise InputError(
+                f"{file}: weight_map names {shard!r}, which is no file of weights beside it: fetch the index again"
+            )
+    return weight_map
 
 
 def stored_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -150,6 +174,8 @@ def stored_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         InputError: a file that is damaged.
     """
     for file in weight_files(path):
+        refuse_irregular_file(file)
+        refuse_lfs_pointer(file)
         with _weight_errors(file):
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as tensors:
@@ -164,9 +190,23 @@ def locate_tensors(path: str | Path) -> dict[str, StoredTensor]:
 
     Raises:
         MissingFileError: no weights at `path`.
-        InputError: a file that is damaged, or holds something other than tensors.
+        InputError: a file that is damaged, or holds something other than tensors; an index that says otherwise than
+            the files; a tensor in two files.
     """
-    return {tensor.name: tensor for file in weight_files(path) for tensor in tensors_in(file)}
+    files, index = _find_weights(path)
+    located: dict[str, StoredTensor] = {}
+    for file in files:
+        for tensor in tensors_in(file):
+            if tensor.name in located:
+                raise InputError(
+                    f"{tensor.name} is in {located[tensor.name].file} and in {file.name}: they are not of the same "
+                    "checkpoint, fetch it again"
+                )
+            located[tensor.name] = tensor
+    for name, shard in _read_index(index).items() if index is not None else ():
+        if name not in located or located[name].file.name != shard:
+            raise InputError(f"{index}: weight_map says that {name} is in {shard}, and it is not: fetch both again")
+    return located
 
 
 def tensors_in(file: Path) -> list[StoredTensor]:
@@ -176,6 +216,8 @@ def tensors_in(file: Path) -> list[StoredTensor]:
         MissingFileError: there is no such file.
         InputError: the file is damaged, or holds something other than tensors.
     """
+    refuse_irregular_file(file)
+    refuse_lfs_pointer(file)
     with _weight_errors(file):
         if file.suffix == ".safetensors":
             return _in_safetensors(file)
@@ -185,7 +227,9 @@ def tensors_in(file: Path) -> list[StoredTensor]:
         raise InputError(
             f"{file} holds a {type(content).__name__}, not tensors by name: this is not a file of weights"
         )
-    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    others = [
+        str(name) for name, value in content.items() if not (isinstance(value, torch.Tensor) and isinstance(name, str))
+    ]
     if others:
         raise InputError(f"{file} holds {others[0]}, which is no tensor: this is not a file of weights")
     return [_in_pickle(file, name, tensor) for name, tensor in content.items()]
@@ -212,23 +256,6 @@ def find_file(path: str | Path, name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}): check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}): restore it") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds a {type(content).__name__} where an object is expected: restore it")
-    return content
-
-
 @contextmanager
 def _weight_errors(file: Path) -> Iterator[None]:
     """Turn whatever a reader of weights raises about a missing or damaged file into an `InputError`."""
@@ -236,10 +263,6 @@ def _weight_errors(file: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{file} does not exist: fetch it again") from error
-    except PermissionError as error:
-        raise InputError(f"{file} cannot be read: you have no permission") from error
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"{file} cannot be read: it is damaged, fetch it again ({_first_line(error)})") from error
     except Exception as error:  # pickle.UnpicklingError, and whatever else a damaged pickle raises

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateOutput
@@ -17,12 +17,12 @@ from transformers.utils.output_capturing import capture_outputs
 from qwenvl.errors import InputError
 from qwenvl.images.image_processor import normalize_pixels
 from qwenvl.model.configuration import QwenVLConfig
-from qwenvl.model.fresh_weights import draw_weights
 from qwenvl.model.generation import images_of_suffix, read_published_settings, refuse_chunked_prefill, repeat_images
 from qwenvl.model.image_span import place_image_features
-from qwenvl.model.language import Attention, Block, RMSNorm
+from qwenvl.model.language import Block, RMSNorm
 from qwenvl.model.loss import in_type_of, mean_loss, next_token_loss, supervised_loss, supervised_positions
 from qwenvl.model.nf4_weights import compute_in
+from qwenvl.model.pretrained import QwenVLPreTrainedModel, require_whole_files
 from qwenvl.model.quantized_head import head_logits
 from qwenvl.model.rotary import Positions, dynamic_ntk_alpha, rotary_positions
 from qwenvl.model.sequences import (
@@ -35,28 +35,6 @@ from qwenvl.model.sequences import (
 )
 from qwenvl.model.varlen_attention import VARLEN
 from qwenvl.model.vision import VisionTransformer
-
-
-class QwenVLPreTrainedModel(PreTrainedModel):
-    """What Transformers needs to know about the model, and the initialisation of new weights."""
-
-    config: QwenVLConfig
-    config_class = QwenVLConfig
-    base_model_prefix = "transformer"
-    # These are lists, not tuples, because of the base class's types.
-    input_modalities = ["image", "text"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Block", "VisionBlock", "Resampler"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        draw_weights(module, self.config)
 
 
 class QwenVLModel(QwenVLPreTrainedModel):
@@ -234,7 +212,13 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Self:
-        """As the base class, and adapt a published generation config (see `read_published_settings`)."""
+        """As the base class, and adapt a published generation config (see `read_published_settings`).
+
+        Raises:
+            MissingFileError: no checkpoint, or no weights.
+            InputError: a checkpoint that is not whole or that must not be followed: see `whole.require_whole`.
+        """
+        require_whole_files(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         read_published_settings(model.generation_config, model.config)
