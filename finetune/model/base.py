@@ -1,6 +1,7 @@
 """The checkpoint that training starts from, and the model made trainable: with weights, or on the meta device."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
@@ -48,7 +49,8 @@ def find_base(model: Model) -> Base:
             f"model.path: {model.path} is an adapter. Training starts from a checkpoint: give its base "
             f"({source.base}), or merge the adapter first"
         )
-    require_whole(source.base)
+    if Path(source.base).is_dir():  # weights on the hub are fetched, and then examined, when training begins
+        require_whole(source.base)
     quantized = find_parts(source.base, **quantization_arguments(model))
     if quantized and model.quantization == "none":
         raise UserError(

@@ -36,7 +36,7 @@ def _by_name(is_one: Any) -> Any:
     return lambda value: isinstance(value, dict) and all(map(is_one, value.values()))
 
 
-_NAMES: Rule = (lambda value: isinstance(value, str) or _is_names(value), "a text or a list of names")
+_NAMES: Rule = (lambda value: isinstance(value, str) or _is_names(value), "a list of names or a text")
 
 KEYS: dict[str, Rule] = {
     "peft_type": TEXT,
@@ -50,7 +50,7 @@ KEYS: dict[str, Rule] = {
         lambda value: is_whole(value) or _is_wholes(value),
         "a whole number or a list of them",
     ),
-    "rank_pattern": (_by_name(_is_rank), "a positive whole number for each module"),
+    "rank_pattern": (_by_name(_is_rank), "a positive number for each module"),
     "alpha_pattern": (_by_name(_is_positive), "a positive number for each module"),
     "trainable_token_indices": (
         lambda value: _is_wholes(value) or _by_name(_is_wholes)(value),

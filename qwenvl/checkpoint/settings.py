@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizer
 
 from qwenvl.checkpoint.json_files import read_json, read_text
 from qwenvl.checkpoint.own_files import refuse_foreign_file
@@ -150,7 +150,11 @@ IMAGES: dict[str, Rule] = {
     **dict.fromkeys(("image_processor_type", "processor_class", "feature_extractor_type"), TEXT),
 }
 
+CONFIG_FILES: dict[str, Rule] = dict.fromkeys(("transformers_weights", "configuration_files"), NOTHING)
+"""Keys of `config.json` that name other files, which Transformers reads in place of these."""
+
 RULES: dict[str, dict[str, Rule]] = {
+    "config.json": CONFIG_FILES,
     "generation_config.json": GENERATION,
     "tokenizer_config.json": TOKENIZER,
     "special_tokens_map.json": {key: rule for key, rule in TOKENIZER.items() if rule in (TOKEN, TOKENS)},
@@ -164,7 +168,7 @@ RULES: dict[str, dict[str, Rule]] = {
 }
 """What the keys of each file must be. Null stands for a key that is left out."""
 
-OBJECTS = (*RULES, "config.json", "added_tokens.json", "tokenizer.json", "qwenvl.json")
+OBJECTS = (*RULES, "added_tokens.json", "tokenizer.json", "qwenvl.json")
 TEXTS = ("qwen.tiktoken", "chat_template.jinja")
 
 # `torch.distributed` writes these; Transformers reads them in place of a `model.safetensors` beside them.
@@ -201,6 +205,13 @@ def examine_settings(folder: str | Path) -> None:
         read_text(file)
     if "generation_config.json" in names:
         _check_generation(folder / "generation_config.json")
+    if "tokenizer_config.json" in names:
+        file = folder / "tokenizer_config.json"
+        methods = {name for name in dir(PreTrainedTokenizer) if callable(getattr(PreTrainedTokenizer, name))}
+        refuse_names_of(PreTrainedTokenizer, read_json(file).keys() & methods, file)
+    if "added_tokens.json" in names:
+        for token, value in read_json(folder / "added_tokens.json").items():
+            check_keys({token: value}, {token: COUNT}, folder / "added_tokens.json")
     sharded = sorted(name for name in names if _SHARD_OF_PROCESS.fullmatch(name))
     if sharded:
         raise InputError(
@@ -218,7 +229,7 @@ def check_keys(content: dict[str, Any], rules: dict[str, Rule], file: Path | str
     for key, (is_right, words) in rules.items():
         value = content.get(key)
         if value is not None and not is_right(value):
-            raise InputError(f"{file}: {key} is {shortened(value)}, but it must be {words}: correct the file")
+            raise InputError(f"{file}: {key} is {shortened(value)} instead of {words}: correct the file")
 
 
 def refuse_names_of(kind: type, keys: Iterable[str], file: Path | str) -> None:

@@ -4,9 +4,11 @@ Transformers sets every key of the file as an attribute of the config, and reads
 `_attn_implementation: kernels-community/...` it fetches and imports code, by `sliding_window` it forgets tokens.
 """
 
+from dataclasses import fields
 from typing import Any
 
 from qwenvl.checkpoint.settings import (
+    CONFIG_FILES,
     COUNT,
     FLAG,
     NOTHING,
@@ -43,13 +45,17 @@ KEYS: dict[str, Rule] = {
     "auto_map": OBJECT,
     **dict.fromkeys(("model_type", "tokenizer_class", "tokenizer_type", "transformers_version"), TEXT),
     "num_labels": (lambda value: is_whole(value) and 0 <= value <= MOST_LABELS, f"at most {MOST_LABELS}"),
-    **dict.fromkeys(
-        ("id2label", "label2id"),
-        (lambda value: isinstance(value, dict) and len(value) <= MOST_LABELS, f"an object of at most {MOST_LABELS}"),
+    "id2label": (
+        lambda value: (
+            isinstance(value, dict) and len(value) <= MOST_LABELS and all(str(key).isdecimal() for key in value)
+        ),
+        f"an object of at most {MOST_LABELS}, by number",
     ),
+    "label2id": OBJECT,
+    "problem_type": only("regression", "single_label_classification", "multi_label_classification"),
+    "quantization_config": OBJECT,
     **dict.fromkeys(("eos_token_id", "pad_token_id", "bos_token_id"), COUNT),
-    # Other files that Transformers would read in place of these.
-    **dict.fromkeys(("transformers_weights", "configuration_files"), NOTHING),
+    **CONFIG_FILES,
     # What Transformers would build, patch or distribute.
     **dict.fromkeys(("fusion_config", "distributed_config", "compile_config", "compression_config"), NOTHING),
     **dict.fromkeys(("per_layer_config", "sub_configs_defaults", "text_config", "vision_config"), NOTHING),
@@ -83,9 +89,8 @@ def checked_keys(content: dict[str, Any], kind: type) -> dict[str, Any]:
         InputError: a key that has no place in a checkpoint of this kind, or a value that it must not have.
     """
     check_keys(content, KEYS, "config")
-    fields = getattr(kind, "__dataclass_fields__", {})
     ours = {key: value for key, value in content.items() if not key.startswith("_") and key != "attn_implementation"}
-    refuse_names_of(kind, ours.keys() - fields.keys() - NAMED, "config")
+    refuse_names_of(kind, ours.keys() - {field.name for field in fields(kind)} - NAMED, "config")
     for key in ("experts_implementation", "name_or_path"):
         ours.pop(key, None)
     return ours

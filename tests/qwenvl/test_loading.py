@@ -144,19 +144,22 @@ def cut_short(file):
 
 
 DAMAGED_CHECKPOINTS = {
-    "cut config": (lambda folder: cut_short(folder / "config.json"), r"config\.json.* not a valid JSON"),
-    "a list as config": (lambda folder: (folder / "config.json").write_text("[]"), "mapping of names to values"),
+    "cut config": (lambda folder: cut_short(folder / "config.json"), r"config\.json is not JSON"),
+    "a list as config": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        r"config\.json holds a list where an object is expected",
+    ),
     "a word as size": (lambda folder: change_json(folder / "config.json", hidden_size="x"), "hidden_size.*'x'"),
     "unknown dtype": (lambda folder: change_json(folder / "config.json", torch_dtype="float99"), "float99"),
     "cut weights": (lambda folder: cut_short(folder / "model.safetensors"), "model.safetensors cannot be read"),
     "weights of another size": (
         lambda folder: change_json(folder / "config.json", intermediate_size=100),
-        r"mlp\.c_proj\.weight has shape \(256, 256\), but config.json asks for \(256, 50\)",
+        r"mlp\.w1\.weight has shape \(256, 256\), but config.json asks for \(50, 256\)",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights here"),
     "generation config": (
         lambda folder: change_json(folder / "generation_config.json", max_new_tokens=-1),
-        r"generation_config\.json is not valid: .*max_new_tokens",
+        r"generation_config\.json: max_new_tokens is -1 instead of a positive whole number",
     ),
 }
 
@@ -322,18 +325,18 @@ def test_adapter_weights_without_a_place_are_named(adapter, damage):
 
 
 DAMAGED_ADAPTERS = {
-    "cut config": (lambda folder: cut_short(folder / "adapter_config.json"), "not an adapter's configuration"),
+    "cut config": (lambda folder: cut_short(folder / "adapter_config.json"), r"adapter_config\.json is not JSON"),
     "unknown kind": (lambda folder: change_json(folder / "adapter_config.json", peft_type="FOO"), "'FOO'"),
     "a number as base": (
         lambda folder: change_json(folder / "adapter_config.json", base_model_name_or_path=5),
-        "must be a path or hub id, not 5",
+        "base_model_name_or_path is 5 instead of a text",
     ),
     "no modules": (lambda folder: change_json(folder / "adapter_config.json", target_modules=["foo"]), "'foo'"),
     "another rank": (
         lambda folder: change_json(folder / "adapter_config.json", r=8),
         r"does not fit .*size mismatch for .*lora_A",
     ),
-    "cut weights": (lambda folder: cut_short(folder / "adapter_model.safetensors"), "cannot be loaded"),
+    "cut weights": (lambda folder: cut_short(folder / "adapter_model.safetensors"), "it is damaged, fetch it again"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "weights are missing"),
 }
 

@@ -11,7 +11,7 @@ import torch
 from recipes_for_tests import TINY, finetune
 from safetensors.torch import load_file
 
-from finetune.errors import Failed, UserError
+from finetune.errors import Failed, InputError, UserError
 from finetune.export import tensors as exported_tensors
 from finetune.export.export import export
 from finetune.export.folder import default_folder
@@ -103,7 +103,7 @@ def test_an_incomplete_checkpoint_is_refused_before_anything_is_written(tmp_path
     tensors = load_file(TINY / "model.safetensors")
     del tensors["transformer.h.0.attn.c_attn.bias"]
     write_checkpoint(tmp_path / "source", tensors)
-    with pytest.raises(UserError, match=r"h\.0\.attn.c_attn.bias is missing from its weights"):
+    with pytest.raises(InputError, match=r"h\.0\.attn.c_attn.bias is missing from its weights"):
         export(str(tmp_path / "source"), "qwen2", out=tmp_path / "out", say=say_nothing)
     assert not list(tmp_path.glob("*out*"))
 

@@ -112,7 +112,7 @@ def test_a_setting_of_the_wrong_kind_is_named(run, changes, match):
 def test_a_wrong_note_of_the_base_is_named(run, changes):
     file = run / "adapter" / "base.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    refused(run, r"base\.json: \w+ is .*: restore the file|base\.json: \w+ is missing: restore the file")
+    refused(run, r"base\.json: \w+ is .*: (restore|correct) the file|base\.json: \w+ is missing: restore the file")
 
 
 def test_a_damaged_merge_can_be_merged_again_elsewhere(run):

@@ -137,7 +137,7 @@ def test_a_damaged_note_of_the_base_is_named(tiny_folder, tmp_path):
     assert not check_base(tmp_path, tiny_folder) and trained_parts(tmp_path) == ()
     write(tmp_path / "model.safetensors", TENSORS)
     for content, reason in (
-        ("", "is not JSON"),
+        ("", "is empty"),
         ('{"base": "elsewhere"}', "does not name a base and its fingerprint"),
     ):
         (tmp_path / BASE_FILE).write_text(content)
