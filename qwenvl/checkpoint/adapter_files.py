@@ -1,12 +1,13 @@
 """Whether an adapter folder in PEFT's format is whole: its settings and its weights, before PEFT sees them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, tensors_in
 from qwenvl.checkpoint.json_files import read_json
 from qwenvl.checkpoint.own_files import refuse_foreign_file
-from qwenvl.checkpoint.settings import FLAG, NOTHING, OBJECT, RULES, TEXT, Rule, check_keys, is_number, is_whole
+from qwenvl.checkpoint.settings import FLAG, NOTHING, OBJECT, RULES, TEXT, Rule, check_keys, is_number, is_whole, only
 from qwenvl.errors import InputError, MissingFileError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -36,7 +37,16 @@ def _by_name(is_one: Any) -> Any:
     return lambda value: isinstance(value, dict) and all(map(is_one, value.values()))
 
 
+def _is_pattern(value: Any) -> bool:
+    """A text is a regular expression for PEFT."""
+    try:
+        return _is_names(value) or (isinstance(value, str) and re.compile(value) is not None)
+    except re.error:
+        return False
+
+
 _NAMES: Rule = (lambda value: isinstance(value, str) or _is_names(value), "a list of names or a text")
+_PATTERN: Rule = (_is_pattern, "a list of names or a text that is a regular expression")
 
 KEYS: dict[str, Rule] = {
     "peft_type": TEXT,
@@ -44,7 +54,9 @@ KEYS: dict[str, Rule] = {
     "r": (_is_rank, "a positive whole number"),
     "lora_alpha": (_is_positive, "a positive number"),
     "lora_dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to below 1"),
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
+    **dict.fromkeys(("target_modules", "exclude_modules"), _PATTERN),
+    "layers_pattern": _NAMES,
+    "bias": only("none", "all", "lora_only"),
     "modules_to_save": (_is_names, "a list of names"),
     "layers_to_transform": (
         lambda value: is_whole(value) or _is_wholes(value),

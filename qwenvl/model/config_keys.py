@@ -43,7 +43,8 @@ KEYS: dict[str, Rule] = {
         "a list of names",
     ),
     "auto_map": OBJECT,
-    **dict.fromkeys(("model_type", "tokenizer_class", "tokenizer_type", "transformers_version"), TEXT),
+    "model_type": only("qwen"),
+    **dict.fromkeys(("tokenizer_class", "tokenizer_type", "transformers_version"), TEXT),
     "num_labels": (lambda value: is_whole(value) and 0 <= value <= MOST_LABELS, f"at most {MOST_LABELS}"),
     "id2label": (
         lambda value: (

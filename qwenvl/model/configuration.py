@@ -44,6 +44,8 @@ LANGUAGE_SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "intermediate_size"),
     *("max_position_embeddings", "seq_length"),
 )
+# No model is a hundredth of this, and building one would take hours or all memory.
+MOST_LAYERS, LARGEST_SIZE = 1000, 1 << 24
 VISUAL_NUMBERS = (*PUBLISHED_VISUAL, "n_queries")
 NUMBERS = {
     key: KEYS[key]
@@ -108,6 +110,7 @@ class QwenVLConfig(PreTrainedConfig):
             value = getattr(self, key)
             if not (is_whole(value) and value > 0):
                 raise InputError(f"config: {key} must be a positive whole number, not {shortened(value)}")
+            _refuse_absurd(key, value)
         check_keys(vars(self), NUMBERS, "config")
         if self.tie_word_embeddings:
             raise InputError("config: tie_word_embeddings must be false: Qwen checkpoints have a head of their own")
@@ -132,6 +135,8 @@ class QwenVLConfig(PreTrainedConfig):
             if key in VISUAL_NUMBERS and not (is_right(value) and value > 0):
                 number = "number" if key == "mlp_ratio" else "whole number"
                 raise InputError(f"config: visual.{key} must be a positive {number}, not {shortened(value)}")
+            if key in VISUAL_NUMBERS:
+                _refuse_absurd(f"visual.{key}", value)
         if visual["image_size"] > LARGEST_SIDE:
             raise InputError(f"config: visual.image_size ({visual['image_size']}) must be {LARGEST_SIDE:,} at most")
         if visual["output_dim"] != self.hidden_size:
@@ -236,3 +241,12 @@ class QwenVLConfig(PreTrainedConfig):
     def image_token_id(self) -> int | None:
         """Id of `<imgpad>`, the placeholder of an image feature."""
         return self.visual["image_start_id"] + 2 if self.visual else None
+
+
+def _refuse_absurd(key: str, value: float) -> None:
+    """Raises:
+    InputError: a size that no model can have.
+    """
+    largest = MOST_LAYERS if key.endswith("layers") else LARGEST_SIZE
+    if value > largest:
+        raise InputError(f"config: {key} is {shortened(value)}, which is more than any model has ({largest:,})")

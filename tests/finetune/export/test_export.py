@@ -247,3 +247,20 @@ def test_the_command(tmp_path):
     assert "every byte as written" in done.stdout and "dynamic NTK and log-n attention" in done.stdout
     assert {path.name for path in (tmp_path / "served").iterdir()} >= {"config.json", "tokenizer.json", "visual"}
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "nf4", "qwen2"])
+def test_links_out_of_the_folder_are_left_out_and_told(tmp_path, form):
+    write_checkpoint(tmp_path / "source", load_file(TINY / "model.safetensors"))
+    (tmp_path / "id_rsa").write_text("a secret")
+    for name in ("LICENSE", "README.md", "modeling_qwen.py", "NOTICE"):
+        (tmp_path / "source" / name).symlink_to("../id_rsa" if name != "NOTICE" else "/nowhere")
+    (tmp_path / "source" / "LICENCE.txt").write_text("a licence")
+    (tmp_path / "source" / "LICENCE").symlink_to("LICENCE.txt")
+    said = []
+    out = export(str(tmp_path / "source"), form, out=tmp_path / "out", say=lambda *words: said.append(words))
+    told = {str(text).partition(":")[0] for label, text in said if label == "left out"}
+    assert told == {"LICENSE", "README.md", "modeling_qwen.py", "NOTICE"}
+    written = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert (out / "LICENCE").read_text() == "a licence" and not (out / "LICENCE").is_symlink()
+    assert not any(b"a secret" in content for content in written.values())
