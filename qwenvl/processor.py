@@ -93,8 +93,14 @@ class QwenVLProcessor(ProcessorMixin):
             n_queries = None
             if saved["processor_config.json"]:
                 n_queries = cls.get_processor_dict(path, **hub)[0].get("n_queries")
-            if n_queries is None:
-                n_queries = QwenVLConfig.from_pretrained(path, **hub).n_queries
+            if n_queries is None or Path(path, "config.json").is_file():
+                wanted = QwenVLConfig.from_pretrained(path, **hub).n_queries
+                if n_queries not in (None, wanted):
+                    raise InputError(
+                        f"{path}: processor_config.json says n_queries {n_queries}, but by config.json an image has "
+                        f"{wanted} positions: restore the one that was changed"
+                    )
+                n_queries = wanted
         return cls(image_processor, tokenizer, n_queries)
 
     @classmethod

@@ -71,11 +71,13 @@ def _is_side(value: Any) -> bool:
 
 def only(*allowed: Any) -> Rule:
     """One of these values, and nothing else."""
-    words = [str(value).lower() if isinstance(value, bool | None) else repr(value) for value in allowed]
-    # True is 1 for Python, and not for us.
-    return (
-        lambda value: any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
-    ), f"{' or '.join(words)} for Qwen-VL"
+    words = [str(value).lower() if isinstance(value, bool) else str(value) for value in allowed]
+
+    def is_allowed(value: Any) -> bool:
+        # True is 1 for Python, and not for us.
+        return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+
+    return is_allowed, " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 POSITIVE: Rule = (lambda value: is_whole(value) and 0 < value < LARGEST_ID, "a positive whole number")

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -156,3 +158,13 @@ def test_what_is_missing_or_damaged_is_named(tiny_processor, tmp_path):
 def test_decode(tiny_processor):
     ids = [tiny_processor.tokenizer.encode_text("Hello"), tiny_processor.tokenizer.encode_text("world")]
     assert tiny_processor.batch_decode(ids) == ["Hello", "world"]
+
+
+def test_a_saved_processor_that_contradicts_the_model_is_refused(tiny_folder, tmp_path):
+    QwenVLProcessor.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    QwenVLProcessor.from_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"n_queries": 64}))
+    with pytest.raises(InputError, match=r"processor_config\.json says n_queries 64, but by config\.json .* 256"):
+        QwenVLProcessor.from_pretrained(tmp_path)

@@ -90,7 +90,7 @@ def test_rows_that_no_run_writes_are_refused_before_anything_is_written(run):
     ("changes", "match"),
     [
         ({"target_modules": 5}, "target_modules is 5 instead of a list of names or a text"),
-        ({"target_modules": "("}, "its settings cannot be used"),
+        ({"target_modules": "("}, "instead of a list of names or a text that is a regular expression"),
         ({"rank_pattern": {"(": 4}}, "its settings cannot be used"),
         ({"rank_pattern": {"c_attn": "x"}}, "rank_pattern is .* instead of a positive number for each module"),
         ({"modules_to_save": "wte"}, "modules_to_save is 'wte' instead of a list of names"),
