@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
-from qwenvl.checkpoint.fingerprint import BASE_FILE, check_base, trained_parts
+from qwenvl.base_check import check_base
+from qwenvl.checkpoint.base_file import BASE_FILE, trained_parts
 from qwenvl.errors import InputError, MissingFileError
 from qwenvl.loading_errors import adapter_errors, checkpoint_errors, first_line
 from qwenvl.model.configuration import QwenVLConfig
@@ -273,7 +274,7 @@ def _add_adapter(model: QwenVLForConditionalGeneration, base: str, adapter: str)
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
-    if not check_base(adapter, base):
+    if not check_base(adapter, base, cached=True):
         logger.warning(
             "%s does not record the weights that it was trained on: it is loaded on %s unchecked", adapter, base
         )

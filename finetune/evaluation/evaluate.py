@@ -48,6 +48,7 @@ from finetune.replies.task_replies import Style
 from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
 from qwenvl import ImageAccess, load_model, load_processor
+from qwenvl.checkpoint.identity import BaseIdentity
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
     questions = read_questions(evaluation, models, say)
     asked = questions[models[0].style]
     folder = evaluation.out or default_folder(evaluation.model, task.name)
-    files = [prediction_file(evaluation, folder, model, questions[model.style]) for model in models]
+    bases: dict[Path, BaseIdentity] = {}
+    files = [prediction_file(evaluation, folder, model, questions[model.style], bases) for model in models]
 
     with hold_folder(folder):
         for file in files:
@@ -237,12 +239,20 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
 
 
 def prediction_file(
-    evaluation: Evaluation, folder: Path, model: EvaluatedModel, questions: QuestionSample
+    evaluation: Evaluation,
+    folder: Path,
+    model: EvaluatedModel,
+    questions: QuestionSample,
+    bases: dict[Path, BaseIdentity],
 ) -> PredictionFile:
-    """The file for the replies of a model, with what must be the same for replies to belong together."""
+    """The file for the replies of a model, with what must be the same for replies to belong together.
+
+    Args:
+        bases: see `model_fingerprint`.
+    """
     task = evaluation.task
     identity = {
-        "model": model_fingerprint(model.name),
+        "model": model_fingerprint(model.name, bases),
         "task": {
             "name": task.name,
             "metric": task.metric,

@@ -2,12 +2,14 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import UserError
+from finetune.files.base_identity import identify
 from finetune.files.path_errors import path_errors
 from finetune.replies.model_style import is_run, stored_style
 from finetune.replies.task_replies import Style
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
+from qwenvl.checkpoint.identity import BaseIdentity, identity_to_json
 from qwenvl.loading import find_source
 
 EVALUATIONS = "evaluations"
@@ -38,8 +40,11 @@ def default_folder(model: str, task: str) -> Path:
     return Path("runs") / EVALUATIONS / f"{name}-{task}"
 
 
-def model_fingerprint(model: str) -> dict[str, str | None]:
-    """Digests of the base's weights (see `qwenvl.checkpoint.fingerprint`) and of the adapter's files (SHA-256).
+def model_fingerprint(model: str, bases: dict[Path, BaseIdentity]) -> dict[str, Any]:
+    """The identity of the base (see `qwenvl.checkpoint.identity`) and a digest of the adapter's files (SHA-256).
+
+    Args:
+        bases: those of this evaluation that were read already, by their paths; the base is added to it.
 
     Raises:
         InputError: there is no such model, or a file of it cannot be read.
@@ -53,4 +58,7 @@ def model_fingerprint(model: str) -> dict[str, str | None]:
             with path_errors(file, "read", "See that it can be read"):
                 hashed.update(file.read_bytes() if file.is_file() else b"")
         digest = hashed.hexdigest()[:32]
-    return {"base": weights_fingerprint(source.base), "adapter": digest}
+    place = Path(source.base).resolve()
+    if place not in bases:
+        bases[place] = identify(source.base)
+    return {"base": identity_to_json(bases[place]), "adapter": digest}

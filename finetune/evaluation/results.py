@@ -32,6 +32,7 @@ from finetune.replies.replies import Reply
 from finetune.run.identity import compare_runs
 from finetune.run.lock import lock_folder
 from finetune.terminal import terminal_line
+from qwenvl.checkpoint.identity import differences, identity_from_json
 
 logger = logging.getLogger(__name__)
 
@@ -150,12 +151,22 @@ class PredictionFile:
             if self.file.exists():
                 raise UserError(f"{self.file} is there without its {IDENTITY}: give another --out, or remove it")
             return
-        if differences := compare_runs(stored, dict(self.identity)):
-            lines = "\n  ".join(differences)
+        if changes := self._changes(stored):
+            lines = "\n  ".join(changes)
             raise UserError(
                 f"{self.folder} holds another evaluation, which this one would not continue:\n  {lines}\n"
                 "Give another --out, or remove that folder"
             )
+
+    def _changes(self, stored: dict[str, Any]) -> list[str]:
+        """In what this evaluation differs from that of the replies that are there."""
+        match stored, self.identity:
+            case {"model": {"base": was}}, {"model": {"base": now}}:
+                file = self.folder / IDENTITY
+                bases = differences(identity_from_json(was, file), identity_from_json(now, file))
+                changes = [f"model.base: {change}" for change in bases]
+                return changes + compare_runs(stored, dict(self.identity), ignore=("model.base",))
+        return compare_runs(stored, dict(self.identity))
 
     def open(self) -> dict[int, Record]:
         """The records that are there already, by the number of their question.

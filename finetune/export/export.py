@@ -23,6 +23,7 @@ from finetune.export.tensors import (
     written_dtype,
 )
 from finetune.files.atomic_writes import writing_large_folder
+from finetune.files.base_identity import hash_weights, identify
 from finetune.files.byte_progress import byte_progress
 from finetune.files.checkpoint_folder import (
     CONFIG,
@@ -41,7 +42,6 @@ from finetune.quantities import format_bytes
 from finetune.terminal import Say, say
 from qwenvl import QwenVLConfig
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
 from qwenvl.model.quantization import quantized_parts
 
@@ -158,6 +158,7 @@ def _write_safetensors(
     tensors = [ExportedTensor(name, tensor, written_dtype(tensor, dtype)) for name, tensor in stored.items()]
     needed = sum(tensor.planned.nbytes for tensor in tensors)
     check_disk_space(folder, needed + COMPANION_BYTES, "the exported folder")
+    fingerprint = identify(base).fingerprint
     with writing_errors(folder), writing_large_folder(folder) as partial:
         with byte_progress("writing", needed) as progress:
             hashes = write_tensors(partial, planned(tensors), pieces(tensors), shard_bytes, progress)
@@ -165,7 +166,6 @@ def _write_safetensors(
         published = read_json(companion_folder(base) / CONFIG)
         written_as = _main_dtype(tensors)
         copy_companions(base, partial, config=None if dtype is None else dtype_settings(published, written_as))
-        fingerprint = weights_fingerprint(base)
         source_card = companion_folder(base) / CARD
         if source_card.is_file():  # it is the same model, and so is its card
             copy_file(source_card, partial / CARD)
@@ -174,8 +174,8 @@ def _write_safetensors(
             title = _name(run or Path(base))
             write_card(partial, title=title, base=base, fingerprint=fingerprint, facts=facts, training=training)
         _read_back(partial, hashes, tensors, needed, say)
-        lossless = all(tensor.dtype.itemsize >= tensor.source.dtype.itemsize for tensor in tensors)
-        if lossless and weights_fingerprint(partial) != fingerprint:
+        lossless = all(_holds(tensor.dtype, tensor.source.dtype) for tensor in tensors)
+        if lossless and hash_weights(partial) != fingerprint:
             raise Failed(f"the weights in {folder.name} have another fingerprint than {base}. Nothing was kept")
 
 
@@ -202,6 +202,7 @@ def _write_qwen2(
         say("note", f"left out, as no part of the model: {', '.join(unknown[:3])} ({len(unknown)} tensors)")
     needed = sum(tensor.planned.nbytes for tensor in (*language, *visual))
     check_disk_space(folder, needed + COMPANION_BYTES, "the exported folder")
+    fingerprint = identify(base).fingerprint
     with writing_errors(folder), writing_large_folder(folder) as partial:
         with byte_progress("writing", needed) as progress:
             hashes = write_tensors(partial, planned(language), pieces(language), shard_bytes, progress)
@@ -217,7 +218,6 @@ def _write_qwen2(
         check_folder(partial, tokenizer)
         facts = {"weights": dtype_name(written_as), "context": f"{config.seq_length:,} tokens"}
         title = f"{_name(run or Path(base))}, language model as Qwen2"
-        fingerprint = weights_fingerprint(base)
         write_qwen2_card(partial, base, config, title=title, fingerprint=fingerprint, facts=facts, training=training)
     for line in limits(config):
         say("note", line)
@@ -227,6 +227,11 @@ def _read_back(folder: Path, hashes: dict[str, str], tensors: list[ExportedTenso
     with byte_progress("reading back", total) as progress:
         check_written(folder, hashes, tensors, progress)
         say("read back", f"{progress.rate()}: every byte as written, names and shapes as planned")
+
+
+def _holds(written: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether one type has all values of another; bfloat16 and float16 have not each other's."""
+    return torch.promote_types(written, stored) == written
 
 
 def _name(path: Path) -> str:

@@ -19,6 +19,7 @@ from finetune.export.folder import writing_errors
 from finetune.export.model_card import is_hub_id, write_card
 from finetune.export.tensors import refuse_incomplete
 from finetune.files.atomic_writes import writing_large_folder
+from finetune.files.base_identity import hash_weights, identify
 from finetune.files.checkpoint_folder import (
     CONFIG,
     companion_folder,
@@ -32,8 +33,8 @@ from finetune.files.tensor_files import Planned, tensor_bytes, write_tensors
 from finetune.quantities import format_bytes
 from finetune.terminal import Say, say
 from qwenvl import QwenVLForConditionalGeneration, load_model
+from qwenvl.checkpoint.base_file import write_base
 from qwenvl.checkpoint.checkpoint_files import locate_tensors
-from qwenvl.checkpoint.fingerprint import own_fingerprint, weights_fingerprint, write_base
 from qwenvl.loading import DTYPES, find_parts, find_source
 from qwenvl.model.nf4_weights import BLOCK
 from qwenvl.model.quantization import DEFAULT_PARTS, quantized_names, quantized_parts
@@ -72,7 +73,7 @@ def export_nf4(
     needed = stored_bytes(base, parts, DTYPES.get(dtype or "auto"))
     check_disk_space(to, needed, "the 4-bit folder")
     refuse_incomplete(base, locate_tensors(base), read_config(base))
-    fingerprint = weights_fingerprint(base)
+    identity = identify(base)
     say("loading", f"{source}, in 4 bits: {', '.join(parts)}")
     model = load_model(base, quantization="nf4", quantize=parts, dtype=dtype)
     assert isinstance(model, QwenVLForConditionalGeneration), "a checkpoint without adapter"
@@ -90,12 +91,12 @@ def export_nf4(
         say("checking", "what was written, read back")
         _compare(written, _digests(load_model(partial)))
         noted = base if is_hub_id(base) else str(Path(base).resolve())
-        write_base(partial, noted, fingerprint, quantize=parts, own_fingerprint=own_fingerprint(partial))
+        write_base(partial, noted, identity, quantize=parts, own_weights=hash_weights(partial))
         write_card(
             partial,
             title=f"{Path(base).name} in 4 bits",
             base=base,
-            fingerprint=fingerprint,
+            fingerprint=identity.fingerprint,
             facts={
                 "in 4 bits": ", ".join(parts),
                 "as": "NF4 with double quantisation, blocks of 64 values (bitsandbytes)",

@@ -37,6 +37,7 @@ from finetune.quantities import format_bytes
 from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
+from qwenvl.checkpoint.identity import identity_to_json
 from qwenvl.loading import DTYPES
 
 COMPANION_BYTES = 50_000_000  # room for tokenizer, font and card
@@ -82,13 +83,13 @@ def merge(
     plan = plan_tensors(stored, adapter, found, dtype, onto)
     dtypes = _dtypes(plan)
     made_of = {
-        "base": found.fingerprint,
+        "base": identity_to_json(found.identity),
         "adapter": adapter.sha256(),
         "dtype": dtypes,
         "onto": onto,
         "shard_bytes": int(shard_bytes),
     }
-    say("base", f"{found.base} ({format_bytes(_bytes(stored.values()))}, fingerprint {found.fingerprint})")
+    say("base", f"{found.base} ({format_bytes(_bytes(stored.values()))}, fingerprint {found.identity.fingerprint})")
     kinds = ", ".join(f"{count} {kind}" for kind, count in adapter.kinds().items())
     say("adapter", f"{found.adapter} ({adapter.keys} tensors: {kinds})")
     sources = [found.adapter, Path(found.base), *([found.run] if found.run is not None else [])]
@@ -248,7 +249,7 @@ def _write_card(
         folder,
         title=found.run.name if found.run is not None else found.adapter.name,
         base=found.base,
-        fingerprint=found.fingerprint,
+        fingerprint=found.identity.fingerprint,
         facts=shown | {"weights": dtypes, **facts},
         notes=notes,
         training=training,

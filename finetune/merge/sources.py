@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from finetune.errors import MissingFileError, UserError
+from finetune.files.base_identity import identify
 from finetune.files.checkpoint_folder import CONFIG, companion_folder, read_json
 from finetune.merge.adapter_config import find_adapter, read_adapter_config
-from qwenvl.checkpoint.fingerprint import BASE_FILE, weights_fingerprint
+from qwenvl.checkpoint.base_file import BASE_FILE
+from qwenvl.checkpoint.identity import BaseIdentity, differences, identity_from_json
 from qwenvl.loading import DTYPES, find_source
 from qwenvl.model.quantization import DEFAULT_PARTS, PARTS
 
@@ -22,7 +24,7 @@ class Sources:
         adapter: its folder.
         base: folder or hub id.
         run: the run folder that the adapter is the result of; None for an adapter by itself.
-        fingerprint: of the base's weights.
+        identity: of the base.
         checked: whether the adapter says which base it was trained on, and this is it.
         parts: those of the base that were in 4 bits in training (see `qwenvl.model.quantization.PARTS`).
         trained_in: the type of the base's weights in training; None where it is not known, or was the stored one.
@@ -31,7 +33,7 @@ class Sources:
     adapter: Path
     base: str
     run: Path | None
-    fingerprint: str
+    identity: BaseIdentity
     checked: bool
     parts: tuple[str, ...]
     trained_in: torch.dtype | None
@@ -57,19 +59,21 @@ def find_sources(path: Path, base: str | None) -> Sources:
                 f"{adapter}: its base ({named or 'it names none'}) is not there: give it with --base"
             ) from error
     base = _without_quantization(base)
-    fingerprint = weights_fingerprint(base)
-    if noted and noted["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{adapter} was trained on {noted['base']} (fingerprint {noted['fingerprint']}), but {base} has other "
-            f"weights (fingerprint {fingerprint}): give the right base with --base"
-        )
+    identity = identify(base)
+    if noted:
+        expected = identity_from_json(noted.get("identity", noted["fingerprint"]), adapter / BASE_FILE)
+        if lines := differences(expected, identity):
+            raise UserError(
+                f"{adapter} was trained on {noted['base']}, from which {base} differs: {'; '.join(lines)}. Give the "
+                "base that it was trained on, unchanged, with --base"
+            )
     model = _model_section(run)
     trained_in = DTYPES.get(str(model.get("dtype")))
-    return Sources(adapter, base, run, fingerprint, bool(noted), _parts_in_4bit(noted, model), trained_in)
+    return Sources(adapter, base, run, identity, bool(noted), _parts_in_4bit(noted, model), trained_in)
 
 
 def _read_base_file(folder: Path) -> dict[str, Any]:
-    """What an adapter or a 4-bit folder notes of its base (see `qwenvl.checkpoint.fingerprint.write_base`).
+    """What an adapter or a 4-bit folder notes of its base (see `qwenvl.checkpoint.base_file.write_base`).
 
     Raises:
         UserError: it is damaged.

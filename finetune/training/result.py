@@ -13,7 +13,8 @@ from finetune.run.folder import RunFolder
 from finetune.terminal import Say
 from finetune.training.summary import summary
 from finetune.training.trainer import QwenVLTrainer
-from qwenvl.checkpoint.fingerprint import write_base
+from qwenvl.checkpoint.base_file import write_base
+from qwenvl.checkpoint.identity import BaseIdentity
 
 
 def save_result(
@@ -21,7 +22,7 @@ def save_result(
     recipe: Recipe,
     run: RunFolder,
     base: Base,
-    base_fingerprint: str,
+    base_identity: BaseIdentity | None,
     *,
     is_main: bool,
 ) -> Path:
@@ -36,7 +37,8 @@ def save_result(
         with writing(result) as partial:
             model.save_pretrained(partial)
             if isinstance(model, PeftModel):
-                write_base(partial, recipe.model.path, base_fingerprint, quantize=base.quantized)
+                assert base_identity is not None, "the main process is the first of its machine"
+                write_base(partial, recipe.model.path, base_identity, quantize=base.quantized)
             else:
                 base.processor.save_pretrained(partial)
     trainer.accelerator.wait_for_everyone()

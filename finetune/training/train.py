@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+from finetune.files.base_identity import identify
 from finetune.model.base import find_base
 from finetune.model.computing import choose_backends
 from finetune.recipe import Recipe
@@ -23,7 +24,6 @@ from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
 from finetune.training.training_data import read_data
 from finetune.training.training_plan import plan_training
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
 
 
 def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None) -> Path:
@@ -61,8 +61,9 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         data = read_data(recipe, base.processor, say, show_progress=is_main)
 
         # Only now, with the data known to be right: for a hub id this downloads the weights.
-        fingerprint = weights_fingerprint(base.path)
-        identity = run_identity(recipe, data.samples, fingerprint)
+        # It is read whole, by one process of each machine.
+        base_identity = identify(base.path) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        identity = run_identity(recipe, data.samples, base_identity)
         stored = run.read_run()
         start = find_start(run, recipe, identity, stored, say, is_main=is_main)
         if isinstance(start, Finished):
@@ -108,7 +109,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         stop.raise_if_received()
 
         phases.begin("save")
-        result = save_result(trainer, recipe, run, base, fingerprint, is_main=is_main)
+        result = save_result(trainer, recipe, run, base, base_identity, is_main=is_main)
         reply_to_samples(trainer, recipe, run, data, phases, "after", is_main=is_main)
         if is_main:
             seconds = time.monotonic() - began

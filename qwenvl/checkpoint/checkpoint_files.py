@@ -1,7 +1,7 @@
 """Read a checkpoint's weight files without loading a model: names, shapes, and tensors one at a time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.utils import cached_file
 
-from qwenvl.checkpoint.direct_reading import SLACK, read_direct
+from qwenvl.checkpoint.direct_reading import SLACK, read_direct, read_through_cache
 from qwenvl.errors import InputError, MissingFileError
 
 # In the order in which Transformers looks for them.
@@ -84,8 +84,11 @@ class StoredTensor:
         memory = torch.empty(size + SLACK, dtype=torch.uint8) if into is None else into
         return self._values(first, span, memory).as_strided(shape, self.stride)
 
-    def flat(self, start: int, stop: int) -> torch.Tensor:
-        """Read values `start` to before `stop` of the flattened tensor.
+    def flat(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Read values `start` to before `stop` of the flattened tensor, through the system's page cache.
+
+        Args:
+            into: as `read`; not used for a strided tensor, which is read whole.
 
         Raises:
             InputError: as `read`.
@@ -95,14 +98,20 @@ class StoredTensor:
             return self.read().reshape(-1)[start:stop]
         if start >= stop:
             return torch.empty(0, dtype=self.dtype)
-        size = (stop - start) * self.dtype.itemsize
-        return self._values(start, stop - start, torch.empty(size + SLACK, dtype=torch.uint8))
+        memory = torch.empty((stop - start) * self.dtype.itemsize, dtype=torch.uint8) if into is None else into
+        return self._values(start, stop - start, memory, read_through_cache)
 
-    def _values(self, first: int, count: int, memory: torch.Tensor) -> torch.Tensor:
+    def _values(
+        self,
+        first: int,
+        count: int,
+        memory: torch.Tensor,
+        read: Callable[[Path, int, int, torch.Tensor], torch.Tensor] = read_direct,
+    ) -> torch.Tensor:
         """(count,) values from index `first` on, in the order of the file."""
         place, size = self.offset + first * self.dtype.itemsize, count * self.dtype.itemsize
         try:
-            content = read_direct(self.file, place, size, memory)
+            content = read(self.file, place, size, memory)
         except EOFError as error:
             raise InputError(f"{self.file} ends before {self.name} does: it is cut short, fetch it again") from error
         except OSError as error:

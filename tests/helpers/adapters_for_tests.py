@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from qwenvl import load_model
-from qwenvl.checkpoint.fingerprint import weights_fingerprint, write_base
+from qwenvl.base_check import identify_base
+from qwenvl.checkpoint.base_file import write_base
 
 TINY = Path(__file__).parent.parent.parent / "examples" / "tiny"
 TARGETS = ["c_attn", "attn.c_proj", "w1", "w2"]  # of the published script
@@ -60,7 +61,7 @@ def make_adapter(
             parameter.data = parameter.data.float() + 0.3 * spread * torch.randn(parameter.shape)
     adapted.save_pretrained(folder)
     if own:
-        write_base(folder, str(base), weights_fingerprint(base))
+        write_base(folder, str(base), identify_base(base))
     return adapted
 
 

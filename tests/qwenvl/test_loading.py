@@ -13,7 +13,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from qwenvl import InputError, MissingFileError, QwenVLForConditionalGeneration, load_model, load_processor
-from qwenvl.checkpoint.fingerprint import weights_fingerprint, write_base
+from qwenvl.base_check import identify_base
+from qwenvl.checkpoint.base_file import write_base
+from qwenvl.checkpoint.fingerprint import weights_fingerprint
+from qwenvl.checkpoint.identity import BaseIdentity
 from qwenvl.loading import find_source
 from qwenvl.loading_errors import checkpoint_errors
 
@@ -286,12 +289,14 @@ def test_a_moved_base_is_named(adapter, tmp_path):
 
 def test_the_fingerprint_is_checked(adapter, logits):
     base, folder, model = adapter
-    write_base(folder, str(base), weights_fingerprint(base))
+    write_base(folder, str(base), identify_base(base))
     assert torch.equal(logits(load_model(folder)), logits(model))
     tensors = load_file(base / "model.safetensors")
     tensors["transformer.h.1.mlp.w2.weight"][0, 0] += 1
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"trained on .*fingerprint [0-9a-f]{32}.* other weights"):
+    with pytest.raises(
+        ValueError, match=r"trained on .* differs: other weights \(fingerprint was [0-9a-f]{32}, is [0-9a-f]{32}\)"
+    ):
         load_model(folder)
 
 
@@ -384,7 +389,7 @@ def test_hub_ids(tiny_folder, tmp_path, fingerprint):
     config["base_model_name_or_path"] = "Qwen/Qwen-VL-Chat"
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     if fingerprint != "none":
-        noted = weights_fingerprint(tiny_folder) if fingerprint == "right" else "0" * 32
+        noted = identify_base(tiny_folder) if fingerprint == "right" else BaseIdentity("0", None, None, "0")
         write_base(tmp_path / "adapter", "Qwen/Qwen-VL-Chat", noted)
     put_into_hub_cache(tmp_path / "hub", "Qwen/Qwen-VL-Chat", store(tiny_folder, tmp_path / "base", "sharded bin"))
     put_into_hub_cache(tmp_path / "hub", "someone/receipts-lora", tmp_path / "adapter")

@@ -19,7 +19,8 @@ from finetune.recipe import load_recipe
 from finetune.terminal import labelled
 from finetune.training.train import train
 from qwenvl import load_model, load_processor
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
+from qwenvl.base_check import identify_base
+from qwenvl.checkpoint.identity import identity_to_json
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -151,7 +152,7 @@ def test_a_run_becomes_a_checkpoint_that_every_loader_opens(tmp_path, tiny_image
     assert "max_steps: 2" in card
     assert "| train | 14 | 14 | 0 | 0 |" in card
     noted = json.loads((to / "merge.json").read_text())
-    assert noted["made_of"]["base"] == weights_fingerprint(TINY)
+    assert noted["made_of"]["base"] == identity_to_json(identify_base(TINY))
     assert {path.name for path in to.iterdir()} == {*noted["files"], "README.md", "merge.json"}
 
 
@@ -173,7 +174,9 @@ def test_another_merge_or_a_damaged_one_is_only_replaced_when_asked(tmp_path):
     make_adapter(tmp_path / "adapter")
     to = tmp_path / "merged"
     quietly(tmp_path / "adapter", to)
-    with pytest.raises(UserError, match="holds another merge: give another folder, or --overwrite"):
+    with pytest.raises(
+        UserError, match=r"holds another merge \(dtype was float32, is float16\): give another folder, or --overwrite"
+    ):
         quietly(tmp_path / "adapter", to, dtype="float16")
     quietly(tmp_path / "adapter", to, dtype="float16", overwrite=True)
     assert weights_of(to)["lm_head.weight"].dtype == torch.float16
@@ -249,7 +252,9 @@ def test_what_is_not_an_adapter_is_told_by_what_it_is(tmp_path):
 def test_another_base_is_refused(tmp_path):
     make_adapter(tmp_path / "adapter")
     other = base_in(tmp_path / "other", torch.bfloat16)
-    with pytest.raises(UserError, match=r"but .*other has other weights .*: give the right base with --base"):
+    with pytest.raises(
+        UserError, match=r"from which .*other differs: other weights .*\. Give the base that .*with --base"
+    ):
         quietly(tmp_path / "adapter", tmp_path / "to", base=str(other))
 
 

@@ -18,7 +18,7 @@ from finetune.recipe.sections import Adapter, Freeze
 from finetune.terminal import say_nothing
 from finetune.training.train import train
 from qwenvl import load_model
-from qwenvl.checkpoint.fingerprint import trained_parts
+from qwenvl.checkpoint.base_file import trained_parts
 from qwenvl.model.nf4_weights import dequantized, is_quantized
 from qwenvl.model.quantization import quantized_names
 from tests.finetune.recipe.test_recipe_checks import refusal

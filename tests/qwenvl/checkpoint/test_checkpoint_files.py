@@ -2,9 +2,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwenvl.base_check import check_base
+from qwenvl.checkpoint.base_file import BASE_FILE, read_base, trained_parts
 from qwenvl.checkpoint.checkpoint_files import locate_tensors, stored_tensors, tensors_in, weight_files
 from qwenvl.checkpoint.direct_reading import SLACK
-from qwenvl.checkpoint.fingerprint import BASE_FILE, check_base, trained_parts, weights_fingerprint
 from qwenvl.errors import InputError, MissingFileError
 
 TENSORS = {
@@ -139,8 +140,10 @@ def test_a_damaged_note_of_the_base_is_named(tiny_folder, tmp_path):
     for content, reason in (
         ("", "is not JSON"),
         ('{"base": "elsewhere"}', "does not name a base and its fingerprint"),
+        ('{"base": "elsewhere", "fingerprint": "0", "identity": {"weights": 5}}', "is damaged: restore the file"),
+        ('{"base": "here", "fingerprint": "0", "identity": {"sampled": "0", "computation": 5}}', "is damaged"),
     ):
         (tmp_path / BASE_FILE).write_text(content)
-        for read in (lambda: check_base(tmp_path, tiny_folder), lambda: weights_fingerprint(tmp_path)):
-            with pytest.raises(InputError, match=rf"base\.json {reason}"):
+        for read in (lambda: check_base(tmp_path, tiny_folder), lambda: read_base(tmp_path)):
+            with pytest.raises(InputError, match=rf"base\.json:? .*{reason}"):
                 read()
