@@ -274,6 +274,7 @@ def _add_adapter(model: QwenVLForConditionalGeneration, base: str, adapter: str)
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
+    # From the cache where the files are as they were, so that loading need not read 19 GB twice.
     if not check_base(adapter, base, cached=True):
         logger.warning(
             "%s does not record the weights that it was trained on: it is loaded on %s unchecked", adapter, base

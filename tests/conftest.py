@@ -7,10 +7,13 @@ Long tensors in `expected.safetensors` keep every n-th row only; `every_nth` sel
 
 import json
 import os
+import shutil
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+HF_HOME = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qwenvl-tests-")  # whatever is kept there is of this session
 
 import pytest
 import torch
@@ -20,6 +23,10 @@ from qwenvl import QwenVLForConditionalGeneration, QwenVLProcessor, QwenVLTokeni
 
 TINY = Path(__file__).parent / "data" / "tiny"
 TINY_IMAGES = [TINY / "images" / f"{letter}.png" for letter in "abcde"]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HF_HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

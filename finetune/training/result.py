@@ -37,7 +37,7 @@ def save_result(
         with writing(result) as partial:
             model.save_pretrained(partial)
             if isinstance(model, PeftModel):
-                assert base_identity is not None, "the main process is the first of its machine"
+                assert base_identity is not None, "the main process reads the base"
                 write_base(partial, recipe.model.path, base_identity, quantize=base.quantized)
             else:
                 base.processor.save_pretrained(partial)

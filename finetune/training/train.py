@@ -61,8 +61,9 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         data = read_data(recipe, base.processor, say, show_progress=is_main)
 
         # Only now, with the data known to be right: for a hub id this downloads the weights.
-        # It is read whole, by one process of each machine.
-        base_identity = identify(base.path) if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        # All of it is read, by one process of each machine.
+        reads_base = is_main or os.environ.get("LOCAL_RANK", "0") == "0"
+        base_identity = identify(base.path) if reads_base else None
         identity = run_identity(recipe, data.samples, base_identity)
         stored = run.read_run()
         start = find_start(run, recipe, identity, stored, say, is_main=is_main)

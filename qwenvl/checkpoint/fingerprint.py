@@ -1,8 +1,8 @@
 """Fingerprints of a checkpoint's weights and vocabulary, the same for every format that they are stored in.
 
-The fingerprint of the weights is of every value. All tensors are cut into pieces of `PIECE_VALUES` values, and each is
-hashed as float32: the upper 16 bits of its values, and apart from them the lower 16 bits, unless all of these are zero.
-So bfloat16 is hashed as it is stored, without converting it, and float32 that came from bfloat16 has the same hash.
+The fingerprint of the weights is of every value. All tensors are cut into pieces of `PIECE_VALUES` values, and each
+piece is hashed as float32: the upper 16 bits of its values, and apart from them the lower 16 bits, unless these are all
+zero. So bfloat16 is hashed as it is stored, not converted, and float32 that came from bfloat16 has the same hash.
 """
 
 import hashlib
@@ -60,9 +60,8 @@ def hash_tensors(tensors: Mapping[str, StoredTensor], progress: Callable[[int], 
     memory = threading.local()
     threads = ThreadPoolExecutor(THREADS)
     try:
-        for (tensor, _), (found, count) in zip(
-            jobs, threads.map(lambda job: _hash(*job, memory=memory), jobs), strict=True
-        ):
+        results = threads.map(lambda job: _hash(*job, memory=memory), jobs)
+        for (tensor, _), (found, count) in zip(jobs, results, strict=True):
             hashes[tensor.name] += found
             if progress is not None:
                 progress(count)

@@ -294,9 +294,7 @@ def test_the_fingerprint_is_checked(adapter, logits):
     tensors = load_file(base / "model.safetensors")
     tensors["transformer.h.1.mlp.w2.weight"][0, 0] += 1
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"trained on .* differs: other weights \(fingerprint was [0-9a-f]{32}, is [0-9a-f]{32}\)"
-    ):
+    with pytest.raises(ValueError, match=r"trained on .* differs: other weights \(fingerprint was [0-9a-f]{32}, is"):
         load_model(folder)
 
 

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from changed_bases import UNSAMPLED
 from recipes_for_tests import TINY, finetune
 from safetensors.torch import load_file
 
 from finetune.errors import Failed, UserError
+from finetune.export import export as export_module
 from finetune.export import tensors as exported_tensors
 from finetune.export.export import export
 from finetune.export.folder import default_folder
@@ -60,6 +62,33 @@ def test_pickled_shards_become_safetensors_with_every_bit(pickled, tmp_path):
     assert "weights' fingerprint `" + weights_fingerprint(TINY) in (out / "README.md").read_text()
     QwenVLForConditionalGeneration.from_pretrained(out)
     assert any("GB/s" in line or "MB/s" in line for line in said)
+
+
+def test_a_bit_that_was_lost_on_the_way_is_found(tmp_path, monkeypatch):
+    """In a tensor that is not among those computed once more."""
+    original = export_module.pieces
+
+    def flipped(tensors):
+        for name, piece in original(tensors):
+            if name == UNSAMPLED:
+                piece.view(torch.int32).view(-1)[len(piece.view(-1)) // 3] ^= 1
+            yield name, piece
+
+    monkeypatch.setattr(export_module, "pieces", flipped)
+    monkeypatch.setattr(exported_tensors, "SAMPLED", 2)
+    with pytest.raises(Failed, match=r"the weights in out have another fingerprint than .*tiny\. Nothing was kept"):
+        export(str(TINY), "safetensors", out=tmp_path / "out", say=say_nothing)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_types_of_one_size_are_not_taken_for_the_same(tmp_path, stored, dtype):
+    tensors = load_file(TINY / "model.safetensors")
+    write_checkpoint(tmp_path / "in", {name: tensor.to(getattr(torch, stored)) for name, tensor in tensors.items()})
+    out = export(str(tmp_path / "in"), "safetensors", out=tmp_path / "out", dtype=dtype, say=say_nothing)
+    assert {str(tensor.dtype) for _, tensor in stored_tensors(out)} == {f"torch.{dtype}"}
+    wide = export(str(out), "safetensors", out=tmp_path / "wide", dtype="float32", say=say_nothing)
+    assert weights_fingerprint(wide) == weights_fingerprint(out)
 
 
 def test_another_type_is_one_rounding(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters_for_tests import KINDS, TARGETS, TINY, base_in, make_adapter
+from changed_bases import edit_json, flip_a_bit
 from peft import LoraConfig, PeftModel
 from recipes_for_tests import finetune, write_recipe
 from safetensors.torch import load_file, save_file
@@ -174,17 +175,44 @@ def test_another_merge_or_a_damaged_one_is_only_replaced_when_asked(tmp_path):
     make_adapter(tmp_path / "adapter")
     to = tmp_path / "merged"
     quietly(tmp_path / "adapter", to)
-    with pytest.raises(
-        UserError, match=r"holds another merge \(dtype was float32, is float16\): give another folder, or --overwrite"
-    ):
+    with pytest.raises(UserError, match=r"another merge \(dtype was float32, is float16\): .* or --overwrite"):
         quietly(tmp_path / "adapter", to, dtype="float16")
     quietly(tmp_path / "adapter", to, dtype="float16", overwrite=True)
     assert weights_of(to)["lm_head.weight"].dtype == torch.float16
+    flip_a_bit(to / "model.safetensors", "lm_head.weight")
+    with pytest.raises(UserError, match=r"holds this merge, but model\.safetensors is missing or was changed"):
+        quietly(tmp_path / "adapter", to, dtype="float16")
     (to / "qwen.tiktoken").unlink()
     with pytest.raises(UserError, match=r"holds this merge, but qwen\.tiktoken is missing or was changed"):
         quietly(tmp_path / "adapter", to, dtype="float16")
     quietly(tmp_path / "adapter", to, dtype="float16", overwrite=True)
     assert (to / "qwen.tiktoken").is_file()
+
+
+def test_a_merge_from_before_is_known_by_the_sampled_values(tmp_path):
+    make_adapter(tmp_path / "adapter")
+    to = tmp_path / "merged"
+    quietly(tmp_path / "adapter", to)
+    noted = json.loads((to / "merge.json").read_text())
+    noted["made_of"]["base"] = noted["made_of"]["base"]["sampled"]
+    (to / "merge.json").write_text(json.dumps(noted))
+    assert "already holds this merge" in quietly(tmp_path / "adapter", to)
+
+
+def test_a_base_that_was_changed_is_refused_or_another_merge(tmp_path):
+    shutil.copytree(TINY, tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base=tmp_path / "base")
+    quietly(tmp_path / "adapter", tmp_path / "merged")
+    flip_a_bit(tmp_path / "base" / "model.safetensors")
+    with pytest.raises(UserError, match=r"base differs: other weights \(fingerprint was"):
+        quietly(tmp_path / "adapter", tmp_path / "merged")
+    flip_a_bit(tmp_path / "base" / "model.safetensors")
+    edit_json(tmp_path / "base" / "config.json", visual={"image_size": 140})
+    with pytest.raises(UserError, match=r"base differs: config\.json: visual\.image_size was 112, is 140\. Give the"):
+        quietly(tmp_path / "adapter", tmp_path / "merged")
+    (tmp_path / "adapter" / "base.json").unlink()
+    with pytest.raises(UserError, match=r"another merge \(base: config\.json: visual\.image_size was 112, is 140\)"):
+        quietly(tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_nothing_else_is_written_over(tmp_path):
@@ -252,9 +280,7 @@ def test_what_is_not_an_adapter_is_told_by_what_it_is(tmp_path):
 def test_another_base_is_refused(tmp_path):
     make_adapter(tmp_path / "adapter")
     other = base_in(tmp_path / "other", torch.bfloat16)
-    with pytest.raises(
-        UserError, match=r"from which .*other differs: other weights .*\. Give the base that .*with --base"
-    ):
+    with pytest.raises(UserError, match=r"from which .*other differs: other weights .*\. Give .*with --base"):
         quietly(tmp_path / "adapter", tmp_path / "to", base=str(other))
 
 
