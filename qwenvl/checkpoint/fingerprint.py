@@ -1,8 +1,8 @@
 """Fingerprints of a checkpoint's weights and vocabulary, the same for every format that they are stored in.
 
 The fingerprint of the weights is of every value. All tensors are cut into pieces of `PIECE_VALUES` values, and each
-piece is hashed as float32: the upper 16 bits of its values, and apart from them the lower 16 bits, unless these are all
-zero. So bfloat16 is hashed as it is stored, not converted, and float32 that came from bfloat16 has the same hash.
+piece is hashed as float32: the upper 16 bits of its values, and apart from them the lower 16 bits, unless all of these
+are zero. So bfloat16 is hashed as it is stored, not converted, and float32 that came from bfloat16 has the same hash.
 """
 
 import hashlib

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from changed_bases import flip_a_bit
+from changed_bases import edit_json, flip_a_bit
 from huggingface_hub import constants
 
 from qwenvl import base_check
@@ -43,9 +43,7 @@ def test_the_same_files_are_read_once_and_only_for_those_who_allow_it(base, hash
     assert identify_base(base, cached=True) == first and len(hashed) == 1
     assert identify_base(base) == first and len(hashed) == 2
     # The configuration is read each time.
-    (base / "config.json").write_text(
-        (base / "config.json").read_text().replace('"seq_length": 700', '"seq_length": 9')
-    )
+    edit_json(base / "config.json", seq_length=9)
     changed = identify_base(base, cached=True)
     assert changed.computation["seq_length"] == 9 and changed.weights == first.weights and len(hashed) == 2
 
