@@ -33,7 +33,11 @@ IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def identify_base(
-    path: str | Path, progress: Callable[[int], None] | None = None, *, cached: bool = False
+    path: str | Path,
+    progress: Callable[[int], None] | None = None,
+    *,
+    page_cache: bool = False,
+    cached: bool = False,
 ) -> BaseIdentity:
     """Find the identity of a checkpoint: of all values of its weights, its configuration and its vocabulary.
 
@@ -43,6 +47,7 @@ def identify_base(
     Args:
         path: folder or hub id.
         progress: called with the number of bytes just hashed, `fingerprint.stored_bytes` in all.
+        page_cache: as `fingerprint.weights_fingerprint`.
         cached: take the fingerprint that was computed before from the same files, by their paths, sizes, times and
             inodes. Otherwise all values are read.
 
@@ -56,7 +61,7 @@ def identify_base(
     found = find_fingerprints(stamps) if cached and stamps is not None else None
     if found is None:
         tensors = locate_tensors(path)
-        found = WeightsFingerprints(hash_tensors(tensors, progress), sample_tensors(tensors))
+        found = WeightsFingerprints(hash_tensors(tensors, progress, page_cache=page_cache), sample_tensors(tensors))
         if stamps is not None and stamp_files(files) == stamps:  # nobody wrote meanwhile
             keep_fingerprints(stamps, found)
     noted = read_base(path)
@@ -72,6 +77,7 @@ def check_base(
     base: str | Path,
     progress: Callable[[int], None] | None = None,
     *,
+    page_cache: bool = False,
     cached: bool = False,
 ) -> bool:
     """Compare a base with the one that an adapter was trained on.
@@ -79,7 +85,7 @@ def check_base(
     Args:
         adapter: folder of the adapter.
         base: folder or hub id.
-        progress, cached: as `identify_base`.
+        progress, page_cache, cached: as `identify_base`.
 
     Returns:
         False if the adapter does not say which it was (adapters of other programs do not).
@@ -90,7 +96,7 @@ def check_base(
     noted = read_base(adapter)
     if noted is None:
         return False
-    lines = differences(noted.identity, identify_base(base, progress, cached=cached))
+    lines = differences(noted.identity, identify_base(base, progress, page_cache=page_cache, cached=cached))
     if lines:
         raise InputError(
             f"the adapter in {adapter} was trained on {noted.base}, from which {base} differs: {'; '.join(lines)}. "

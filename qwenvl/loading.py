@@ -275,7 +275,7 @@ def _add_adapter(model: QwenVLForConditionalGeneration, base: str, adapter: str)
     from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
     # From the cache where the files are as they were, so that loading need not read 19 GB twice.
-    if not check_base(adapter, base, cached=True):
+    if not check_base(adapter, base, page_cache=True, cached=True):
         logger.warning(
             "%s does not record the weights that it was trained on: it is loaded on %s unchecked", adapter, base
         )

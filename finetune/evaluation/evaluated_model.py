@@ -60,5 +60,5 @@ def model_fingerprint(model: str, bases: dict[Path, BaseIdentity]) -> dict[str, 
         digest = hashed.hexdigest()[:32]
     place = Path(source.base).resolve()
     if place not in bases:
-        bases[place] = identify(source.base)
+        bases[place] = identify(source.base, page_cache=True)
     return {"base": identity_to_json(bases[place]), "adapter": digest}

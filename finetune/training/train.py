@@ -63,7 +63,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         # Only now, with the data known to be right: for a hub id this downloads the weights.
         # All of it is read, by one process of each machine.
         reads_base = is_main or os.environ.get("LOCAL_RANK", "0") == "0"
-        base_identity = identify(base.path) if reads_base else None
+        base_identity = identify(base.path, page_cache=True) if reads_base else None
         identity = run_identity(recipe, data.samples, base_identity)
         stored = run.read_run()
         start = find_start(run, recipe, identity, stored, say, is_main=is_main)

@@ -84,11 +84,14 @@ class StoredTensor:
         memory = torch.empty(size + SLACK, dtype=torch.uint8) if into is None else into
         return self._values(first, span, memory).as_strided(shape, self.stride)
 
-    def flat(self, start: int, stop: int, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Read values `start` to before `stop` of the flattened tensor, through the system's page cache.
+    def flat(
+        self, start: int, stop: int, into: torch.Tensor | None = None, *, page_cache: bool = False
+    ) -> torch.Tensor:
+        """Read values `start` to before `stop` of the flattened tensor.
 
         Args:
             into: as `read`; not used for a strided tensor, which is read whole.
+            page_cache: use the system's page cache; see `direct_reading`.
 
         Raises:
             InputError: as `read`.
@@ -98,8 +101,9 @@ class StoredTensor:
             return self.read().reshape(-1)[start:stop]
         if start >= stop:
             return torch.empty(0, dtype=self.dtype)
-        memory = torch.empty((stop - start) * self.dtype.itemsize, dtype=torch.uint8) if into is None else into
-        return self._values(start, stop - start, memory, read_through_cache)
+        size = (stop - start) * self.dtype.itemsize
+        memory = torch.empty(size + SLACK, dtype=torch.uint8) if into is None else into
+        return self._values(start, stop - start, memory, read_through_cache if page_cache else read_direct)
 
     def _values(
         self,

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, find_file, locate_tensors
+from qwenvl.checkpoint.direct_reading import SLACK
 from qwenvl.errors import InputError
 
 VOCABULARY = "qwen.tiktoken"
@@ -33,7 +35,9 @@ DIGITS = 32
 """Hexadecimal digits of a fingerprint."""
 
 
-def weights_fingerprint(path: str | Path, progress: Callable[[int], None] | None = None) -> str:
+def weights_fingerprint(
+    path: str | Path, progress: Callable[[int], None] | None = None, *, page_cache: bool = False
+) -> str:
     """Compute a short identifier of all values of a checkpoint's weights.
 
     SHA-256, cut to 32 hexadecimal digits, over the names, shapes and values of all tensors, in name order. Floating-
@@ -44,23 +48,29 @@ def weights_fingerprint(path: str | Path, progress: Callable[[int], None] | None
     Args:
         path: folder or hub id.
         progress: called with the number of bytes just hashed, `stored_bytes` in all.
+        page_cache: read by way of the system's page cache, as the weights are loaded next, or were just now.
 
     Raises:
         MissingFileError: no weights at `path`.
         InputError: a file at `path` is damaged.
     """
-    return hash_tensors(locate_tensors(path), progress)
+    return hash_tensors(locate_tensors(path), progress, page_cache=page_cache)
 
 
-def hash_tensors(tensors: Mapping[str, StoredTensor], progress: Callable[[int], None] | None = None) -> str:
+def hash_tensors(
+    tensors: Mapping[str, StoredTensor],
+    progress: Callable[[int], None] | None = None,
+    *,
+    page_cache: bool = False,
+) -> str:
     """As `weights_fingerprint`, of the tensors that `locate_tensors` finds."""
     ordered = [tensors[name] for name in sorted(tensors)]
     jobs = [(tensor, starts) for tensor in ordered for starts in _jobs(tensor)]
     hashes: dict[str, list[str]] = {tensor.name: [] for tensor in ordered}
-    memory = threading.local()
+    read = partial(_hash, memory=threading.local(), page_cache=page_cache)
     threads = ThreadPoolExecutor(THREADS)
     try:
-        results = threads.map(lambda job: _hash(*job, memory=memory), jobs)
+        results = threads.map(lambda job: read(*job), jobs)
         for (tensor, _), (found, count) in zip(jobs, results, strict=True):
             hashes[tensor.name] += found
             if progress is not None:
@@ -131,15 +141,17 @@ def _jobs(tensor: StoredTensor) -> Iterable[list[int]]:
     return [starts] if tensor.strided and starts else [[start] for start in starts]
 
 
-def _hash(tensor: StoredTensor, starts: list[int], *, memory: threading.local) -> tuple[list[str], int]:
+def _hash(
+    tensor: StoredTensor, starts: list[int], *, memory: threading.local, page_cache: bool
+) -> tuple[list[str], int]:
     """The hashes of pieces, and the bytes that were read for them."""
     if tensor.strided:  # its values do not lie in order: it is read once, whole
         values = tensor.read().reshape(-1)
         return [_hash_piece(values[start : start + PIECE_VALUES]) for start in starts], tensor.nbytes
-    size = min(PIECE_VALUES, prod(tensor.shape)) * tensor.dtype.itemsize
+    size = min(PIECE_VALUES, prod(tensor.shape)) * tensor.dtype.itemsize + SLACK
     if not hasattr(memory, "buffer") or len(memory.buffer) < size:
         memory.buffer = torch.empty(size, dtype=torch.uint8)
-    pieces = [tensor.flat(start, start + PIECE_VALUES, memory.buffer) for start in starts]
+    pieces = [tensor.flat(start, start + PIECE_VALUES, memory.buffer, page_cache=page_cache) for start in starts]
     return [_hash_piece(piece) for piece in pieces], sum(piece.nbytes for piece in pieces)
 
 

@@ -171,7 +171,7 @@ def test_a_base_is_read_once(tmp_path, monkeypatch):
     write_questions(tmp_path / "questions.jsonl", count=1)
     make_adapter(tmp_path / "adapter")
     count, original = [], base_check.hash_tensors
-    monkeypatch.setattr(base_check, "hash_tensors", lambda *given: count.append(1) or original(*given))
+    monkeypatch.setattr(base_check, "hash_tensors", lambda *a, **b: count.append(1) or original(*a, **b))
     results, *_ = run(tmp_path, model=str(tmp_path / "adapter"), compare=str(TINY))
     assert len(count) == 1
     known = identity_to_json(identify_base(TINY))
