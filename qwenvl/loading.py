@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,17 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
-from qwenvl.checkpoint.fingerprint import BASE_FILE, check_base, trained_parts
+from qwenvl.checkpoint.adapter_config import (
+    ADAPTER_CONFIG,
+    PARTS_OF_MODULES,
+    plain_key,
+    read_adapter_config,
+    refuse_unknown_keys,
+    refuse_unsaved_modules,
+    weights_file,
+)
+from qwenvl.checkpoint.checkpoint_files import tensors_in
+from qwenvl.checkpoint.fingerprint import BASE_FILE, check_base, noted_base, trained_parts
 from qwenvl.errors import InputError, MissingFileError
 from qwenvl.loading_errors import adapter_errors, checkpoint_errors, first_line
 from qwenvl.model.configuration import QwenVLConfig
@@ -29,11 +39,10 @@ from qwenvl.model.quantization import (
 from qwenvl.processor import QwenVLProcessor
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = [ADAPTER_CONFIG, "adapter_model.*", BASE_FILE]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,6 +96,7 @@ def load_model(
         source = ModelSource(source.base, _find_adapter(adapter))
     if quantization is not None and quantize is None and source.adapter is not None:
         quantize = trained_parts(source.adapter) or None
+    adapter_reading = None if source.adapter is None else _read_adapter(source.adapter)
     parts = find_parts(source.base, quantization, quantize)
     kind = WithoutEmbeddings if embeddings_on_cpu else QwenVLForConditionalGeneration
     with checkpoint_errors(source.base):
@@ -97,7 +107,9 @@ def load_model(
     if embeddings_on_cpu:
         read_embeddings(model, source.base)
     model = model.eval()
-    return model if source.adapter is None else _add_adapter(model, source.base, source.adapter)
+    if source.adapter is None or adapter_reading is None:
+        return model
+    return _add_adapter(model, source.base, source.adapter, adapter_reading)
 
 
 def find_parts(base: str, quantization: str | None = None, quantize: Iterable[str] | None = None) -> tuple[str, ...]:
@@ -248,7 +260,11 @@ def _require_on_hub(name: str) -> None:
 
 
 def _base_of(adapter: Path) -> str:
-    """The base that an adapter names: an absolute folder, one relative to the adapter or here, or a hub id."""
+    """The base that an adapter names: an absolute folder, one relative to the adapter or here, or a hub id.
+
+    Adapters of this toolkit name a folder by its absolute path. Where that is gone, as on another machine, the path
+    that the training was given is tried too.
+    """
     try:
         config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base = config.get("base_model_name_or_path")
@@ -258,7 +274,7 @@ def _base_of(adapter: Path) -> str:
         raise MissingFileError(f"{adapter}: the adapter names no base; load it with load_model(<base>, adapter=...)")
     if not isinstance(base, str):
         raise InputError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path must be a path or hub id, not {base!r}")
-    for folder in (adapter / base, Path(base)):
+    for folder in (adapter / base, Path(base), Path(noted_base(adapter) or base)):
         if (folder / "config.json").is_file():
             return str(folder)
     if not _looks_like_hub_id(base):
@@ -269,7 +285,44 @@ def _base_of(adapter: Path) -> str:
     return base
 
 
-def _add_adapter(model: QwenVLForConditionalGeneration, base: str, adapter: str) -> "PeftModel":
+@dataclass(frozen=True)
+class _AdapterReading:
+    """How PEFT is to read an adapter.
+
+    Attributes:
+        config: its settings; None for PEFT to read them (other methods than LoRA).
+        key_mapping: PEFT's argument; None where the keys are as PEFT saves them.
+    """
+
+    config: "PeftConfig | None"
+    key_mapping: dict[str, str] | None
+
+
+def _read_adapter(adapter: str) -> _AdapterReading:
+    """Check an adapter before its base is loaded, by the rules of `checkpoint.adapter_config`.
+
+    Raises:
+        MissingFileError: a file of it is missing.
+        InputError: it is damaged, not complete, or does something that PEFT cannot compute from its folder.
+    """
+    from peft import LoraConfig
+
+    settings = read_adapter_config(adapter)
+    names = [tensor.name for tensor in tensors_in(weights_file(adapter))]
+    key_mapping = {PARTS_OF_MODULES: ""} if any(plain_key(name) != name for name in names) else None
+    if settings.get("peft_type") != "LORA":
+        return _AdapterReading(None, key_mapping)
+    known = {field.name for field in fields(LoraConfig)}
+    refuse_unknown_keys(adapter, settings, known)
+    refuse_unsaved_modules(adapter, settings, names)
+    with adapter_errors(adapter):
+        config = LoraConfig(**{key: value for key, value in settings.items() if key in known - {"runtime_config"}})
+    return _AdapterReading(config, key_mapping)
+
+
+def _add_adapter(
+    model: QwenVLForConditionalGeneration, base: str, adapter: str, reading: _AdapterReading
+) -> "PeftModel":
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
@@ -278,8 +331,9 @@ def _add_adapter(model: QwenVLForConditionalGeneration, base: str, adapter: str)
             "%s does not record the weights that it was trained on: it is loaded on %s unchecked", adapter, base
         )
     with adapter_errors(adapter, base):
-        adapted = PeftModel.from_pretrained(model, adapter).eval()
-        weights = load_peft_weights(adapter, device="cpu")
+        adapted = PeftModel.from_pretrained(model, adapter, config=reading.config, key_mapping=reading.key_mapping)
+        adapted.eval()
+        weights = load_peft_weights(adapter, device="cpu", key_mapping=reading.key_mapping)
     stored, loaded = set(weights), set(get_peft_model_state_dict(adapted))
     if stored != loaded:
         raise InputError(

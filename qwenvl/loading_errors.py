@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
@@ -13,8 +12,6 @@ from qwenvl.checkpoint.checkpoint_files import locate_tensors
 from qwenvl.errors import InputError, MissingFileError
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.modeling import QwenVLForConditionalGeneration
-
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # What the readers of JSON, safetensors and pickled files raise about a damaged one.
 FILE_ERRORS = (OSError, ValueError, TypeError, EOFError, SafetensorError, UnpicklingError)
@@ -67,11 +64,8 @@ def _fault_in_checkpoint(base: str) -> InputError | None:
 
 
 @contextmanager
-def adapter_errors(adapter: str, base: str) -> Iterator[None]:
+def adapter_errors(adapter: str, base: str = "its base") -> Iterator[None]:
     """Raise an InputError in place of PEFT's errors about an adapter's files."""
-    if not any((Path(adapter) / name).is_file() for name in ADAPTER_WEIGHTS):
-        names = " or ".join(ADAPTER_WEIGHTS)
-        raise MissingFileError(f"{adapter}: the adapter's weights are missing (looked for {names})")
     try:
         yield
     except KeyError as error:

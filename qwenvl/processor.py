@@ -15,7 +15,7 @@ from qwenvl.images.images import ImageAccess
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.text.chat import Rendered, TurnOptions, render_chat
 from qwenvl.text.chat_string import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, read_string, write_chat
-from qwenvl.text.model_inputs import check_template_arguments, conversation_batch, input_columns
+from qwenvl.text.model_inputs import ModelInputs, check_template_arguments, conversation_batch, input_columns
 from qwenvl.text.tokenizer import QwenVLTokenizer
 
 
@@ -136,7 +136,8 @@ class QwenVLProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` (batch, length), as lists unless `return_tensors` is given, and, if there
-            are images, `pixel_values` (images of the whole batch, 3, S, S).
+            are images, `pixel_values` (images of the whole batch, 3, S, S). Labels that are set on it leave image
+            placeholders out (see `ModelInputs`).
 
         Raises:
             InputError: images and placeholders differ in number; truncation inside or before an image.
@@ -215,7 +216,8 @@ class QwenVLProcessor(ProcessorMixin):
         **layout: Any,
     ) -> BatchFeature:
         sources = _fill_sources([one.images for one in rendered], images)
-        batch = BatchFeature(input_columns(rendered, self.tokenizer, **layout), tensor_type=return_tensors)
+        columns = input_columns(rendered, self.tokenizer, **layout)
+        batch = ModelInputs(columns, tensor_type=return_tensors, image_token_id=self.image_token_id)
         if any(sources):
             batch["pixel_values"] = self._pixel_values(_flatten(sources), access)
         return batch

@@ -42,8 +42,9 @@ def copy_companions(
     Args:
         source: checkpoint folder or hub id.
         folder: exists; files of the same names are replaced.
-        generation: top-level keys to set in `generation_config.json` (None removes one). `chat_format: chatml` also
-            sets the tokens at which replies end.
+        generation: top-level keys to set in `generation_config.json` (None removes one). With `chat_format: chatml`,
+            set here or there already, `eos_token_id` is the integer of the published folders (see
+            `qwenvl.model.generation.published_eos`).
         config: top-level keys to set in `config.json`, whose other keys stay as they are; see `dtype_settings`.
 
     Returns:
@@ -63,15 +64,38 @@ def copy_companions(
     if config:
         read = _changed(read, config)
         _write_json(folder / CONFIG, read)
-    if generation:
-        settings = read_json(source_folder / GENERATION_CONFIG) if GENERATION_CONFIG in names else {}
-        settings = _changed(settings, generation)
-        if generation.get("chat_format") == "chatml":
-            chat = _chat_settings(settings, read_config(source_folder), source_folder / GENERATION_CONFIG)
-            settings = _changed(settings, chat)
+    settings = _generation_settings(source_folder, generation or {})
+    if settings and (GENERATION_CONFIG not in names or settings != read_json(source_folder / GENERATION_CONFIG)):
         _write_json(folder / GENERATION_CONFIG, settings)
         names.add(GENERATION_CONFIG)
     return sorted(names)
+
+
+def complete_trained_folder(folder: Path, base: str | Path, dtype: "torch.dtype") -> None:
+    """Make a folder that Transformers saved after a training one that the published code can load too.
+
+    The base's other files are copied into it, its code (which is never run here) among them, and `config.json` says
+    as the base's does where that code is and what type the weights are of. The toolkit trains ChatML, whatever the
+    base was.
+
+    Args:
+        folder: with weights and configs.
+        base: folder or hub id of the checkpoint that was trained.
+        dtype: of the weights.
+
+    Raises:
+        UserError: a file of the base cannot be read.
+        OSError: the disk is full or fails.
+    """
+    source = companion_folder(base)
+    for file in companion_files(source):
+        if file.name not in (CONFIG, GENERATION_CONFIG):
+            copy_file(file, folder / file.name)
+    published = read_json(source / CONFIG)
+    kept = {key: published[key] for key in ("architectures", "auto_map") if key in published}
+    config = read_json(folder / CONFIG)
+    _write_json(folder / CONFIG, config | kept | dtype_settings(config, dtype))
+    _write_json(folder / GENERATION_CONFIG, _generation_settings(folder, {"chat_format": "chatml"}))
 
 
 def companion_folder(source: str | Path) -> Path:
@@ -118,10 +142,11 @@ def copy_file(file: Path, to: Path) -> None:
 
 
 def dtype_settings(config: dict[str, Any], dtype: "torch.dtype") -> dict[str, Any]:
-    """How a `config.json` says that its weights are of this type, in the keys that it has."""
+    """How a `config.json` says that its weights are of this type: in the key of the published files, which
+    Transformers read before version 5, and in others that it has."""
     name = str(dtype).removeprefix("torch.")
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    return {key: name} | {flag: kind == name for flag, kind in PRECISION_FLAGS.items() if flag in config}
+    keys = [key for key in ("dtype", "torch_dtype") if key in config or key == "torch_dtype"]
+    return dict.fromkeys(keys, name) | {flag: kind == name for flag, kind in PRECISION_FLAGS.items() if flag in config}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -195,14 +220,21 @@ def _generation_config(settings: dict[str, Any], file: Path) -> "GenerationConfi
         raise UserError(f"{file}: its settings cannot be used ({_first_line(error)}): correct it") from error
 
 
-def _chat_settings(settings: dict[str, Any], config: "QwenVLConfig", file: Path) -> dict[str, Any]:
-    """What `chat_format: chatml` means for `generate`, written out for programs that read only the usual keys."""
-    from qwenvl.model.generation import SAMPLING_ONLY, read_published_settings
+def _generation_settings(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """The generation settings of a checkpoint, none where it has no such file, with changes and in published form."""
+    from qwenvl.model.generation import SAMPLING_ONLY, published_eos, read_published_settings
 
-    read = read_published_settings(_generation_config(settings, file), config)
-    changes = {"eos_token_id": read.eos_token_id, "pad_token_id": read.pad_token_id}
-    # Sampling settings beside greedy decoding, which Transformers would refuse to save again.
-    return changes | {key: None for key in SAMPLING_ONLY if key in settings and getattr(read, key) is None}
+    file = folder / GENERATION_CONFIG
+    settings = _changed(read_json(file) if file.is_file() else {}, changes)
+    if changes.get("chat_format") == "chatml":
+        read = read_published_settings(_generation_config(settings, file), read_config(folder))
+        chat: dict[str, Any] = {"eos_token_id": read.eos_token_id, "pad_token_id": read.pad_token_id}
+        # Sampling settings beside greedy decoding, which Transformers would refuse to save again.
+        chat |= {key: None for key in SAMPLING_ONLY if key in settings and getattr(read, key) is None}
+        settings = _changed(settings, chat)
+    if "eos_token_id" in settings:
+        settings["eos_token_id"] = published_eos(settings["eos_token_id"], settings.get("chat_format"))
+    return settings
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 from peft import PeftModel
 
 from finetune.evaluation.task_evaluation import TaskEvaluation, score_line
+from finetune.files.checkpoint_folder import complete_trained_folder
+from finetune.model.adapters import write_plain_config
 from finetune.model.base import Base
 from finetune.recipe import Recipe
 from finetune.report.report import write_report
@@ -36,9 +38,11 @@ def save_result(
         with writing(result) as partial:
             model.save_pretrained(partial)
             if isinstance(model, PeftModel):
+                write_plain_config(partial)
                 write_base(partial, recipe.model.path, base_fingerprint, quantize=base.quantized)
             else:
                 base.processor.save_pretrained(partial)
+                complete_trained_folder(partial, base.path, model.dtype)
     trainer.accelerator.wait_for_everyone()
     return result
 

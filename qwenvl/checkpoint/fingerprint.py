@@ -103,6 +103,12 @@ def check_base(adapter: str | Path, base: str | Path) -> bool:
     return True
 
 
+def noted_base(adapter: str | Path) -> str | None:
+    """The base that an adapter notes, as the training was given it; None if it does not say so."""
+    noted = _read_base(adapter)
+    return None if noted is None else noted.base
+
+
 def trained_parts(adapter: str | Path) -> tuple[str, ...]:
     """The parts of its base that were in 4 bits when an adapter was trained; none if it does not say so."""
     noted = _read_base(adapter)

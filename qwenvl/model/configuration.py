@@ -62,6 +62,8 @@ class QwenVLConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"head_dim": "kv_channels"}
     tokenizer_class: ClassVar[str] = "QwenVLTokenizer"
+    # TRL reads it of every model that is given by its path. Of published files it names their code, and is kept.
+    auto_map: ClassVar[dict[str, str]] = {}
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "wte": "free_full_weight",
         "h.*": "free_full_weight",

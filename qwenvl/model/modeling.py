@@ -18,10 +18,23 @@ from qwenvl.errors import InputError
 from qwenvl.images.image_processor import normalize_pixels
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.fresh_weights import draw_weights
-from qwenvl.model.generation import images_of_suffix, read_published_settings, refuse_chunked_prefill, repeat_images
+from qwenvl.model.generation import (
+    PublishedGenerationConfig,
+    images_of_suffix,
+    read_published_settings,
+    refuse_chunked_prefill,
+    repeat_images,
+)
 from qwenvl.model.image_span import place_image_features
 from qwenvl.model.language import Attention, Block, RMSNorm
-from qwenvl.model.loss import in_type_of, mean_loss, next_token_loss, supervised_loss, supervised_positions
+from qwenvl.model.loss import (
+    in_type_of,
+    mean_loss,
+    next_token_loss,
+    supervised_loss,
+    supervised_positions,
+    without_image_targets,
+)
 from qwenvl.model.nf4_weights import compute_in
 from qwenvl.model.quantized_head import head_logits
 from qwenvl.model.rotary import Positions, dynamic_ntk_alpha, rotary_positions
@@ -237,7 +250,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         """As the base class, and adapt a published generation config (see `read_published_settings`)."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        read_published_settings(model.generation_config, model.config)
+        settings = read_published_settings(model.generation_config, model.config)
+        model.generation_config = PublishedGenerationConfig.of(settings)
         if getattr(model, "is_loaded_in_4bit", False):  # set by Transformers
             compute_in(model, model.dtype)
         return loaded
@@ -294,11 +308,12 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             position_ids: (batch, length), 0-based. Positions that restart within a row mark packed sequences, which
                 then do not see each other (give no attention_mask with them).
             pixel_values: (images of the whole batch in reading order, 3, S, S), float normalised or uint8.
-            labels: (batch, length), ids, -100 where not trained; shifted inside.
+            labels: (batch, length), ids, -100 where not trained; shifted inside. Image placeholders are not trained
+                either, as nothing generates them (see `loss.without_image_targets`).
             inputs_embeds: (batch, length, hidden) instead of ids, images already placed.
             image_features: (images, n_queries, hidden) instead of pixel_values, from `get_image_features`.
             logits_to_keep: compute logits for the last n positions only (0: all), or for an index tensor of positions.
-            num_items_in_batch: supervised tokens of the whole step; see `loss.mean_loss`.
+            num_items_in_batch: labels of the whole step that are not -100; see `loss.mean_loss`.
             sequence_lengths: tokens of each packed sequence, in order, on the host: instead of position_ids, which
                 would have to be searched on the device.
             skip_logits: for training, with labels: compute only the loss, with a few rows of logits at a time. It is
@@ -313,6 +328,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         """
         return_dict = kwargs.pop("return_dict", None)
         supervised = None
+        if labels is not None:
+            labels, num_items_in_batch = without_image_targets(labels, self.config.image_token_id, num_items_in_batch)
         if skip_logits:
             if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
                 raise InputError("skip_logits returns only the loss: it needs labels, and no logits_to_keep")

@@ -333,7 +333,7 @@ DAMAGED_ADAPTERS = {
         lambda folder: change_json(folder / "adapter_config.json", r=8),
         r"does not fit .*size mismatch for .*lora_A",
     ),
-    "cut weights": (lambda folder: cut_short(folder / "adapter_model.safetensors"), "cannot be loaded"),
+    "cut weights": (lambda folder: cut_short(folder / "adapter_model.safetensors"), "cannot be read: it is damaged"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "weights are missing"),
 }
 

@@ -5,7 +5,7 @@ import torch
 from adapters_for_tests import KINDS, TINY, edit_config, make_adapter
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import UserError
+from finetune.errors import InputError
 from finetune.merge.adapter_weights import read_adapter
 from qwenvl.checkpoint.checkpoint_files import locate_tensors
 
@@ -28,7 +28,7 @@ def edit(folder, edit_weights):
 
 
 def refused(folder, match):
-    with pytest.raises(UserError, match=match):
+    with pytest.raises(InputError, match=match):
         read_adapter(folder, BASE)
 
 
@@ -66,7 +66,7 @@ def test_each_key_that_is_dropped_renamed_nan_or_misshapen_is_named(tmp_path, ki
         nan = tensor.clone()
         nan.view(-1)[-1] = torch.nan
         for damage, changed, place in [
-            ("dropped", others, module),
+            ("dropped", others, module.removeprefix("transformer.").removesuffix(".weight")),
             ("renamed", others | {key.replace("base_model.model.", "base_model.model.x"): tensor}, named[4:]),
             ("without prefix", others | {named: tensor}, named),
             ("not a number", others | {key: nan}, named),
@@ -79,7 +79,7 @@ def test_each_key_that_is_dropped_renamed_nan_or_misshapen_is_named(tmp_path, ki
             if damage == "dropped" and ".base_layer." in key and kind == "embedding lora":
                 continue
             save_file(changed, folder / WEIGHTS)
-            with pytest.raises(UserError) as told:
+            with pytest.raises(InputError) as told:
                 read_adapter(folder, BASE)
             assert place.replace(".base_layer", "") in str(told.value).replace(".base_layer", ""), (damage, key)
 
@@ -106,9 +106,7 @@ def test_what_was_not_said_to_be_trained_is_refused(adapter):
 
 def test_a_module_trained_in_full_that_was_not_saved_is_named(adapter):
     edit_config(adapter, modules_to_save=["wte", "lm_head"])
-    refused(adapter, r"wte was trained in full \(modules_to_save\), but the adapter lacks transformer\.wte\.weight")
-    edit_config(adapter, modules_to_save=["nowhere"])
-    refused(adapter, "lacks nowhere, which the base does not have")
+    refused(adapter, r"wte and lm_head were trained in full \(modules_to_save\), but the adapter's file lacks")
 
 
 def test_weights_of_another_rank_than_the_settings_are_named(adapter):
@@ -128,7 +126,7 @@ def test_weights_of_another_rank_than_the_settings_are_named(adapter):
         ({"use_qalora": True}, "use_qalora is True"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is"),
         ({"target_parameters": ["w"]}, "target_parameters is"),
-        ({"invented_in_2030": 3}, "invented_in_2030 is 3.*Merge it with PEFT"),
+        ({"invented_in_2030": 3}, "invented_in_2030 is 3, which the installed PEFT does not know"),
         ({"use_dora": True}, r"lora_magnitude_vector is missing \(use_dora is true\)"),
         ({"trainable_token_indices": [1]}, "lacks base_model.model.transformer.wte.token_adapter"),
         ({"bias": "all"}, "bias is all, but the adapter lacks"),
