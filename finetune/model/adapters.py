@@ -152,6 +152,8 @@ def write_plain_config(folder: Path) -> None:
     plain = {key: value for key, value in config.items() if key in KEYS_OF_PEFT_0_7 or value != defaults[key]}
     if plain["init_lora_weights"] in FORGOTTEN_INITS:
         plain["init_lora_weights"] = True
+    if isinstance(plain["target_modules"], list):  # PEFT's set, in another order in each process
+        plain["target_modules"].sort()
     base = plain["base_model_name_or_path"]
     if base is not None and Path(base).is_dir():
         plain["base_model_name_or_path"] = str(Path(base).absolute())

@@ -40,17 +40,19 @@ class PublishedGenerationConfig(GenerationConfig):
 
 
 def published_eos(eos_token_id: Any, chat_format: Any) -> Any:
-    """`eos_token_id` as a published `generation_config.json` has it: the integer, where `chat_format` says the rest.
+    """`eos_token_id` as a published `generation_config.json` has it: an integer.
 
-    A list with other tokens than ChatML's three, which follow each other in the vocabulary (`<|endoftext|>`,
-    `<|im_start|>`, `<|im_end|>`), is returned as it is.
+    That is the one token of a list of one, and of ChatML's three, which follow each other in the vocabulary, the first
+    (`<|endoftext|>`, `<|im_start|>`, `<|im_end|>`): `chat_format` says the rest. Other lists are returned as they are.
     """
-    if chat_format != "chatml" or not isinstance(eos_token_id, list):
+    if not isinstance(eos_token_id, list) or not eos_token_id:
         return eos_token_id
-    if not eos_token_id or not all(isinstance(token, int) for token in eos_token_id):
+    if not all(isinstance(token, int) for token in eos_token_id):
         return eos_token_id
-    end_of_text = min(eos_token_id)
-    return end_of_text if set(eos_token_id) == {end_of_text, end_of_text + 1, end_of_text + 2} else eos_token_id
+    tokens, first = set(eos_token_id), min(eos_token_id)
+    if len(tokens) == 1 or (chat_format == "chatml" and tokens == {first, first + 1, first + 2}):
+        return first
+    return eos_token_id
 
 
 def stored_generation_config(checkpoint: str | Path) -> GenerationConfig | None:

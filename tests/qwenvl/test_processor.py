@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from PIL import Image
@@ -124,6 +126,27 @@ def test_what_qwen_vl_does_not_know(tiny_processor):
     assert tiny_processor.apply_chat_template(asks(text="x"), chat_template=tiny_processor.chat_template)
     with pytest.raises(TypeError, match="no_such_option"):
         inputs_of(tiny_processor, asks(text="x"), no_such_option=1)
+
+
+@pytest.mark.parametrize("road", ["messages", "strings"])
+def test_image_placeholders_are_never_labels(tiny_processor, tiny_images, road):
+    """The labels of other programs' collators: a copy of the ids, set on the batch."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    images = [str(tiny_images[0])]
+    if road == "messages":
+        batch = tiny_processor.apply_chat_template(
+            [messages], tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"images": [images]}
+        )
+    else:
+        text = tiny_processor.apply_chat_template([messages], tokenize=False)
+        batch = tiny_processor(images=[images], text=text, return_tensors="pt")
+    ids = batch["input_ids"]
+    batch["labels"] = ids.clone()
+    pads = ids == tiny_processor.image_token_id
+    assert pads.sum() == 256
+    assert torch.equal(batch["labels"], ids.masked_fill(pads, -100)) and torch.equal(batch.labels, batch["labels"])
+    loaded = pickle.loads(pickle.dumps(batch))  # from a loader's process
+    assert torch.equal(loaded["labels"], batch["labels"]) and type(loaded)(dict(loaded)).keys() == batch.keys()
 
 
 def test_only_images(tiny_processor, tiny_images):

@@ -97,7 +97,8 @@ def test_chat_format_brings_where_replies_end(source, made):
     ("stored", "written"),
     [
         ({"chat_format": "chatml", "eos_token_id": [514, 513, 512]}, 512),
-        ({"chat_format": "chatml", "eos_token_id": [514]}, [514]),  # not all of ChatML's
+        ({"chat_format": "chatml", "eos_token_id": [514, 512]}, [514, 512]),  # not all of ChatML's
+        ({"eos_token_id": [512]}, 512),
         ({"chat_format": "chatml", "eos_token_id": [514, 513, 512, 9]}, [514, 513, 512, 9]),
         ({"chat_format": "raw", "eos_token_id": [514, 513, 512]}, [514, 513, 512]),  # nothing else says it
         ({"eos_token_id": [514, 513, 512]}, [514, 513, 512]),

@@ -142,6 +142,26 @@ def test_settings_without_effect_are_accepted(adapter):
     assert read_adapter(adapter, BASE).keys == 16
 
 
+def test_keys_of_another_program_that_served_the_training_are_accepted(adapter):
+    before = read_adapter(adapter, BASE)
+    edit_config(adapter, lora_dtype="fp32", lorap_lr_ratio=16.0, lorap_emb_lr=1e-06)
+    assert read_adapter(adapter, BASE).changes == before.changes
+
+
+def test_names_of_modules_in_memory_are_understood(tmp_path):
+    make_adapter(tmp_path, **KINDS["embeddings in full"])
+    before = read_adapter(tmp_path, BASE)
+    weights = load_file(tmp_path / WEIGHTS)
+    ends = {True: ".default.weight", False: ".modules_to_save.default.weight"}
+    save_file(
+        {name.removesuffix(".weight") + ends[".lora_" in name]: value for name, value in weights.items()},
+        tmp_path / WEIGHTS,
+    )
+    after = read_adapter(tmp_path, BASE)
+    assert after.changes.keys() == before.changes.keys() and after.kinds() == before.kinds()
+    assert torch.equal(after.changes["lm_head.weight"].replaced.read(), weights["base_model.model.lm_head.weight"])
+
+
 def test_a_magnitude_without_dora_is_refused(tmp_path):
     make_adapter(tmp_path, **KINDS["dora"])
     edit_config(tmp_path, use_dora=False)
