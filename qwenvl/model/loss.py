@@ -201,34 +201,14 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return rows, targets[rows]
 
 
-def without_image_targets(
-    labels: torch.Tensor, image_token_id: int | None, num_items_in_batch: torch.Tensor | int | None
-) -> tuple[torch.Tensor, torch.Tensor | int | None]:
+def without_image_targets(labels: torch.Tensor, image_token_id: int | None) -> torch.Tensor:
     """Ignore image placeholders among the labels, which are there where a trainer takes all of `input_ids` as labels.
-
-    Such a trainer counts the placeholders among its items too. They are taken out of `num_items_in_batch` by their
-    share of this batch's labels: the loss is exact for a step of one batch, and a step of several is the mean of the
-    batches' losses by the trainer's counts.
 
     Args:
         labels: (batch, length), ids, not shifted, -100 where not trained.
         image_token_id: of `<imgpad>`; None for a text-only checkpoint.
-        num_items_in_batch: see `mean_loss`.
-
-    Returns:
-        The labels, and the items to divide by.
     """
-    if image_token_id is None:
-        return labels, num_items_in_batch
-    kept = labels.masked_fill(labels == image_token_id, IGNORED)
-    if num_items_in_batch is None:
-        return kept, None
-    counts = [(which[:, 1:] != IGNORED).sum() for which in (kept, labels)]
-    # Without supervised tokens the sum is zero, whatever it is divided by.
-    share = torch.where(counts[0] > 0, counts[0] / counts[1].clamp(min=1), 1.0)
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(labels.device)
-    return kept, num_items_in_batch * share
+    return labels if image_token_id is None else labels.masked_fill(labels == image_token_id, IGNORED)
 
 
 def mean_loss(total: torch.Tensor, rows: int, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
@@ -237,7 +217,9 @@ def mean_loss(total: torch.Tensor, rows: int, num_items_in_batch: torch.Tensor |
     Args:
         total: the sum over the supervised tokens of this batch.
         rows: supervised tokens of this batch.
-        num_items_in_batch: supervised tokens of the whole step; None for `rows`.
+        num_items_in_batch: supervised tokens of the whole step; None for `rows`. It is taken as it is given: a trainer
+            that counts labels which are image placeholders too gets a loss that is smaller by their share, with
+            gradients of the right direction. Labels set on the processor's batches have none (see `ModelInputs`).
 
     Returns:
         A scalar. Without supervised tokens: zero, with zero gradients, if `num_items_in_batch` is given; else NaN.

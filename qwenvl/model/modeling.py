@@ -313,7 +313,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             inputs_embeds: (batch, length, hidden) instead of ids, images already placed.
             image_features: (images, n_queries, hidden) instead of pixel_values, from `get_image_features`.
             logits_to_keep: compute logits for the last n positions only (0: all), or for an index tensor of positions.
-            num_items_in_batch: labels of the whole step that are not -100; see `loss.mean_loss`.
+            num_items_in_batch: supervised tokens of the whole step; see `loss.mean_loss`.
             sequence_lengths: tokens of each packed sequence, in order, on the host: instead of position_ids, which
                 would have to be searched on the device.
             skip_logits: for training, with labels: compute only the loss, with a few rows of logits at a time. It is
@@ -329,7 +329,7 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         return_dict = kwargs.pop("return_dict", None)
         supervised = None
         if labels is not None:
-            labels, num_items_in_batch = without_image_targets(labels, self.config.image_token_id, num_items_in_batch)
+            labels = without_image_targets(labels, self.config.image_token_id)
         if skip_logits:
             if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
                 raise InputError("skip_logits returns only the loss: it needs labels, and no logits_to_keep")

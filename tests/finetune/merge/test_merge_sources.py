@@ -99,13 +99,19 @@ def test_rows_that_no_run_writes_are_refused_before_anything_is_written(run):
         ({"layers_to_transform": "x"}, "layers_to_transform is 'x' instead of a whole number"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5 instead of a text"),
         ({"base_model_name_or_path": "x" * 300}, r"cannot be read: .*[Nn]ame too long"),
-        ({"base_model_name_or_path": "no/where/x"}, "is not there: give it with --base"),
         ({"layers_pattern": "h"}, "its settings cannot be used: .*layers_to_transform"),
     ],
 )
 def test_a_setting_of_the_wrong_kind_is_named(run, changes, match):
     edit_config(run / "adapter", **changes)
     refused(run, match)
+
+
+def test_a_base_that_is_nowhere_is_named(run):
+    edit_config(run / "adapter", base_model_name_or_path="no/where/x")
+    noted = run / "adapter" / "base.json"
+    noted.write_text(json.dumps(json.loads(noted.read_text()) | {"base": "no/where/y"}))
+    refused(run, "is not there: give it with --base")
 
 
 @pytest.mark.parametrize("changes", [{"fingerprint": None}, {"base": 5}, {"quantize": [["language"]]}])

@@ -76,14 +76,7 @@ def test_the_first_label_is_never_predicted():
 IMGPAD = 30
 
 
-def test_image_placeholders_are_ignored_and_not_counted():
+def test_image_placeholders_are_ignored():
     labels = torch.tensor([[1, IMGPAD, IMGPAD, IMGPAD, 2, 3, -100, 4]])
-    kept, items = without_image_targets(labels, IMGPAD, None)
-    assert kept.tolist() == [[1, -100, -100, -100, 2, 3, -100, 4]] and items is None
-    # A trainer counts six: all but the first, which nothing predicts, and the ignored one.
-    assert (
-        without_image_targets(labels, IMGPAD, 6)[1] == without_image_targets(labels, IMGPAD, torch.tensor(6))[1] == 3
-    )
-    assert without_image_targets(kept, IMGPAD, 7)[1] == 7
-    assert without_image_targets(torch.full_like(labels, IMGPAD), IMGPAD, 6)[1] == 6  # of a sum that is zero
-    assert without_image_targets(labels, None, 6) == (labels, 6)
+    assert without_image_targets(labels, IMGPAD).tolist() == [[1, -100, -100, -100, 2, 3, -100, 4]]
+    assert without_image_targets(labels, None) is labels  # a text-only checkpoint
