@@ -43,6 +43,7 @@ from qwenvl import QwenVLConfig
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.loading import DTYPES, find_source
+from qwenvl.model.gptq_checkpoint import is_gptq_checkpoint
 from qwenvl.model.quantization import quantized_parts
 
 COMPANION_BYTES = 60_000_000  # room for tokenizers, font and card
@@ -146,7 +147,9 @@ def _locate(base: str, config: QwenVLConfig, say: Say) -> dict[str, StoredTensor
         )
     stored = locate_tensors(base)
     refuse_incomplete(base, stored, config)
-    say("source", f"{base} ({format_bytes(sum(tensor.nbytes for tensor in stored.values()))})")
+    size = format_bytes(sum(tensor.nbytes for tensor in stored.values()))
+    packed = ", unpacked from GPTQ's 4 bits" if is_gptq_checkpoint(base, config) else ""
+    say("source", f"{base} ({size}{packed})")
     return stored
 
 
@@ -164,7 +167,8 @@ def _write_safetensors(
             say("written", progress.rate())
         published = read_json(companion_folder(base) / CONFIG)
         written_as = _main_dtype(tensors)
-        copy_companions(base, partial, config=None if dtype is None else dtype_settings(published, written_as))
+        as_stored = dtype is None and not is_gptq_checkpoint(base, read_config(base))
+        copy_companions(base, partial, config=None if as_stored else dtype_settings(published, written_as))
         fingerprint = weights_fingerprint(base)
         source_card = companion_folder(base) / CARD
         if source_card.is_file():  # it is the same model, and so is its card

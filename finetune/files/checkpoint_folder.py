@@ -39,6 +39,9 @@ def copy_companions(
 ) -> list[str]:
     """Copy the files beside a checkpoint's weights, byte for byte except for the two configs where keys are changed.
 
+    The copy of a checkpoint packed by GPTQ says nothing of that: its weights are written as the 16-bit ones that they
+    stand for.
+
     Args:
         source: checkpoint folder or hub id.
         folder: exists; files of the same names are replaced.
@@ -54,12 +57,16 @@ def copy_companions(
         UserError: a file cannot be read, or one of the configs is not valid.
         OSError: the disk of `folder` is full or fails.
     """
+    from qwenvl.checkpoint.gptq import is_gptq
+
     source_folder = companion_folder(source)
     files = companion_files(source_folder)
     for file in files:
         copy_file(file, folder / file.name)
     names = {file.name for file in files}
     read = read_json(source_folder / CONFIG)
+    if is_gptq(read.get("quantization_config")):
+        config = {"quantization_config": None, **(config or {})}
     if config:
         read = _changed(read, config)
         _write_json(folder / CONFIG, read)

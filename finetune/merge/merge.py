@@ -38,6 +38,7 @@ from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
 from qwenvl.loading import DTYPES
+from qwenvl.model.gptq_checkpoint import is_gptq_checkpoint
 
 COMPANION_BYTES = 50_000_000  # room for tokenizer, font and card
 
@@ -191,6 +192,14 @@ def _notes(found: Sources, adapter: AdapterWeights, onto: str) -> list[str]:
             f"into {found.base} unchecked."
         )
         notes.append("Whether it was trained on chats is not known: the base's chat format and end of reply are kept.")
+    packed = is_gptq_checkpoint(found.base, read_config(found.base))
+    if packed:
+        notes.append(f"{found.base} is packed by GPTQ in 4 bits: merged into the 16-bit weights that these stand for.")
+    elif not found.checked and _names_gptq(adapter.config.get("base_model_name_or_path")):
+        notes.append(
+            f"By its name the base in training was in 4 bits (GPTQ), and {found.base} is not: the merged model "
+            "computes nearly what was trained. To have exactly that, give the 4-bit checkpoint with --base."
+        )
     if found.parts:
         seen = ", ".join(found.parts)
         into = (
@@ -205,6 +214,11 @@ def _notes(found: Sources, adapter: AdapterWeights, onto: str) -> list[str]:
             "which takes a while for large layers."
         )
     return notes
+
+
+def _names_gptq(base: str | None) -> bool:
+    """By the names that such checkpoints have: Qwen-VL-Chat-Int4, or ...-GPTQ."""
+    return base is not None and any(mark in Path(base).name.lower() for mark in ("int4", "gptq"))
 
 
 def _write(folder: Path, plan: list[MergedTensor], shard_bytes: float, say: Say) -> dict[str, str]:

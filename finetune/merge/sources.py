@@ -10,6 +10,7 @@ from finetune.errors import MissingFileError, UserError
 from finetune.files.checkpoint_folder import CONFIG, companion_folder, read_json
 from finetune.merge.adapter_config import find_adapter, read_adapter_config
 from qwenvl.checkpoint.fingerprint import BASE_FILE, weights_fingerprint
+from qwenvl.checkpoint.gptq import is_gptq
 from qwenvl.loading import DTYPES, find_source
 from qwenvl.model.quantization import DEFAULT_PARTS, PARTS
 
@@ -95,7 +96,8 @@ def _without_quantization(base: str) -> str:
         UserError: the base is quantised, and the checkpoint that it was made from is not known or not there.
     """
     folder = companion_folder(base)
-    if not read_json(folder / CONFIG).get("quantization_config"):
+    quantization = read_json(folder / CONFIG).get("quantization_config")
+    if not quantization or is_gptq(quantization):  # GPTQ's weights are read as 16-bit ones
         return base
     noted = _read_base_file(folder)["base"] if (folder / BASE_FILE).is_file() else None
     if noted is None or not (Path(noted) / CONFIG).is_file():

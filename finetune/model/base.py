@@ -14,6 +14,7 @@ from finetune.recipe import Model, Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
 from qwenvl.loading import find_parts, find_source
 from qwenvl.model.generation import stored_generation_config
+from qwenvl.model.gptq_checkpoint import is_gptq_checkpoint
 from qwenvl.model.host_embedding import HostEmbedding
 from qwenvl.model.nf4_weights import linear_4bit
 from qwenvl.model.quantization import quantized_names
@@ -27,11 +28,21 @@ class Base:
         path: folder or hub id.
         quantized: parts that will be in 4 bits.
         processor: of the checkpoint.
+        packed: the checkpoint is packed by GPTQ, and is read as the 16-bit weights that it stands for.
     """
 
     path: str
     quantized: tuple[str, ...]
     processor: QwenVLProcessor
+    packed: bool = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of a run on it has to know."""
+        if not self.packed:
+            return ()
+        then = "quantised anew, to NF4" if self.quantized else "take the memory of 16-bit ones"
+        return (f"The checkpoint is packed by GPTQ in 4 bits; its weights are read as 16-bit ones, and {then}.",)
 
 
 def find_base(model: Model) -> Base:
@@ -55,7 +66,8 @@ def find_base(model: Model) -> Base:
         )
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    return Base(source.base, quantized, QwenVLProcessor.from_pretrained(source.base))
+    packed = is_gptq_checkpoint(source.base, QwenVLConfig.from_pretrained(source.base))
+    return Base(source.base, quantized, QwenVLProcessor.from_pretrained(source.base), packed)
 
 
 def read_generation_config(base: str) -> GenerationConfig:

@@ -61,7 +61,7 @@ def load_trained_model(
     loaded.set_attn_implementation(computing.attention)
     use_kernels(loaded, computing.kernels)
     assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
-    notes = (RANDOM_WEIGHTS,) if is_random(loaded) else ()
+    notes = (*((RANDOM_WEIGHTS,) if is_random(loaded) else ()), *base.notes)
     model = make_trainable(loaded, recipe)
     switches.prepare(model, recipe.train)
     refuse_text_only_samples(model, checked)

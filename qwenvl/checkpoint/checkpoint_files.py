@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
-from qwenvl.checkpoint.direct_reading import SLACK, read_direct
+from qwenvl.checkpoint.gptq import dequantized, has_codes
+from qwenvl.checkpoint.stored_tensor import StoredTensor as StoredTensor
 from qwenvl.errors import InputError, MissingFileError
 
 # In the order in which Transformers looks for them.
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+# Beside the weights, by AutoGPTQ; its older versions leave `config.json` as it was.
+GPTQ_CONFIG_NAME = "quantize_config.json"
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -32,85 +35,6 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """The location of a tensor in a file.
-
-    Reading the tensor, or some of its rows, takes only their bytes of memory, while the pages of a memory-mapped file
-    would count as resident once read.
-
-    Attributes:
-        offset: of its first value, in bytes from the file's beginning.
-        stride: in values; pickled files may hold transposed tensors.
-    """
-
-    name: str
-    file: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def strided(self) -> bool:
-        """Whether its values are stored in another order than row-major."""
-        return self.stride != tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
-
-    def read(self, start: int = 0, stop: int | None = None, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Read the tensor, or its rows (along the first axis) from `start` to before `stop`.
-
-        Args:
-            into: memory to read into (uint8, on the CPU, `direct_reading.SLACK` bytes longer than what is read); the
-                result is then a view of it. Reused memory is several times faster than newly allocated memory, which
-                the system must clear first.
-
-        Raises:
-            InputError: the file is shorter than it should be, or cannot be read.
-        """
-        shape = self.shape
-        if shape:
-            shape = (max(min(shape[0] if stop is None else stop, shape[0]) - start, 0), *shape[1:])
-        if 0 in shape:
-            return torch.empty(shape, dtype=self.dtype)
-        first = start * self.stride[0] if shape else 0
-        span = 1 + sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
-        size = span * self.dtype.itemsize
-        memory = torch.empty(size + SLACK, dtype=torch.uint8) if into is None else into
-        return self._values(first, span, memory).as_strided(shape, self.stride)
-
-    def flat(self, start: int, stop: int) -> torch.Tensor:
-        """Read values `start` to before `stop` of the flattened tensor.
-
-        Raises:
-            InputError: as `read`.
-        """
-        stop = min(stop, prod(self.shape))
-        if self.strided:
-            return self.read().reshape(-1)[start:stop]
-        if start >= stop:
-            return torch.empty(0, dtype=self.dtype)
-        size = (stop - start) * self.dtype.itemsize
-        return self._values(start, stop - start, torch.empty(size + SLACK, dtype=torch.uint8))
-
-    def _values(self, first: int, count: int, memory: torch.Tensor) -> torch.Tensor:
-        """(count,) values from index `first` on, in the order of the file."""
-        place, size = self.offset + first * self.dtype.itemsize, count * self.dtype.itemsize
-        try:
-            content = read_direct(self.file, place, size, memory)
-        except EOFError as error:
-            raise InputError(f"{self.file} ends before {self.name} does: it is cut short, fetch it again") from error
-        except OSError as error:
-            raise InputError(f"{self.file} cannot be read ({error.strerror}): check it and its disk") from error
-        # After tensors of bytes, others may start at an offset that is no multiple of their type's size.
-        if content.storage_offset() % self.dtype.itemsize:
-            content = content.clone()
-        return content.view(self.dtype)
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -162,11 +86,36 @@ def stored_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 def locate_tensors(path: str | Path) -> dict[str, StoredTensor]:
     """Locate each tensor of a checkpoint by its name, in the order of the files; no values are read.
 
+    Weights packed by GPTQ are located as the 16-bit weights that they stand for, under the names of these.
+
     Raises:
         MissingFileError: no weights at `path`.
-        InputError: a file that is damaged, or holds something other than tensors.
+        InputError: a file that is damaged, or holds something other than tensors; packed weights that cannot be read.
     """
-    return {tensor.name: tensor for file in weight_files(path) for tensor in tensors_in(file)}
+    located = {tensor.name: tensor for file in weight_files(path) for tensor in tensors_in(file)}
+    if not has_codes(located):
+        return located
+    quantization, where = stored_quantization(path)
+    return dequantized(located, quantization, where)
+
+
+def stored_quantization(path: str | Path) -> tuple[dict[str, Any], str]:
+    """How a checkpoint is quantised, as its `config.json` says or AutoGPTQ wrote beside it; and the file of that.
+
+    Raises:
+        InputError: it does not say.
+    """
+    for name, key in ((CONFIG_NAME, "quantization_config"), (GPTQ_CONFIG_NAME, None)):
+        file = find_file(path, name)
+        if file is None:
+            continue
+        settings = read_json(file) if key is None else read_json(file).get(key)
+        if isinstance(settings, dict):
+            return settings, str(file)
+    raise InputError(
+        f"{path}: its weights are packed, but config.json has no quantization_config that says how: restore it, or "
+        "give the 16-bit checkpoint that it was made from"
+    )
 
 
 def tensors_in(file: Path) -> list[StoredTensor]:

@@ -19,6 +19,7 @@ from qwenvl.images.image_processor import normalize_pixels
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.fresh_weights import draw_weights
 from qwenvl.model.generation import images_of_suffix, read_published_settings, refuse_chunked_prefill, repeat_images
+from qwenvl.model.gptq_checkpoint import gptq_arguments
 from qwenvl.model.image_span import place_image_features
 from qwenvl.model.language import Attention, Block, RMSNorm
 from qwenvl.model.loss import in_type_of, mean_loss, next_token_loss, supervised_loss, supervised_positions
@@ -234,13 +235,30 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Self:
-        """As the base class, and adapt a published generation config (see `read_published_settings`)."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        """As the base class, and adapt a published generation config (see `read_published_settings`).
+
+        Checkpoints packed by GPTQ are read as the 16-bit weights that they stand for.
+
+        Raises:
+            InputError: weights that are missing; packed ones that cannot be read, or not with these arguments.
+        """
+        path = pretrained_model_name_or_path
+        with_report = kwargs.pop("output_loading_info", False)
+        packed = gptq_arguments(path, kwargs)
+        place, arguments = (path, kwargs) if packed is None else (None, packed)
+        loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **arguments)
+        model, report = loaded
+        if report["missing_keys"]:  # Transformers only warns, and draws them at random
+            raise InputError(
+                f"{path}: {min(report['missing_keys'])} is missing from its weights ({len(report['missing_keys'])} "
+                "in all): fetch them again"
+            )
+        if packed is not None:
+            model.name_or_path = model.config.name_or_path = str(path)
         read_published_settings(model.generation_config, model.config)
         if getattr(model, "is_loaded_in_4bit", False):  # set by Transformers
             compute_in(model, model.dtype)
-        return loaded
+        return loaded if with_report else model
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer.wte

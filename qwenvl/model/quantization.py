@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qwenvl.checkpoint.gptq import is_gptq, read_settings
 from qwenvl.errors import InputError
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.modeling import QwenVLForConditionalGeneration
@@ -55,7 +56,9 @@ def read_parts(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def quantized_parts(config: QwenVLConfig) -> tuple[str, ...]:
-    """The parts that a checkpoint stores in 4 bits, by its config; none for a 16-bit one.
+    """The parts that a checkpoint stores in NF4, by its config; none for a 16-bit one.
+
+    None for one packed by GPTQ too, which is read as the 16-bit weights that it stands for (`qwenvl.checkpoint.gptq`).
 
     Raises:
         InputError: it is quantised in another way.
@@ -66,11 +69,14 @@ def quantized_parts(config: QwenVLConfig) -> tuple[str, ...]:
     settings = stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
     if not isinstance(settings, dict):
         raise InputError(f"config: quantization_config must be a mapping of names to values, not {settings!r}")
+    if is_gptq(settings):
+        read_settings(settings, f"{config.name_or_path or 'config'}: quantization_config")
+        return ()
     if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
         method = settings.get("quant_method", "an unknown method")
         raise InputError(
-            f"the checkpoint is quantised by {method}, which is not NF4 of bitsandbytes. Use the 16-bit one it was "
-            "made from, and quantization='nf4' to have it in 4 bits"
+            f"the checkpoint is quantised by {method}, which is neither NF4 of bitsandbytes nor GPTQ. Use the 16-bit "
+            "one it was made from, and quantization='nf4' to have it in 4 bits"
         )
     skipped = settings.get("llm_int8_skip_modules") or ["lm_head"]  # Transformers' default
     return tuple(part for part in PARTS if should_convert_module(_EXAMPLES[part], skipped))
