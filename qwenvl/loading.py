@@ -110,7 +110,7 @@ def find_parts(base: str, quantization: str | None = None, quantize: Iterable[st
         raise InputError(f"quantization must be nf4 or None, not {quantization!r}")
     if quantization is None and quantize is not None:
         raise InputError("quantize has no effect without quantization='nf4': give both or neither")
-    stored = quantized_parts(QwenVLConfig.from_pretrained(base))
+    stored = quantized_parts(QwenVLConfig.from_pretrained(base), base)
     wanted = stored if quantization is None else read_parts(quantize or stored or DEFAULT_PARTS)
     if stored and wanted != stored:
         raise InputError(

@@ -101,7 +101,7 @@ def find_subject(recipe: Recipe, size: str) -> Subject:
     if size == "full":
         return Subject("the published sizes", QwenVLConfig(), settings, torch.bfloat16)
     config = QwenVLConfig.from_pretrained(source.base)
-    quantized_parts(config)  # refuses a checkpoint that cannot be loaded
+    quantized_parts(config, source.base)  # refuses a checkpoint that cannot be loaded
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the random model gets its own
     stored = getattr(torch, str(config.dtype).removeprefix("torch.")) if config.dtype is not None else torch.bfloat16

@@ -139,7 +139,7 @@ def _locate(base: str, config: QwenVLConfig, say: Say) -> dict[str, StoredTensor
     Raises:
         InputError: it is not complete, damaged, or in 4 bits.
     """
-    parts = quantized_parts(config)
+    parts = quantized_parts(config, base)
     if parts:
         raise UserError(
             f"{base} is in 4 bits already ({', '.join(parts)}), and those are safetensors files: give the checkpoint "

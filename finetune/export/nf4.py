@@ -125,7 +125,7 @@ def _base_checkpoint(source: str) -> str:
     found = find_source(source)
     if found.adapter is not None:
         raise UserError(f"{source} is an adapter: merge it into its base first (finetune merge), then export that")
-    stored = quantized_parts(read_config(found.base))
+    stored = quantized_parts(read_config(found.base), found.base)
     if stored:
         raise UserError(f"{source} is in 4 bits already: {', '.join(stored)}. Give the 16-bit checkpoint")
     return found.base

@@ -55,10 +55,13 @@ def read_parts(parts: Iterable[str]) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part in wanted)
 
 
-def quantized_parts(config: QwenVLConfig) -> tuple[str, ...]:
+def quantized_parts(config: QwenVLConfig, where: str = "the checkpoint") -> tuple[str, ...]:
     """The parts that a checkpoint stores in NF4, by its config; none for a 16-bit one.
 
     None for one packed by GPTQ too, which is read as the 16-bit weights that it stands for (`qwenvl.checkpoint.gptq`).
+
+    Args:
+        where: the checkpoint, for messages.
 
     Raises:
         InputError: it is quantised in another way.
@@ -68,14 +71,14 @@ def quantized_parts(config: QwenVLConfig) -> tuple[str, ...]:
         return ()
     settings = stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
     if not isinstance(settings, dict):
-        raise InputError(f"config: quantization_config must be a mapping of names to values, not {settings!r}")
+        raise InputError(f"{where}: quantization_config must be a mapping of names to values, not {settings!r}")
     if is_gptq(settings):
-        read_settings(settings, f"{config.name_or_path or 'config'}: quantization_config")
+        read_settings(settings, f"{where}: quantization_config")
         return ()
     if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
         method = settings.get("quant_method", "an unknown method")
         raise InputError(
-            f"the checkpoint is quantised by {method}, which is neither NF4 of bitsandbytes nor GPTQ. Use the 16-bit "
+            f"{where} is quantised by {method}, which is neither NF4 of bitsandbytes nor GPTQ. Use the 16-bit "
             "one it was made from, and quantization='nf4' to have it in 4 bits"
         )
     skipped = settings.get("llm_int8_skip_modules") or ["lm_head"]  # Transformers' default
