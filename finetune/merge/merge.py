@@ -192,9 +192,11 @@ def _notes(found: Sources, adapter: AdapterWeights, onto: str) -> list[str]:
             f"into {found.base} unchecked."
         )
         notes.append("Whether it was trained on chats is not known: the base's chat format and end of reply are kept.")
-    packed = is_gptq_checkpoint(found.base, read_config(found.base))
-    if packed:
-        notes.append(f"{found.base} is packed by GPTQ in 4 bits: merged into the 16-bit weights that these stand for.")
+    if is_gptq_checkpoint(found.base, read_config(found.base)):
+        notes.append(
+            f"{found.base} is packed by GPTQ in 4 bits: the adapter is merged into the 16-bit weights that "
+            "these stand for."
+        )
     elif not found.checked and _names_gptq(adapter.config.get("base_model_name_or_path")):
         notes.append(
             f"By its name the base in training was in 4 bits (GPTQ), and {found.base} is not: the merged model "
