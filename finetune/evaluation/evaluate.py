@@ -17,6 +17,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from finetune.batches.budget import REPLY_BATCH_TOKENS
+from finetune.errors import UserError
+from finetune.evaluation.asked_prompt import PUBLISHED, TASK, AskedPrompt, choose_prompt, trained_prompts
 from finetune.evaluation.evaluated_model import default_folder, model_fingerprint, style_of
 from finetune.evaluation.page import write_evaluation_page
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
@@ -31,16 +33,19 @@ from finetune.evaluation.results import (
     Record,
     Scored,
     compare_scored,
+    cut_count,
     hold_folder,
     read_results,
     record_of,
     score_records,
     submission,
     summary,
+    unread_counts,
     with_scores,
     write_json,
 )
-from finetune.evaluation.tasks import Task
+from finetune.evaluation.task import Task
+from finetune.evaluation.tasks import published_task
 from finetune.model.computing import choose_dtype, is_random, own_device
 from finetune.recipe.sections import NamedSource, source_names
 from finetune.replies.replies import Decoding, generate_replies, plan_replies, stop_ids_of, without_adapter
@@ -83,7 +88,10 @@ class Evaluation:
         limit: use only the first `limit` questions; None is all.
         sample: number of them to draw by `seed`, in equal shares of all sources; None is all.
         style: None is each model's own.
+        prompt: a template, or "published", "trained" or "task", see `asked_prompt`; None is the prompt of training
+            where that is known, else the task's. A source's own prompt comes before these two only.
         shots: solved examples before each question, for style base.
+        shots_from: where they are drawn from; None is the source of the question.
         dtype, quantization: as `load_model` takes them; "auto" is the device's own.
         batch_tokens: see `replies.Decoding`.
         grounding: read markup in all texts as tokens.
@@ -102,7 +110,9 @@ class Evaluation:
     sample: int | None = None
     seed: int = 0
     style: Style | None = None
+    prompt: str | None = None
     shots: int = 0
+    shots_from: EvaluationSource | None = None
     dtype: str = "auto"
     quantization: str | None = None
     batch_tokens: int = REPLY_BATCH_TOKENS
@@ -130,29 +140,30 @@ def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    evaluation = with_prompt_given(evaluation)
     task = evaluation.task
 
     models = find_models(evaluation, say)
     questions = read_questions(evaluation, models, say)
-    asked = questions[models[0].style]
+    asked = questions[models[0].key]
     folder = evaluation.out or default_folder(evaluation.model, task.name)
-    files = [prediction_file(evaluation, folder, model, questions[model.style]) for model in models]
+    files = [prediction_file(evaluation, folder, model, questions[model.key]) for model in models]
 
     with hold_folder(folder):
         for file in files:
             file.check()
         earlier = read_results(folder)
         replies = [
-            reply_to(evaluation, model, questions[model.style], file, say)
+            reply_to(evaluation, model, questions[model.key], file, say)
             for model, file in zip(models, files, strict=True)
         ]
-        results = describe(evaluation, asked, files[0].identity, replies, earlier)
+        results = describe(evaluation, asked, files[0].identity, models[0].prompt.said, replies, earlier)
         records = [one.records for one in replies]
         if asked.answered:
             scores = [
-                score_records(task, questions[model.style], own) for model, own in zip(models, records, strict=True)
+                score_records(task, questions[model.key], own) for model, own in zip(models, records, strict=True)
             ]
-            results |= score_summary(evaluation, records[0], scores)
+            results |= score_summary(evaluation, records, scores)
             records = [with_scores(own, scored) for own, scored in zip(records, scores, strict=True)]
         else:
             write_json(folder / SUBMISSION, submission(task, records[0]), indent=1)
@@ -169,6 +180,28 @@ def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
     return folder
 
 
+def with_prompt_given(evaluation: Evaluation) -> Evaluation:
+    """The evaluation with what follows from a given prompt: it replaces those of the sources, and with "published" all
+    is as in the published scripts.
+
+    Raises:
+        UserError: the scripts have no such task, or style chat.
+    """
+    if evaluation.prompt in (None, TASK):
+        return evaluation
+    sources = tuple(
+        replace(source, prompt=None)
+        if isinstance(source, EvaluationSource)
+        else source.model_copy(update={"prompt": None})
+        for source in evaluation.sources
+    )
+    if evaluation.prompt != PUBLISHED:
+        return replace(evaluation, sources=sources)
+    if evaluation.style == "chat":
+        raise UserError("--prompt published asks every model in raw text, a chat model too: leave out --style chat")
+    return replace(evaluation, task=published_task(evaluation.task), style="base", sources=sources)
+
+
 Role = Literal["model", "compared"]
 
 
@@ -179,6 +212,13 @@ class EvaluatedModel:
     role: Role
     name: str
     style: Style
+    prompt: AskedPrompt
+    grounding: bool = False
+
+    @property
+    def key(self) -> tuple[Style, str | None]:
+        """What decides how its questions read; models that have it in common share them."""
+        return self.style, self.prompt.text
 
 
 def find_models(evaluation: Evaluation, say: Say) -> list[EvaluatedModel]:
@@ -190,31 +230,44 @@ def find_models(evaluation: Evaluation, say: Say) -> list[EvaluatedModel]:
     given: list[tuple[Role, str]] = [("model", evaluation.model)]
     if evaluation.compare:
         given.append(("compared", evaluation.compare))
-    models = []
+    models: list[EvaluatedModel] = []
     for role, name in given:
-        model = EvaluatedModel(role, name, evaluation.style or style_of(name))
-        say(role, f"{name}, asked as a {model.style} model")
-        models.append(model)
+        style = evaluation.style or style_of(name)
+        prompt = choose_prompt(
+            name,
+            evaluation.task,
+            style,
+            trained_prompts(name, {}),
+            given=evaluation.prompt,
+            of_sources=[source.prompt for source in evaluation.sources],
+            like=models[0].prompt if models else None,
+        )
+        models.append(EvaluatedModel(role, name, style, prompt))
+        say(role, f"{name}, asked as a {style} model {prompt.said}")
     return models
 
 
-def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say: Say) -> dict[Style, QuestionSample]:
-    """The questions in the style of each model; they differ in their prompts alone.
+def read_questions(
+    evaluation: Evaluation, models: Sequence[EvaluatedModel], say: Say
+) -> dict[tuple[Style, str | None], QuestionSample]:
+    """The questions as each model is asked, by its `key`; they differ in their prompts alone.
 
     Raises:
         UserError: rows that cannot be asked, or a source that cannot be read.
     """
     root = evaluation.images_root
-    samples: dict[Style, QuestionSample] = {}
-    for style in dict.fromkeys(model.style for model in models):
+    samples: dict[tuple[Style, str | None], QuestionSample] = {}
+    for style, prompt in dict.fromkeys(model.key for model in models):
         parts = [
             Questions(
                 source,
                 evaluation.task,
+                prompt=prompt,
                 images_root=root,
                 access=ImageAccess(root=None if root is None else Path(root), allow_urls=evaluation.allow_urls),
                 style=style,
                 shots=evaluation.shots,
+                shot_source=evaluation.shots_from,
                 grounding=evaluation.grounding,
                 on_bad_row=evaluation.on_bad_row,
                 # With "wrong", a missing image counts as wrong, like a damaged one.
@@ -222,15 +275,21 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
             )
             for source in evaluation.sources
         ]
-        samples[style] = QuestionSample(
+        samples[style, prompt] = QuestionSample(
             parts,
             names=source_names(evaluation.sources),
             limit=evaluation.limit,
             sample=evaluation.sample,
             seed=evaluation.seed,
         )
-    first = samples[models[0].style]
+    first = samples[models[0].key]
     say("task", f"{evaluation.task.name}: {evaluation.task.metric} on {first}")
+    if evaluation.shots:
+        where = evaluation.shots_from.path if evaluation.shots_from is not None else "the same data"
+        say(
+            "examples",
+            f"{evaluation.shots} solved ones before each question, from {where}, of other images and documents",
+        )
     if first.problems:
         say("left out", f"{len(first.problems):,} rows that cannot be asked; {RESULTS} lists them")
     return samples
@@ -248,10 +307,12 @@ def prediction_file(
             "metric": task.metric,
             "max_new_tokens": task.max_new_tokens,
             "stop": task.stop,
+            "published": task.published,
         },
         "data": {"questions": len(questions), "fingerprint": questions.fingerprint()},
         "settings": {
             "style": model.style,
+            "prompt": model.prompt.text,
             "shots": evaluation.shots,
             "dtype": choose_dtype(evaluation.dtype),
             "quantization": evaluation.quantization,
@@ -323,9 +384,11 @@ def generate(
     stop_texts = task.stop if model.style == "base" else ()
     decoding = Decoding(
         task.max_new_tokens,
-        stop_ids_of(loaded, tokenizer, model.style),
+        # The published scripts end replies of chat models too at <|endoftext|> alone.
+        (tokenizer.eod_id,) if task.published else stop_ids_of(loaded, tokenizer, model.style),
         tuple(text for text in stop_texts if text not in tokenizer.control_tokens),
         batch_tokens=evaluation.batch_tokens,
+        min_new_tokens=task.min_new_tokens,
     )
     records = []
     started = time.monotonic()
@@ -356,6 +419,7 @@ def describe(
     evaluation: Evaluation,
     questions: QuestionSample,
     identity: Mapping[str, Any],
+    asked_by: str,
     replies: Sequence[Replies],
     earlier: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -364,11 +428,17 @@ def describe(
     Args:
         evaluation: what was asked.
         questions, identity: of the model.
+        asked_by: by which prompt, in words.
         replies: of the model and of the one it is compared with.
         earlier: `results.json` of the same evaluation, finished before: the speed of replies that were there already,
             and its notes. None where there is none.
     """
     notes = [note for one in replies for note in one.notes]
+    if without := evaluation.task.without_right_answer(questions):
+        notes.append(
+            f"{without:,} questions cannot be answered right: {evaluation.task.metric} compares with answers in lower "
+            "case, without articles, and theirs are not; exact_match or anls take them as they are"
+        )
     return {
         "model": evaluation.model,
         "task": evaluation.task.name,
@@ -381,10 +451,14 @@ def describe(
             for record in replies[0].records
             if "unreadable" in record
         ],
+        "unread": unread_counts(replies[0].records),
+        "cut": cut_count(replies[0].records),
         "left_out": [str(problem) for problem in questions.problems],
         "notes": notes if earlier is None else list(dict.fromkeys([*earlier["notes"], *notes])),
         "settings": {
             "style": identity["settings"]["style"],
+            "prompt": identity["settings"]["prompt"],
+            "asked": asked_by,
             "max_new_tokens": evaluation.task.max_new_tokens,
             "shots": evaluation.shots,
             "limit": evaluation.limit,
@@ -400,11 +474,19 @@ def describe(
     }
 
 
-def score_summary(evaluation: Evaluation, records: Sequence[Record], scores: Sequence[Scored]) -> dict[str, Any]:
+def score_summary(
+    evaluation: Evaluation, records: Sequence[Sequence[Record]], scores: Sequence[Scored]
+) -> dict[str, Any]:
     """The scores in `results.json`, of the model and of the one it is compared with."""
     ours, *others = scores
     found = ours.summary()
     if others:
-        difference = compare_scored(evaluation.task, records, ours, others[0])
-        found["compared"] = {"model": evaluation.compare, **others[0].summary(), **difference}
+        difference = compare_scored(evaluation.task, records[0], ours, others[0])
+        found["compared"] = {
+            "model": evaluation.compare,
+            **others[0].summary(),
+            **difference,
+            "unread": unread_counts(records[1]),
+            "cut": cut_count(records[1]),
+        }
     return found

@@ -9,7 +9,7 @@ same with and without it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,7 @@ class TaskScorer:
         replies = []
         with ReplyProgress(f"evaluating {self.asked.task.metric}", len(numbers), bar=bar) as progress:
             for reply in made:
-                replies.append(Reply(numbers[reply.index], reply.ids, reply.text, reply.unreadable))
+                replies.append(replace(reply, index=numbers[reply.index]))
                 tick()
                 if accelerator.is_main_process:
                     progress.reached(len(replies))

@@ -17,14 +17,16 @@ from finetune.data.formats.row_format import RowFormat
 from finetune.data.sample import BadField
 from finetune.errors import InputError, UserError
 from finetune.evaluation.predictions import split_last_reply
-from finetune.evaluation.tasks import Task
+from finetune.evaluation.task import Task
 from finetune.metrics import first_box
-from finetune.metrics.choices import LETTERS
+from finetune.metrics.choices import LETTERS, choice_letter
+from finetune.metrics.text_form import composed
 from finetune.replies.task_replies import Style
 from qwenvl.text.boxes import Box
 
 ImageSize = Callable[[Any], tuple[int, int]]
-_PLACES = re.compile(r"\{(question|phrase|options)\}")
+_PLACES = re.compile(r"\{(question|phrase|options|hint)\}")
+_NO_HINT = "N/A"  # as in the published prompt of multiple choice
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,17 @@ class RowReader:
             raise BadField(column, f"must be a list of 2 to {len(LETTERS)} texts, not {_kind(given)}")
         options = tuple(fields.text(option, f"{column}[{index}]") for index, option in enumerate(given))
         lettered = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-        gold = () if answer is None else (_gold_letter(answer, options, answer_name),)
-        return self._asked(text, images, {"question": text, "options": lettered}, answers=gold, options=options)
+        gold = () if answer is None else (_gold_letter(answer, options, answer_name, self.task.name),)
+        places = {"question": text, "options": lettered, "hint": self._hint(row)}
+        return self._asked(text, images, places, answers=gold, options=options)
+
+    def _hint(self, row: Mapping[str, Any]) -> str:
+        """The context of a question, as ScienceQA has it; most have none."""
+        if "{hint}" not in self.prompt:
+            return ""
+        column = self.columns.get("hint")
+        value = row.get("hint") if column is None else _may_be_hidden(row, column)
+        return _NO_HINT if value is None or value == "" else fields.text(value, column or "hint")
 
     def _caption(self, row: Mapping[str, Any]) -> Asked:
         name = self.columns["caption"]
@@ -284,17 +295,27 @@ def _answers(value: Any, name: str) -> tuple[str, ...]:
     return tuple(answers) if any(answer.strip() for answer in answers) else ()
 
 
-def _gold_letter(answer: Any, options: tuple[str, ...], name: str) -> str:
+def _gold_letter(answer: Any, options: tuple[str, ...], name: str, task: str) -> str:
     """The letter of the right option, given as its number from 0, its letter or its text."""
     if isinstance(answer, str):
-        answer = answer.strip()
-        # Before the texts: in AI2D "2" is the third option, even where the options themselves are numbers.
+        answer = composed(answer).strip()
+        texts = [composed(option).strip() for option in options]
         if answer.isdecimal():
+            # In AI2D "2" is the third option, even where the options themselves are numbers. Other data may mean the
+            # option "2".
+            if task == "custom" and answer in texts and texts.index(answer) != int(answer):
+                raise BadField(
+                    name,
+                    f"is {answer!r}, the text of one option and the number (from 0) of another: write the letter of "
+                    "the right option, or its number without quotes",
+                )
             answer = int(answer)
-        elif answer in options:
-            return LETTERS[options.index(answer)]
-        elif len(answer) == 1 and answer.upper() in LETTERS[: len(options)]:
-            return answer.upper()
+        elif texts.count(answer) == 1:
+            return LETTERS[texts.index(answer)]
+        elif texts.count(answer) > 1:
+            raise BadField(name, f"is {answer!r}, the text of several options: write the letter of the right one")
+        elif (letter := choice_letter(answer, len(options))) is not None:
+            return letter
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return LETTERS[answer]
     raise BadField(

@@ -145,7 +145,7 @@ def test_columns_and_limit_and_prompt_of_the_source(tmp_path):
 
 
 def test_what_the_fingerprint_follows(tmp_path):
-    rows = [ROWS["ocrvqa"], ROWS["ocrvqa"]]
+    rows = [ROWS["ocrvqa"], ROWS["ocrvqa"] | {"image": "b.png"}]
     base = ask(tmp_path, "ocrvqa", *rows).fingerprint()
     assert ask(tmp_path, "ocrvqa", *rows).fingerprint() == base
     others = [
