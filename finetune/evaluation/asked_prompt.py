@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.data.formats import caption, grounding, vqa
 from finetune.data.formats.names import CONVERSATIONS
+from finetune.data.formats.row_format import PROMPTS
 from finetune.errors import UserError
 from finetune.evaluation.task import Task
 from finetune.evaluation.tasks import check_prompt, missing_in
@@ -20,9 +20,6 @@ from finetune.replies.task_replies import Style
 
 PUBLISHED, TRAINED, TASK = "published", "trained", "task"
 """What --prompt takes besides a template."""
-
-DEFAULTS = {"vqa": vqa.PLACEHOLDER, "grounding": grounding.DEFAULT_PROMPT, "caption": caption.DEFAULT_PROMPT}
-"""The prompt of a source in training that names none, by its format."""
 
 _ALL_PLACES = ("{question}", "{phrase}", "{options}")
 
@@ -80,9 +77,9 @@ def _by_format(sources: Sequence[Source]) -> dict[str, list[str]]:
     """Format -> the prompts of its sources, each once."""
     found: dict[str, list[str]] = {}
     for source in sources:
-        if source.format in DEFAULTS:
+        if source.format in PROMPTS:
             prompts = found.setdefault(source.format, [])
-            prompt = source.prompt or DEFAULTS[source.format]
+            prompt = source.prompt or PROMPTS[source.format]
             if prompt not in prompts:
                 prompts.append(prompt)
     return found

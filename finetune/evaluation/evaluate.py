@@ -9,17 +9,16 @@ interruption, the same call asks the remaining questions.
 import gc
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from finetune.batches.budget import REPLY_BATCH_TOKENS
-from finetune.errors import UserError
-from finetune.evaluation.asked_prompt import PUBLISHED, TASK, AskedPrompt, choose_prompt, trained_prompts
-from finetune.evaluation.evaluated_model import default_folder, model_fingerprint, style_of
+from finetune.evaluation.asked_models import Asking, EvaluatedModel, find_models, with_prompt_given
+from finetune.evaluation.evaluated_model import default_folder, model_fingerprint
+from finetune.evaluation.evaluation import Evaluation, EvaluationSource
 from finetune.evaluation.page import write_evaluation_page
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
@@ -44,82 +43,14 @@ from finetune.evaluation.results import (
     with_scores,
     write_json,
 )
-from finetune.evaluation.task import Task
-from finetune.evaluation.tasks import published_task
 from finetune.model.computing import choose_dtype, is_random, own_device
-from finetune.recipe.sections import NamedSource, source_names
+from finetune.recipe.sections import source_names
 from finetune.replies.replies import Decoding, generate_replies, plan_replies, stop_ids_of, without_adapter
-from finetune.replies.task_replies import Style
 from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
 from qwenvl import ImageAccess, load_model, load_processor
 
-
-@dataclass(frozen=True)
-class EvaluationSource:
-    """A dataset to ask from; see `data.sources.sources.Location`. `format` None is the task's.
-
-    `name` is what its score goes by where there are several; None is the name of its file.
-    """
-
-    path: str
-    format: str | None = None
-    config: str | None = None
-    split: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    prompt: str | None = None
-    box_form: str | None = None
-    weight: float = 1.0
-    limit: int | None = None
-    streaming: bool = False
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is evaluated, and how.
-
-    Attributes:
-        model: whatever `qwenvl.load_model` takes.
-        task: with the most new tokens of a reply.
-        sources: what is asked, one after the other; several are scored apart as well.
-        compare: a second model, asked the same; None for none.
-        images_root, allow_urls: what images may be reached.
-        limit: use only the first `limit` questions; None is all.
-        sample: number of them to draw by `seed`, in equal shares of all sources; None is all.
-        style: None is each model's own.
-        prompt: a template, or "published", "trained" or "task", see `asked_prompt`; None is the prompt of training
-            where that is known, else the task's. A source's own prompt comes before these two only.
-        shots: solved examples before each question, for style base.
-        shots_from: where they are drawn from; None is the source of the question.
-        dtype, quantization: as `load_model` takes them; "auto" is the device's own.
-        batch_tokens: see `replies.Decoding`.
-        grounding: read markup in all texts as tokens.
-        on_bad_row: what happens to a row that cannot be asked.
-        on_bad_image: what happens to an image that is missing or damaged; "wrong" counts its questions as wrong.
-        out: where results go; None is `runs/evaluations/MODEL-TASK`, or in a run's own folder.
-    """
-
-    model: str
-    task: Task
-    sources: tuple[EvaluationSource | NamedSource, ...]
-    compare: str | None = None
-    images_root: str | None = None
-    allow_urls: bool = False
-    limit: int | None = None
-    sample: int | None = None
-    seed: int = 0
-    style: Style | None = None
-    prompt: str | None = None
-    shots: int = 0
-    shots_from: EvaluationSource | None = None
-    dtype: str = "auto"
-    quantization: str | None = None
-    batch_tokens: int = REPLY_BATCH_TOKENS
-    grounding: bool = False
-    on_bad_row: Literal["error", "skip"] = "error"
-    on_bad_image: Literal["refuse", "wrong"] = "refuse"
-    out: Path | None = None
+__all__ = ["Evaluation", "EvaluationSource", "evaluate"]
 
 
 def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
@@ -145,23 +76,23 @@ def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
 
     models = find_models(evaluation, say)
     questions = read_questions(evaluation, models, say)
-    asked = questions[models[0].key]
+    asked = questions[models[0].asking]
     folder = evaluation.out or default_folder(evaluation.model, task.name)
-    files = [prediction_file(evaluation, folder, model, questions[model.key]) for model in models]
+    files = [prediction_file(evaluation, folder, model, questions[model.asking]) for model in models]
 
     with hold_folder(folder):
         for file in files:
             file.check()
         earlier = read_results(folder)
         replies = [
-            reply_to(evaluation, model, questions[model.key], file, say)
+            reply_to(evaluation, model, questions[model.asking], file, say)
             for model, file in zip(models, files, strict=True)
         ]
         results = describe(evaluation, asked, files[0].identity, models[0].prompt.said, replies, earlier)
         records = [one.records for one in replies]
         if asked.answered:
             scores = [
-                score_records(task, questions[model.key], own) for model, own in zip(models, records, strict=True)
+                score_records(task, questions[model.asking], own) for model, own in zip(models, records, strict=True)
             ]
             results |= score_summary(evaluation, records, scores)
             records = [with_scores(own, scored) for own, scored in zip(records, scores, strict=True)]
@@ -180,109 +111,41 @@ def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
     return folder
 
 
-def with_prompt_given(evaluation: Evaluation) -> Evaluation:
-    """The evaluation with what follows from a given prompt: it replaces those of the sources, and with "published" all
-    is as in the published scripts.
-
-    Raises:
-        UserError: the scripts have no such task, or style chat.
-    """
-    if evaluation.prompt in (None, TASK):
-        return evaluation
-    sources = tuple(
-        replace(source, prompt=None)
-        if isinstance(source, EvaluationSource)
-        else source.model_copy(update={"prompt": None})
-        for source in evaluation.sources
-    )
-    if evaluation.prompt != PUBLISHED:
-        return replace(evaluation, sources=sources)
-    if evaluation.style == "chat":
-        raise UserError("--prompt published asks every model in raw text, a chat model too: leave out --style chat")
-    return replace(evaluation, task=published_task(evaluation.task), style="base", sources=sources)
-
-
-Role = Literal["model", "compared"]
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """One of the models: its role, its name as given, and how it is asked."""
-
-    role: Role
-    name: str
-    style: Style
-    prompt: AskedPrompt
-    grounding: bool = False
-
-    @property
-    def key(self) -> tuple[Style, str | None]:
-        """What decides how its questions read; models that have it in common share them."""
-        return self.style, self.prompt.text
-
-
-def find_models(evaluation: Evaluation, say: Say) -> list[EvaluatedModel]:
-    """The model, and the one it is compared with.
-
-    Raises:
-        InputError: there is no such model, or its style is unknown.
-    """
-    given: list[tuple[Role, str]] = [("model", evaluation.model)]
-    if evaluation.compare:
-        given.append(("compared", evaluation.compare))
-    models: list[EvaluatedModel] = []
-    for role, name in given:
-        style = evaluation.style or style_of(name)
-        prompt = choose_prompt(
-            name,
-            evaluation.task,
-            style,
-            trained_prompts(name, {}),
-            given=evaluation.prompt,
-            of_sources=[source.prompt for source in evaluation.sources],
-            like=models[0].prompt if models else None,
-        )
-        models.append(EvaluatedModel(role, name, style, prompt))
-        say(role, f"{name}, asked as a {style} model {prompt.said}")
-    return models
-
-
-def read_questions(
-    evaluation: Evaluation, models: Sequence[EvaluatedModel], say: Say
-) -> dict[tuple[Style, str | None], QuestionSample]:
-    """The questions as each model is asked, by its `key`; they differ in their prompts alone.
+def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say: Say) -> dict[Asking, QuestionSample]:
+    """The questions as each model is asked; they differ in their prompts alone.
 
     Raises:
         UserError: rows that cannot be asked, or a source that cannot be read.
     """
     root = evaluation.images_root
-    samples: dict[tuple[Style, str | None], QuestionSample] = {}
-    for style, prompt in dict.fromkeys(model.key for model in models):
+    samples: dict[Asking, QuestionSample] = {}
+    for asking in dict.fromkeys(model.asking for model in models):
         parts = [
             Questions(
                 source,
                 evaluation.task,
-                prompt=prompt,
+                prompt=asking.prompt,
+                system=asking.system,
                 images_root=root,
                 access=ImageAccess(root=None if root is None else Path(root), allow_urls=evaluation.allow_urls),
-                style=style,
+                style=asking.style,
                 shots=evaluation.shots,
                 shot_source=evaluation.shots_from,
-                grounding=evaluation.grounding,
+                grounding=asking.grounding,
                 on_bad_row=evaluation.on_bad_row,
                 # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",
             )
             for source in evaluation.sources
         ]
-        samples[style, prompt] = QuestionSample(
+        samples[asking] = QuestionSample(
             parts,
             names=source_names(evaluation.sources),
             limit=evaluation.limit,
             sample=evaluation.sample,
             seed=evaluation.seed,
         )
-    first = samples[models[0].key]
+    first = samples[models[0].asking]
     say("task", f"{evaluation.task.name}: {evaluation.task.metric} on {first}")
     if evaluation.shots:
         where = evaluation.shots_from.path if evaluation.shots_from is not None else "the same data"
@@ -301,7 +164,7 @@ def prediction_file(
     """The file for the replies of a model, with what must be the same for replies to belong together."""
     task = evaluation.task
     identity = {
-        "model": model_fingerprint(model.name),
+        "model": model_fingerprint(model.use.source),
         "task": {
             "name": task.name,
             "metric": task.metric,
@@ -313,9 +176,11 @@ def prediction_file(
         "settings": {
             "style": model.style,
             "prompt": model.prompt.text,
+            "system": model.asking.system,
             "shots": evaluation.shots,
             "dtype": choose_dtype(evaluation.dtype),
-            "quantization": evaluation.quantization,
+            "quantization": model.use.quantization,
+            "quantize": list(model.use.quantized),
         },
     }
     return PredictionFile(folder / COMPARED if model.role == "compared" else folder, identity)
@@ -367,15 +232,18 @@ def generate(
 ) -> Replies:
     """Load the model and reply to the questions with these numbers."""
     task = evaluation.task
-    processor = load_processor(model.name)
+    source = model.use.source
+    processor = load_processor(source.base)
     tokenizer = processor.tokenizer
     prompts = QuestionPrompts(questions, numbers, tokenizer, processor.n_queries)
     with ReplyProgress("reading questions", len(numbers)) as progress:
         plan = plan_replies(prompts, progress.reached)
     loaded = load_model(
-        model.name,
+        source.base,
+        adapter=source.adapter,
         dtype=choose_dtype(evaluation.dtype),
-        quantization=evaluation.quantization,
+        quantization=model.use.quantization,
+        quantize=model.use.quantize,
         device_map=own_device() if torch.cuda.is_available() else None,
     )
     notes = []
@@ -466,7 +334,7 @@ def describe(
             "seed": evaluation.seed,
             "batch_tokens": evaluation.batch_tokens,
             "dtype": choose_dtype(evaluation.dtype),
-            "quantization": evaluation.quantization,
+            "quantization": identity["settings"]["quantization"],
         },
         "speed": replies[0].speed or (earlier and earlier["speed"]),
         "identity": identity,

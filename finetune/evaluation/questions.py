@@ -75,6 +75,7 @@ class Questions(Sequence[Question]):
             task's or None, its prompt replaces all others.
         task: gives the prompts and the metric.
         prompt: replaces the task's where the source has none; None keeps the task's.
+        system: a system message before each question of style chat; None is the default one.
         images_root, access: as for `finetune.data.samples.Samples`.
         style: "chat", or "base" for raw text.
         shots: number of solved examples before each question, for style base. The question's id is the seed of their
@@ -109,6 +110,7 @@ class Questions(Sequence[Question]):
         task: Task,
         *,
         prompt: str | None = None,
+        system: str | None = None,
         images_root: str | Path | None = None,
         access: ImageAccess | None = None,
         style: Style = "chat",
@@ -142,6 +144,7 @@ class Questions(Sequence[Question]):
             box_form=_box_form(source, task),
             grounding=grounding,
             image_size=self._image_size,
+            system=system,
         )
         self._read_all(on_bad_row)
         self._shots, self._examples = shots, self
@@ -211,7 +214,7 @@ class Questions(Sequence[Question]):
             "used": self._count,
             "task": [self.task.name, self.task.metric, self.task.format],
             "columns": dict(sorted(reader.columns.items())),
-            "prompt": [reader.prompt, self.style, reader.box_form, reader.grounding],
+            "prompt": [reader.prompt, reader.system, self.style, reader.box_form, reader.grounding],
             "shots": [
                 self._shots,
                 self._examples.fingerprint() if self._examples is not self else "",

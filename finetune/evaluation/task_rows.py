@@ -64,6 +64,8 @@ class RowReader:
         box_form: form of a gold box in its column.
         grounding: treat every text as grounding text.
         image_size: gives the width and height of an image source of a row; raises ValueError if it cannot.
+        system: a system message before what is asked, of style chat; None is the default one. Conversations have
+            their own.
     """
 
     task: Task
@@ -73,6 +75,7 @@ class RowReader:
     box_form: str | None
     grounding: bool
     image_size: ImageSize
+    system: str | None = None
 
     def questions(self, row: Mapping[str, Any]) -> list[Asked]:
         """The questions of a row, at least one.
@@ -229,7 +232,10 @@ class RowReader:
         said = _PLACES.sub(lambda place: places.get(place[1], place[0]), self.prompt)
         flag = {"grounding": True} if marked or self.grounding else {}
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": said, **flag}]
-        return Asked(text, ({"role": "user", "content": content},), tuple(images), **gold)
+        before: list[Message] = []
+        if self.system is not None and self.style == "chat":
+            before = [{"role": "system", "content": [{"type": "text", "text": self.system}]}]
+        return Asked(text, (*before, {"role": "user", "content": content}), tuple(images), **gold)
 
     # ---- conversations
 

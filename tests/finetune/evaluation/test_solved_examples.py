@@ -65,7 +65,7 @@ def test_no_example_is_of_the_document_of_its_question(tmp_path, column):
     assert all(
         number % PAGES not in pages for number, pages in enumerate(pages_of(ask(tmp_path, DOCVQA, *asked, **given)))
     )
-    with pytest.raises(DataError, match="of its 12 questions, 0 are about .*too few for 9.*--column document=NAME"):
+    with pytest.raises(DataError, match=r"of its 12 questions, 0 are about .*too few for 9.*--column document=NAME"):
         ask(tmp_path, DOCVQA, *asked, style="base", shots=9)
 
 
