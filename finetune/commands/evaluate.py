@@ -187,8 +187,8 @@ def task_of(arguments: argparse.Namespace) -> "tuple[Task, Recipe | None]":
 
 def path_and_split(text: str) -> tuple[str, str | None]:
     """`PATH:split` or `PATH`; a path that is there is taken whole."""
-    path, colon, split = text.rpartition(":")
-    if not colon or not path or "/" in split or Path(text).exists():
+    path, _, split = text.rpartition(":")
+    if not path or not split or "/" in split or Path(text).exists():
         return text, None
     return path, split
 

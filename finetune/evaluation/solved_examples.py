@@ -72,7 +72,8 @@ class SolvedExamples:
     def _draw(self, index: int) -> list[int]:
         draw = random.Random(f"solved examples of {self._asked.ids[index]}")
         total = len(self._examples)
-        seen, taken = self._excluded(index), []
+        seen = self._excluded(index)
+        taken: list[int] = []
         order: list[int] = []
         while len(taken) < self._count:
             if len(seen) == total:

@@ -34,6 +34,7 @@ from finetune.recipe.sections import source_names
 from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies
 from qwenvl import ImageAccess, QwenVLProcessor
 
+_WHEN = ("before", "after")
 BATCH_TOKENS = 4096  # leaves memory for gradients and optimizer states; halved after an out-of-memory error
 
 
@@ -55,7 +56,8 @@ class TaskScore:
 
     def added_to(self, summary: Mapping[str, Any], when: str) -> dict[str, Any]:
         """The score in `run.json`, with this one added as `before` or `after`: over all questions, and over those of
-        each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`."""
+        each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`; and under `unread` how
+        many replies could not be read as answers."""
         scored = self.scored
         sources = {name: (part.questions, part.score) for name, part in scored.sources.items()}
         groups = {name: (scored.counts[name], score) for name, score in scored.groups.items()}
@@ -67,7 +69,9 @@ class TaskScore:
             for kind, found in (("sources", sources), ("groups", groups))
             if found
         }
-        return {**summary, "metric": self.metric, "questions": len(self.records), when: scored.total, **parts}
+        unread = {**summary.get("unread", {}), when: sum("unread" in record for record in self.records)}
+        total = {"metric": self.metric, "questions": len(self.records), when: scored.total}
+        return {**summary, **total, **parts, "unread": unread}
 
     def metrics(self) -> dict[str, float]:
         """The scores by logged key: `eval_anls`, and one for each source and group, `eval_anls_boarding`."""
@@ -261,12 +265,16 @@ class TaskScorer:
 def score_line(score: Mapping[str, Any]) -> tuple[str, str]:
     """Label and text of a line: `anls`, `0.3100 -> 0.8200 on 200 questions`, from the score in `run.json`.
 
-    With several sources ` (boarding 0.0200 -> 0.8900 on 100, before 0.9700 -> 0.9500 on 100)` follows.
+    With several sources ` (boarding 0.0200 -> 0.8900 on 100, before 0.9700 -> 0.9500 on 100)` follows, and where there
+    are some, `; 30 -> 2 replies could not be read`.
     """
     each = [f"{name} {_course(part)}" for name, part in score.get("sources", {}).items()]
-    return score["metric"], f"{_course(score)} questions" + (f" ({', '.join(each)})" if each else "")
+    counts = score.get("unread", {})
+    unread = " -> ".join(f"{counts[when]:,}" for when in _WHEN if when in counts)
+    said = f"{_course(score)} questions" + (f" ({', '.join(each)})" if each else "")
+    return score["metric"], said + (f"; {unread} replies could not be read" if any(counts.values()) else "")
 
 
 def _course(score: Mapping[str, Any]) -> str:
-    values = " -> ".join(format_loss(score[when]) for when in ("before", "after") if when in score)
+    values = " -> ".join(format_loss(score[when]) for when in _WHEN if when in score)
     return f"{values} on {score['questions']:,}"

@@ -1,7 +1,7 @@
 """When and how generated tokens are a reply: their text, where it is stopped, and what its first token may be."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
@@ -53,4 +53,4 @@ class FirstOfChoices(LogitsProcessor):
         for row, own in enumerate(self.choices):
             places = list(own) or slice(None)
             kept[row, places] = scores[row, places]
-        return kept
+        return cast(torch.FloatTensor, kept)

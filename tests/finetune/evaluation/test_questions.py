@@ -83,6 +83,24 @@ def test_the_gold_option_is_a_number_a_letter_or_a_text(tmp_path, answer, letter
     assert (question.answers, question.options) == ((letter,), ("1", "2", "three"))
 
 
+@pytest.mark.parametrize(("answer", "letter"), [("(B)", "B"), ("c.", "C"), ("Ａ", "A"), ("cafe\u0301", "B")])
+def test_the_gold_option_may_have_its_marks_and_any_form_of_unicode(tmp_path, answer, letter):
+    row = ROWS["multiple_choice"] | {"options": ["tea", "caf\u00e9", "rice"], "answer": answer}
+    assert ask(tmp_path, "multiple_choice", row)[0].answers == (letter,)
+
+
+def test_a_gold_option_that_may_be_two_is_refused(tmp_path):
+    row = ROWS["multiple_choice"] | {"options": ["3", "4", "5", "6"]}
+    task = custom_task("multiple_choice")
+    with pytest.raises(DataError, match=r"is '3', the text of one option and the number .from 0. of another: write"):
+        ask(tmp_path, task, row | {"answer": "3"})
+    assert ask(tmp_path, task, row | {"answer": 3})[0].answers == ("D",)
+    assert ask(tmp_path, "multiple_choice", row | {"answer": "3"})[0].answers == ("D",)  # AI2D's are numbers
+    assert ask(tmp_path, task, row | {"options": ["0", "1"], "answer": "1"})[0].answers == ("B",)  # both say the same
+    with pytest.raises(DataError, match="the text of several options"):
+        ask(tmp_path, task, row | {"options": ["a b", "a b"], "answer": "a b"})
+
+
 def test_parquet_with_images_inside_stays_lazy(tmp_path):
     write(tmp_path, [])
     image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
