@@ -14,7 +14,7 @@ from finetune.data.formats.row_format import PROMPTS
 from finetune.errors import UserError
 from finetune.evaluation.task import Task
 from finetune.evaluation.tasks import check_prompt, missing_in
-from finetune.recipe import load_recipe
+from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.sections import Source
 from finetune.replies.task_replies import Style
 
@@ -68,9 +68,23 @@ def trained_prompts(model: str, recorded: Mapping[str, Sequence[str]]) -> Traine
     recipe = Path(model) / "recipe.yaml"
     if not (Path(model) / "run.json").is_file() or not recipe.is_file():
         return TrainedPrompts(recorded, {}, "its record" if recorded else None)
-    read = load_recipe(recipe)
-    asked = _by_format(read.evaluate.data if read.evaluate is not None else ())
-    return TrainedPrompts(_by_format(read.data.train), asked, str(recipe))
+    return recipe_prompts(load_recipe(recipe), str(recipe))
+
+
+def recipe_prompts(recipe: Recipe, found_in: str = "the recipe") -> TrainedPrompts:
+    """The prompts that a recipe trains with; `found_in` is what its file is called."""
+    asked = _by_format(recipe.evaluate.data if recipe.evaluate is not None else ())
+    return TrainedPrompts(_by_format(recipe.data.train), asked, found_in)
+
+
+def asked_otherwise(recipe: Recipe, task: Task) -> str:
+    """What to say where a recipe's evaluation asks by other prompts than its training does; else an empty text."""
+    if recipe.evaluate is None or task.format in CONVERSATIONS:
+        return ""
+    asked = list(dict.fromkeys(source.prompt or task.chat_prompt for source in recipe.evaluate.data))
+    trained = _fitting("", task, recipe_prompts(recipe), must_be_one=False)
+    said = _otherwise(asked, trained)
+    return f"asked by {_listed(asked)}{said}: set evaluate.data.prompt" if said else ""
 
 
 def _by_format(sources: Sequence[Source]) -> dict[str, list[str]]:
@@ -158,15 +172,15 @@ def _fitting(model: str, task: Task, trained: TrainedPrompts, must_be_one: bool)
     """The prompts of training that can ask this task; with `must_be_one` no more than one."""
     own = [prompt for prompt in trained.by_format.get(task.format, ()) if _fits(task, prompt)]
     asked = [prompt for prompt in own if prompt in trained.preferred.get(task.format, ())]
-    if len(own) > 1 and len(asked) == 1:
+    if not must_be_one or len(own) < 2:
+        return own
+    if len(asked) == 1:
         return asked
-    if len(own) > 1 and must_be_one:
-        listed = "\n  ".join(map(repr, own))
-        raise UserError(
-            f"{model} was trained with {len(own)} prompts that can ask task {task.name}:\n  {listed}\n"
-            "Say which one with --prompt TEXT"
-        )
-    return own
+    listed = "\n  ".join(map(repr, own))
+    raise UserError(
+        f"{model} was trained with {len(own)} prompts that can ask task {task.name}:\n  {listed}\n"
+        "Say which one with --prompt TEXT"
+    )
 
 
 def _fits(task: Task, prompt: str) -> bool:

@@ -302,11 +302,7 @@ def describe(
             and its notes. None where there is none.
     """
     notes = [note for one in replies for note in one.notes]
-    if without := evaluation.task.without_right_answer(questions):
-        notes.append(
-            f"{without:,} questions cannot be answered right: {evaluation.task.metric} compares with answers in lower "
-            "case, without articles, and theirs are not; exact_match or anls take them as they are"
-        )
+    notes += evaluation.task.notes(questions)
     return {
         "model": evaluation.model,
         "task": evaluation.task.name,

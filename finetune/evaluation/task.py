@@ -21,6 +21,7 @@ from finetune.metrics import (
     vqa_score,
 )
 from finetune.metrics.answers import as_number
+from finetune.metrics.boxes import IOU_THRESHOLD, box_iou
 from finetune.metrics.published import published_box, published_gqa_answer, published_grounding_accuracy
 from finetune.metrics.vqa import FEWEST_ANSWERS, can_match
 from finetune.recipe.sections import MetricName
@@ -184,11 +185,30 @@ class Task:
                 groups.append(question.group)
         return self._scores(values, groups)
 
-    def without_right_answer(self, questions: "Sequence[Question]") -> int:
-        """How many of the questions no reply can match, since the metric would change it first (vqa_score)."""
-        if self.metric != "vqa_score":
-            return 0
-        return sum(bool(question.answers) and not can_match(question.answers) for question in questions)
+    def notes(self, questions: "Sequence[Question]") -> list[str]:
+        """What a reader of the score should know about the questions: those that no reply can get right, and why."""
+        if self.metric == "cider_d":
+            alone = (
+                "cider_d is 0 whatever is said: words are weighed by how few images have them, and this is one image"
+            )
+            return [alone] if len(questions) == 1 else []
+        if self.metric == "vqa_score":
+            count = sum(bool(question.answers) and not can_match(question.answers) for question in questions)
+            why = (
+                "cannot be answered right: vqa_score compares with answers in lower case, without articles, and "
+                "theirs are not; exact_match or anls take them as they are"
+            )
+            return [f"{count:,} questions {why}"] if count else []
+        if not self.is_grounding:
+            return []
+        several = sum(_gold_boxes(question) > 1 for question in questions)
+        found = [f"{several:,} questions have several gold boxes, of which the first counts"] if several else []
+        if self.metric == "grounding":
+            boxes = [_gold_box(question) for question in questions if question.box is not None]
+            missed = sum(box_iou(box, within(box, size)) < IOU_THRESHOLD for box, size in boxes)
+            why = "have a gold box that no reply can match: it has no area, or most of it is outside the image"
+            found += [f"{missed:,} questions {why}"] if missed else []
+        return found
 
     def aggregate(self, values: np.ndarray, groups: np.ndarray | None = None) -> float:
         """The task's score from those of its questions: their mean, or the mean of the groups' means.
@@ -222,3 +242,16 @@ class Task:
 def _gold_box(question: "Question") -> tuple[tuple[float, float, float, float], tuple[int, int]]:
     assert question.box is not None and question.image_size is not None, "answers of grounding come with their box"
     return question.box, question.image_size
+
+
+def _gold_boxes(question: "Question") -> int:
+    from qwenvl.text.grounding import parse_grounding  # costs seconds to import
+
+    return len(parse_grounding(question.answers[0]).regions) if question.answers else 0
+
+
+def within(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The part of a box that is inside an image of this width and height."""
+    width, height = size
+    x1, y1, x2, y2 = box
+    return min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)

@@ -22,6 +22,7 @@ from transformers import Trainer
 from finetune.batches.image_request import VisionCache
 from finetune.data.shown_rows import choose_shown, document_of
 from finetune.errors import UserError
+from finetune.evaluation.asked_prompt import asked_otherwise
 from finetune.evaluation.predictions import PREDICTIONS, keep_images, replace_records
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
@@ -128,10 +129,13 @@ class TaskEvaluation:
             raise UserError("evaluate.data: its answers are hidden, so there is no score: set evaluate.task: null")
         self.key = f"eval_{self.task.metric}"
         self.processor = processor
+        self._otherwise = asked_otherwise(recipe, self.task)
 
     def __str__(self) -> str:
-        """`docvqa: anls on 200 of 5,949 questions (boarding 100, before 100)`"""
-        return f"{self.task.name}: {self.task.metric} on {self.questions}"
+        """`docvqa: anls on 200 of 5,949 questions (boarding 100, before 100)`; and which prompt, where training has
+        another one."""
+        said = f"{self.task.name}: {self.task.metric} on {self.questions}"
+        return f"{said}; {self._otherwise}" if self._otherwise else said
 
     def without_scores(self, log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The log history without the scores, for a summary with a separate line for the score."""

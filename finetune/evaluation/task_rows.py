@@ -6,7 +6,7 @@ No image is opened, except that boxes need the size in its header. A row whose i
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.data.formats import fields
@@ -23,6 +23,7 @@ from finetune.metrics.choices import LETTERS, choice_letter
 from finetune.metrics.text_form import composed
 from finetune.replies.task_replies import Style
 from qwenvl.text.boxes import Box
+from qwenvl.text.grounding import strip_markup
 
 ImageSize = Callable[[Any], tuple[int, int]]
 _PLACES = re.compile(r"\{(question|phrase|options|hint)\}")
@@ -91,6 +92,8 @@ class RowReader:
             asked = [self._caption(row)]
         else:
             asked = self._columns(row)
+        if not (self.task.is_grounding or self.task.published):
+            asked = [replace(one, answers=self._texts(one.answers)) for one in asked]
         fewest = self.task.fewest_answers
         for question in asked:
             if question.answers and len(question.answers) < fewest:
@@ -100,6 +103,16 @@ class RowReader:
                     f"{fewest} people. For single answers use exact_match or anls",
                 )
         return asked
+
+    def _texts(self, answers: tuple[str, ...]) -> tuple[str, ...]:
+        """Gold answers without markup, as replies are compared; and without blank ones, except where all count."""
+        texts = tuple(strip_markup(answer) for answer in answers)
+        if answers and not any(text.strip() for text in texts):
+            raise BadField(
+                self.columns.get("answers") or self.columns.get("caption") or "its last reply",
+                f"holds nothing but boxes, and {self.task.metric} compares texts: use metric grounding",
+            )
+        return texts if self.task.metric == "vqa_score" else tuple(text for text in texts if text.strip())
 
     def group(self, row: Mapping[str, Any]) -> str | None:
         """The group of a row; None where the data has no groups.
@@ -246,6 +259,8 @@ class RowReader:
         if parts is None:
             raise BadField(name, "does not end with an assistant's reply, which is the gold answer")
         messages, answer = parts
+        if not answer.strip():
+            raise BadField(name, "its last reply, which is the gold answer, is blank")
         if not any(message["role"] == "user" for message in messages):
             raise BadField(name, "asks nothing before its last reply")
         sources: list[Any] = []

@@ -7,8 +7,15 @@ import pytest
 from recipes_for_tests import write_recipe
 
 from finetune.errors import UserError
-from finetune.evaluation.asked_prompt import AskedPrompt, TrainedPrompts, choose_prompt, trained_prompts
+from finetune.evaluation.asked_prompt import (
+    AskedPrompt,
+    TrainedPrompts,
+    asked_otherwise,
+    choose_prompt,
+    trained_prompts,
+)
 from finetune.evaluation.tasks import custom_task, find_task, published_task
+from finetune.recipe import load_recipe
 
 DOCVQA = find_task("docvqa")
 NOTHING = TrainedPrompts({}, {}, None)
@@ -127,3 +134,8 @@ def test_a_runs_prompts_are_those_of_its_recipe(tmp_path):
     found = trained_prompts(str(tmp_path), {})
     assert found.by_format == {"vqa": ["{question} Answer:"], "caption": ["Describe the image in English:"]}
     assert found.preferred == {"vqa": ["{question}"]} and found.found_in == str(recipe)
+    # Scores while training are by the evaluate section, so a difference is said there too.
+    told = "asked by '{question}', though it was trained with '{question} Answer:': set evaluate.data.prompt"
+    assert asked_otherwise(load_recipe(recipe), DOCVQA) == told
+    evaluate["data"]["prompt"] = "{question} Answer:"
+    assert asked_otherwise(load_recipe(write_recipe(tmp_path, data__train=train, evaluate=evaluate)), DOCVQA) == ""

@@ -323,6 +323,31 @@ def test_a_gold_reply_with_a_box_is_a_gold_box(tmp_path):
         ask(tmp_path, task, no_box)
 
 
+def conversation(answer):
+    said = [{"from": "user", "value": "Picture 1: <img>a.png</img>\nWhat?"}, {"from": "assistant", "value": answer}]
+    return {"conversations": said}
+
+
+def test_a_gold_reply_is_compared_without_its_boxes_as_replies_are(tmp_path):
+    task = custom_task("exact_match", format="qwen_json")
+    reply = "<ref>the dog</ref><box>(1,2),(3,4)</box> sleeps"
+    question = ask(tmp_path, task, conversation(reply))[0]
+    assert question.answers == ("the dog sleeps",)
+    assert task.score(question, reply) == task.score(question, "The dog sleeps") == 1.0
+    with pytest.raises(
+        DataError, match="holds nothing but boxes, and exact_match compares texts: use metric grounding"
+    ):
+        ask(tmp_path, task, conversation("<box>(1,2),(3,4)</box>"))
+    with pytest.raises(DataError, match=r"its last reply, which is the gold answer, is blank"):
+        ask(tmp_path, task, conversation(" "))
+
+
+def test_a_blank_answer_among_others_makes_no_empty_reply_right(tmp_path):
+    question = ask(tmp_path, "docvqa", ROWS["docvqa"] | {"answers": ["", "4"]})[0]
+    assert question.answers == ("4",) and find_task("docvqa").score(question, "") == 0.0
+    assert len(ask(tmp_path, "textvqa", ROWS["textvqa"] | {"answers": [""] * 3 + ["4"] * 7})[0].answers) == 10
+
+
 def test_rows_are_read_anew_and_a_change_is_told(tmp_path):
     questions = ask(tmp_path, "ocrvqa", ROWS["ocrvqa"])
     file = tmp_path / "data.jsonl"

@@ -301,3 +301,36 @@ def test_published_lengths(name, fewest, most):
 )
 def test_why_a_reply_could_not_be_read(name, reply, given, why):
     assert find_task(name).unread(question(**given), reply) == why
+
+
+# ---- questions that no reply can get right
+
+
+def boxed(*box, markup=1):
+    return question(answers=["<box>(1,1),(9,9)</box>" * markup], box=box, image_size=(100, 200))
+
+
+@pytest.mark.parametrize(
+    ("name", "questions", "told"),
+    [
+        (
+            "textvqa",
+            [question(answers=["Paris"] * 10), question(answers=["rome"] * 10)],
+            "1 questions cannot be answered",
+        ),
+        ("textvqa", [question(answers=["rome"] * 10)], None),
+        ("flickr30k", [question(answers=["A dog."])], "cider_d is 0 whatever is said"),
+        ("flickr30k", [question(answers=["A dog."])] * 2, None),
+        (
+            "refcoco",
+            [boxed(5, 5, 5, 50), boxed(90, 0, 200, 200), boxed(0, 0, 9, 9)],
+            "2 questions have a gold box that no",
+        ),
+        ("refcoco", [boxed(0, 0, 9, 9, markup=3)], "1 questions have several gold boxes, of which the first counts"),
+        ("screenspot", [boxed(5, 5, 5, 5)], None),
+        ("docvqa", [question()], None),
+    ],
+)
+def test_questions_that_no_reply_can_get_right_are_told(name, questions, told):
+    notes = find_task(name).notes(questions)
+    assert [told in note for note in notes] == ([] if told is None else [True])
