@@ -18,6 +18,9 @@ from qwenvl.text.grounding import split_markup
 
 Message = dict[str, Any]
 
+PLACEHOLDERS = ("{question}", "{phrase}")
+"""What stands for the user's words in the prompts of recipes."""
+
 # A character has at most 4 bytes and a token at least one: 4 tokens that are not valid UTF-8 never will be.
 LONGEST_CHARACTER = 4
 
@@ -68,6 +71,7 @@ class Conversation:
         image_processor: of the model; None for one that reads text only.
         style: "chat" for ChatML with all turns so far; "base" for raw text, each prompt by itself.
         system: the system message; None for the default one.
+        prompt: the template that each question is put into, in place of its `PLACEHOLDERS`; None asks it as it is.
         max_new_tokens: most tokens of a reply.
         temperature: 0 always takes the likeliest token; above 0, tokens are sampled.
         messages: the turns so far, as `qwenvl.text.chat.render_chat` takes them, without the system message.
@@ -80,6 +84,7 @@ class Conversation:
     image_processor: QwenVLImageProcessor | None
     style: Style = "chat"
     system: str | None = None
+    prompt: str | None = None
     max_new_tokens: int = 512
     temperature: float = 0.0
     messages: list[Message] = field(default_factory=list)
@@ -120,7 +125,7 @@ class Conversation:
         """Add a message and reply to it. A turn without a reply is dropped; its images stay for the next message.
 
         Args:
-            text: well-formed `<ref>`, `<box>` and `<quad>` in it become tokens.
+            text: the question, which `prompt` is put around; well-formed `<ref>`, `<box>` and `<quad>` become tokens.
             on_text: called with the pieces of the reply, in whole characters; bytes that are not UTF-8 become U+FFFD.
 
         Returns:
@@ -132,7 +137,7 @@ class Conversation:
         if self.style == "base":  # it has no turns
             self.messages, self.images = [], []
         images = [*self.images, *self.waiting]
-        messages = [*self.messages, self._user_message(text)]
+        messages = [*self.messages, self._user_message(in_prompt(text, self.prompt))]
         prompt = self._render(messages)
         room = self._base.config.max_position_embeddings - len(prompt.ids)
         if room < 1:
@@ -211,6 +216,14 @@ class Conversation:
                 image.features = self._base.get_image_features(image.pixels[None].to(self._base.device))[0]
             features.append(image.features)
         return torch.stack(features) if features else None
+
+
+def in_prompt(question: str, prompt: str | None) -> str:
+    """The question in place of the placeholder of a prompt template; as it is without one."""
+    for placeholder in PLACEHOLDERS:
+        if prompt is not None and placeholder in prompt:
+            return prompt.replace(placeholder, question)
+    return question
 
 
 class _Stream(BaseStreamer):

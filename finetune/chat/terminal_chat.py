@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from finetune.chat.conversation import Answer, ChatImage, Conversation
+from finetune.chat.conversation import PLACEHOLDERS, Answer, ChatImage, Conversation, in_prompt
 from finetune.chat.conversation_rows import append_row
 from finetune.errors import Failed, InputError, UserError
 from finetune.files.path_errors import path_errors
@@ -39,6 +39,7 @@ def chat(
     images: Sequence[str | Path] = (),
     once: str | None = None,
     system: str | None = None,
+    prompt: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     dtype: str | None = None,
@@ -53,7 +54,9 @@ def chat(
         style: "chat" or "base"; None for the model's own.
         images: for the first message.
         once: a single message; only its reply goes to stdout. None for a conversation.
-        system: the system message; None for the default one.
+        system: the system message; None for the one that the model was trained with, else the default one.
+        prompt: a template with {question} or {phrase} that each message is put into, "trained" for the one that the
+            model was trained with, or "plain" for none. None is "trained" where there is one.
         max_new_tokens: most tokens of a reply.
         temperature: 0 always takes the likeliest token.
         dtype: as in `load_model`.
@@ -79,7 +82,11 @@ def chat(
         if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show become escapes
             stream.reconfigure(errors="backslashreplace")
 
+    template = _template(prompt, use)
     tell(f"{model}: {use}")
+    if template is not None:
+        by = "as it was trained; --prompt plain asks as typed" if prompt in (None, "trained") else "--prompt"
+        tell(f"each message is put into the prompt {template!r} ({by})")
     loaded = load_model(
         use.source.base,
         adapter=use.source.adapter,
@@ -89,7 +96,9 @@ def chat(
         device_map="auto" if torch.cuda.is_available() else None,
     )
     conversation = open_conversation(use, loaded)
-    conversation.system, conversation.max_new_tokens, conversation.temperature = system, max_new_tokens, temperature
+    conversation.prompt, conversation.max_new_tokens, conversation.temperature = template, max_new_tokens, temperature
+    if system is not None:
+        conversation.system = system
     for image in images:
         conversation.add_image(image)
     terminal = TerminalChat(conversation, None if boxes is None else Path(boxes))
@@ -101,11 +110,35 @@ def chat(
 
 def open_conversation(use: ModelUse, loaded: torch.nn.Module) -> Conversation:
     """An empty conversation with `loaded`, a model that was loaded as `use` says."""
-    base = use.source.base
+    base, system = use.source.base, use.record.system
     if without_adapter(loaded).config.visual is None:
-        return Conversation(loaded, QwenVLTokenizer.from_pretrained(base), None, use.style)
+        return Conversation(loaded, QwenVLTokenizer.from_pretrained(base), None, use.style, system)
     processor = load_processor(base)
-    return Conversation(loaded, processor.tokenizer, processor.image_processor, use.style)
+    return Conversation(loaded, processor.tokenizer, processor.image_processor, use.style, system)
+
+
+def _template(prompt: str | None, use: ModelUse) -> str | None:
+    """The template of `--prompt`.
+
+    Raises:
+        UserError: a text without a placeholder, or "trained" where there is not one prompt of training.
+    """
+    trained = use.record.only_prompt
+    if prompt is None:
+        return trained if trained is not None and in_prompt("", trained) else None
+    if prompt == "plain":
+        return None
+    if prompt == "trained" and trained is None:
+        several = [template for templates in use.record.prompts.values() for template in templates]
+        known = f"it was trained on several: {', '.join(map(repr, several))}" if several else "its record has none"
+        raise UserError(f"--prompt trained: {use.name} has no single prompt that it was trained with: {known}")
+    template = trained if prompt == "trained" else prompt
+    if template is None or not any(placeholder in template for placeholder in PLACEHOLDERS):
+        raise UserError(
+            f"--prompt: there is no {' or '.join(PLACEHOLDERS)} in {template!r} to put a message in place of. Give "
+            "trained, plain, or a text with one"
+        )
+    return template
 
 
 class TerminalChat:

@@ -27,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for the first message; may be repeated",
     )
     parser.add_argument("--once", metavar="TEXT", help="ask this; only the reply goes to stdout")
-    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--system", metavar="TEXT", help="system message; by default as trained")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="each message is put in place of its {question}; by default the prompt that the model was trained with, "
+        "where there was one; plain is none",
+    )
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=count, default=512, help="of a reply at most (default: 512)"
     )
@@ -72,6 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
         images=arguments.image,
         once=arguments.once,
         system=arguments.system,
+        prompt=arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         dtype=arguments.dtype,

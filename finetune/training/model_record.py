@@ -28,10 +28,10 @@ def record_of_run(recipe: Recipe, base: Base, base_fingerprint: str, checked: Ch
 
 
 def _prompts(recipe: Recipe) -> dict[str, tuple[str, ...]]:
-    """The templates of each format that has one, in the order of the sources."""
+    """The templates of each format, in the order of the sources; none for a format whose rows bring the prompts."""
     prompts: dict[str, tuple[str, ...]] = {}
     for source in recipe.data.train:
-        if source.format in PROMPTS:
-            known = prompts.get(source.format, ())
-            prompts[source.format] = tuple(dict.fromkeys([*known, source.prompt or PROMPTS[source.format]]))
+        template = source.prompt or PROMPTS.get(source.format)
+        known = prompts.get(source.format, ())
+        prompts[source.format] = tuple(dict.fromkeys([*known, *([] if template is None else [template])]))
     return prompts

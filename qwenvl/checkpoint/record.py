@@ -60,7 +60,7 @@ class ModelRecord:
         chat_format: None where nothing says it.
         stop_ids: the tokens at which a reply ends; empty where they follow from `chat_format` alone.
         prompts: templates of the user's text in training, by format of the data, such as
-            `{"vqa": ("{question} Answer:",)}`.
+            `{"vqa": ("{question} Answer:",)}`; empty for a format whose rows bring what the user says.
         system: the system message of training; None for the default one, or where it differed from row to row.
         grounding: whether `<ref>`, `<box>` and `<quad>` in texts were tokens in training.
         labels: what was learned: the "assistant" replies, or the "structure" of turns too; None if not known.
@@ -82,6 +82,12 @@ class ModelRecord:
     def style(self) -> Literal["chat", "base"] | None:
         """`chat_format` in the words of the command line."""
         return None if self.chat_format is None else "chat" if self.chat_format == "chatml" else "base"
+
+    @property
+    def only_prompt(self) -> str | None:
+        """The template that every row was asked by; None where there were several, or rows without one."""
+        templates = [template for of_format in self.prompts.values() for template in of_format or ("",)]
+        return templates[0] if len(templates) == 1 and templates[0] else None
 
 
 def trained_as(base: str | Path, adapter: str | Path | None = None) -> ModelRecord:

@@ -17,6 +17,7 @@ from finetune.training.progress import Progress
 from finetune.training.trained_model import load_trained_model
 from finetune.training.training_data import read_data
 from finetune.training.training_plan import plan_training
+from qwenvl.checkpoint.record import ModelRecord
 
 
 def make_trainer(folder, workers):
@@ -37,6 +38,7 @@ def make_trainer(folder, workers):
         trained,
         trainer_arguments(recipe, plan.switches, None),
         None,
+        ModelRecord(),
         stop=StopOnSignal(),
         progress=Progress(),
         phases=Phases("load"),
