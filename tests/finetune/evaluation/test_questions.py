@@ -338,7 +338,7 @@ def test_a_gold_reply_is_compared_without_its_boxes_as_replies_are(tmp_path):
         DataError, match="holds nothing but boxes, and exact_match compares texts: use metric grounding"
     ):
         ask(tmp_path, task, conversation("<box>(1,2),(3,4)</box>"))
-    with pytest.raises(DataError, match=r"its last reply, which is the gold answer, is blank"):
+    with pytest.raises(DataError, match="is blank"):
         ask(tmp_path, task, conversation(" "))
 
 
