@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from recipes_for_tests import IMAGES, ROOT, TINY
+from recipes_for_tests import IMAGES, ROOT, TINY, write_recipe
 
 from finetune.cli import main
 from finetune.commands.evaluate import path_and_split
@@ -14,8 +14,10 @@ from finetune.errors import UserError
 from finetune.evaluation import evaluate as evaluate_module
 from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 from finetune.evaluation.tasks import find_task
+from finetune.recipe import load_recipe
 from finetune.replies.replies import generate_replies
-from finetune.terminal import labelled
+from finetune.terminal import labelled, say_nothing
+from finetune.training.train import train
 from qwenvl import load_image
 from qwenvl.checkpoint.record import ModelRecord, write_record
 from qwenvl.text.chat import render_chat
@@ -81,6 +83,23 @@ def test_an_exported_model_is_asked_as_it_was_trained(tmp_path, trained, asked, 
     assert prompts[1] == "asked by the same prompt: '{question} Answer:'"
     assert results["settings"]["prompt"] == "{question} Answer:" and "trained with" in results["settings"]["asked"]
     assert "It was asked by the prompt it was trained with" in (tmp_path / "out" / "evaluation.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_its_adapter_and_its_merged_model_are_asked_by_the_same_prompt(tmp_path, asked):
+    rows = [{"image": str(IMAGES[n]), "question": f"What {n}?", "answers": [f"answer {n}"]} for n in range(4)]
+    (tmp_path / "vqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "vqa.jsonl"), "format": "vqa", "prompt": "Look. {question}"}
+    recipe = write_recipe(tmp_path / "made", data__train=[source], train__max_steps=1)
+    train(load_recipe(recipe), say=say_nothing)
+    run = tmp_path / "made" / "run"
+    assert main(["merge", str(run), "--to", str(tmp_path / "merged")]) == 0
+    lines = []
+    for number, model in enumerate((run, run / "adapter", tmp_path / "merged")):
+        _, _, said = ask(tmp_path, rows[:2], str(model), out=tmp_path / f"out{number}")
+        lines += [line for line in said if line.startswith("prompt")]
+    assert lines == ["prompt      asked by the prompt it was trained with: 'Look. {question}'"] * 3
+    assert asked[0][0] == asked[1][0] == asked[2][0]
 
 
 def test_replies_to_another_prompt_are_not_gone_on_with(tmp_path, trained):
