@@ -11,10 +11,13 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
-from qwenvl.checkpoint.fingerprint import BASE_FILE, check_base, trained_parts
+from qwenvl.checkpoint.checkpoint_files import find_file
+from qwenvl.checkpoint.fingerprint import check_base
+from qwenvl.checkpoint.record import BASE_FILE, RECORD, trained_as
 from qwenvl.errors import InputError, MissingFileError
 from qwenvl.loading_errors import adapter_errors, checkpoint_errors, first_line
 from qwenvl.model.configuration import QwenVLConfig
+from qwenvl.model.generation import reply_as_trained
 from qwenvl.model.host_embedding import WithoutEmbeddings, read_embeddings
 from qwenvl.model.modeling import QwenVLForConditionalGeneration
 from qwenvl.model.nf4_weights import compute_in, linear_4bit
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = [ADAPTER_CONFIG, "adapter_model.*", BASE_FILE]
+ADAPTER_FILES = [ADAPTER_CONFIG, "adapter_model.*", RECORD, BASE_FILE]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 DeviceMap = str | Mapping[str, int | str | torch.device] | None
@@ -66,7 +69,8 @@ def load_model(
             base is then found.
         adapter: adapter or run folder, or hub id, of an adapter for `path`.
         quantization: "nf4" quantises linear layers to 4 bits, one tensor after the other while they are read, and on
-            the GPU if there is one and no device_map is given. None loads the checkpoint as stored, in 4 bits or not.
+            the GPU if there is one and no device_map is given. "none" loads 16 or 32 bits. None loads a checkpoint as
+            stored, in 4 bits or not, and the base of an adapter as it was when the adapter was trained.
         quantize: with "nf4", the parts in 4 bits: "language", and optionally "vision" and "head" (see
             `quantization.PARTS`). None: those that the checkpoint has in 4 bits, or the adapter was trained on, else
             the language model only.
@@ -80,14 +84,9 @@ def load_model(
             weights that do not fit the model; or a quantisation that is unknown, that the checkpoint contradicts or
             that needs bitsandbytes.
     """
-    source = find_source(path)
-    if adapter is not None:
-        if source.adapter is not None:
-            raise InputError(f"{path} is an adapter itself: give the base checkpoint as path, or leave adapter out")
-        source = ModelSource(source.base, _find_adapter(adapter))
-    if quantization is not None and quantize is None and source.adapter is not None:
-        quantize = trained_parts(source.adapter) or None
-    parts = find_parts(source.base, quantization, quantize)
+    source = find_source(path, adapter=adapter)
+    record = trained_as(source.base, source.adapter)
+    parts = find_parts(source.base, quantization, quantize, trained=record.quantize if source.adapter else ())
     kind = WithoutEmbeddings if embeddings_on_cpu else QwenVLForConditionalGeneration
     with checkpoint_errors(source.base):
         if parts:
@@ -97,21 +96,40 @@ def load_model(
     if embeddings_on_cpu:
         read_embeddings(model, source.base)
     model = model.eval()
+    if model.generation_config is not None:
+        reply_as_trained(model.generation_config, model.config, record)
     return model if source.adapter is None else _add_adapter(model, source.base, source.adapter)
 
 
-def find_parts(base: str, quantization: str | None = None, quantize: Iterable[str] | None = None) -> tuple[str, ...]:
+def find_parts(
+    base: str,
+    quantization: str | None = None,
+    quantize: Iterable[str] | None = None,
+    *,
+    trained: tuple[str, ...] = (),
+) -> tuple[str, ...]:
     """The parts of a checkpoint that `load_model` with these arguments has in 4 bits; none: it is in 16 or 32 bits.
+
+    Args:
+        trained: those that were in 4 bits when the adapter on it was trained.
 
     Raises:
         InputError: an unknown quantisation or part, one that the checkpoint contradicts, or no bitsandbytes.
     """
-    if quantization not in (None, "nf4"):
-        raise InputError(f"quantization must be nf4 or None, not {quantization!r}")
-    if quantization is None and quantize is not None:
+    if quantization not in (None, "none", "nf4"):
+        raise InputError(f"quantization must be nf4, none or None, not {quantization!r}")
+    if quantization != "nf4" and quantize is not None:
         raise InputError("quantize has no effect without quantization='nf4': give both or neither")
     stored = quantized_parts(QwenVLConfig.from_pretrained(base))
-    wanted = stored if quantization is None else read_parts(quantize or stored or DEFAULT_PARTS)
+    if stored and quantization == "none":
+        raise InputError(
+            f"{base} holds 4-bit weights ({', '.join(stored)}): for quantization none, give the 16-bit checkpoint "
+            "that it was made from"
+        )
+    if quantization == "nf4":
+        wanted = read_parts(quantize or stored or trained or DEFAULT_PARTS)
+    else:
+        wanted = stored if quantization is None and stored else trained if quantization is None else ()
     if stored and wanted != stored:
         raise InputError(
             f"{base} is in 4 bits already: {', '.join(stored)}. That cannot be loaded as {', '.join(wanted)}: give "
@@ -160,28 +178,60 @@ def load_processor(path: str | Path) -> QwenVLProcessor:
     return QwenVLProcessor.from_pretrained(find_source(path).base)
 
 
-def find_source(path: str | Path) -> ModelSource:
+def find_source(path: str | Path, *, adapter: str | Path | None = None) -> ModelSource:
     """Find out what a path refers to, without loading weights. An adapter on the hub is downloaded.
 
+    Args:
+        path: as `load_model` takes it.
+        adapter: adapter or run folder, or hub id, of an adapter for `path`, whatever base it names itself.
+
     Raises:
-        MissingFileError: nothing to load at `path`, or an adapter whose base is missing.
-        InputError: a checkpoint of another kind of model, or a damaged adapter.
+        MissingFileError: nothing to load at `path`, no adapter at `adapter`, or an adapter whose base is missing.
+        InputError: a checkpoint of another kind of model, a damaged adapter, or an adapter for an adapter.
     """
     try:
-        return _source_in_folder(path) or _source_on_hub(str(path))
+        if adapter is not None:
+            if find_adapter(path) is not None:
+                raise InputError(
+                    f"{path} is an adapter itself: give the base checkpoint as path, or leave adapter out"
+                )
+            folder = find_adapter(adapter)
+            if folder is None:
+                raise MissingFileError(f"{adapter}: no {ADAPTER_CONFIG} here, so this is not an adapter")
+            return ModelSource(find_source(path).base, str(folder))
+        found = find_adapter(path)
+        if found is not None:
+            return ModelSource(_base_of(found), str(found))
+        return _checkpoint_in_folder(path) or _checkpoint_on_hub(str(path))
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _source_in_folder(path: str | Path) -> ModelSource | None:
+def find_adapter(path: str | Path) -> Path | None:
+    """The folder of an adapter, whose base need not be there; None where `path` is no adapter.
+
+    Args:
+        path: adapter folder, run folder, or hub id (its files are downloaded).
+
+    Raises:
+        MissingFileError: neither a folder nor a hub id that can be reached.
+    """
+    folder = Path(path)
+    for place in (folder / "adapter", folder):  # a run folder, or the adapter's own
+        if (place / ADAPTER_CONFIG).is_file():
+            return place
+    if folder.exists() or not _looks_like_hub_id(str(path)):
+        return None
+    if find_file(path, ADAPTER_CONFIG) is None:
+        return None
+    return Path(snapshot_download(str(path), allow_patterns=ADAPTER_FILES))
+
+
+def _checkpoint_in_folder(path: str | Path) -> ModelSource | None:
     """None if there is no such folder and the path may be a hub id."""
     folder = Path(path)
-    if (folder / "adapter" / ADAPTER_CONFIG).is_file():  # a run folder
-        folder = folder / "adapter"
-    if (folder / ADAPTER_CONFIG).is_file():
-        return ModelSource(_base_of(folder), str(folder))
     if (folder / "model" / "config.json").is_file():  # a run folder of a training without adapter
         folder = folder / "model"
     if (folder / "config.json").is_file():
@@ -194,31 +244,9 @@ def _source_in_folder(path: str | Path) -> ModelSource | None:
     return None
 
 
-def _source_on_hub(name: str) -> ModelSource:
-    config = cached_file(
-        name,
-        ADAPTER_CONFIG,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if config is None:
-        _require_on_hub(name)
-        return ModelSource(name, None)
-    folder = Path(snapshot_download(name, allow_patterns=ADAPTER_FILES))
-    return ModelSource(_base_of(folder), str(folder))
-
-
-def _find_adapter(path: str | Path) -> str:
-    """The adapter's folder.
-
-    Raises:
-        MissingFileError: there is no adapter at `path`.
-    """
-    adapter = find_source(path).adapter
-    if adapter is None:
-        raise MissingFileError(f"{path}: no {ADAPTER_CONFIG} here, so this is not an adapter")
-    return adapter
+def _checkpoint_on_hub(name: str) -> ModelSource:
+    _require_on_hub(name)
+    return ModelSource(name, None)
 
 
 def _refuse_other_kind(folder: Path) -> None:
@@ -255,7 +283,10 @@ def _base_of(adapter: Path) -> str:
     except (ValueError, AttributeError) as error:
         raise InputError(f"{adapter / ADAPTER_CONFIG} is not an adapter's configuration: {error}") from error
     if not base:
-        raise MissingFileError(f"{adapter}: the adapter names no base; load it with load_model(<base>, adapter=...)")
+        raise MissingFileError(
+            f"{adapter}: the adapter names no base: give it with --base BASE, or load_model(BASE, "
+            f"adapter={str(adapter)!r})"
+        )
     if not isinstance(base, str):
         raise InputError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path must be a path or hub id, not {base!r}")
     for folder in (adapter / base, Path(base)):
@@ -263,9 +294,16 @@ def _base_of(adapter: Path) -> str:
             return str(folder)
     if not _looks_like_hub_id(base):
         raise MissingFileError(
-            f"{adapter}: the adapter's base {base} is not there. If it was moved: load_model(<its new place>, "
-            f"adapter={str(adapter)!r})"
+            f"{adapter}: the adapter's base {base} is not there. If it was moved, give its new place with --base "
+            f"BASE, or load_model(BASE, adapter={str(adapter)!r})"
         )
+    try:
+        _require_on_hub(base)
+    except MissingFileError as error:
+        raise MissingFileError(
+            f"{adapter}: the adapter's base: {error}. If it is somewhere else, give its place with --base BASE, or "
+            f"load_model(BASE, adapter={str(adapter)!r})"
+        ) from error
     return base
 
 

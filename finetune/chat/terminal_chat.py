@@ -14,13 +14,12 @@ from finetune.chat.conversation_rows import append_row
 from finetune.errors import Failed, InputError, UserError
 from finetune.files.path_errors import path_errors
 from finetune.quantities import format_count
-from finetune.replies.model_style import stored_style
+from finetune.replies.model_style import ModelUse, find_use
 from finetune.replies.replies import without_adapter
 from finetune.replies.task_replies import Style
 from finetune.terminal import terminal_line, terminal_text
 from qwenvl import QwenVLConfig, QwenVLTokenizer, load_image, load_model, load_processor
 from qwenvl.images.drawing import save_grounding
-from qwenvl.loading import find_source
 from qwenvl.text.grounding import Region, parse_grounding
 
 HELP = """\
@@ -35,6 +34,8 @@ Ctrl-C stops a reply; what there is of it stays. A message that begins with / is
 def chat(
     model: str,
     *,
+    base: str | None = None,
+    style: Style | None = None,
     images: Sequence[str | Path] = (),
     once: str | None = None,
     system: str | None = None,
@@ -48,12 +49,15 @@ def chat(
 
     Args:
         model: anything `qwenvl.load_model` takes.
+        base: of an adapter, where it is not where the adapter says.
+        style: "chat" or "base"; None for the model's own.
         images: for the first message.
         once: a single message; only its reply goes to stdout. None for a conversation.
         system: the system message; None for the default one.
         max_new_tokens: most tokens of a reply.
         temperature: 0 always takes the likeliest token.
-        dtype, quantization: as in `load_model`.
+        dtype: as in `load_model`.
+        quantization: "nf4" or "none"; None for the model's own, as it was trained.
         boxes: image file to draw the boxes of a reply into. None: a new file in the working directory for each reply;
             with `once`, none.
 
@@ -61,8 +65,9 @@ def chat(
         InputError: an argument is wrong; found before weights are loaded.
         Failed: with `once`, the device's memory does not hold prompt and reply.
     """
-    style, config = chat_style(model), QwenVLConfig.from_pretrained(find_source(model).base)
-    if style == "base" and system is not None:
+    use = find_use(model, base=base, style=style, quantization=quantization)
+    config = QwenVLConfig.from_pretrained(use.source.base)
+    if use.style == "base" and system is not None:
         raise UserError(f"{model} is a base model, which continues raw text: it has no system message")
     if config.visual is None and images:
         raise UserError(f"{model} is a text-only checkpoint: it takes no images")
@@ -74,13 +79,16 @@ def chat(
         if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show become escapes
             stream.reconfigure(errors="backslashreplace")
 
+    tell(f"{model}: {use}")
     loaded = load_model(
-        model,
+        use.source.base,
+        adapter=use.source.adapter,
         dtype=dtype,
-        quantization=quantization,
+        quantization=use.quantization,
+        quantize=use.quantize,
         device_map="auto" if torch.cuda.is_available() else None,
     )
-    conversation = open_conversation(model, loaded, style)
+    conversation = open_conversation(use, loaded)
     conversation.system, conversation.max_new_tokens, conversation.temperature = system, max_new_tokens, temperature
     for image in images:
         conversation.add_image(image)
@@ -91,21 +99,13 @@ def chat(
         terminal.talk(model)
 
 
-def chat_style(model: str) -> Style:
-    """How a model is asked: in ChatML, unless its generation config says that it is a base model.
-
-    Raises:
-        InputError: there is no such model.
-    """
-    return stored_style(model) or "chat"
-
-
-def open_conversation(model: str, loaded: torch.nn.Module, style: Style) -> Conversation:
-    """An empty conversation with `loaded`, a model that was loaded from `model`."""
+def open_conversation(use: ModelUse, loaded: torch.nn.Module) -> Conversation:
+    """An empty conversation with `loaded`, a model that was loaded as `use` says."""
+    base = use.source.base
     if without_adapter(loaded).config.visual is None:
-        return Conversation(loaded, QwenVLTokenizer.from_pretrained(find_source(model).base), None, style)
-    processor = load_processor(model)
-    return Conversation(loaded, processor.tokenizer, processor.image_processor, style)
+        return Conversation(loaded, QwenVLTokenizer.from_pretrained(base), None, use.style)
+    processor = load_processor(base)
+    return Conversation(loaded, processor.tokenizer, processor.image_processor, use.style)
 
 
 class TerminalChat:

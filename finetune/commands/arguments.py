@@ -24,7 +24,21 @@ def add_dtype(parser: argparse._ActionsContainer, stored: str = "they are stored
 
 def add_quantization(parser: argparse._ActionsContainer) -> None:
     """`--quantization`; None without it."""
-    parser.add_argument("--quantization", choices=("nf4",), help="hold the language model in 4 bits")
+    parser.add_argument(
+        "--quantization",
+        choices=("nf4", "none"),
+        help="nf4 holds the language model in 4 bits, none loads 16 bits; by default as stored, and as trained",
+    )
+
+
+def add_base(parser: argparse._ActionsContainer) -> None:
+    """`--base`; None without it."""
+    parser.add_argument("--base", metavar="BASE", help="the adapter's base (folder or hub id), where it was moved")
+
+
+def add_style(parser: argparse._ActionsContainer) -> None:
+    """`--style`; None without it."""
+    parser.add_argument("--style", choices=("chat", "base"), help="ChatML, or raw text; by default as the model says")
 
 
 def count(text: str) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from finetune.commands.arguments import add_dtype, add_quantization, count, non_negative
+from finetune.commands.arguments import add_base, add_dtype, add_quantization, add_style, count, non_negative
 from finetune.errors import UserError
 from finetune.files.output_paths import refuse_unwritable_file
 
@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="0 (the default) always takes the likeliest token, 1 draws tokens as likely as they are",
     )
+    add_base(parser)
+    add_style(parser)
     add_dtype(parser)
     add_quantization(parser)
     parser.add_argument(
@@ -65,6 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     chat(
         arguments.model,
+        base=arguments.base,
+        style=arguments.style,
         images=arguments.image,
         once=arguments.once,
         system=arguments.system,

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.commands.arguments import add_dtype, add_quantization, count
+from finetune.commands.arguments import add_base, add_dtype, add_quantization, add_style, count
 from finetune.errors import UserError
 from finetune.files.output_paths import refuse_unwritable_folder
 
@@ -50,9 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is asked")
     how.add_argument("--metric", help="of task custom: anls, relaxed_accuracy, vqa_score, exact_match, grounding, ...")
     how.add_argument("--prompt", help="in place of the task's; {question} or {phrase} is filled in")
-    how.add_argument("--style", choices=["chat", "base"], help="ChatML, or raw text; by default as the model says")
+    add_style(how)
     how.add_argument("--shots", type=int, default=0, metavar="K", help="solved examples first; style base")
     how.add_argument("--max-new-tokens", type=count, metavar="N", help="of a reply; by default the task's")
+    add_base(how)
     add_dtype(how)
     add_quantization(how)
     how.add_argument("--batch-tokens", type=count, metavar="N", help="most tokens of a batch; 8192 by default")
@@ -88,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
             task=task,
             sources=sources,
             compare=arguments.compare,
+            base=arguments.base,
             images_root=images_root,
             allow_urls=bool(recipe and recipe.data.allow_urls),
             limit=arguments.limit,

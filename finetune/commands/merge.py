@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from finetune.commands.arguments import add_dtype, size
+from finetune.commands.arguments import add_base, add_dtype, add_style, size
 from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.merge.adapter_config import find_adapter
 
@@ -18,13 +18,14 @@ finetune merge path/to/adapter --base Qwen/Qwen-VL-Chat --to models/other"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or adapter folder in PEFT's format")
     parser.add_argument("--to", metavar="DIR", type=Path, required=True, help="folder to write; must not exist yet")
-    parser.add_argument("--base", metavar="BASE", help="the adapter's base (folder or hub id), where it was moved")
+    add_base(parser)
+    add_style(parser)
     add_dtype(parser, "the base is stored")
     parser.add_argument(
         "--onto",
         choices=("base", "dequantized"),
-        default="base",
-        help="after training in 4 bits: merge into the base's own weights (the default), or into those training saw",
+        help="after training in 4 bits: merge into the weights that training saw (dequantized, the default), or into "
+        "the base's own",
     )
     parser.add_argument(
         "--shard-size", metavar="SIZE", type=size, default=5e9, help="of a weight file at most (default: 5GB)"
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.run,
         arguments.to,
         base=arguments.base,
+        style=arguments.style,
         dtype=arguments.dtype,
         onto=arguments.onto,
         shard_bytes=arguments.shard_size,

@@ -66,6 +66,8 @@ class Checked:
         refused: samples that are left out for these problems; more than the problems where a row makes several.
         dropped_long: samples left out because they are longer than allowed.
         shortened: those of the kept ones that lost turns.
+        systems: the system messages of the kept samples, None for the default one; at most two of them, as more than
+            one is all that is asked of them.
     """
 
     kept: np.ndarray
@@ -78,6 +80,7 @@ class Checked:
     refused: int
     dropped_long: list[TooLong]
     shortened: list[Shortened]
+    systems: tuple[str | None, ...] = ()
 
     @property
     def total(self) -> int:
@@ -219,6 +222,7 @@ class _Found:
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
     images: "array[int]" = field(default_factory=lambda: array("q"))
     supervised: "array[int]" = field(default_factory=lambda: array("q"))
+    systems: list[str | None] = field(default_factory=list)
     problems: list[BadRow] = field(default_factory=list)
     refused: int = 0
     dropped_long: list[TooLong] = field(default_factory=list)
@@ -231,7 +235,13 @@ class _Found:
             # A copy: the traceback of one that was raised keeps alive all that was read then.
             self.problems.append(BadRow(*problem.args))
 
+    def keep_system(self, system: str | None) -> None:
+        if len(self.systems) < 2 and system not in self.systems:
+            self.systems.append(system)
+
     def add(self, later: "_Found") -> None:
+        for system in later.systems:
+            self.keep_system(system)
         for name in ("kept", "lengths", "images", "supervised", "dropped_long", "shortened"):
             getattr(self, name).extend(getattr(later, name))
         for problem in later.problems:
@@ -252,6 +262,7 @@ class _Found:
             refused=self.refused,
             dropped_long=self.dropped_long,
             shortened=self.shortened,
+            systems=tuple(self.systems),
         )
 
 
@@ -276,6 +287,7 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
         found.lengths.append(len(rendered.ids))
         found.images.append(len(rendered.images))
         found.supervised.append(rendered.supervised)
+        found.keep_system(system_message(sample.messages))
         if fitted.turns_dropped:
             found.shortened.append(Shortened(sample.origin, fitted.turns_dropped))
     return found
@@ -305,6 +317,14 @@ def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
     for message in messages:
         if not isinstance(message["content"], str):
             yield from (part["image"] for part in message["content"] if part["type"] == "image")
+
+
+def system_message(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """The text of a leading system message; None where there is none, which renders the default one."""
+    if messages[0]["role"] != "system":
+        return None
+    content = messages[0]["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def grounding_texts(messages: Sequence[Mapping[str, Any]], everywhere: bool) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from finetune.batches.budget import REPLY_BATCH_TOKENS
-from finetune.evaluation.evaluated_model import default_folder, model_fingerprint, style_of
+from finetune.evaluation.evaluated_model import default_folder, model_fingerprint
 from finetune.evaluation.page import write_evaluation_page
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
@@ -43,6 +43,7 @@ from finetune.evaluation.results import (
 from finetune.evaluation.tasks import Task
 from finetune.model.computing import choose_dtype, is_random, own_device
 from finetune.recipe.sections import NamedSource, source_names
+from finetune.replies.model_style import ModelUse, find_use
 from finetune.replies.replies import Decoding, generate_replies, plan_replies, stop_ids_of, without_adapter
 from finetune.replies.task_replies import Style
 from finetune.run.environment import describe_environment
@@ -79,12 +80,14 @@ class Evaluation:
         task: with the most new tokens of a reply.
         sources: what is asked, one after the other; several are scored apart as well.
         compare: a second model, asked the same; None for none.
+        base: of an adapter, where it is not where the adapter says; None for where it says.
         images_root, allow_urls: what images may be reached.
         limit: use only the first `limit` questions; None is all.
         sample: number of them to draw by `seed`, in equal shares of all sources; None is all.
         style: None is each model's own.
         shots: solved examples before each question, for style base.
-        dtype, quantization: as `load_model` takes them; "auto" is the device's own.
+        dtype: as `load_model` takes it; "auto" is the device's own.
+        quantization: "nf4" or "none" for both models; None is each model's own, as it was trained.
         batch_tokens: see `replies.Decoding`.
         grounding: read markup in all texts as tokens.
         on_bad_row: what happens to a row that cannot be asked.
@@ -96,6 +99,7 @@ class Evaluation:
     task: Task
     sources: tuple[EvaluationSource | NamedSource, ...]
     compare: str | None = None
+    base: str | None = None
     images_root: str | None = None
     allow_urls: bool = False
     limit: int | None = None
@@ -174,11 +178,18 @@ Role = Literal["model", "compared"]
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """One of the models: its role, its name as given, and how it is asked."""
+    """One of the models: its role, and how it is asked and loaded."""
 
     role: Role
-    name: str
-    style: Style
+    use: ModelUse
+
+    @property
+    def name(self) -> str:
+        return self.use.name
+
+    @property
+    def style(self) -> Style:
+        return self.use.style
 
 
 def find_models(evaluation: Evaluation, say: Say) -> list[EvaluatedModel]:
@@ -187,14 +198,14 @@ def find_models(evaluation: Evaluation, say: Say) -> list[EvaluatedModel]:
     Raises:
         InputError: there is no such model, or its style is unknown.
     """
-    given: list[tuple[Role, str]] = [("model", evaluation.model)]
+    given: list[tuple[Role, str, str | None]] = [("model", evaluation.model, evaluation.base)]
     if evaluation.compare:
-        given.append(("compared", evaluation.compare))
+        given.append(("compared", evaluation.compare, None))
     models = []
-    for role, name in given:
-        model = EvaluatedModel(role, name, evaluation.style or style_of(name))
-        say(role, f"{name}, asked as a {model.style} model")
-        models.append(model)
+    for role, name, base in given:
+        use = find_use(name, base=base, style=evaluation.style, quantization=evaluation.quantization)
+        say(role, f"{name}, {use}")
+        models.append(EvaluatedModel(role, use))
     return models
 
 
@@ -242,7 +253,7 @@ def prediction_file(
     """The file for the replies of a model, with what must be the same for replies to belong together."""
     task = evaluation.task
     identity = {
-        "model": model_fingerprint(model.name),
+        "model": model_fingerprint(model.use.source),
         "task": {
             "name": task.name,
             "metric": task.metric,
@@ -254,7 +265,8 @@ def prediction_file(
             "style": model.style,
             "shots": evaluation.shots,
             "dtype": choose_dtype(evaluation.dtype),
-            "quantization": evaluation.quantization,
+            "quantization": model.use.quantization,
+            "quantize": list(model.use.quantized),
         },
     }
     return PredictionFile(folder / COMPARED if model.role == "compared" else folder, identity)
@@ -306,15 +318,18 @@ def generate(
 ) -> Replies:
     """Load the model and reply to the questions with these numbers."""
     task = evaluation.task
-    processor = load_processor(model.name)
+    source = model.use.source
+    processor = load_processor(source.base)
     tokenizer = processor.tokenizer
     prompts = QuestionPrompts(questions, numbers, tokenizer, processor.n_queries)
     with ReplyProgress("reading questions", len(numbers)) as progress:
         plan = plan_replies(prompts, progress.reached)
     loaded = load_model(
-        model.name,
+        source.base,
+        adapter=source.adapter,
         dtype=choose_dtype(evaluation.dtype),
-        quantization=evaluation.quantization,
+        quantization=model.use.quantization,
+        quantize=model.use.quantize,
         device_map=own_device() if torch.cuda.is_available() else None,
     )
     notes = []
@@ -392,7 +407,7 @@ def describe(
             "seed": evaluation.seed,
             "batch_tokens": evaluation.batch_tokens,
             "dtype": choose_dtype(evaluation.dtype),
-            "quantization": evaluation.quantization,
+            "quantization": identity["settings"]["quantization"],
         },
         "speed": replies[0].speed or (earlier and earlier["speed"]),
         "identity": identity,

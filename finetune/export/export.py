@@ -6,6 +6,7 @@ model.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.byte_progress import byte_progress
 from finetune.files.checkpoint_folder import (
     CONFIG,
+    chat_settings,
     companion_folder,
     copy_companions,
     copy_file,
@@ -42,7 +44,8 @@ from finetune.terminal import Say, say
 from qwenvl import QwenVLConfig
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
-from qwenvl.loading import DTYPES, find_source
+from qwenvl.checkpoint.record import BaseNote, trained_as, write_record
+from qwenvl.loading import DTYPES, find_adapter, find_source
 from qwenvl.model.quantization import quantized_parts
 
 COMPANION_BYTES = 60_000_000  # room for tokenizers, font and card
@@ -122,14 +125,14 @@ def _checkpoint(model: str) -> str:
         UserError: an adapter.
         InputError: there is no such model.
     """
-    found = find_source(model)
-    if found.adapter is not None:
+    if find_adapter(model) is not None:
         merged = f"{str(model).rstrip('/')}-merged"
         raise UserError(
-            f"{model} is an adapter on {found.base}: merge it first, then export the merged folder:\n"
-            f"    finetune merge {model} --to {merged}"
+            f"{model} is an adapter: merge it first, then export the merged folder:\n"
+            f"    finetune merge {model} --to {merged}\n"
+            "with --base BASE where its base is not where the adapter says"
         )
-    return found.base
+    return find_source(model).base
 
 
 def _locate(base: str, config: QwenVLConfig, say: Say) -> dict[str, StoredTensor]:
@@ -162,10 +165,16 @@ def _write_safetensors(
         with byte_progress("writing", needed) as progress:
             hashes = write_tensors(partial, planned(tensors), pieces(tensors), shard_bytes, progress)
             say("written", progress.rate())
-        published = read_json(companion_folder(base) / CONFIG)
+        published, record = read_json(companion_folder(base) / CONFIG), trained_as(base)
         written_as = _main_dtype(tensors)
-        copy_companions(base, partial, config=None if dtype is None else dtype_settings(published, written_as))
+        copy_companions(
+            base,
+            partial,
+            config=None if dtype is None else dtype_settings(published, written_as),
+            generation=chat_settings(base, record.chat_format),
+        )
         fingerprint = weights_fingerprint(base)
+        write_record(partial, replace(record, base=BaseNote(base, fingerprint)))
         source_card = companion_folder(base) / CARD
         if source_card.is_file():  # it is the same model, and so is its card
             copy_file(source_card, partial / CARD)
@@ -212,12 +221,13 @@ def _write_qwen2(
                 hashes[f"{VISUAL}/{VISUAL_WEIGHTS}"] = whole[SINGLE_NAME]
             say("written", progress.rate())
         written_as = _main_dtype(language)
+        fingerprint = weights_fingerprint(base)
         write_companions(partial, base, tokenizer, config, written_as)
+        write_record(partial, replace(trained_as(base), base=BaseNote(base, fingerprint)))
         _read_back(partial, hashes, [*language, *visual], needed, say)
         check_folder(partial, tokenizer)
         facts = {"weights": dtype_name(written_as), "context": f"{config.seq_length:,} tokens"}
         title = f"{_name(run or Path(base))}, language model as Qwen2"
-        fingerprint = weights_fingerprint(base)
         write_qwen2_card(partial, base, config, title=title, fingerprint=fingerprint, facts=facts, training=training)
     for line in limits(config):
         say("note", line)

@@ -7,6 +7,7 @@ quantization="nf4". It names that checkpoint: an adapter trained on one of them 
 import gc
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from finetune.export.tensors import refuse_incomplete
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.checkpoint_folder import (
     CONFIG,
+    chat_settings,
     companion_folder,
     copy_companions,
     dtype_settings,
@@ -33,8 +35,9 @@ from finetune.quantities import format_bytes
 from finetune.terminal import Say, say
 from qwenvl import QwenVLForConditionalGeneration, load_model
 from qwenvl.checkpoint.checkpoint_files import locate_tensors
-from qwenvl.checkpoint.fingerprint import own_fingerprint, weights_fingerprint, write_base
-from qwenvl.loading import DTYPES, find_parts, find_source
+from qwenvl.checkpoint.fingerprint import own_fingerprint, weights_fingerprint
+from qwenvl.checkpoint.record import BaseNote, trained_as, write_record
+from qwenvl.loading import DTYPES, find_adapter, find_parts, find_source
 from qwenvl.model.nf4_weights import BLOCK
 from qwenvl.model.quantization import DEFAULT_PARTS, quantized_names, quantized_parts
 
@@ -83,14 +86,16 @@ def export_nf4(
         state = model.state_dict()
         plan = [Planned(name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()]
         write_tensors(partial, plan, state.items())
-        copy_companions(base, partial, config=settings)
+        record = trained_as(base)
+        copy_companions(base, partial, config=settings, generation=chat_settings(base, record.chat_format))
         stored_as = model.dtype
         del model, state
         gc.collect()
         say("checking", "what was written, read back")
         _compare(written, _digests(load_model(partial)))
         noted = base if is_hub_id(base) else str(Path(base).resolve())
-        write_base(partial, noted, fingerprint, quantize=parts, own_fingerprint=own_fingerprint(partial))
+        record = replace(record, base=BaseNote(noted, fingerprint), quantize=tuple(parts))
+        write_record(partial, replace(record, own_fingerprint=own_fingerprint(partial)))
         write_card(
             partial,
             title=f"{Path(base).name} in 4 bits",
@@ -122,9 +127,9 @@ def stored_bytes(base: str, parts: Iterable[str], dtype: torch.dtype | None) -> 
 
 
 def _base_checkpoint(source: str) -> str:
-    found = find_source(source)
-    if found.adapter is not None:
+    if find_adapter(source) is not None:
         raise UserError(f"{source} is an adapter: merge it into its base first (finetune merge), then export that")
+    found = find_source(source)
     stored = quantized_parts(read_config(found.base))
     if stored:
         raise UserError(f"{source} is in 4 bits already: {', '.join(stored)}. Give the 16-bit checkpoint")

@@ -33,7 +33,8 @@ from finetune.files.checkpoint_folder import (
 )
 from qwenvl import QwenVLConfig, QwenVLTokenizer
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
-from qwenvl.model.generation import read_published_settings
+from qwenvl.checkpoint.record import trained_as
+from qwenvl.model.generation import read_published_settings, reply_as_trained
 from qwenvl.text.vocabulary import END_OF_TEXT, IM_END, Vocabulary
 
 VISUAL = "visual"
@@ -238,11 +239,12 @@ def qwen2_config(config: QwenVLConfig, settings: dict[str, Any], dtype: torch.dt
 def generation_settings(base: str, tokenizer: QwenVLTokenizer, config: QwenVLConfig) -> dict[str, Any]:
     """`generation_config.json`: where replies end, and how the source decodes by default."""
     read = read_published_settings(read_generation_config(base), config)
-    settings = {
+    reply_as_trained(read, config, trained_as(base))
+    written = {
         "eos_token_id": tokenizer.eod_id if read.eos_token_id is None else read.eos_token_id,
         "pad_token_id": tokenizer.eod_id if read.pad_token_id is None else read.pad_token_id,
     }
-    return settings | {key: getattr(read, key) for key in SETTINGS if getattr(read, key) is not None}
+    return written | {key: getattr(read, key) for key in SETTINGS if getattr(read, key) is not None}
 
 
 def check_folder(folder: Path, ours: QwenVLTokenizer) -> None:

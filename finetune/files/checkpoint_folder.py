@@ -74,6 +74,14 @@ def copy_companions(
     return sorted(names)
 
 
+def chat_settings(source: str | Path, chat_format: str | None) -> dict[str, Any] | None:
+    """What `copy_companions` has to change in `generation_config.json` for a model of this format: None where the
+    source's says it already, or nothing is known."""
+    file = companion_folder(source) / GENERATION_CONFIG
+    said = read_json(file).get("chat_format") if file.is_file() else None
+    return None if chat_format in (None, said) else {"chat_format": chat_format}
+
+
 def companion_folder(source: str | Path) -> Path:
     """The folder with a checkpoint's configs: itself, or the hub cache's snapshot (fetched, or found where there is no
     network).

@@ -156,7 +156,11 @@ def _answer_adapted(
     """The logits of base and adapter, (POSITIONS, vocabulary); the model is freed afterwards."""
     try:
         model = load_model(
-            sources.base, adapter=sources.adapter, dtype=dtype, quantization="nf4" if quantized else None
+            sources.base,
+            adapter=sources.adapter,
+            dtype=dtype,
+            quantization="nf4" if quantized else "none",
+            quantize=sources.parts if quantized else None,
         )
     except InputError as error:
         raise Failed(

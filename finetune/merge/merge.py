@@ -6,6 +6,7 @@ after the other. Only the check by logits loads the model, as its users will.
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.byte_progress import byte_progress
 from finetune.files.checkpoint_folder import (
     CONFIG,
+    chat_settings,
     companion_folder,
     copy_companions,
     dtype_settings,
@@ -34,9 +36,11 @@ from finetune.merge.folder import is_done, write_merge
 from finetune.merge.sources import Sources, find_sources
 from finetune.merge.tensors import MergedTensor, merged_pieces
 from finetune.quantities import format_bytes
+from finetune.replies.task_replies import Style
 from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
+from qwenvl.checkpoint.record import BaseNote, ModelRecord, write_record
 from qwenvl.loading import DTYPES
 
 COMPANION_BYTES = 50_000_000  # room for tokenizer, font and card
@@ -47,8 +51,9 @@ def merge(
     to: str | Path,
     *,
     base: str | None = None,
+    style: Style | None = None,
     dtype: str = "auto",
-    onto: Literal["base", "dequantized"] = "base",
+    onto: Literal["base", "dequantized"] | None = None,
     shard_bytes: float = SHARD_BYTES,
     check: bool = True,
     overwrite: bool = False,
@@ -60,8 +65,10 @@ def merge(
         path: run or adapter folder.
         to: the folder to write; it appears complete or not at all.
         base: the adapter's base, where it is not where the adapter says: folder or hub id.
+        style: "chat" or "base": what the adapter was trained on; None for what its record or its base says.
         dtype: "float32", "bfloat16", "float16", or "auto" for the types that the base is stored in.
-        onto: after a training in 4 bits: merge into the base's own weights, or into those that the training saw.
+        onto: after a training in 4 bits: merge into the weights that the training saw ("dequantized"), or into the
+            base's own ("base"). None is as it was trained.
         shard_bytes: size of a weight file at most.
         check: read back what was written, load it in a fresh process, and compare its logits with base and adapter.
         overwrite: replace a folder that is there.
@@ -76,7 +83,8 @@ def merge(
     """
     to = Path(to)
     refuse_unwritable_folder(to, "the merged model", "--to")
-    found = find_sources(Path(path), base)
+    found = find_sources(Path(path), base, style)
+    onto = onto or ("dequantized" if found.parts else "base")
     stored = locate_tensors(found.base)
     adapter = read_adapter(found.adapter, stored)
     plan = plan_tensors(stored, adapter, found, dtype, onto)
@@ -86,6 +94,7 @@ def merge(
         "adapter": adapter.sha256(),
         "dtype": dtypes,
         "onto": onto,
+        "chat_format": found.record.chat_format,
         "shard_bytes": int(shard_bytes),
     }
     say("base", f"{found.base} ({format_bytes(_bytes(stored.values()))}, fingerprint {found.fingerprint})")
@@ -112,6 +121,7 @@ def merge(
         with writing_large_folder(to) as partial:
             hashes = _write(partial, plan, shard_bytes, say)
             _copy_companions(partial, found, plan)
+            write_record(partial, _merged_record(found))
             facts = measure_rounding_to_4bit(plan, config, found.parts) if found.parts else {}
             if prompt is not None:
                 facts |= check_merge(partial, plan, found, hashes, onto, prompt)
@@ -190,7 +200,8 @@ def _notes(found: Sources, adapter: AdapterWeights, onto: str) -> list[str]:
             f"The adapter does not say which weights it was trained on (it names {named or 'no base'}): it was merged "
             f"into {found.base} unchecked."
         )
-        notes.append("Whether it was trained on chats is not known: the base's chat format and end of reply are kept.")
+    asked = "in ChatML" if found.record.chat_format == "chatml" else "in raw text"
+    notes.append(f"The merged model is asked {asked}: {found.record.read_from}.")
     if found.parts:
         seen = ", ".join(found.parts)
         into = (
@@ -229,9 +240,14 @@ def _copy_companions(folder: Path, found: Sources, plan: list[MergedTensor]) -> 
         found.base,
         folder,
         config=dtype_settings(config, dtype),
-        # This toolkit trains ChatML, whatever the base was.
-        generation={"chat_format": "chatml"} if found.checked else None,
+        generation=chat_settings(found.base, found.record.chat_format),
     )
+
+
+def _merged_record(found: Sources) -> ModelRecord:
+    """The adapter's, of a model that has no 4-bit parts now."""
+    note = BaseNote(found.base, found.fingerprint)
+    return replace(found.record, base=note, quantize=(), own_fingerprint=None)
 
 
 def _write_card(

@@ -1,6 +1,6 @@
 """What is merged: an adapter, the base that it was trained on, and the run that made it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,11 @@ import torch
 from finetune.errors import MissingFileError, UserError
 from finetune.files.checkpoint_folder import CONFIG, companion_folder, read_json
 from finetune.merge.adapter_config import find_adapter, read_adapter_config
-from qwenvl.checkpoint.fingerprint import BASE_FILE, weights_fingerprint
-from qwenvl.loading import DTYPES, find_source
+from finetune.replies.model_style import unknown_style
+from finetune.replies.task_replies import Style
+from qwenvl.checkpoint.fingerprint import weights_fingerprint
+from qwenvl.checkpoint.record import ChatFormat, ModelRecord, read_record, trained_as
+from qwenvl.loading import DTYPES, ModelSource, find_source
 from qwenvl.model.quantization import DEFAULT_PARTS, PARTS
 
 
@@ -24,6 +27,7 @@ class Sources:
         run: the run folder that the adapter is the result of; None for an adapter by itself.
         fingerprint: of the base's weights.
         checked: whether the adapter says which base it was trained on, and this is it.
+        record: what the adapter was trained as.
         parts: those of the base that were in 4 bits in training (see `qwenvl.model.quantization.PARTS`).
         trained_in: the type of the base's weights in training; None where it is not known, or was the stored one.
     """
@@ -33,21 +37,27 @@ class Sources:
     run: Path | None
     fingerprint: str
     checked: bool
+    record: ModelRecord
     parts: tuple[str, ...]
     trained_in: torch.dtype | None
 
 
-def find_sources(path: Path, base: str | None) -> Sources:
+def find_sources(path: Path, base: str | None, style: Style | None = None) -> Sources:
     """Find adapter, base and run, and compare the base with the one that the adapter was trained on.
 
+    Args:
+        path: run or adapter folder.
+        base: folder or hub id, where the base is not where the adapter says.
+        style: what the adapter was trained on; None for what its record or its base says.
+
     Raises:
-        UserError: nothing to merge, another base, or a damaged file.
+        UserError: nothing to merge, another base, a style that nothing says, or a damaged file.
         MissingFileError: no adapter at `path`, or no base.
     """
     adapter = find_adapter(path)
     run = adapter.resolve().parent if adapter.resolve().name == "adapter" else None
     run = run if run is not None and (run / "run.json").is_file() else None
-    noted = _read_base_file(adapter) if (adapter / BASE_FILE).is_file() else {}
+    own_record = read_record(adapter)
     named = read_adapter_config(adapter).get("base_model_name_or_path")
     if base is None:
         try:
@@ -58,29 +68,22 @@ def find_sources(path: Path, base: str | None) -> Sources:
             ) from error
     base = _without_quantization(base)
     fingerprint = weights_fingerprint(base)
-    if noted and noted["fingerprint"] != fingerprint:
+    noted = None if own_record is None else own_record.base
+    if noted is not None and noted.fingerprint != fingerprint:
         raise UserError(
-            f"{adapter} was trained on {noted['base']} (fingerprint {noted['fingerprint']}), but {base} has other "
-            f"weights (fingerprint {fingerprint}): give the right base with --base"
+            f"{adapter} was trained on {noted.path} (fingerprint {noted.fingerprint}), but {base} has other weights "
+            f"(fingerprint {fingerprint}): give the right base with --base"
         )
+    record = trained_as(base, adapter)
+    if style is not None and style != record.style:
+        chat_format: ChatFormat = "chatml" if style == "chat" else "raw"
+        record = replace(record, chat_format=chat_format, stop_ids=(), read_from=f"--style {style}")
+    if record.chat_format is None:
+        raise UserError(unknown_style(adapter, ModelSource(base, str(adapter))))
     model = _model_section(run)
     trained_in = DTYPES.get(str(model.get("dtype")))
-    return Sources(adapter, base, run, fingerprint, bool(noted), _parts_in_4bit(noted, model), trained_in)
-
-
-def _read_base_file(folder: Path) -> dict[str, Any]:
-    """What an adapter or a 4-bit folder notes of its base (see `qwenvl.checkpoint.fingerprint.write_base`).
-
-    Raises:
-        UserError: it is damaged.
-    """
-    file = folder / BASE_FILE
-    noted = read_json(file)
-    for key in ("base", "fingerprint"):
-        if not isinstance(noted.get(key), str):
-            raise UserError(f"{file}: {key} is missing: restore the file")
-    _refuse_parts(noted.get("quantize"), file)
-    return noted
+    parts = record.quantize or _parts_in_4bit(model)
+    return Sources(adapter, base, run, fingerprint, noted is not None, record, parts, trained_in)
 
 
 def _refuse_parts(parts: Any, file: Path) -> None:
@@ -97,7 +100,8 @@ def _without_quantization(base: str) -> str:
     folder = companion_folder(base)
     if not read_json(folder / CONFIG).get("quantization_config"):
         return base
-    noted = _read_base_file(folder)["base"] if (folder / BASE_FILE).is_file() else None
+    record = read_record(folder)
+    noted = None if record is None or record.base is None else record.base.path
     if noted is None or not (Path(noted) / CONFIG).is_file():
         raise UserError(
             f"{base} is quantised: its weights are rounded already, and merging would round them again. Give the "
@@ -106,9 +110,7 @@ def _without_quantization(base: str) -> str:
     return noted
 
 
-def _parts_in_4bit(noted: dict[str, Any], model: dict[str, Any]) -> tuple[str, ...]:
-    if noted.get("quantize"):
-        return tuple(noted["quantize"])
+def _parts_in_4bit(model: dict[str, Any]) -> tuple[str, ...]:
     if model.get("quantization", "none") == "none":
         return ()
     return tuple(model.get("quantize") or DEFAULT_PARTS)

@@ -12,8 +12,9 @@ from finetune.model.adapters import TrainableModel, put_lora, train_in_full, tra
 from finetune.model.computing import quantization_arguments
 from finetune.recipe import Model, Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
-from qwenvl.loading import find_parts, find_source
-from qwenvl.model.generation import stored_generation_config
+from qwenvl.checkpoint.record import trained_as
+from qwenvl.loading import find_adapter, find_parts, find_source
+from qwenvl.model.generation import reply_as_trained, stored_generation_config
 from qwenvl.model.host_embedding import HostEmbedding
 from qwenvl.model.nf4_weights import linear_4bit
 from qwenvl.model.quantization import quantized_names
@@ -41,12 +42,12 @@ def find_base(model: Model) -> Base:
         InputError: there is no checkpoint (`MissingFileError`), it is an adapter, or it is stored in 4 bits and the
             recipe says otherwise.
     """
-    source = find_source(model.path)
-    if source.adapter is not None:
+    if find_adapter(model.path) is not None:
         raise UserError(
-            f"model.path: {model.path} is an adapter. Training starts from a checkpoint: give its base "
-            f"({source.base}), or merge the adapter first"
+            f"model.path: {model.path} is an adapter. Training starts from a checkpoint: give its base, or merge the "
+            "adapter first"
         )
+    source = find_source(model.path)
     quantized = find_parts(source.base, **quantization_arguments(model))
     if quantized and model.quantization == "none":
         raise UserError(
@@ -59,13 +60,15 @@ def find_base(model: Model) -> Base:
 
 
 def read_generation_config(base: str) -> GenerationConfig:
-    """A checkpoint's generation config; without settings where the checkpoint has none.
+    """A checkpoint's generation config, with the `chat_format` that it was trained in; without settings where the
+    checkpoint has none.
 
     Args:
         base: folder or hub id.
     """
     # A missing `chat_format` is refused where it matters: see `adapters.trains_embeddings`.
-    return stored_generation_config(base) or GenerationConfig()
+    settings = stored_generation_config(base) or GenerationConfig()
+    return reply_as_trained(settings, QwenVLConfig.from_pretrained(base), trained_as(base))
 
 
 def make_trainable(model: QwenVLForConditionalGeneration, recipe: Recipe) -> TrainableModel:

@@ -6,26 +6,24 @@ from peft import PeftModel
 
 from finetune.evaluation.task_evaluation import TaskEvaluation, score_line
 from finetune.model.base import Base
-from finetune.recipe import Recipe
 from finetune.report.report import write_report
 from finetune.run.checkpoints import writing
 from finetune.run.folder import RunFolder
 from finetune.terminal import Say
 from finetune.training.summary import summary
 from finetune.training.trainer import QwenVLTrainer
-from qwenvl.checkpoint.fingerprint import write_base
+from qwenvl.checkpoint.record import ModelRecord, write_record
 
 
 def save_result(
     trainer: QwenVLTrainer,
-    recipe: Recipe,
     run: RunFolder,
     base: Base,
-    base_fingerprint: str,
+    record: ModelRecord,
     *,
     is_main: bool,
 ) -> Path:
-    """Write the adapter in PEFT's format with its base noted beside it; or, trained in full, the whole checkpoint.
+    """Write the adapter in PEFT's format; or, trained in full, the whole checkpoint. The record is beside either.
 
     Returns:
         Its folder.
@@ -35,9 +33,8 @@ def save_result(
     if is_main:
         with writing(result) as partial:
             model.save_pretrained(partial)
-            if isinstance(model, PeftModel):
-                write_base(partial, recipe.model.path, base_fingerprint, quantize=base.quantized)
-            else:
+            write_record(partial, record)
+            if not isinstance(model, PeftModel):
                 base.processor.save_pretrained(partial)
     trainer.accelerator.wait_for_everyone()
     return result

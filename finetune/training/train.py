@@ -12,6 +12,7 @@ from finetune.run.folder import RunFolder
 from finetune.terminal import Say, say, say_nothing
 from finetune.training.arguments import trainer_arguments
 from finetune.training.interrupts import StopOnSignal
+from finetune.training.model_record import record_of_run
 from finetune.training.phases import Phases
 from finetune.training.processes import closing_process_group
 from finetune.training.progress import Progress
@@ -79,6 +80,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
             stack.enter_context(record_failure(run, phases))
             begin_record(run, recipe, identity, base, data, plan.switches, trained, score_so_far)
+        record = record_of_run(recipe, base, fingerprint, data.checked["train"])
         # This opens the process group of a distributed run, whose processes encode images together.
         arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
         cache = encode_images(recipe, base, data, trained, phases, say)
@@ -92,6 +94,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             trained,
             arguments,
             cache,
+            record,
             stop=stop,
             progress=progress,
             phases=phases,
@@ -108,7 +111,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         stop.raise_if_received()
 
         phases.begin("save")
-        result = save_result(trainer, recipe, run, base, fingerprint, is_main=is_main)
+        result = save_result(trainer, run, base, record, is_main=is_main)
         reply_to_samples(trainer, recipe, run, data, phases, "after", is_main=is_main)
         if is_main:
             seconds = time.monotonic() - began

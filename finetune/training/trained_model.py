@@ -15,6 +15,8 @@ from finetune.model.computing import ComputeBackends, choose_dtype, is_random, o
 from finetune.recipe import Recipe
 from finetune.terminal import Say
 from qwenvl import load_model
+from qwenvl.checkpoint.record import ModelRecord
+from qwenvl.model.generation import reply_as_trained
 from qwenvl.model.kernels import use_kernels
 
 RANDOM_WEIGHTS = "The checkpoint's weights are random: it can show that training works, not that it reads."
@@ -63,6 +65,8 @@ def load_trained_model(
     assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
     notes = (RANDOM_WEIGHTS,) if is_random(loaded) else ()
     model = make_trainable(loaded, recipe)
+    # What is trained here is ChatML, and saved as such, whatever the base was.
+    reply_as_trained(loaded.generation_config, loaded.config, ModelRecord(chat_format="chatml"))
     switches.prepare(model, recipe.train)
     refuse_text_only_samples(model, checked)
     parameters = count_parameters(model)

@@ -37,6 +37,7 @@ from finetune.training.processes import average_gradients
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from qwenvl.checkpoint.record import ModelRecord, write_record
 from qwenvl.text.chat import IGNORED
 
 
@@ -56,6 +57,7 @@ class QwenVLTrainer(SFTTrainer):
         collators: for "train" and, where there is evaluation, "eval".
         indices: for the same names, the samples to use, as indices into the collator's samples.
         run: the folder that checkpoints are written to.
+        record: what the model is trained as, written into each checkpoint; None writes none.
         tokens_per_batch: tokens of one forward; None runs every sequence by itself. A pack that does not fit into the
             memory lowers it (see `step_in_packs`).
         out_of_memory: what earlier parts of a resumed run noted in run.json about packs that did not fit.
@@ -74,6 +76,7 @@ class QwenVLTrainer(SFTTrainer):
         collators: dict[str, Collator],
         indices: dict[str, Sequence[int]],
         run: RunFolder,
+        record: ModelRecord | None = None,
         tokens_per_batch: int | None,
         out_of_memory: Sequence[Mapping[str, Any]] = (),
         learning_rates: dict[str, float | None] | None = None,
@@ -85,6 +88,7 @@ class QwenVLTrainer(SFTTrainer):
     ):
         self.collators = collators
         self.run = run
+        self.record = record
         self.train_budget = PackBudget("tokens_per_batch", tokens_per_batch, out_of_memory)
         # Evaluation keeps no activations. If it runs out of memory, training need not have smaller packs.
         self.eval_budget = PackBudget("evaluation_tokens_per_batch", tokens_per_batch, out_of_memory)
@@ -356,6 +360,11 @@ class QwenVLTrainer(SFTTrainer):
         Trainer.log(self, logs, start_time)
 
     # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.record is not None and self.args.should_save:
+            write_record(output_dir or str(self.args.output_dir), self.record)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the base class's, but complete or absent: written under another name, synced, hashed, then renamed."""

@@ -28,6 +28,7 @@ from finetune.training.trainer import QwenVLTrainer
 from finetune.training.training_data import TrainingData
 from finetune.training.training_plan import TrainingPlan
 from finetune.vision_cache.phase import cache_images
+from qwenvl.checkpoint.record import ModelRecord
 
 OwnOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
 
@@ -51,6 +52,7 @@ def make_trainer(
     trained: TrainedModel,
     arguments: SFTConfig,
     cache: VisionCache | None,
+    record: ModelRecord,
     *,
     stop: StopOnSignal,
     progress: Progress,
@@ -63,6 +65,7 @@ def make_trainer(
     Args:
         arguments: the trainer's configuration.
         cache: has the features of images that were encoded before; None where there is none.
+        record: what the model is trained as, for its checkpoints.
         stop, progress, phases: callbacks.
         optimizer: makes the optimizer, in place of the one that the recipe names.
 
@@ -88,6 +91,7 @@ def make_trainer(
             name: checked.weighted_indices(recipe.seed)[: limits.get(name)] for name, checked in data.checked.items()
         },
         run=run,
+        record=record,
         tokens_per_batch=budget.tokens,
         out_of_memory=budget.lowered,
         learning_rates=None if recipe.train.learning_rates is None else recipe.train.learning_rates.model_dump(),

@@ -1,31 +1,16 @@
 """The fingerprint of a checkpoint's weights: to which base an adapter belongs, wherever the base is stored."""
 
 import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from qwenvl.checkpoint.checkpoint_files import StoredTensor, find_file, locate_tensors, read_json
+from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
+from qwenvl.checkpoint.record import read_record
 from qwenvl.errors import InputError
 
-# Written beside adapter_config.json when an adapter is saved, and in a 4-bit folder made from a 16-bit base.
-BASE_FILE = "base.json"
 SAMPLED = 64
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The content of `BASE_FILE`; see `write_base`."""
-
-    base: str
-    fingerprint: str
-    quantize: tuple[str, ...]
-    own_fingerprint: str | None
 
 
 def weights_fingerprint(path: str | Path) -> str:
@@ -42,8 +27,10 @@ def weights_fingerprint(path: str | Path) -> str:
         InputError: a file at `path` is damaged.
     """
     own = own_fingerprint(path)
-    noted = _read_base(path)
-    return noted.fingerprint if noted is not None and noted.own_fingerprint == own else own
+    record = read_record(path)
+    if record is None or record.base is None or record.own_fingerprint != own:
+        return own
+    return record.base.fingerprint
 
 
 def own_fingerprint(path: str | Path) -> str:
@@ -56,31 +43,6 @@ def own_fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def write_base(
-    folder: str | Path,
-    base: str,
-    fingerprint: str,
-    *,
-    quantize: Sequence[str] = (),
-    own_fingerprint: str | None = None,
-) -> None:
-    """Write `BASE_FILE`: which base an adapter, or a 4-bit folder, was made from.
-
-    Args:
-        folder: of the adapter, or the 4-bit folder.
-        base: hub id or folder.
-        fingerprint: of the base (`weights_fingerprint`).
-        quantize: the parts in 4 bits (see `quantization.PARTS`) while the adapter was trained, or in the folder.
-        own_fingerprint: of a 4-bit folder (`own_fingerprint`).
-    """
-    content: dict[str, Any] = {"base": base, "fingerprint": fingerprint}
-    if quantize:
-        content |= {"quantization": "nf4", "quantize": list(quantize)}
-    if own_fingerprint is not None:
-        content["own_fingerprint"] = own_fingerprint
-    (Path(folder) / BASE_FILE).write_text(json.dumps(content, indent=2) + "\n")
-
-
 def check_base(adapter: str | Path, base: str | Path) -> bool:
     """Compare a base with the one that the adapter was trained on.
 
@@ -90,33 +52,17 @@ def check_base(adapter: str | Path, base: str | Path) -> bool:
     Raises:
         InputError: another base.
     """
-    expected = _read_base(adapter)
-    if expected is None:
+    record = read_record(adapter)
+    if record is None or record.base is None:
         return False
     found = weights_fingerprint(base)
-    if found != expected.fingerprint:
+    if found != record.base.fingerprint:
         raise InputError(
-            f"the adapter in {adapter} was trained on {expected.base} (fingerprint {expected.fingerprint}), but "
-            f"{base} has other weights (fingerprint {found}). Give the right base with adapter=...: "
-            f"load_model(<base>, adapter={str(adapter)!r})"
+            f"the adapter in {adapter} was trained on {record.base.path} (fingerprint {record.base.fingerprint}), but "
+            f"{base} has other weights (fingerprint {found}). Give the right base: --base BASE, or "
+            f"load_model(BASE, adapter={str(adapter)!r})"
         )
     return True
-
-
-def trained_parts(adapter: str | Path) -> tuple[str, ...]:
-    """The parts of its base that were in 4 bits when an adapter was trained; none if it does not say so."""
-    noted = _read_base(adapter)
-    return () if noted is None else noted.quantize
-
-
-def _read_base(folder: str | Path) -> _Base | None:
-    file = find_file(folder, BASE_FILE)
-    if file is None:
-        return None
-    match read_json(file):
-        case {"base": str(base), "fingerprint": str(fingerprint), **others}:
-            return _Base(base, fingerprint, tuple(others.get("quantize", ())), others.get("own_fingerprint"))
-    raise InputError(f"{file} does not name a base and its fingerprint: restore it, or delete it")
 
 
 def _sample(tensor: StoredTensor) -> tuple[list[int], bytes]:

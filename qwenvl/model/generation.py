@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from qwenvl.checkpoint.checkpoint_files import find_file, read_json
+from qwenvl.checkpoint.record import ModelRecord
 from qwenvl.errors import InputError
 from qwenvl.model.configuration import IMAGE_START_AFTER_END_OF_TEXT, QwenVLConfig
 from qwenvl.model.image_span import image_span_starts
@@ -45,6 +46,17 @@ def read_published_settings(generation_config: GenerationConfig, config: QwenVLC
             if getattr(generation_config, setting, None) is not None:
                 setattr(generation_config, setting, None)
     return generation_config
+
+
+def reply_as_trained(settings: GenerationConfig, config: QwenVLConfig, record: ModelRecord) -> GenerationConfig:
+    """Let replies end where they ended in training, in place: the base of a chat adapter has no end of a turn."""
+    if record.chat_format is None:
+        return settings
+    setattr(settings, "chat_format", record.chat_format)  # noqa: B010  # the published key, which no attribute declares
+    read_published_settings(settings, config)
+    if record.stop_ids:
+        settings.eos_token_id = list(record.stop_ids) if len(record.stop_ids) > 1 else record.stop_ids[0]
+    return settings
 
 
 def end_of_text_id(generation_config: GenerationConfig, config: QwenVLConfig) -> int | None:

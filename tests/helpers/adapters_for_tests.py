@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from records_for_tests import note_base
 from safetensors.torch import load_file, save_file
 
 from qwenvl import load_model
-from qwenvl.checkpoint.fingerprint import weights_fingerprint, write_base
+from qwenvl.checkpoint.fingerprint import weights_fingerprint
 
 TINY = Path(__file__).parent.parent.parent / "examples" / "tiny"
 TARGETS = ["c_attn", "attn.c_proj", "w1", "w2"]  # of the published script
@@ -60,7 +61,7 @@ def make_adapter(
             parameter.data = parameter.data.float() + 0.3 * spread * torch.randn(parameter.shape)
     adapted.save_pretrained(folder)
     if own:
-        write_base(folder, str(base), weights_fingerprint(base))
+        note_base(folder, str(base), weights_fingerprint(base))
     return adapted
 
 

@@ -10,10 +10,11 @@ import textwrap
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from records_for_tests import note_base
 from safetensors.torch import load_file, save_file
 
 from qwenvl import InputError, MissingFileError, QwenVLForConditionalGeneration, load_model, load_processor
-from qwenvl.checkpoint.fingerprint import weights_fingerprint, write_base
+from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.loading import find_source
 from qwenvl.loading_errors import checkpoint_errors
 
@@ -286,7 +287,7 @@ def test_a_moved_base_is_named(adapter, tmp_path):
 
 def test_the_fingerprint_is_checked(adapter, logits):
     base, folder, model = adapter
-    write_base(folder, str(base), weights_fingerprint(base))
+    note_base(folder, str(base), weights_fingerprint(base))
     assert torch.equal(logits(load_model(folder)), logits(model))
     tensors = load_file(base / "model.safetensors")
     tensors["transformer.h.1.mlp.w2.weight"][0, 0] += 1
@@ -385,7 +386,7 @@ def test_hub_ids(tiny_folder, tmp_path, fingerprint):
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     if fingerprint != "none":
         noted = weights_fingerprint(tiny_folder) if fingerprint == "right" else "0" * 32
-        write_base(tmp_path / "adapter", "Qwen/Qwen-VL-Chat", noted)
+        note_base(tmp_path / "adapter", "Qwen/Qwen-VL-Chat", noted)
     put_into_hub_cache(tmp_path / "hub", "Qwen/Qwen-VL-Chat", store(tiny_folder, tmp_path / "base", "sharded bin"))
     put_into_hub_cache(tmp_path / "hub", "someone/receipts-lora", tmp_path / "adapter")
     script = """

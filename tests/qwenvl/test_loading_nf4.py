@@ -7,11 +7,13 @@ import bitsandbytes.functional
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from records_for_tests import note_base
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qwenvl import InputError, QwenVLConfig, load_model
-from qwenvl.checkpoint.fingerprint import own_fingerprint, trained_parts, weights_fingerprint, write_base
+from qwenvl.checkpoint.fingerprint import own_fingerprint, weights_fingerprint
+from qwenvl.checkpoint.record import read_record
 from qwenvl.loading import find_parts
 from qwenvl.model import quantization
 from qwenvl.model.host_embedding import HostEmbedding
@@ -206,16 +208,17 @@ def adapter(tiny_folder, tmp_path):
     model = train_a_little(get_peft_model(model, LoraConfig(**PUBLISHED_LORA)))
     folder = tmp_path / "run" / "adapter"
     model.save_pretrained(folder)
-    write_base(folder, str(tiny_folder), weights_fingerprint(tiny_folder), quantize=["language", "vision"])
+    note_base(folder, str(tiny_folder), weights_fingerprint(tiny_folder), quantize=["language", "vision"])
     return folder, model
 
 
-def test_an_adapter_finds_its_base_in_4_bits_when_asked(adapter, logits):
+def test_an_adapter_finds_its_base_in_4_bits_as_it_was_trained(adapter, logits):
     folder, model = adapter
-    assert trained_parts(folder) == ("language", "vision")
+    assert read_record(folder).quantize == ("language", "vision")
     for path in (folder, folder.parent):
+        same_bits(load_model(path), model)
         same_bits(load_model(path, quantization="nf4"), model)
-    assert not in_4_bits(load_model(folder))
+    assert not in_4_bits(load_model(folder, quantization="none"))
     assert len(in_4_bits(load_model(folder, quantization="nf4", quantize=["language"]))) == 10
 
 
@@ -229,7 +232,7 @@ def test_an_adapter_on_a_4_bit_folder(adapter, tiny_folder, tmp_path, logits):
     # With its base noted, the folder is the base; until its weights are touched.
     fingerprint = weights_fingerprint(tiny_folder)
     own = own_fingerprint(saved)
-    write_base(saved, str(tiny_folder), fingerprint, quantize=["language", "vision"], own_fingerprint=own)
+    note_base(saved, str(tiny_folder), fingerprint, quantize=["language", "vision"], own=own)
     assert weights_fingerprint(saved) == fingerprint != own
     same_bits(load_model(saved, adapter=folder), model)
     base.transformer.ln_f.weight.data += 1

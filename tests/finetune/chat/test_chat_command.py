@@ -10,6 +10,7 @@ from finetune.chat import terminal_chat as chat_module
 from finetune.chat.terminal_chat import chat
 from finetune.commands import chat as command
 from finetune.errors import UserError
+from finetune.replies.model_style import find_use
 from qwenvl import ImageError
 
 
@@ -24,7 +25,7 @@ def no_weights(monkeypatch):
 def test_the_reply_alone_is_on_stdout(tmp_path):
     question = ["--once", "What is this?", "--max-new-tokens", "6"]
     done = finetune("chat", TINY, "--image", IMAGES[0], *question, cwd=tmp_path)
-    conversation = chat_module.open_conversation(str(TINY), chat_module.load_model(TINY), "chat")
+    conversation = chat_module.open_conversation(find_use(str(TINY)), chat_module.load_model(TINY))
     conversation.max_new_tokens = 6
     conversation.add_image(IMAGES[0])
     assert done.stdout == conversation.ask("What is this?").text + "\n"

@@ -13,10 +13,11 @@ from recipes_for_tests import IMAGES, TINY
 from finetune.chat import terminal_chat as chat_module
 from finetune.chat.conversation import _Stream
 from finetune.chat.conversation_rows import append_row
-from finetune.chat.terminal_chat import TerminalChat, chat_style, open_conversation
+from finetune.chat.terminal_chat import TerminalChat, open_conversation
 from finetune.data.samples import Samples
 from finetune.errors import UserError
 from finetune.recipe.sections import Source
+from finetune.replies.model_style import find_use
 from finetune.terminal import terminal_text
 from qwenvl import ImageError, load_model, load_processor
 from qwenvl.text.chat import render_chat, render_prompt
@@ -29,7 +30,7 @@ def model():
 
 @pytest.fixture
 def conversation(model):
-    conversation = open_conversation(str(TINY), model, "chat")
+    conversation = open_conversation(find_use(str(TINY)), model)
     conversation.max_new_tokens = 12
     return conversation
 
@@ -181,7 +182,7 @@ def test_markup_that_is_typed_is_markup(conversation, monkeypatch):
 
 
 def test_a_base_model_completes_raw_prompts(model, monkeypatch):
-    conversation = open_conversation(str(TINY), model, "base")
+    conversation = open_conversation(find_use(str(TINY), style="base"), model)
     asked = scripted(conversation, monkeypatch, " a receipt", " 12")
     conversation.add_image(IMAGES[0])
     conversation.ask("What is this? Answer:")
@@ -199,7 +200,7 @@ def test_an_adapter_replies_with_what_it_learned(conversation, tmp_path):
     adapted.peft_config["default"].base_model_name_or_path = str(TINY)
     adapted.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
-    with_adapter = open_conversation(str(tmp_path), loaded, chat_style(str(tmp_path)))
+    with_adapter = open_conversation(find_use(str(tmp_path)), loaded)
     with_adapter.max_new_tokens = 12
     for each in (conversation, with_adapter):
         each.add_image(IMAGES[0])
@@ -213,15 +214,6 @@ def test_an_adapter_replies_with_what_it_learned(conversation, tmp_path):
     assert (
         conversation.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True, keep_grounding=True) == reply
     )
-
-
-def test_how_a_model_is_talked_to(tmp_path):
-    assert chat_style(str(TINY)) == "chat"
-    for name in ("config.json", "generation_config.json"):
-        (tmp_path / name).write_text((TINY / name).read_text().replace('"chatml"', '"raw"'))
-    assert chat_style(str(tmp_path)) == "base"
-    (tmp_path / "generation_config.json").unlink()
-    assert chat_style(str(tmp_path)) == "chat"
 
 
 def test_sampling_draws_and_greedy_does_not(conversation):

@@ -18,6 +18,7 @@ from finetune.terminal import labelled
 from finetune.training.train import train
 from qwenvl import load_model, load_processor
 from qwenvl.checkpoint.fingerprint import check_base, own_fingerprint, weights_fingerprint
+from qwenvl.checkpoint.record import BaseNote, ModelRecord, read_record
 
 
 def export(to, **settings):
@@ -52,14 +53,13 @@ def test_the_folder_is_complete(tmp_path):
     assert load_processor(folder).n_queries == 256
     card = (folder / "README.md").read_text()
     assert "in 4 bits" in card and weights_fingerprint(TINY) in card
-    base = json.loads((folder / "base.json").read_text())
-    assert base == {
-        "base": str(TINY),
-        "fingerprint": weights_fingerprint(TINY),
-        "quantization": "nf4",
-        "quantize": ["language"],
-        "own_fingerprint": own_fingerprint(folder),
-    }
+    assert read_record(folder) == ModelRecord(
+        base=BaseNote(str(TINY), weights_fingerprint(TINY)),
+        own_fingerprint=own_fingerprint(folder),
+        quantize=("language",),
+        chat_format="chatml",
+        read_from="qwenvl.json",
+    )
     # An adapter trained on the folder fits the 16-bit checkpoint, to be merged there.
     assert weights_fingerprint(folder) == weights_fingerprint(TINY)
 
@@ -102,7 +102,7 @@ def test_what_was_read_back_is_compared(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("broken", ["write_tensors", "copy_companions", "write_base", "write_card"])
+@pytest.mark.parametrize("broken", ["write_tensors", "copy_companions", "write_record", "write_card"])
 def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch, broken):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")

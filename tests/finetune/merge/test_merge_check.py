@@ -6,6 +6,7 @@ import psutil
 import pytest
 import torch
 from adapters_for_tests import TINY, base_in, make_adapter
+from records_for_tests import note_base
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
@@ -24,7 +25,7 @@ from finetune.merge.sources import find_sources
 from finetune.terminal import labelled
 from qwenvl import load_model
 from qwenvl.checkpoint.checkpoint_files import locate_tensors
-from qwenvl.checkpoint.fingerprint import weights_fingerprint, write_base
+from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.model.nf4_weights import dequantized
 from qwenvl.model.quantization import quantized_names
 
@@ -137,12 +138,12 @@ def test_where_memory_is_short_that_is_said(tmp_path, monkeypatch):
 def trained_in_4_bits(tmp_path):
     """An adapter that says it was trained on the language model in 4 bits."""
     make_adapter(tmp_path / "adapter", own=False)
-    write_base(tmp_path / "adapter", str(TINY), weights_fingerprint(TINY), quantize=["language"])
+    note_base(tmp_path / "adapter", str(TINY), weights_fingerprint(TINY), quantize=["language"])
     return tmp_path / "adapter"
 
 
 def test_onto_the_base_the_difference_to_what_was_trained_is_measured(tmp_path, trained_in_4_bits, in_this_process):
-    said = merged(trained_in_4_bits, tmp_path / "to")
+    said = merged(trained_in_4_bits, tmp_path / "to", onto="base")
     assert "merged into the base's own weights, which the training saw in 4 bits (language)" in said
     assert "4-bit base  its weights are 9." in said  # percent; NF4's relative error
     assert "from base with adapter (allowed: 1e-05)" in said
@@ -150,15 +151,16 @@ def test_onto_the_base_the_difference_to_what_was_trained_is_measured(tmp_path, 
     card = (tmp_path / "to" / "README.md").read_text()
     assert "Trained on a 4-bit base (Q-LoRA)" in card
     assert "from the 4-bit model that was trained" in card
-    expected = load_model(TINY, adapter=trained_in_4_bits).merge_and_unload().state_dict()
+    expected = load_model(TINY, adapter=trained_in_4_bits, quantization="none").merge_and_unload().state_dict()
     weights = load_file(tmp_path / "to" / "model.safetensors")
     assert max(float((weights[name] - expected[name]).abs().max()) for name in weights) <= 1e-6
 
 
-def test_onto_what_training_saw_the_quantised_linears_are_rounded_as_there(
+def test_a_merge_is_by_default_onto_what_training_saw_the_quantised_linears_are_rounded_as_there(
     tmp_path, trained_in_4_bits, in_this_process
 ):
-    said = merged(trained_in_4_bits, tmp_path / "to", onto="dequantized")
+    said = merged(trained_in_4_bits, tmp_path / "to")
+    assert "merged into the weights as that training saw them (language quantised and dequantised)" in said
     assert "from the 4-bit model with the adapter (allowed: 1e-05)" in said
     names = quantized_names(load_model(TINY).config, ("language",))
     base, weights = (load_file(folder / "model.safetensors") for folder in (TINY, tmp_path / "to"))
@@ -184,6 +186,6 @@ def test_a_quantised_base_leads_to_the_one_it_was_made_from(tmp_path, trained_in
     (quantized / "config.json").write_text(config.replace("{", '{"quantization_config": {"load_in_4bit": true},', 1))
     with pytest.raises(UserError, match=r"is quantised: .* Give the 16-bit checkpoint that it was made from with"):
         merged(trained_in_4_bits, tmp_path / "to", base=str(quantized))
-    write_base(quantized, str(TINY), weights_fingerprint(TINY), quantize=["language"])
+    note_base(quantized, str(TINY), weights_fingerprint(TINY), quantize=["language"])
     said = merged(trained_in_4_bits, tmp_path / "to", base=str(quantized), check=False)
     assert f"base        {TINY}" in said

@@ -40,7 +40,7 @@ def refused(run, match="", *, check=False, base=None):
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-@pytest.mark.parametrize("name", ["adapter_config.json", "base.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "qwenvl.json", "adapter_model.safetensors"])
 def test_a_damaged_file_of_the_adapter_is_named(run, name, damage):
     (run / "adapter" / name).write_bytes(DAMAGED[damage])
     refused(run, name.replace(".", r"\."))
@@ -108,11 +108,11 @@ def test_a_setting_of_the_wrong_kind_is_named(run, changes, match):
     refused(run, match)
 
 
-@pytest.mark.parametrize("changes", [{"fingerprint": None}, {"base": 5}, {"quantize": [["language"]]}])
-def test_a_wrong_note_of_the_base_is_named(run, changes):
-    file = run / "adapter" / "base.json"
+@pytest.mark.parametrize("changes", [{"base": {"path": "x"}}, {"base": 5}, {"quantize": [["language"]]}])
+def test_a_wrong_record_is_named(run, changes):
+    file = run / "adapter" / "qwenvl.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    refused(run, r"base\.json: \w+ is .*: restore the file|base\.json: \w+ is missing: restore the file")
+    refused(run, r"qwenvl\.json: \w+: .* is not understood: restore the file")
 
 
 def test_a_damaged_merge_can_be_merged_again_elsewhere(run):

@@ -18,7 +18,7 @@ from finetune.recipe.sections import Adapter, Freeze
 from finetune.terminal import say_nothing
 from finetune.training.train import train
 from qwenvl import load_model
-from qwenvl.checkpoint.fingerprint import trained_parts
+from qwenvl.checkpoint.record import read_record
 from qwenvl.model.nf4_weights import dequantized, is_quantized
 from qwenvl.model.quantization import quantized_names
 from tests.finetune.recipe.test_recipe_checks import refusal
@@ -117,7 +117,7 @@ def test_a_run_resumed_is_bit_identical(tmp_path):
     result = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
     description = json.loads((finished / "run.json").read_text())
     assert description["identity"]["recipe"]["model"]["quantization"] == "nf4"
-    assert description["quantized"] == ["language"] and trained_parts(finished / "adapter") == ("language",)
+    assert description["quantized"] == ["language"] and read_record(finished / "adapter").quantize == ("language",)
     kept = load_file(finished / "adapter" / "adapter_model.safetensors")
     types = {tensor.dtype for name, tensor in kept.items() if "pos_embed" not in name}
     assert types == {torch.float32}

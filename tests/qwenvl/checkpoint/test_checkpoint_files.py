@@ -4,7 +4,8 @@ from safetensors.torch import load_file, save_file
 
 from qwenvl.checkpoint.checkpoint_files import locate_tensors, stored_tensors, tensors_in, weight_files
 from qwenvl.checkpoint.direct_reading import SLACK
-from qwenvl.checkpoint.fingerprint import BASE_FILE, check_base, trained_parts, weights_fingerprint
+from qwenvl.checkpoint.fingerprint import check_base, weights_fingerprint
+from qwenvl.checkpoint.record import BASE_FILE
 from qwenvl.errors import InputError, MissingFileError
 
 TENSORS = {
@@ -134,11 +135,11 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_named(tmp_path):
 
 
 def test_a_damaged_note_of_the_base_is_named(tiny_folder, tmp_path):
-    assert not check_base(tmp_path, tiny_folder) and trained_parts(tmp_path) == ()
+    assert not check_base(tmp_path, tiny_folder)
     write(tmp_path / "model.safetensors", TENSORS)
     for content, reason in (
         ("", "is not JSON"),
-        ('{"base": "elsewhere"}', "does not name a base and its fingerprint"),
+        ('{"base": "elsewhere"}', "does not name a base, its fingerprint"),
     ):
         (tmp_path / BASE_FILE).write_text(content)
         for read in (lambda: check_base(tmp_path, tiny_folder), lambda: weights_fingerprint(tmp_path)):

@@ -1,0 +1,37 @@
+"""What a run trains its model as: the record beside the adapter or the weights, see `qwenvl.checkpoint.record`."""
+
+from finetune.data.checking import Checked
+from finetune.data.formats.row_format import PROMPTS
+from finetune.model.base import Base
+from finetune.recipe import Recipe
+from qwenvl.checkpoint.record import BaseNote, ModelRecord
+
+
+def record_of_run(recipe: Recipe, base: Base, base_fingerprint: str, checked: Checked) -> ModelRecord:
+    """The record of the model that a recipe trains.
+
+    Args:
+        base, base_fingerprint: the checkpoint that training starts from.
+        checked: the training data.
+    """
+    tokenizer = base.processor.tokenizer
+    return ModelRecord(
+        base=BaseNote(recipe.model.path, base_fingerprint),
+        quantize=base.quantized,
+        chat_format="chatml",
+        stop_ids=(tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id),
+        prompts=_prompts(recipe),
+        system=checked.systems[0] if len(checked.systems) == 1 else None,
+        grounding=recipe.data.grounding,
+        labels=recipe.data.labels,
+    )
+
+
+def _prompts(recipe: Recipe) -> dict[str, tuple[str, ...]]:
+    """The templates of each format that has one, in the order of the sources."""
+    prompts: dict[str, tuple[str, ...]] = {}
+    for source in recipe.data.train:
+        if source.format in PROMPTS:
+            known = prompts.get(source.format, ())
+            prompts[source.format] = tuple(dict.fromkeys([*known, source.prompt or PROMPTS[source.format]]))
+    return prompts

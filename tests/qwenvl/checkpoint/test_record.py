@@ -1,0 +1,79 @@
+"""The record of what a model was trained as: what is written is read, and nothing else is taken for it."""
+
+import json
+
+import pytest
+
+from qwenvl.checkpoint.record import RECORD, BaseNote, ModelRecord, read_record, trained_as, write_record
+from qwenvl.errors import InputError
+
+WHOLE = ModelRecord(
+    base=BaseNote("Qwen/Qwen-VL", "9f"),
+    own_fingerprint="ab",
+    quantize=("language", "head"),
+    chat_format="chatml",
+    stop_ids=(514, 513, 512),
+    prompts={"vqa": ("{question} Answer:", "{question}"), "caption": ("Describe it.",)},
+    system="Antworte auf Deutsch.",
+    grounding=True,
+    labels="structure",
+    read_from=RECORD,
+)
+
+
+@pytest.mark.parametrize("record", [WHOLE, ModelRecord(read_from=RECORD)])
+def test_what_is_written_is_read(tmp_path, record):
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record
+
+
+def test_only_what_says_something_is_written(tmp_path):
+    write_record(tmp_path, ModelRecord())
+    assert json.loads((tmp_path / RECORD).read_text()) == {"version": 1}
+    assert read_record(tmp_path / "..") is None
+
+
+@pytest.mark.parametrize("version", [2, "1", None, 0, True])
+def test_an_unknown_version_is_refused(tmp_path, version):
+    (tmp_path / RECORD).write_text(json.dumps({"version": version, "chat_format": "chatml"}))
+    with pytest.raises(InputError, match=r"qwenvl\.json: version .* is not known"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("base", value) for value in ("Qwen", {"path": "x"}, {"path": 1, "fingerprint": "f"}, None)),
+        *(("quantize", value) for value in ("language", ["vison"], [1])),
+        *(("chat_format", value) for value in ("llama", 1, ["raw"])),
+        *(("stop_ids", value) for value in (5, [-1], [True], ["<|im_end|>"])),
+        *(("labels", value) for value in ("all", 1)),
+        *(("grounding", value) for value in (1, "yes")),
+        ("system", 5),
+        ("own_fingerprint", 5),
+        *(("prompts", value) for value in ("{question}", {"vqa": "{question}"}, {"vqa": [1]})),
+        ("views", {"grid": [2, 2]}),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(tmp_path, key, value):
+    """A key of a later version could change what the model computes."""
+    (tmp_path / RECORD).write_text(json.dumps({"version": 1, key: value}))
+    with pytest.raises(InputError, match=rf"qwenvl\.json: {key}: .* is not understood"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"version": 1'])
+def test_a_damaged_record_is_refused(tmp_path, text):
+    (tmp_path / RECORD).write_text(text)
+    with pytest.raises(InputError, match=r"qwenvl\.json"):
+        trained_as(tmp_path)
+
+
+def test_a_checkpoint_s_record_goes_before_its_generation_config(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"chat_format": "raw"}')
+    assert trained_as(tmp_path).chat_format == "raw"
+    write_record(tmp_path, ModelRecord(chat_format="chatml"))
+    assert trained_as(tmp_path).chat_format == "chatml"
+    # A record that does not say it leaves it to the published file.
+    write_record(tmp_path, ModelRecord(system="Hi."))
+    assert (trained_as(tmp_path).chat_format, trained_as(tmp_path).system) == ("raw", "Hi.")
