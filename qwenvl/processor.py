@@ -194,7 +194,7 @@ class QwenVLProcessor(ProcessorMixin):
             "numbered": numbered,
         }
         if not tokenize:
-            strings = [write_chat(messages, self.tokenizer, **how) for messages in conversations]
+            strings = [write_chat(messages, **how) for messages in conversations]
             return strings if is_batch else strings[0]
         rendered = [
             render_chat(messages, self.tokenizer, n_queries=self.n_queries, **how) for messages in conversations

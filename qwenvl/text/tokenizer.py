@@ -246,7 +246,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
             "grounding": grounding,
         }
         if not tokenize:
-            strings = [write_chat(messages, self, **how) for messages in conversations]
+            strings = [write_chat(messages, **how) for messages in conversations]
             return strings if is_batch else strings[0]
         rendered = [render_chat(messages, self, **how) for messages in conversations]
         if any(one.images for one in rendered):
