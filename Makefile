@@ -1,4 +1,5 @@
 # make test: everything installed, checked and tested.  make test-slow: the tests that take minutes.
+# make test-pillow: the tests of images with a newer Pillow (make test-pillow PILLOW=13.1).
 # make demo: a training run on bundled data and its merge, offline.
 # All work on a fresh machine with Python 3.11 or later and make.
 
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # PyTorch first and alone: asked for by another package it would come as a build of several gigabytes for CUDA.
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-pillow lint clean
 
 # Run again, it says that both are done; removing runs/quickstart has it all done anew.
 demo: $(VENV)/installed
@@ -26,6 +27,13 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+PILLOW ?= 13.0.0
+
+# Beside the installed one, which is what the other tests run with.
+test-pillow: $(VENV)/installed-test
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/pillow-$(PILLOW) pillow==$(PILLOW)
+	PYTHONPATH=build/pillow-$(PILLOW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/qwenvl/images
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff format .

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,17 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
+from qwenvl.base_check import check_base
+from qwenvl.checkpoint.adapter_config import (
+    PARTS_OF_MODULES,
+    plain_key,
+    read_adapter_config,
+    refuse_unknown_keys,
+    refuse_unsaved_modules,
+)
+from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG, read_adapter_settings, require_whole_adapter
 from qwenvl.checkpoint.checkpoint_files import find_file
-from qwenvl.checkpoint.fingerprint import check_base
-from qwenvl.checkpoint.record import BASE_FILE, RECORD, trained_as
+from qwenvl.checkpoint.record import BASE_FILE, RECORD, read_record, trained_as
 from qwenvl.errors import InputError, MissingFileError
 from qwenvl.loading_errors import adapter_errors, checkpoint_errors, first_line
 from qwenvl.model.configuration import QwenVLConfig
@@ -29,14 +37,14 @@ from qwenvl.model.quantization import (
     read_parts,
     require_bitsandbytes,
 )
+from qwenvl.model.whole import require_whole
 from qwenvl.processor import QwenVLProcessor
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = [ADAPTER_CONFIG, "adapter_model.*", RECORD, BASE_FILE]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -85,6 +93,8 @@ def load_model(
             that needs bitsandbytes.
     """
     source = find_source(path, adapter=adapter)
+    # Before its base is loaded, which may take minutes.
+    adapter_reading = None if source.adapter is None else _read_adapter(source.adapter)
     record = trained_as(source.base, source.adapter)
     parts = find_parts(source.base, quantization, quantize, trained=record.quantize if source.adapter else ())
     kind = WithoutEmbeddings if embeddings_on_cpu else QwenVLForConditionalGeneration
@@ -98,7 +108,9 @@ def load_model(
     model = model.eval()
     if model.generation_config is not None:
         reply_as_trained(model.generation_config, model.config, record)
-    return model if source.adapter is None else _add_adapter(model, source.base, source.adapter)
+    if source.adapter is None or adapter_reading is None:
+        return model
+    return _add_adapter(model, source.base, source.adapter, adapter_reading)
 
 
 def find_parts(
@@ -120,7 +132,7 @@ def find_parts(
         raise InputError(f"quantization must be nf4, none or None, not {quantization!r}")
     if quantization != "nf4" and quantize is not None:
         raise InputError("quantize has no effect without quantization='nf4': give both or neither")
-    stored = quantized_parts(QwenVLConfig.from_pretrained(base))
+    stored = quantized_parts(QwenVLConfig.from_pretrained(base), base)
     if stored and quantization == "none":
         raise InputError(
             f"{base} holds 4-bit weights ({', '.join(stored)}): for quantization none, give the 16-bit checkpoint "
@@ -176,6 +188,22 @@ def load_processor(path: str | Path) -> QwenVLProcessor:
         InputError: a text-only or a damaged checkpoint.
     """
     return QwenVLProcessor.from_pretrained(find_source(path).base)
+
+
+def require_loadable(path: str | Path, *, adapter: str | Path | None = None) -> ModelSource:
+    """As `find_source`, and check that what is there is whole: for commands, before they begin.
+
+    Reads settings and the headers of weights, which takes a second for a checkpoint of 19 GB.
+
+    Raises:
+        MissingFileError: as `find_source`, or weights are missing.
+        InputError: as `find_source`; or a file is damaged, or tensors are missing, too many or of another shape.
+    """
+    source = find_source(path, adapter=adapter)
+    require_whole(source.base)
+    if source.adapter is not None:
+        require_whole_adapter(source.adapter)
+    return source
 
 
 def find_source(path: str | Path, *, adapter: str | Path | None = None) -> ModelSource:
@@ -276,20 +304,20 @@ def _require_on_hub(name: str) -> None:
 
 
 def _base_of(adapter: Path) -> str:
-    """The base that an adapter names: an absolute folder, one relative to the adapter or here, or a hub id."""
-    try:
-        config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base = config.get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{adapter / ADAPTER_CONFIG} is not an adapter's configuration: {error}") from error
+    """The base that an adapter names: an absolute folder, one relative to the adapter or here, or a hub id.
+
+    Adapters of this toolkit name a folder by its absolute path. Where that is gone, as on another machine, the path
+    that the training was given is tried too.
+    """
+    base = read_adapter_settings(adapter).get("base_model_name_or_path")
     if not base:
         raise MissingFileError(
             f"{adapter}: the adapter names no base: give it with --base BASE, or load_model(BASE, "
             f"adapter={str(adapter)!r})"
         )
-    if not isinstance(base, str):
-        raise InputError(f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path must be a path or hub id, not {base!r}")
-    for folder in (adapter / base, Path(base)):
+    record = read_record(adapter)
+    noted = base if record is None or record.base is None else record.base.path
+    for folder in (adapter / base, Path(base), Path(noted)):
         if (folder / "config.json").is_file():
             return str(folder)
     if not _looks_like_hub_id(base):
@@ -307,17 +335,56 @@ def _base_of(adapter: Path) -> str:
     return base
 
 
-def _add_adapter(model: QwenVLForConditionalGeneration, base: str, adapter: str) -> "PeftModel":
+@dataclass(frozen=True)
+class _AdapterReading:
+    """How PEFT is to read an adapter.
+
+    Attributes:
+        config: its settings; None for PEFT to read them (other methods than LoRA).
+        key_mapping: PEFT's argument; None where the keys are as PEFT saves them.
+    """
+
+    config: "PeftConfig | None"
+    key_mapping: dict[str, str] | None
+
+
+def _read_adapter(adapter: str) -> _AdapterReading:
+    """Check an adapter before its base is loaded, by the rules of `checkpoint.adapter_config`.
+
+    Raises:
+        MissingFileError: a file of it is missing.
+        InputError: it is damaged, not complete, or does something that PEFT cannot compute from its folder.
+    """
+    from peft import LoraConfig
+
+    names = [tensor.name for tensor in require_whole_adapter(adapter)]
+    settings = read_adapter_config(adapter)
+    key_mapping = {PARTS_OF_MODULES: ""} if any(plain_key(name) != name for name in names) else None
+    if settings.get("peft_type") != "LORA":
+        return _AdapterReading(None, key_mapping)
+    known = {field.name for field in fields(LoraConfig)}
+    refuse_unknown_keys(adapter, settings, known)
+    refuse_unsaved_modules(adapter, settings, names)
+    with adapter_errors(adapter):
+        config = LoraConfig(**{key: value for key, value in settings.items() if key in known - {"runtime_config"}})
+    return _AdapterReading(config, key_mapping)
+
+
+def _add_adapter(
+    model: QwenVLForConditionalGeneration, base: str, adapter: str, reading: _AdapterReading
+) -> "PeftModel":
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
-    if not check_base(adapter, base):
+    # From the cache where the files are as they were, so that loading need not read 19 GB twice.
+    if not check_base(adapter, base, page_cache=True, cached=True):
         logger.warning(
             "%s does not record the weights that it was trained on: it is loaded on %s unchecked", adapter, base
         )
     with adapter_errors(adapter, base):
-        adapted = PeftModel.from_pretrained(model, adapter).eval()
-        weights = load_peft_weights(adapter, device="cpu")
+        adapted = PeftModel.from_pretrained(model, adapter, config=reading.config, key_mapping=reading.key_mapping)
+        adapted.eval()
+        weights = load_peft_weights(adapter, device="cpu", key_mapping=reading.key_mapping)
     stored, loaded = set(weights), set(get_peft_model_state_dict(adapted))
     if stored != loaded:
         raise InputError(

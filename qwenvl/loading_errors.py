@@ -2,19 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig
 
-from qwenvl.checkpoint.checkpoint_files import locate_tensors
-from qwenvl.errors import InputError, MissingFileError
-from qwenvl.model.configuration import QwenVLConfig
-from qwenvl.model.modeling import QwenVLForConditionalGeneration
-
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+from qwenvl.checkpoint.adapter_files import require_whole_adapter
+from qwenvl.errors import InputError
+from qwenvl.model.whole import require_whole
 
 # What the readers of JSON, safetensors and pickled files raise about a damaged one.
 FILE_ERRORS = (OSError, ValueError, TypeError, EOFError, SafetensorError, UnpicklingError)
@@ -24,8 +19,8 @@ FILE_ERRORS = (OSError, ValueError, TypeError, EOFError, SafetensorError, Unpick
 def checkpoint_errors(base: str) -> Iterator[None]:
     """Raise an InputError in place of a library's error whose cause is in a checkpoint's files.
 
-    The files are examined only after an error, so that loading costs nothing more. An error with another cause (no
-    memory, a fault in the code) passes.
+    The headers of the files were read before (`whole.require_whole`); a file that is damaged further on is found when
+    the loader reads it. An error with another cause (no memory, a fault in the code) passes.
     """
     try:
         yield
@@ -43,35 +38,16 @@ def checkpoint_errors(base: str) -> Iterator[None]:
 def _fault_in_checkpoint(base: str) -> InputError | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
-        GenerationConfig.from_pretrained(base)
-    except OSError:  # it has none
-        pass
-    except (ValueError, TypeError) as error:
-        return InputError(f"{base}: generation_config.json is not valid: {first_line(error)}")
-    try:
-        stored = locate_tensors(base)
-    except FileNotFoundError as error:
-        return MissingFileError(first_line(error))
-    except (OSError, ValueError) as error:
-        return InputError(first_line(error))
-    with torch.device("meta"):
-        expected = QwenVLForConditionalGeneration(QwenVLConfig.from_pretrained(base)).state_dict()
-    for name, tensor in stored.items():
-        # A weight in 4 bits is stored as bytes, in another shape.
-        if name in expected and tensor.dtype.is_floating_point and tensor.shape != tuple(expected[name].shape):
-            return InputError(
-                f"{tensor.file}: {name} has shape {tensor.shape}, but config.json asks for "
-                f"{tuple(expected[name].shape)}: the two belong to different models"
-            )
+        require_whole(base)
+    except InputError as error:
+        return error
     return None
 
 
 @contextmanager
-def adapter_errors(adapter: str, base: str) -> Iterator[None]:
+def adapter_errors(adapter: str, base: str = "its base") -> Iterator[None]:
     """Raise an InputError in place of PEFT's errors about an adapter's files."""
-    if not any((Path(adapter) / name).is_file() for name in ADAPTER_WEIGHTS):
-        names = " or ".join(ADAPTER_WEIGHTS)
-        raise MissingFileError(f"{adapter}: the adapter's weights are missing (looked for {names})")
+    require_whole_adapter(adapter)
     try:
         yield
     except KeyError as error:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from qwenvl.checkpoint.pretrained_errors import pretrained_errors
+from qwenvl.checkpoint.settings import examine_settings
 from qwenvl.errors import InputError
 from qwenvl.images.image_processor import QwenVLImageProcessor
 from qwenvl.images.images import ImageAccess
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.text.chat import Rendered, TurnOptions, render_chat
 from qwenvl.text.chat_string import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, read_string, write_chat
-from qwenvl.text.model_inputs import check_template_arguments, conversation_batch, input_columns
+from qwenvl.text.model_inputs import ModelInputs, check_template_arguments, conversation_batch, input_columns
 from qwenvl.text.tokenizer import QwenVLTokenizer
 
 
@@ -70,6 +72,8 @@ class QwenVLProcessor(ProcessorMixin):
             "revision": revision,
             **{key: kwargs[key] for key in ("proxies", "subfolder") if kwargs.get(key) is not None},
         }
+        if Path(path).is_dir():
+            examine_settings(Path(path, kwargs.get("subfolder") or ""))
         with pretrained_errors(path):
             tokenizer = QwenVLTokenizer.from_pretrained(path, **hub)
             saved = {
@@ -89,8 +93,14 @@ class QwenVLProcessor(ProcessorMixin):
             n_queries = None
             if saved["processor_config.json"]:
                 n_queries = cls.get_processor_dict(path, **hub)[0].get("n_queries")
-            if n_queries is None:
-                n_queries = QwenVLConfig.from_pretrained(path, **hub).n_queries
+            if n_queries is None or Path(path, "config.json").is_file():
+                wanted = QwenVLConfig.from_pretrained(path, **hub).n_queries
+                if n_queries not in (None, wanted):
+                    raise InputError(
+                        f"{path}: processor_config.json says n_queries {n_queries}, but by config.json an image has "
+                        f"{wanted} positions: restore the one that was changed"
+                    )
+                n_queries = wanted
         return cls(image_processor, tokenizer, n_queries)
 
     @classmethod
@@ -136,7 +146,8 @@ class QwenVLProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` (batch, length), as lists unless `return_tensors` is given, and, if there
-            are images, `pixel_values` (images of the whole batch, 3, S, S).
+            are images, `pixel_values` (images of the whole batch, 3, S, S). Labels that are set on it leave image
+            placeholders out (see `ModelInputs`).
 
         Raises:
             InputError: images and placeholders differ in number; truncation inside or before an image.
@@ -194,7 +205,7 @@ class QwenVLProcessor(ProcessorMixin):
             "numbered": numbered,
         }
         if not tokenize:
-            strings = [write_chat(messages, self.tokenizer, **how) for messages in conversations]
+            strings = [write_chat(messages, **how) for messages in conversations]
             return strings if is_batch else strings[0]
         rendered = [
             render_chat(messages, self.tokenizer, n_queries=self.n_queries, **how) for messages in conversations
@@ -215,7 +226,8 @@ class QwenVLProcessor(ProcessorMixin):
         **layout: Any,
     ) -> BatchFeature:
         sources = _fill_sources([one.images for one in rendered], images)
-        batch = BatchFeature(input_columns(rendered, self.tokenizer, **layout), tensor_type=return_tensors)
+        columns = input_columns(rendered, self.tokenizer, **layout)
+        batch = ModelInputs(columns, tensor_type=return_tensors, image_token_id=self.image_token_id)
         if any(sources):
             batch["pixel_values"] = self._pixel_values(_flatten(sources), access)
         return batch

@@ -7,19 +7,29 @@ Long tensors in `expected.safetensors` keep every n-th row only; `every_nth` sel
 
 import json
 import os
+import shutil
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+HF_HOME = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qwenvl-tests-")  # whatever is kept there is of this session
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from qwenvl import QwenVLForConditionalGeneration, QwenVLProcessor, QwenVLTokenizer
+from qwenvl.images.image_processor import normalize_pixels
 
 TINY = Path(__file__).parent / "data" / "tiny"
 TINY_IMAGES = [TINY / "images" / f"{letter}.png" for letter in "abcde"]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HF_HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +45,19 @@ def tiny_images() -> list[Path]:
 @pytest.fixture(scope="session")
 def expected() -> dict[str, torch.Tensor]:
     return load_file(TINY / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def published_pixels(expected) -> torch.Tensor:
+    """(5, 3, 112, 112) float32: the tiny images as the published preprocessing makes them with a Pillow of its time.
+
+    `expected["pixel_values"]` are what the published code's other numbers belong to. They were made with Pillow 13,
+    which resizes the one tall image, d, down first; `d_resized.png` is that image resized by Pillow 10.0.0.
+    """
+    levels = torch.from_numpy(np.array(Image.open(TINY / "d_resized.png"))).permute(2, 0, 1)
+    pixels = expected["pixel_values"].clone()
+    pixels[3] = normalize_pixels(levels)
+    return pixels
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,8 @@ def find_subject(recipe: Recipe, size: str) -> Subject:
     if size == "full":
         return Subject("the published sizes", QwenVLConfig(), settings, torch.bfloat16)
     config = QwenVLConfig.from_pretrained(source.base)
-    if quantized_parts(config):
+    quantized_parts(config, source.base)  # refuses a checkpoint that cannot be loaded
+    if hasattr(config, "quantization_config"):
         del config.quantization_config  # the random model gets its own
     stored = getattr(torch, str(config.dtype).removeprefix("torch.")) if config.dtype is not None else torch.bfloat16
     return Subject(f"{path}'s sizes", config, settings, stored)

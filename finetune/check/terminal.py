@@ -58,6 +58,8 @@ def _model(findings: Findings) -> Iterator[tuple[str, str]]:
     base = findings.base
     bits = f" ({', '.join(base.quantized)} in 4 bits)" if base.quantized else ""
     yield "model", f"{one_line(findings.recipe.model.path)}{bits}"
+    for note in base.notes:
+        yield "", note
     for number, line in enumerate(table_of_parameters(findings.parameters or {})):
         yield "" if number else "trained", line
 

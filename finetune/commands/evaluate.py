@@ -17,6 +17,7 @@ SUMMARY = "score a model on a task, with an interval and a page of its worst rep
 WHEN_STOPPED = "the replies so far are kept: the same command goes on"
 EXAMPLES = """\
 finetune evaluate Qwen/Qwen-VL-Chat --task docvqa --data HuggingFaceM4/DocumentVQA --split validation
+finetune evaluate Qwen/Qwen-VL-Chat --task refcoco --data lmms-lab/RefCOCO --split val --prompt published
 finetune evaluate runs/docvqa_lora --recipe recipes/docvqa_lora.yaml --compare Qwen/Qwen-VL-Chat
 finetune evaluate runs/mine --task custom --metric anls --data questions.jsonl --column answers=label"""
 
@@ -49,9 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how it is asked")
     how.add_argument("--metric", help="of task custom: anls, relaxed_accuracy, vqa_score, exact_match, grounding, ...")
-    how.add_argument("--prompt", help="in place of the task's; {question} or {phrase} is filled in")
+    how.add_argument(
+        "--prompt",
+        metavar="TEXT|published|trained|task",
+        help="text with {question} or {phrase} to fill in; published asks and scores as the published scripts do; by "
+        "default the prompt of training where it is known, else the task's",
+    )
     add_style(how)
-    how.add_argument("--shots", type=int, default=0, metavar="K", help="solved examples first; style base")
+    how.add_argument(
+        "--shots", type=int, default=0, metavar="K", help="solved examples first, of other images; style base"
+    )
+    how.add_argument("--shots-from", metavar="PATH[:split]", help="take them from there, such as a training split")
     how.add_argument("--max-new-tokens", type=count, metavar="N", help="of a reply; by default the task's")
     add_base(how)
     add_dtype(how)
@@ -74,14 +83,21 @@ def run(arguments: argparse.Namespace) -> None:
     images_root = arguments.images_root
     sources: tuple[EvaluationSource | NamedSource, ...]
     if recipe is None:
-        own = {"limit": None, "columns": columns_of(arguments), "prompt": arguments.prompt}
         given = {key: getattr(arguments, key) for key in ("config", "split", "box_form")}
-        sources = (EvaluationSource(arguments.data, **own, **given),)
+        sources = (EvaluationSource(arguments.data, columns=columns_of(arguments), **given),)
     else:
         assert recipe.evaluate is not None, "task_of refuses such a recipe"
         # A limit bounds the time that training spends on it; here all is asked.
         sources = tuple(source.model_copy(update={"limit": None}) for source in recipe.evaluate.data)
         images_root = images_root or recipe.data.images_root
+    shots_from = None
+    if arguments.shots_from is not None:
+        if len(sources) > 1:
+            raise UserError(f"--shots-from is read as the data is, and the recipe names {len(sources)} sources of it")
+        path, split = path_and_split(arguments.shots_from)
+        shots_from = EvaluationSource(
+            path, config=sources[0].config, split=split, columns=sources[0].columns, box_form=sources[0].box_form
+        )
     optional = {"batch_tokens": arguments.batch_tokens} if arguments.batch_tokens else {}
     evaluate(
         Evaluation(
@@ -96,7 +112,10 @@ def run(arguments: argparse.Namespace) -> None:
             sample=arguments.sample,
             seed=arguments.seed,
             style=arguments.style,
+            # A recipe's null is the format's own prompt, in its run's scores too.
+            prompt=arguments.prompt or (None if recipe is None else "task"),
             shots=arguments.shots,
+            shots_from=shots_from,
             dtype=arguments.dtype,
             quantization=arguments.quantization,
             grounding=bool(recipe and recipe.data.grounding),
@@ -108,13 +127,19 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-OF_DATA = ("split", "config", "format", "column", "box_form", "prompt")
+OF_DATA = ("split", "config", "format", "column", "box_form")
 
 
 def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
     """Raises:
     UserError: with the arguments that contradict each other or are missing.
     """
+    if arguments.shots < 0:
+        raise UserError(f"--shots must be 0 or more, not {arguments.shots}")
+    if arguments.shots_from is not None and not arguments.shots:
+        raise UserError("--shots-from says where solved examples come from: say how many with --shots")
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise UserError("--prompt is blank: give a text, published, trained or task")
     if arguments.recipe is not None:
         given = [name for name in ("task", "metric", "data", *OF_DATA) if getattr(arguments, name)]
         if given:
@@ -127,8 +152,6 @@ def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
         raise UserError("--metric is for --task custom, and task custom needs it")
     if arguments.format is not None and arguments.task != "custom":
         raise UserError(f"--format is for --task custom: task {arguments.task} has its own")
-    if arguments.shots < 0:
-        raise UserError(f"--shots must be 0 or more, not {arguments.shots}")
 
 
 def task_of(arguments: argparse.Namespace) -> "tuple[Task, Recipe | None]":
@@ -155,7 +178,19 @@ def task_of(arguments: argparse.Namespace) -> "tuple[Task, Recipe | None]":
         task = custom_task(arguments.metric, format=arguments.format or "vqa")
     else:
         task = find_task(arguments.task)
-    return (replace(task, max_new_tokens=arguments.max_new_tokens) if arguments.max_new_tokens else task), recipe
+    if arguments.max_new_tokens is None:
+        return task, recipe
+    if arguments.prompt == "published" and task.metric == "multiple_choice":
+        raise UserError("--max-new-tokens has no use here: published, the reply to a choice is its likeliest letter")
+    return replace(task, max_new_tokens=arguments.max_new_tokens), recipe
+
+
+def path_and_split(text: str) -> tuple[str, str | None]:
+    """`PATH:split` or `PATH`; a path that is there is taken whole."""
+    path, _, split = text.rpartition(":")
+    if not path or not split or "/" in split or Path(text).exists():
+        return text, None
+    return path, split
 
 
 def columns_of(arguments: argparse.Namespace) -> dict[str, str]:

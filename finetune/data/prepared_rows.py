@@ -18,6 +18,7 @@ from finetune.data.sources.arrow_rows import ORIGIN
 from finetune.errors import InputError, UserError
 from finetune.files.atomic_writes import writing_file
 from qwenvl.images.images import ImageAccess, ImageError, load_image
+from qwenvl.images.resizing import resize
 
 
 class BadImages(DataError):
@@ -102,7 +103,7 @@ def _smaller(image: Image.Image, longer_side: int, *, is_jpeg: bool) -> bytes:
     """Encode a smaller copy: JPEG for what was JPEG, else PNG, which is lossless."""
     scale = longer_side / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = resize(image, width, height)
     file = io.BytesIO()
     if is_jpeg:
         image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling="4:4:4")

@@ -9,15 +9,16 @@ interruption, the same call asks the remaining questions.
 import gc
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from finetune.batches.budget import REPLY_BATCH_TOKENS
+from finetune.evaluation.asked_models import Asking, EvaluatedModel, find_models, with_prompt_given
 from finetune.evaluation.evaluated_model import default_folder, model_fingerprint
+from finetune.evaluation.evaluation import Evaluation, EvaluationSource
 from finetune.evaluation.page import write_evaluation_page
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
@@ -31,89 +32,26 @@ from finetune.evaluation.results import (
     Record,
     Scored,
     compare_scored,
+    cut_count,
     hold_folder,
     read_results,
     record_of,
     score_records,
     submission,
     summary,
+    unread_counts,
     with_scores,
     write_json,
 )
-from finetune.evaluation.tasks import Task
 from finetune.model.computing import choose_dtype, is_random, own_device
-from finetune.recipe.sections import NamedSource, source_names
-from finetune.replies.model_style import ModelUse, find_use
+from finetune.recipe.sections import source_names
 from finetune.replies.replies import Decoding, generate_replies, plan_replies, stop_ids_of, without_adapter
-from finetune.replies.task_replies import Style
 from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
 from qwenvl import ImageAccess, load_model, load_processor
+from qwenvl.checkpoint.identity import BaseIdentity
 
-
-@dataclass(frozen=True)
-class EvaluationSource:
-    """A dataset to ask from; see `data.sources.sources.Location`. `format` None is the task's.
-
-    `name` is what its score goes by where there are several; None is the name of its file.
-    """
-
-    path: str
-    format: str | None = None
-    config: str | None = None
-    split: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    prompt: str | None = None
-    box_form: str | None = None
-    weight: float = 1.0
-    limit: int | None = None
-    streaming: bool = False
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is evaluated, and how.
-
-    Attributes:
-        model: whatever `qwenvl.load_model` takes.
-        task: with the most new tokens of a reply.
-        sources: what is asked, one after the other; several are scored apart as well.
-        compare: a second model, asked the same; None for none.
-        base: of an adapter, where it is not where the adapter says; None for where it says.
-        images_root, allow_urls: what images may be reached.
-        limit: use only the first `limit` questions; None is all.
-        sample: number of them to draw by `seed`, in equal shares of all sources; None is all.
-        style: None is each model's own.
-        shots: solved examples before each question, for style base.
-        dtype: as `load_model` takes it; "auto" is the device's own.
-        quantization: "nf4" or "none" for both models; None is each model's own, as it was trained.
-        batch_tokens: see `replies.Decoding`.
-        grounding: read markup in all texts as tokens.
-        on_bad_row: what happens to a row that cannot be asked.
-        on_bad_image: what happens to an image that is missing or damaged; "wrong" counts its questions as wrong.
-        out: where results go; None is `runs/evaluations/MODEL-TASK`, or in a run's own folder.
-    """
-
-    model: str
-    task: Task
-    sources: tuple[EvaluationSource | NamedSource, ...]
-    compare: str | None = None
-    base: str | None = None
-    images_root: str | None = None
-    allow_urls: bool = False
-    limit: int | None = None
-    sample: int | None = None
-    seed: int = 0
-    style: Style | None = None
-    shots: int = 0
-    dtype: str = "auto"
-    quantization: str | None = None
-    batch_tokens: int = REPLY_BATCH_TOKENS
-    grounding: bool = False
-    on_bad_row: Literal["error", "skip"] = "error"
-    on_bad_image: Literal["refuse", "wrong"] = "refuse"
-    out: Path | None = None
+__all__ = ["Evaluation", "EvaluationSource", "evaluate"]
 
 
 def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
@@ -134,29 +72,31 @@ def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    evaluation = with_prompt_given(evaluation)
     task = evaluation.task
 
     models = find_models(evaluation, say)
     questions = read_questions(evaluation, models, say)
-    asked = questions[models[0].style]
+    asked = questions[models[0].asking]
     folder = evaluation.out or default_folder(evaluation.model, task.name)
-    files = [prediction_file(evaluation, folder, model, questions[model.style]) for model in models]
+    bases: dict[Path, BaseIdentity] = {}
+    files = [prediction_file(evaluation, folder, model, questions[model.asking], bases) for model in models]
 
     with hold_folder(folder):
         for file in files:
             file.check()
         earlier = read_results(folder)
         replies = [
-            reply_to(evaluation, model, questions[model.style], file, say)
+            reply_to(evaluation, model, questions[model.asking], file, say)
             for model, file in zip(models, files, strict=True)
         ]
-        results = describe(evaluation, asked, files[0].identity, replies, earlier)
+        results = describe(evaluation, asked, files[0].identity, models[0].prompt.said, replies, earlier)
         records = [one.records for one in replies]
         if asked.answered:
             scores = [
-                score_records(task, questions[model.style], own) for model, own in zip(models, records, strict=True)
+                score_records(task, questions[model.asking], own) for model, own in zip(models, records, strict=True)
             ]
-            results |= score_summary(evaluation, records[0], scores)
+            results |= score_summary(evaluation, records, scores)
             records = [with_scores(own, scored) for own, scored in zip(records, scores, strict=True)]
         else:
             write_json(folder / SUBMISSION, submission(task, records[0]), indent=1)
@@ -173,96 +113,80 @@ def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
     return folder
 
 
-Role = Literal["model", "compared"]
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """One of the models: its role, and how it is asked and loaded."""
-
-    role: Role
-    use: ModelUse
-
-    @property
-    def name(self) -> str:
-        return self.use.name
-
-    @property
-    def style(self) -> Style:
-        return self.use.style
-
-
-def find_models(evaluation: Evaluation, say: Say) -> list[EvaluatedModel]:
-    """The model, and the one it is compared with.
-
-    Raises:
-        InputError: there is no such model, or its style is unknown.
-    """
-    given: list[tuple[Role, str, str | None]] = [("model", evaluation.model, evaluation.base)]
-    if evaluation.compare:
-        given.append(("compared", evaluation.compare, None))
-    models = []
-    for role, name, base in given:
-        use = find_use(name, base=base, style=evaluation.style, quantization=evaluation.quantization)
-        say(role, f"{name}, {use}")
-        models.append(EvaluatedModel(role, use))
-    return models
-
-
-def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say: Say) -> dict[Style, QuestionSample]:
-    """The questions in the style of each model; they differ in their prompts alone.
+def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say: Say) -> dict[Asking, QuestionSample]:
+    """The questions as each model is asked; they differ in their prompts alone.
 
     Raises:
         UserError: rows that cannot be asked, or a source that cannot be read.
     """
     root = evaluation.images_root
-    samples: dict[Style, QuestionSample] = {}
-    for style in dict.fromkeys(model.style for model in models):
+    samples: dict[Asking, QuestionSample] = {}
+    for asking in dict.fromkeys(model.asking for model in models):
         parts = [
             Questions(
                 source,
                 evaluation.task,
+                prompt=asking.prompt,
+                system=asking.system,
                 images_root=root,
                 access=ImageAccess(root=None if root is None else Path(root), allow_urls=evaluation.allow_urls),
-                style=style,
+                style=asking.style,
                 shots=evaluation.shots,
-                grounding=evaluation.grounding,
+                shot_source=evaluation.shots_from,
+                grounding=asking.grounding,
                 on_bad_row=evaluation.on_bad_row,
                 # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",
             )
             for source in evaluation.sources
         ]
-        samples[style] = QuestionSample(
+        samples[asking] = QuestionSample(
             parts,
             names=source_names(evaluation.sources),
             limit=evaluation.limit,
             sample=evaluation.sample,
             seed=evaluation.seed,
         )
-    first = samples[models[0].style]
+    first = samples[models[0].asking]
     say("task", f"{evaluation.task.name}: {evaluation.task.metric} on {first}")
+    if evaluation.shots:
+        where = evaluation.shots_from.path if evaluation.shots_from is not None else "the same data"
+        say(
+            "examples",
+            f"{evaluation.shots} solved ones before each question, from {where}, of other images and documents",
+        )
     if first.problems:
         say("left out", f"{len(first.problems):,} rows that cannot be asked; {RESULTS} lists them")
     return samples
 
 
 def prediction_file(
-    evaluation: Evaluation, folder: Path, model: EvaluatedModel, questions: QuestionSample
+    evaluation: Evaluation,
+    folder: Path,
+    model: EvaluatedModel,
+    questions: QuestionSample,
+    bases: dict[Path, BaseIdentity],
 ) -> PredictionFile:
-    """The file for the replies of a model, with what must be the same for replies to belong together."""
+    """The file for the replies of a model, with what must be the same for replies to belong together.
+
+    Args:
+        bases: see `model_fingerprint`.
+    """
     task = evaluation.task
     identity = {
-        "model": model_fingerprint(model.use.source),
+        "model": model_fingerprint(model.use.source, bases),
         "task": {
             "name": task.name,
             "metric": task.metric,
             "max_new_tokens": task.max_new_tokens,
             "stop": task.stop,
+            "published": task.published,
         },
         "data": {"questions": len(questions), "fingerprint": questions.fingerprint()},
         "settings": {
             "style": model.style,
+            "prompt": model.prompt.text,
+            "system": model.asking.system,
             "shots": evaluation.shots,
             "dtype": choose_dtype(evaluation.dtype),
             "quantization": model.use.quantization,
@@ -338,9 +262,11 @@ def generate(
     stop_texts = task.stop if model.style == "base" else ()
     decoding = Decoding(
         task.max_new_tokens,
-        stop_ids_of(loaded, tokenizer, model.style),
+        # The published scripts end replies of chat models too at <|endoftext|> alone.
+        (tokenizer.eod_id,) if task.published else stop_ids_of(loaded, tokenizer, model.style),
         tuple(text for text in stop_texts if text not in tokenizer.control_tokens),
         batch_tokens=evaluation.batch_tokens,
+        min_new_tokens=task.min_new_tokens,
     )
     records = []
     started = time.monotonic()
@@ -371,6 +297,7 @@ def describe(
     evaluation: Evaluation,
     questions: QuestionSample,
     identity: Mapping[str, Any],
+    asked_by: str,
     replies: Sequence[Replies],
     earlier: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -379,11 +306,13 @@ def describe(
     Args:
         evaluation: what was asked.
         questions, identity: of the model.
+        asked_by: by which prompt, in words.
         replies: of the model and of the one it is compared with.
         earlier: `results.json` of the same evaluation, finished before: the speed of replies that were there already,
             and its notes. None where there is none.
     """
     notes = [note for one in replies for note in one.notes]
+    notes += evaluation.task.notes(questions)
     return {
         "model": evaluation.model,
         "task": evaluation.task.name,
@@ -396,10 +325,14 @@ def describe(
             for record in replies[0].records
             if "unreadable" in record
         ],
+        "unread": unread_counts(replies[0].records),
+        "cut": cut_count(replies[0].records),
         "left_out": [str(problem) for problem in questions.problems],
         "notes": notes if earlier is None else list(dict.fromkeys([*earlier["notes"], *notes])),
         "settings": {
             "style": identity["settings"]["style"],
+            "prompt": identity["settings"]["prompt"],
+            "asked": asked_by,
             "max_new_tokens": evaluation.task.max_new_tokens,
             "shots": evaluation.shots,
             "limit": evaluation.limit,
@@ -415,11 +348,19 @@ def describe(
     }
 
 
-def score_summary(evaluation: Evaluation, records: Sequence[Record], scores: Sequence[Scored]) -> dict[str, Any]:
+def score_summary(
+    evaluation: Evaluation, records: Sequence[Sequence[Record]], scores: Sequence[Scored]
+) -> dict[str, Any]:
     """The scores in `results.json`, of the model and of the one it is compared with."""
     ours, *others = scores
     found = ours.summary()
     if others:
-        difference = compare_scored(evaluation.task, records, ours, others[0])
-        found["compared"] = {"model": evaluation.compare, **others[0].summary(), **difference}
+        difference = compare_scored(evaluation.task, records[0], ours, others[0])
+        found["compared"] = {
+            "model": evaluation.compare,
+            **others[0].summary(),
+            **difference,
+            "unread": unread_counts(records[1]),
+            "cut": cut_count(records[1]),
+        }
     return found

@@ -2,9 +2,11 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
+from finetune.files.base_identity import identify
 from finetune.files.path_errors import path_errors
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
+from qwenvl.checkpoint.identity import BaseIdentity, identity_to_json
 from qwenvl.loading import ModelSource
 
 EVALUATIONS = "evaluations"
@@ -20,8 +22,11 @@ def default_folder(model: str, task: str) -> Path:
     return Path("runs") / EVALUATIONS / f"{name}-{task}"
 
 
-def model_fingerprint(source: ModelSource) -> dict[str, str | None]:
-    """Digests of the base's weights (see `qwenvl.checkpoint.fingerprint`) and of the adapter's files (SHA-256).
+def model_fingerprint(source: ModelSource, bases: dict[Path, BaseIdentity]) -> dict[str, Any]:
+    """The identity of the base (see `qwenvl.checkpoint.identity`) and a digest of the adapter's files (SHA-256).
+
+    Args:
+        bases: those of this evaluation that were read already, by their paths; the base is added to it.
 
     Raises:
         InputError: a file of the model cannot be read.
@@ -34,4 +39,7 @@ def model_fingerprint(source: ModelSource) -> dict[str, str | None]:
             with path_errors(file, "read", "See that it can be read"):
                 hashed.update(file.read_bytes() if file.is_file() else b"")
         digest = hashed.hexdigest()[:32]
-    return {"base": weights_fingerprint(source.base), "adapter": digest}
+    place = Path(source.base).resolve()
+    if place not in bases:
+        bases[place] = identify(source.base, page_cache=True)
+    return {"base": identity_to_json(bases[place]), "adapter": digest}

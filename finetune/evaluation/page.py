@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from finetune.evaluation.questions import Question
+from finetune.evaluation.results import unread_lines
 from finetune.files.atomic_writes import write_text
 from finetune.quantities import format_duration, format_loss
 from finetune.report.images import draw_pair, image_tag, pair_legend, thumbnail
@@ -92,7 +93,12 @@ def _interval(interval: Sequence[float], sign: str = "") -> str:
 
 
 def _notes(results: Mapping[str, Any]) -> str:
-    lines = list(results["notes"])
+    lines = [f"It was asked {results['settings']['asked']}."]
+    lines += list(results["notes"])
+    wrong = ", and count as wrong." if "score" in results else "."
+    lines += [said + wrong for said in unread_lines(results["unread"], results.get("compared"))]
+    if cut := results["cut"]:
+        lines.append(f"{cut:,} replies end at the limit of {results['settings']['max_new_tokens']} new tokens.")
     unreadable, left_out = results["unreadable"], results["left_out"]
     if unreadable:
         lines.append(f"{len(unreadable):,} questions are on images that cannot be read, and count as wrong:")
@@ -100,8 +106,6 @@ def _notes(results: Mapping[str, Any]) -> str:
     if left_out:
         lines.append(f"{len(left_out):,} rows cannot be asked and are left out of the score:")
         lines += left_out[:LISTED]
-    if not lines:
-        return ""
     items = "".join(f"<li>{show(line)}</li>" for line in lines)
     return f'<div class="panel notes"><strong>Before you read the numbers</strong><ul>{items}</ul></div>'
 
@@ -201,6 +205,10 @@ def _side(name: str, record: Mapping[str, Any], drawn: str) -> str:
     else:
         text = compare(record["answers"][0], record["prediction"]) if record["answers"] else show(record["prediction"])
         said = f'<p class="said" dir="auto">{text}</p>'
+    if "unread" in record:
+        said += f'<p class="muted">Not read: replies that {show(record["unread"])} count as wrong.</p>'
+    if "cut" in record:
+        said += '<p class="muted">Cut at the most new tokens.</p>'
     return f'<section><div class="name">{show(name)}{badge}</div>{drawn}{said}</section>'
 
 

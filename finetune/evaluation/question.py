@@ -8,6 +8,8 @@ from typing import Any
 from finetune.data.formats.messages import Message
 from finetune.data.image_files import read_encoded
 from finetune.data.sample import Origin
+from finetune.errors import UserError
+from finetune.metrics.choices import LETTERS
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess, QwenVLTokenizer
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
@@ -33,6 +35,7 @@ class Question:
         options: of multiple choice.
         shots: solved examples that are shown before it.
         source: the name of its source, where an evaluation has several.
+        by_likelihood: the reply is the likeliest of the options' letters.
     """
 
     id: str
@@ -49,6 +52,7 @@ class Question:
     options: tuple[str, ...] = ()
     shots: "tuple[Question, ...]" = ()
     source: str | None = None
+    by_likelihood: bool = False
 
     def render(self, tokenizer: QwenVLTokenizer, n_queries: int = 256) -> Rendered:
         """The prompt: a chat that waits for a reply, or raw text for a base model to continue.
@@ -63,6 +67,21 @@ class Question:
             return render_chat(self._filled(), tokenizer, add_generation_prompt=True, n_queries=n_queries)
         content = [part for shot in self.shots for part in shot._solved(self.access)]
         return render_prompt([*content, *self._filled()[0]["content"]], tokenizer, n_queries=n_queries)
+
+    def choices(self, tokenizer: QwenVLTokenizer) -> tuple[int, ...]:
+        """The tokens of the options' letters, of which the likeliest is the reply; empty where any reply may be.
+
+        Raises:
+            UserError: a letter with a space before it is not one token of this vocabulary.
+        """
+        letters = LETTERS[: len(self.options)] if self.by_likelihood else ""
+        ids = [tokenizer.encode_text(f" {letter}") for letter in letters]
+        if any(len(own) != 1 for own in ids):
+            raise UserError(
+                "the vocabulary of this model has no single tokens for the letters of options, so the likeliest "
+                "cannot be taken; leave out --prompt published"
+            )
+        return tuple(own[0] for own in ids)
 
     def _filled(self) -> list[Message]:
         sources = iter(self.images)

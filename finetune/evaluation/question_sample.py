@@ -143,7 +143,8 @@ class QuestionPrompts(Sequence[Prompt]):
             return [self[number] for number in range(len(self))[index]]
         question = self.questions[self.numbers[index]]
         rendered = question.render(self._tokenizer, self._n_queries)
-        return Prompt(rendered.ids, rendered.images, question.access, str(question.origin))
+        choices = question.choices(self._tokenizer)
+        return Prompt(rendered.ids, rendered.images, question.access, str(question.origin), choices)
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))

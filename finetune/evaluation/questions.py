@@ -9,9 +9,7 @@ read on access, and its images only when it is rendered.
 
 import hashlib
 import json
-import random
 from array import array
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +24,10 @@ from finetune.data.sources.rows import Rows
 from finetune.data.sources.sources import Location, read_source
 from finetune.errors import InputError, UserError
 from finetune.evaluation.question import Question
+from finetune.evaluation.solved_examples import SolvedExamples
+from finetune.evaluation.task import Task
 from finetune.evaluation.task_rows import Asked, RowReader
-from finetune.evaluation.tasks import Task, check_prompt
+from finetune.evaluation.tasks import check_prompt
 from finetune.recipe.problems import nearest
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess
@@ -35,7 +35,7 @@ from qwenvl import ImageAccess
 __all__ = ["Question", "Questions"]
 
 # Roles of columns in addition to those of the formats.
-_MORE_ROLES = ("id", "group", "options")
+_MORE_ROLES = ("id", "group", "options", "hint", "document")
 
 
 class QuestionSource(Location, Protocol):
@@ -61,24 +61,27 @@ class RowImages(Sequence[Any]):
         return self._count
 
     def __getitem__(self, place: int | slice) -> Any:
-        return self._questions._sources(self._index)[place]
+        return self._questions.image_sources(self._index)[place]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._questions._sources(self._index))
+        return iter(self._questions.image_sources(self._index))
 
 
 class Questions(Sequence[Question]):
     """The questions of one source, by number.
 
     Args:
-        source: its columns map the task's roles (and `id`, `group`, `options`), its format is the task's or None, its
-            prompt replaces the task's.
+        source: its columns map the task's roles (and `id`, `group`, `options`, `hint`, `document`), its format is the
+            task's or None, its prompt replaces all others.
         task: gives the prompts and the metric.
+        prompt: replaces the task's where the source has none; None keeps the task's.
+        system: a system message before each question of style chat; None is the default one.
         images_root, access: as for `finetune.data.samples.Samples`.
         style: "chat", or "base" for raw text.
         shots: number of solved examples before each question, for style base. The question's id is the seed of their
             draw, so they are the same in every run.
-        shot_source: where they are drawn from; None is the source itself, without the row of the question.
+        shot_source: where they are drawn from; None is the source itself. None of them shares an image or a document
+            with the question, see `solved_examples`.
         grounding: read markup in all texts as tokens, as `data.grounding` of a recipe does.
         on_bad_row: "error" reports all bad rows together; "skip" leaves them out and lists them.
         look_for_images: treat a row whose image file is missing as a bad row; False leaves that to the reader of the
@@ -86,6 +89,10 @@ class Questions(Sequence[Question]):
 
     Attributes:
         task, style: as given.
+        name: of the source.
+        prompt: what is asked, with placeholders; empty for conversations.
+        columns: role -> column.
+        access: which files and URLs the images may reach.
         ids: unique ids of the questions.
         answered: whether there are gold answers to score with; False where all are hidden.
         problems: the problems of the rows that were left out.
@@ -102,6 +109,8 @@ class Questions(Sequence[Question]):
         source: QuestionSource,
         task: Task,
         *,
+        prompt: str | None = None,
+        system: str | None = None,
         images_root: str | Path | None = None,
         access: ImageAccess | None = None,
         style: Style = "chat",
@@ -115,10 +124,10 @@ class Questions(Sequence[Question]):
             raise UserError("solved examples are for base models: set shots to 0, or style to base")
         self.task, self.style = task, style
         self._look_for_images = look_for_images
-        self._shots, self._name = shots, str(source.path)
-        columns = _columns(source, task)
+        self.name, self.columns = str(source.path), _columns(source, task)
         if source.prompt is not None:
             check_prompt(task, source.prompt)
+        self.prompt = source.prompt or prompt or task.prompt(style)
         self._rows: Rows = read_source(source)
         self._count = len(self._rows) if source.limit is None else min(source.limit, len(self._rows))
         if self._count < 1:
@@ -126,32 +135,31 @@ class Questions(Sequence[Question]):
         access = ImageAccess() if access is None else access
         root = images_root if images_root is not None else access.root
         self._root = Path(self._rows.folder if root is None else root).absolute()
-        self._access = replace(access, root=self._root)
+        self.access = replace(access, root=self._root)
         self._reader = RowReader(
             task=task,
-            columns=columns,
-            prompt=source.prompt or task.prompt(style),
+            columns=self.columns,
+            prompt=self.prompt,
             style=style,
             box_form=_box_form(source, task),
             grounding=grounding,
             image_size=self._image_size,
+            system=system,
         )
         self._read_all(on_bad_row)
-        self._examples = self
+        self._shots, self._examples = shots, self
         if shots and shot_source is not None:
             self._examples = Questions(
                 shot_source,
                 task,
+                prompt=self.prompt,
                 images_root=images_root,
                 access=access,
                 style=style,
                 grounding=grounding,
                 on_bad_row=on_bad_row,
             )
-        # shot_source may be the same data.
-        self._draws_from_itself = self._examples._rows.fingerprint() == self._rows.fingerprint()
-        if shots:
-            self._check_examples()
+        self._solved = SolvedExamples(self, self._examples, shots) if shots else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -171,8 +179,32 @@ class Questions(Sequence[Question]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"there are {len(self)} questions, no index {index}")
         index %= len(self)
-        question = self._plain(index)
-        return replace(question, shots=tuple(self._drawn(index))) if self._shots else question
+        question = self.plain(index)
+        return replace(question, shots=tuple(self._solved.of(index))) if self._solved else question
+
+    def plain(self, index: int) -> Question:
+        """The question with this number, without solved examples; errors as for `[]`."""
+        row, item = self._row_of[index], self._item_of[index]
+        # A scan leaves image bytes on disk; grounding reads the image's size from them.
+        given = self._rows[row] if self.task.is_grounding else next(iter(self._rows.scan(row, row + 1)))
+        if isinstance(given, BadRow):
+            raise given
+        asked = self._item(given, row, item)
+        return Question(
+            id=self.ids[index],
+            origin=self._rows.origin(row),
+            text=asked.text,
+            answers=asked.answers,
+            box=asked.box,
+            image_size=asked.image_size,
+            group=self._reader.group(given),
+            images=RowImages(self, index, len(asked.sources)),
+            access=self.access,
+            style=self.style,
+            messages=asked.messages,
+            options=asked.options,
+            by_likelihood=self.task.by_likelihood,
+        )
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of the rows, how they are read, the prompt and the solved examples."""
@@ -182,8 +214,12 @@ class Questions(Sequence[Question]):
             "used": self._count,
             "task": [self.task.name, self.task.metric, self.task.format],
             "columns": dict(sorted(reader.columns.items())),
-            "prompt": [reader.prompt, self.style, reader.box_form, reader.grounding],
-            "shots": [self._shots, self._examples.fingerprint() if self._examples is not self else ""],
+            "prompt": [reader.prompt, reader.system, self.style, reader.box_form, reader.grounding],
+            "shots": [
+                self._shots,
+                self._examples.fingerprint() if self._examples is not self else "",
+                "other documents" if self._shots else "",
+            ],
         }
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
@@ -231,7 +267,7 @@ class Questions(Sequence[Question]):
         asked = self._asked(given, row)
         for number, source in enumerate(asked[0].sources if self._look_for_images else ()):
             try:
-                check_image(absolute(source, self._root), self._access)
+                check_image(absolute(source, self._root), self.access)
             except InputError as error:
                 raise BadRow(self._rows.origin(row), f"images[{number}]", str(error)) from error
         return asked
@@ -240,12 +276,12 @@ class Questions(Sequence[Question]):
         """Leave out bad rows and rows with hidden answers, both by row; or raise, as `on_bad_row` says."""
         if bad and on_bad_row == "error":
             raise DataError(
-                f"{self._name}: of {self._count:,} rows, {len(bad):,} cannot be asked as task {self.task.name} "
+                f"{self.name}: of {self._count:,} rows, {len(bad):,} cannot be asked as task {self.task.name} "
                 "(fix them, or leave them out with on_bad_row: skip):",
                 list(bad.values()),
             )
         if not self.ids:
-            raise DataError(f"{self._name}: none of the {self._count:,} rows can be asked:", list(bad.values()))
+            raise DataError(f"{self.name}: none of the {self._count:,} rows can be asked:", list(bad.values()))
         kept = [place for place, row in enumerate(self._row_of) if row not in hidden]
         self.answered = bool(kept)
         left_out = bad | hidden if self.answered else bad
@@ -254,7 +290,7 @@ class Questions(Sequence[Question]):
             return
         if on_bad_row == "error":
             raise DataError(
-                f"{self._name}: the answers of {len(hidden):,} rows are hidden and those of the others are not; score "
+                f"{self.name}: the answers of {len(hidden):,} rows are hidden and those of the others are not; score "
                 "the answered rows in a file of their own, or leave the others out with on_bad_row: skip:",
                 list(hidden.values()),
             )
@@ -262,36 +298,35 @@ class Questions(Sequence[Question]):
         self._row_of = array("q", (self._row_of[place] for place in kept))
         self._item_of = array("q", (self._item_of[place] for place in kept))
 
-    # ---- one question
+    # ---- rows and images, for solved examples
 
-    def _plain(self, index: int) -> Question:
-        """The question without solved examples."""
-        row, item = self._row_of[index], self._item_of[index]
-        # A scan leaves image bytes on disk; grounding reads the image's size from them.
-        given = self._rows[row] if self.task.is_grounding else next(iter(self._rows.scan(row, row + 1)))
-        if isinstance(given, BadRow):
-            raise given
-        asked = self._item(given, row, item)
-        return Question(
-            id=self.ids[index],
-            origin=self._rows.origin(row),
-            text=asked.text,
-            answers=asked.answers,
-            box=asked.box,
-            image_size=asked.image_size,
-            group=self._reader.group(given),
-            images=RowImages(self, index, len(asked.sources)),
-            access=self._access,
-            style=self.style,
-            messages=asked.messages,
-            options=asked.options,
-        )
+    def row_of(self, index: int) -> int:
+        """The row of a question, from 0."""
+        return self._row_of[index]
 
-    def _sources(self, index: int) -> tuple[Any, ...]:
+    def rows_fingerprint(self) -> str:
+        """Hexadecimal digest of the rows alone."""
+        return self._rows.fingerprint()
+
+    def scan_rows(self) -> Iterator[tuple[int, Mapping[str, Any], list[Any]]]:
+        """Each row that has questions: its number, the row, and its images, paths absolute.
+
+        Images inside the data may be placeholders, see `Rows.scan`.
+        """
+        asked = set(self._row_of)
+        scan = Rows.scan if self.task.is_grounding else type(self._rows).scan
+        for row, given in enumerate(scan(self._rows, 0, self._count)):
+            if row in asked and not isinstance(given, BadRow):
+                sources = self._asked(given, row)[0].sources
+                yield row, given, [absolute(source, self._root) for source in sources]
+
+    def image_sources(self, index: int) -> tuple[Any, ...]:
         """The images of a question, paths absolute."""
         row = self._row_of[index]
         asked = self._item(self._rows[row], row, self._item_of[index])
         return tuple(absolute(source, self._root) for source in asked.sources)
+
+    # ---- one question
 
     def _item(self, given: Mapping[str, Any], row: int, item: int) -> Asked:
         asked = self._asked(given, row)
@@ -307,33 +342,7 @@ class Questions(Sequence[Question]):
             raise BadRow(self._rows.origin(row), error.field, error.reason) from None
 
     def _image_size(self, source: Any) -> tuple[int, int]:
-        return upright_size(absolute(source, self._root), self._access)
-
-    # ---- solved examples
-
-    def _drawn(self, index: int) -> list[Question]:
-        start, stop = self._same_row(index)
-        draw = random.Random(f"solved examples of {self.ids[index]}")
-        places = draw.sample(range(len(self._examples) - (stop - start)), self._shots)
-        return [self._examples._plain(place if place < start else place + (stop - start)) for place in places]
-
-    def _same_row(self, index: int) -> tuple[int, int]:
-        """The range of examples from the question's own row, which would give the answer away."""
-        if not self._draws_from_itself:
-            return 0, 0
-        row, rows = self._row_of[index], self._examples._row_of
-        return bisect_left(rows, row), bisect_right(rows, row)
-
-    def _check_examples(self) -> None:
-        examples = self._examples
-        if not examples.answered:
-            raise DataError(f"{examples._name}: its answers are hidden; name a shot_source that has some")
-        fewest = min(len(examples) - (stop - start) for start, stop in map(self._same_row, range(len(self))))
-        if fewest < self._shots:
-            raise DataError(
-                f"{examples._name}: has {fewest} other question(s) to draw {self._shots} solved examples from; "
-                "lower shots, or name a larger shot_source"
-            )
+        return upright_size(absolute(source, self._root), self.access)
 
 
 def _columns(source: QuestionSource, task: Task) -> dict[str, str]:

@@ -13,6 +13,7 @@
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import numpy as np
 from finetune.errors import UserError
 from finetune.evaluation.bootstrap import Interval, difference_interval, score_interval
 from finetune.evaluation.questions import Question
-from finetune.evaluation.tasks import Task
+from finetune.evaluation.task import Task
 from finetune.files.atomic_writes import make_folder, write_text
 from finetune.files.path_errors import path_errors
 from finetune.quantities import format_duration, format_loss
@@ -32,6 +33,7 @@ from finetune.replies.replies import Reply
 from finetune.run.identity import compare_runs
 from finetune.run.lock import lock_folder
 from finetune.terminal import terminal_line
+from qwenvl.checkpoint.identity import differences, identity_from_json
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +120,22 @@ def record_of(task: Task, number: int, question: Question, reply: Reply) -> Reco
         record |= {"box": list(question.box), "image_size": list(question.image_size)}
     if reply.unreadable is not None:
         record["unreadable"] = reply.unreadable
+        return record
+    if (why := task.unread(question, reply.text)) is not None:
+        record["unread"] = why
+    if reply.cut and not task.by_likelihood:
+        record["cut"] = True
     return record
+
+
+def unread_counts(records: Sequence[Record]) -> dict[str, int]:
+    """Why replies could not be read as answers -> how many of them, the most frequent first."""
+    return dict(Counter(record["unread"] for record in records if "unread" in record).most_common())
+
+
+def cut_count(records: Sequence[Record]) -> int:
+    """How many replies ended because they had the most new tokens."""
+    return sum("cut" in record for record in records)
 
 
 class PredictionFile:
@@ -150,12 +167,22 @@ class PredictionFile:
             if self.file.exists():
                 raise UserError(f"{self.file} is there without its {IDENTITY}: give another --out, or remove it")
             return
-        if differences := compare_runs(stored, dict(self.identity)):
-            lines = "\n  ".join(differences)
+        if changes := self._changes(stored):
+            lines = "\n  ".join(changes)
             raise UserError(
                 f"{self.folder} holds another evaluation, which this one would not continue:\n  {lines}\n"
                 "Give another --out, or remove that folder"
             )
+
+    def _changes(self, stored: dict[str, Any]) -> list[str]:
+        """In what this evaluation differs from that of the replies that are there."""
+        match stored, self.identity:
+            case {"model": {"base": was}}, {"model": {"base": now}}:
+                file = self.folder / IDENTITY
+                bases = differences(identity_from_json(was, file), identity_from_json(now, file))
+                changes = [f"model.base: {change}" for change in bases]
+                return changes + compare_runs(stored, dict(self.identity), ignore=("model.base",))
+        return compare_runs(stored, dict(self.identity))
 
     def open(self) -> dict[int, Record]:
         """The records that are there already, by the number of their question.
@@ -310,9 +337,9 @@ def _line(record: Record) -> str:
 def summary(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The lines at the end, each a label and its text."""
     lines = []
+    compared = results.get("compared")
     if "score" in results:
         lines.append((results["metric"], f"{score_text(results)}, {results['questions']:,} questions"))
-        compared = results.get("compared")
         for name, source in results["sources"].items():
             other = f"; compared: {format_loss(compared['sources'][name]['score'])}" if compared else ""
             lines.append((f"  {name}", f"{score_text(source)}, {source['questions']:,} questions{other}"))
@@ -334,11 +361,25 @@ def summary(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     if results["unreadable"]:
         count = len(results["unreadable"])
         lines.append(("unreadable", f"{count:,} questions on images that cannot be read: counted as wrong"))
+    wrong = "counted as wrong" if "score" in results else "written as they are"
+    lines += [("unread", f"{said}: {wrong}") for said in unread_lines(results["unread"], compared)]
+    if cut := results["cut"]:
+        limit = results["settings"]["max_new_tokens"]
+        lines.append(("cut", f"{cut:,} replies end at the limit of {limit} new tokens; --max-new-tokens raises it"))
     lines += [("note", note) for note in results["notes"]]
     if speed := results["speed"]:
         rate = f"{speed['examples_per_second']:.2f} examples/s"
         lines.append(("speed", f"{rate}, {speed['replies']:,} replies in {format_duration(speed['seconds'])}"))
     return lines
+
+
+def unread_lines(unread: Mapping[str, int], compared: Mapping[str, Any] | None) -> list[str]:
+    """`12 replies hold no box (compared: 3)`, for each reason why replies could not be read."""
+    theirs = {} if compared is None else compared["unread"]
+    return [
+        f"{unread.get(why, 0):,} replies {why}" + (f" (compared: {theirs.get(why, 0):,})" if compared else "")
+        for why in dict.fromkeys([*unread, *theirs])
+    ]
 
 
 def score_text(scores: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ same with and without it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import Trainer
 from finetune.batches.image_request import VisionCache
 from finetune.data.shown_rows import choose_shown, document_of
 from finetune.errors import UserError
+from finetune.evaluation.asked_prompt import asked_otherwise
 from finetune.evaluation.predictions import PREDICTIONS, keep_images, replace_records
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
@@ -34,6 +35,7 @@ from finetune.recipe.sections import source_names
 from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies
 from qwenvl import ImageAccess, QwenVLProcessor
 
+_WHEN = ("before", "after")
 BATCH_TOKENS = 4096  # leaves memory for gradients and optimizer states; halved after an out-of-memory error
 
 
@@ -55,7 +57,8 @@ class TaskScore:
 
     def added_to(self, summary: Mapping[str, Any], when: str) -> dict[str, Any]:
         """The score in `run.json`, with this one added as `before` or `after`: over all questions, and over those of
-        each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`."""
+        each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`; and under `unread` how
+        many replies could not be read as answers."""
         scored = self.scored
         sources = {name: (part.questions, part.score) for name, part in scored.sources.items()}
         groups = {name: (scored.counts[name], score) for name, score in scored.groups.items()}
@@ -67,7 +70,9 @@ class TaskScore:
             for kind, found in (("sources", sources), ("groups", groups))
             if found
         }
-        return {**summary, "metric": self.metric, "questions": len(self.records), when: scored.total, **parts}
+        unread = {**summary.get("unread", {}), when: sum("unread" in record for record in self.records)}
+        total = {"metric": self.metric, "questions": len(self.records), when: scored.total}
+        return {**summary, **total, **parts, "unread": unread}
 
     def metrics(self) -> dict[str, float]:
         """The scores by logged key: `eval_anls`, and one for each source and group, `eval_anls_boarding`."""
@@ -124,10 +129,13 @@ class TaskEvaluation:
             raise UserError("evaluate.data: its answers are hidden, so there is no score: set evaluate.task: null")
         self.key = f"eval_{self.task.metric}"
         self.processor = processor
+        self._otherwise = asked_otherwise(recipe, self.task)
 
     def __str__(self) -> str:
-        """`docvqa: anls on 200 of 5,949 questions (boarding 100, before 100)`"""
-        return f"{self.task.name}: {self.task.metric} on {self.questions}"
+        """`docvqa: anls on 200 of 5,949 questions (boarding 100, before 100)`; and which prompt, where training has
+        another one."""
+        said = f"{self.task.name}: {self.task.metric} on {self.questions}"
+        return f"{said}; {self._otherwise}" if self._otherwise else said
 
     def without_scores(self, log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The log history without the scores, for a summary with a separate line for the score."""
@@ -241,7 +249,7 @@ class TaskScorer:
         replies = []
         with ReplyProgress(f"evaluating {self.asked.task.metric}", len(numbers), bar=bar) as progress:
             for reply in made:
-                replies.append(Reply(numbers[reply.index], reply.ids, reply.text, reply.unreadable))
+                replies.append(replace(reply, index=numbers[reply.index]))
                 tick()
                 if accelerator.is_main_process:
                     progress.reached(len(replies))
@@ -261,12 +269,16 @@ class TaskScorer:
 def score_line(score: Mapping[str, Any]) -> tuple[str, str]:
     """Label and text of a line: `anls`, `0.3100 -> 0.8200 on 200 questions`, from the score in `run.json`.
 
-    With several sources ` (boarding 0.0200 -> 0.8900 on 100, before 0.9700 -> 0.9500 on 100)` follows.
+    With several sources ` (boarding 0.0200 -> 0.8900 on 100, before 0.9700 -> 0.9500 on 100)` follows, and where there
+    are some, `; 30 -> 2 replies could not be read`.
     """
     each = [f"{name} {_course(part)}" for name, part in score.get("sources", {}).items()]
-    return score["metric"], f"{_course(score)} questions" + (f" ({', '.join(each)})" if each else "")
+    counts = score.get("unread", {})
+    unread = " -> ".join(f"{counts[when]:,}" for when in _WHEN if when in counts)
+    said = f"{_course(score)} questions" + (f" ({', '.join(each)})" if each else "")
+    return score["metric"], said + (f"; {unread} replies could not be read" if any(counts.values()) else "")
 
 
 def _course(score: Mapping[str, Any]) -> str:
-    values = " -> ".join(format_loss(score[when]) for when in ("before", "after") if when in score)
+    values = " -> ".join(format_loss(score[when]) for when in _WHEN if when in score)
     return f"{values} on {score['questions']:,}"

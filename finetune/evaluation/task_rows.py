@@ -6,7 +6,7 @@ No image is opened, except that boxes need the size in its header. A row whose i
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.data.formats import fields
@@ -17,14 +17,17 @@ from finetune.data.formats.row_format import RowFormat
 from finetune.data.sample import BadField
 from finetune.errors import InputError, UserError
 from finetune.evaluation.predictions import split_last_reply
-from finetune.evaluation.tasks import Task
+from finetune.evaluation.task import Task
 from finetune.metrics import first_box
-from finetune.metrics.choices import LETTERS
+from finetune.metrics.choices import LETTERS, choice_letter
+from finetune.metrics.text_form import composed
 from finetune.replies.task_replies import Style
 from qwenvl.text.boxes import Box
+from qwenvl.text.grounding import strip_markup
 
 ImageSize = Callable[[Any], tuple[int, int]]
-_PLACES = re.compile(r"\{(question|phrase|options)\}")
+_PLACES = re.compile(r"\{(question|phrase|options|hint)\}")
+_NO_HINT = "N/A"  # as in the published prompt of multiple choice
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class RowReader:
         box_form: form of a gold box in its column.
         grounding: treat every text as grounding text.
         image_size: gives the width and height of an image source of a row; raises ValueError if it cannot.
+        system: a system message before what is asked, of style chat; None is the default one. Conversations have
+            their own.
     """
 
     task: Task
@@ -71,6 +76,7 @@ class RowReader:
     box_form: str | None
     grounding: bool
     image_size: ImageSize
+    system: str | None = None
 
     def questions(self, row: Mapping[str, Any]) -> list[Asked]:
         """The questions of a row, at least one.
@@ -86,6 +92,8 @@ class RowReader:
             asked = [self._caption(row)]
         else:
             asked = self._columns(row)
+        if not (self.task.is_grounding or self.task.published):
+            asked = [replace(one, answers=self._texts(one.answers)) for one in asked]
         fewest = self.task.fewest_answers
         for question in asked:
             if question.answers and len(question.answers) < fewest:
@@ -95,6 +103,16 @@ class RowReader:
                     f"{fewest} people. For single answers use exact_match or anls",
                 )
         return asked
+
+    def _texts(self, answers: tuple[str, ...]) -> tuple[str, ...]:
+        """Gold answers without markup, as replies are compared; and without blank ones, except where all count."""
+        texts = tuple(strip_markup(answer) for answer in answers)
+        if answers and not any(text.strip() for text in texts):
+            raise BadField(
+                self.columns.get("answers") or self.columns.get("caption") or "its last reply",
+                f"holds nothing but boxes, and {self.task.metric} compares texts: use metric grounding",
+            )
+        return texts if self.task.metric == "vqa_score" else tuple(text for text in texts if text.strip())
 
     def group(self, row: Mapping[str, Any]) -> str | None:
         """The group of a row; None where the data has no groups.
@@ -164,8 +182,17 @@ class RowReader:
             raise BadField(column, f"must be a list of 2 to {len(LETTERS)} texts, not {_kind(given)}")
         options = tuple(fields.text(option, f"{column}[{index}]") for index, option in enumerate(given))
         lettered = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-        gold = () if answer is None else (_gold_letter(answer, options, answer_name),)
-        return self._asked(text, images, {"question": text, "options": lettered}, answers=gold, options=options)
+        gold = () if answer is None else (_gold_letter(answer, options, answer_name, self.task.name),)
+        places = {"question": text, "options": lettered, "hint": self._hint(row)}
+        return self._asked(text, images, places, answers=gold, options=options)
+
+    def _hint(self, row: Mapping[str, Any]) -> str:
+        """The context of a question, as ScienceQA has it; most have none."""
+        if "{hint}" not in self.prompt:
+            return ""
+        column = self.columns.get("hint")
+        value = row.get("hint") if column is None else _may_be_hidden(row, column)
+        return _NO_HINT if value is None or value == "" else fields.text(value, column or "hint")
 
     def _caption(self, row: Mapping[str, Any]) -> Asked:
         name = self.columns["caption"]
@@ -218,7 +245,10 @@ class RowReader:
         said = _PLACES.sub(lambda place: places.get(place[1], place[0]), self.prompt)
         flag = {"grounding": True} if marked or self.grounding else {}
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": said, **flag}]
-        return Asked(text, ({"role": "user", "content": content},), tuple(images), **gold)
+        before: list[Message] = []
+        if self.system is not None and self.style == "chat":
+            before = [{"role": "system", "content": [{"type": "text", "text": self.system}]}]
+        return Asked(text, (*before, {"role": "user", "content": content}), tuple(images), **gold)
 
     # ---- conversations
 
@@ -229,6 +259,8 @@ class RowReader:
         if parts is None:
             raise BadField(name, "does not end with an assistant's reply, which is the gold answer")
         messages, answer = parts
+        if not answer.strip():
+            raise BadField(name, "its last reply, which is the gold answer, is blank")
         if not any(message["role"] == "user" for message in messages):
             raise BadField(name, "asks nothing before its last reply")
         sources: list[Any] = []
@@ -284,17 +316,27 @@ def _answers(value: Any, name: str) -> tuple[str, ...]:
     return tuple(answers) if any(answer.strip() for answer in answers) else ()
 
 
-def _gold_letter(answer: Any, options: tuple[str, ...], name: str) -> str:
+def _gold_letter(answer: Any, options: tuple[str, ...], name: str, task: str) -> str:
     """The letter of the right option, given as its number from 0, its letter or its text."""
     if isinstance(answer, str):
-        answer = answer.strip()
-        # Before the texts: in AI2D "2" is the third option, even where the options themselves are numbers.
+        answer = composed(answer).strip()
+        texts = [composed(option).strip() for option in options]
         if answer.isdecimal():
+            # In AI2D "2" is the third option, even where the options themselves are numbers. Other data may mean the
+            # option "2".
+            if task == "custom" and answer in texts and texts.index(answer) != int(answer):
+                raise BadField(
+                    name,
+                    f"is {answer!r}, the text of one option and the number (from 0) of another: write the letter of "
+                    "the right option, or its number without quotes",
+                )
             answer = int(answer)
-        elif answer in options:
-            return LETTERS[options.index(answer)]
-        elif len(answer) == 1 and answer.upper() in LETTERS[: len(options)]:
-            return answer.upper()
+        elif texts.count(answer) == 1:
+            return LETTERS[texts.index(answer)]
+        elif texts.count(answer) > 1:
+            raise BadField(name, f"is {answer!r}, the text of several options: write the letter of the right one")
+        elif (letter := choice_letter(answer, len(options))) is not None:
+            return letter
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return LETTERS[answer]
     raise BadField(

@@ -8,191 +8,16 @@ A task is data: `questions.py` reads its rows, `metrics` scores its replies. Col
 public datasets; prompts, lengths and metrics are those of Qwen-VL's published evaluation.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
+from collections.abc import Mapping
+from dataclasses import replace
 
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.errors import UserError
-from finetune.metrics import (
-    anls,
-    cider_d,
-    click_accuracy,
-    exact_match,
-    grounding_accuracy,
-    multiple_choice_accuracy,
-    ptb_tokens,
-    relaxed_accuracy,
-    vqa_score,
-)
-from finetune.metrics.vqa import FEWEST_ANSWERS
+from finetune.evaluation.task import BoxForm, Scores, Task
 from finetune.recipe.problems import nearest
 from finetune.recipe.sections import Evaluate, MetricName
-from finetune.replies.task_replies import Style, answer_of
 
-if TYPE_CHECKING:
-    from finetune.evaluation.question import Question
-
-BoxForm = Literal["xyxy", "xywh", "xyxy_fraction"]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The scores of the replies to a task's questions.
-
-    Attributes:
-        metric: scores are in [0, 1]; those of cider_d in [0, 10].
-        values: the score of each question, in their order.
-        total: the task's score; see `Task.aggregate`.
-        groups: the mean of each group of questions, by name; empty where the data has none.
-    """
-
-    metric: str
-    values: list[float]
-    total: float
-    groups: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One kind of question.
-
-    Attributes:
-        name: as in `--task` and `evaluate.task`.
-        metric: the reported score.
-        format: of its rows: "vqa", "grounding" or "caption" have a column for each role; or one of the conversations.
-        columns: role -> the column's name in the public data; a role that is missing here is its own name. In addition
-            to the roles of the format there may be `id` (of the question), `group` and `options`.
-        base_prompt, chat_prompt: for a base and a chat model; `{question}` (vqa), `{phrase}` (grounding) and
-            `{options}` are replaced by the row's texts. Empty for conversations.
-        max_new_tokens: most tokens of a reply.
-        stop: texts at which the reply of a base model is cut, since it may continue with a next question.
-        box_form: for format grounding. "xyxy" and "xywh" are pixels, "xyxy_fraction" corners as fractions of the
-            image. None: the source has it.
-        group_names: value in the data -> name of the group, for values that are not names.
-        mean_of_groups: the score is the mean of the groups' means, not of all questions; every row needs a group.
-        shortens: cut a sentence down to the thing that it names before comparing (see `task_replies.shortened`).
-    """
-
-    name: str
-    metric: MetricName
-    format: str
-    columns: Mapping[str, str]
-    base_prompt: str
-    chat_prompt: str
-    max_new_tokens: int
-    stop: tuple[str, ...] = ()
-    box_form: BoxForm | None = None
-    group_names: Mapping[str, str] = field(default_factory=dict)
-    mean_of_groups: bool = False
-    shortens: bool = False
-
-    @property
-    def fewest_answers(self) -> int:
-        """Gold answers a question must have for the metric to mean something."""
-        return FEWEST_ANSWERS if self.metric == "vqa_score" else 1
-
-    @property
-    def is_grounding(self) -> bool:
-        """Whether replies are boxes."""
-        return self.metric in ("grounding", "click")
-
-    def prompt(self, style: Style) -> str:
-        return self.chat_prompt if style == "chat" else self.base_prompt
-
-    def extract(self, reply: str, style: Style = "chat") -> str:
-        """The answer in a reply; an answer by itself is unchanged."""
-        stop = self.stop if style == "base" else ()
-        return answer_of(reply, stop=stop, keeps_markup=self.is_grounding, shortens=self.shortens)
-
-    def score(self, question: "Question", reply: str) -> float:
-        """The score of one reply.
-
-        Raises:
-            UserError: the question's answer is hidden, or the metric looks at all replies at once (cider_d).
-        """
-        if not question.answers:
-            raise UserError(f"{question.id}: its answer is hidden; nothing can be scored")
-        answer = self.extract(reply, question.style)
-        match self.metric:
-            case "anls":
-                return anls(answer, question.answers)
-            case "relaxed_accuracy":
-                return max(relaxed_accuracy(answer, gold) for gold in question.answers)
-            case "vqa_score":
-                return vqa_score(answer, question.answers)
-            case "exact_match":
-                return exact_match(answer, question.answers)
-            case "multiple_choice":
-                return multiple_choice_accuracy(answer, question.answers[0], question.options)
-            case "grounding":
-                return grounding_accuracy(answer, *_gold_box(question))
-            case "click":
-                return click_accuracy(answer, *_gold_box(question))
-        raise UserError(f"{self.metric} is not the score of one reply: use score_all")
-
-    def score_all(self, questions: "Sequence[Question]", replies: Sequence[str]) -> Scores:
-        """The scores of the replies to all questions.
-
-        Raises:
-            UserError: hidden answers, no questions, or different numbers of questions and replies.
-        """
-        if len(questions) != len(replies):
-            raise UserError(f"{len(replies)} replies to {len(questions)} questions")
-        if not replies:
-            raise UserError("there are no questions to score")
-        groups = []
-        if self.metric == "cider_d":
-            captions, references = [], []
-            for question, reply in zip(questions, replies, strict=True):
-                if not question.answers:
-                    raise UserError(f"{question.id}: its captions are hidden; nothing can be scored")
-                captions.append(ptb_tokens(self.extract(reply, question.style)))
-                references.append([ptb_tokens(answer) for answer in question.answers])
-                groups.append(question.group)
-            _, values = cider_d(captions, references)
-        else:
-            values = []
-            for question, reply in zip(questions, replies, strict=True):
-                values.append(self.score(question, reply))
-                groups.append(question.group)
-        return self._scores(values, groups)
-
-    def aggregate(self, values: np.ndarray, groups: np.ndarray | None = None) -> float:
-        """The task's score from those of its questions: their mean, or the mean of the groups' means.
-
-        Args:
-            values: (questions,) scores.
-            groups: (questions,) names; needed where the score is a mean of groups.
-
-        Raises:
-            UserError: no values, or no groups where they are needed.
-        """
-        values = np.asarray(values, dtype=np.float64)
-        if not values.size:
-            raise UserError("there are no questions to score")
-        if not self.mean_of_groups:
-            return float(values.mean())
-        if groups is None:
-            raise UserError(f"the score of {self.name} is a mean of groups: give the group of each question")
-        _, members = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-        return float((np.bincount(members, values) / np.bincount(members)).mean())
-
-    def _scores(self, values: list[float], groups: list[str | None]) -> Scores:
-        members: dict[str, list[float]] = {}
-        for value, group in zip(values, groups, strict=True):
-            if group is not None:
-                members.setdefault(group, []).append(value)
-        means = {group: sum(scores) / len(scores) for group, scores in sorted(members.items())}
-        return Scores(self.metric, values, self.aggregate(np.array(values), np.array(groups)), means)
-
-
-def _gold_box(question: "Question") -> tuple[tuple[float, float, float, float], tuple[int, int]]:
-    assert question.box is not None and question.image_size is not None, "answers of grounding come with their box"
-    return question.box, question.image_size
-
+__all__ = ["TASKS", "Scores", "Task", "check_prompt", "custom_task", "find_task", "published_task", "task_of"]
 
 _NEXT_QUESTION = ("<|endoftext|>", "<img>", "\n", "Question:")
 _END = ("<|endoftext|>",)
@@ -342,18 +167,52 @@ def custom_task(
     return replace(task, base_prompt=prompt, chat_prompt=prompt)
 
 
+_PUBLISHED_CHOICE = "Context: {hint}\nQuestion: {question}\nOptions: {options}\nAnswer:"
+_PUBLISHED_FEWEST = {"grounding": 10, "cider_d": 8}  # new tokens; 1 for other metrics
+
+
+def published_task(task: Task) -> Task:
+    """The task as Qwen-VL's published evaluation scripts ask and score it.
+
+    Every model gets raw text, also a chat model. Replies are as long as the scripts let them be and end at
+    `<|endoftext|>` alone, without stop texts. Multiple choice takes the likeliest letter. Scores are computed as
+    `metrics.published` says. Source: `eval_mm` of the public repository QwenLM/Qwen-VL.
+
+    Raises:
+        UserError: the scripts have no such task.
+    """
+    if task.format in CONVERSATIONS or task.metric == "click":
+        what = f"data of format {task.format}" if task.format in CONVERSATIONS else f"metric {task.metric}"
+        raise UserError(f"--prompt published: the published scripts have nothing like task {task.name} ({what})")
+    task = replace(task, stop=(), published=True)
+    if task.by_likelihood:
+        return replace(task, base_prompt=_PUBLISHED_CHOICE, chat_prompt=_PUBLISHED_CHOICE, max_new_tokens=1)
+    fewest = _PUBLISHED_FEWEST.get(task.metric, 1)
+    if task.max_new_tokens < fewest:
+        raise UserError(
+            f"the published scripts let a reply of task {task.name} have no fewer than {fewest} new tokens: "
+            f"{task.max_new_tokens} at most cannot be"
+        )
+    return replace(task, chat_prompt=task.base_prompt, min_new_tokens=fewest)
+
+
 def check_prompt(task: Task, prompt: str) -> None:
     """Refuse a prompt without the placeholders of its task.
 
     Raises:
         UserError: a placeholder is missing, or the prompt is blank.
     """
+    missing = missing_in(task, prompt)
+    if missing or not prompt.strip():
+        raise UserError(f"the prompt of task {task.name} must hold {' and '.join(missing) or 'text'}: {prompt!r}")
+
+
+def missing_in(task: Task, prompt: str) -> list[str]:
+    """The placeholders of the task that a prompt lacks."""
     needed = {"vqa": ["{question}"], "grounding": ["{phrase}"]}.get(task.format, [])
     if task.metric == "multiple_choice":
         needed = [*needed, "{options}"]
-    missing = [placeholder for placeholder in needed if placeholder not in prompt]
-    if missing or not prompt.strip():
-        raise UserError(f"the prompt of task {task.name} must hold {' and '.join(missing) or 'text'}: {prompt!r}")
+    return [placeholder for placeholder in needed if placeholder not in prompt]
 
 
 def task_of(evaluate: Evaluate) -> Task:

@@ -11,42 +11,46 @@ from pathlib import Path
 
 import torch
 
-from finetune.errors import Failed, UserError
+from finetune.errors import UserError
 from finetune.export.folder import FORMATS, default_folder, refuse_existing, writing_errors
-from finetune.export.model_card import CARD, training_sections, write_card
+from finetune.export.model_card import training_sections, write_card
 from finetune.export.tensors import (
     ExportedTensor,
     check_written,
     dtype_name,
     pieces,
     planned,
-    refuse_incomplete,
     written_dtype,
 )
 from finetune.files.atomic_writes import writing_large_folder
+from finetune.files.base_identity import identify
 from finetune.files.byte_progress import byte_progress
 from finetune.files.checkpoint_folder import (
+    CARD,
     CONFIG,
     chat_settings,
     companion_folder,
     copy_companions,
     copy_file,
     dtype_settings,
+    own_card,
     read_config,
     read_generation_config,
     read_json,
     read_tokenizer,
+    say_links_left_out,
 )
 from finetune.files.disk_space import check_disk_space
 from finetune.files.tensor_files import SHARD_BYTES, SINGLE_NAME, write_tensors
 from finetune.quantities import format_bytes
 from finetune.terminal import Say, say
 from qwenvl import QwenVLConfig
-from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
+from qwenvl.checkpoint.checkpoint_files import StoredTensor
 from qwenvl.checkpoint.record import BaseNote, trained_as, write_record
 from qwenvl.loading import DTYPES, find_adapter, find_source
+from qwenvl.model.gptq_checkpoint import is_gptq_checkpoint
 from qwenvl.model.quantization import quantized_parts
+from qwenvl.model.whole import require_whole
 
 COMPANION_BYTES = 60_000_000  # room for tokenizers, font and card
 
@@ -89,6 +93,7 @@ def export(
     folder = default_folder(model, to) if out is None else Path(out)
     refuse_existing(folder)
     base = _checkpoint(model)
+    say_links_left_out(base, say)
     read_generation_config(base)  # which is copied as it is, or read: refused where it is damaged
     if push is not None:
         from finetune.export.push import refuse_push
@@ -141,15 +146,16 @@ def _locate(base: str, config: QwenVLConfig, say: Say) -> dict[str, StoredTensor
     Raises:
         InputError: it is not complete, damaged, or in 4 bits.
     """
-    parts = quantized_parts(config)
+    parts = quantized_parts(config, base)
     if parts:
         raise UserError(
             f"{base} is in 4 bits already ({', '.join(parts)}), and those are safetensors files: give the checkpoint "
             "that it was made from"
         )
-    stored = locate_tensors(base)
-    refuse_incomplete(base, stored, config)
-    say("source", f"{base} ({format_bytes(sum(tensor.nbytes for tensor in stored.values()))})")
+    stored = require_whole(base, config)
+    size = format_bytes(sum(tensor.nbytes for tensor in stored.values()))
+    packed = ", unpacked from GPTQ's 4 bits" if is_gptq_checkpoint(base, config) else ""
+    say("source", f"{base} ({size}{packed})")
     return stored
 
 
@@ -161,31 +167,31 @@ def _write_safetensors(
     tensors = [ExportedTensor(name, tensor, written_dtype(tensor, dtype)) for name, tensor in stored.items()]
     needed = sum(tensor.planned.nbytes for tensor in tensors)
     check_disk_space(folder, needed + COMPANION_BYTES, "the exported folder")
+    identity = identify(base)
     with writing_errors(folder), writing_large_folder(folder) as partial:
         with byte_progress("writing", needed) as progress:
             hashes = write_tensors(partial, planned(tensors), pieces(tensors), shard_bytes, progress)
             say("written", progress.rate())
         published, record = read_json(companion_folder(base) / CONFIG), trained_as(base)
         written_as = _main_dtype(tensors)
+        as_stored = dtype is None and not is_gptq_checkpoint(base, read_config(base))
         copy_companions(
             base,
             partial,
-            config=None if dtype is None else dtype_settings(published, written_as),
+            config=None if as_stored else dtype_settings(published, written_as),
             generation=chat_settings(base, record.chat_format),
         )
-        fingerprint = weights_fingerprint(base)
-        write_record(partial, replace(record, base=BaseNote(base, fingerprint)))
-        source_card = companion_folder(base) / CARD
-        if source_card.is_file():  # it is the same model, and so is its card
+        write_record(partial, replace(record, base=BaseNote(base, identity), own_weights=None))
+        source_card = own_card(companion_folder(base))
+        if source_card is not None:  # it is the same model, and so is its card
             copy_file(source_card, partial / CARD)
         else:
             facts = {"weights": dtype_name(written_as)}
             title = _name(run or Path(base))
-            write_card(partial, title=title, base=base, fingerprint=fingerprint, facts=facts, training=training)
-        _read_back(partial, hashes, tensors, needed, say)
-        lossless = all(tensor.dtype.itemsize >= tensor.source.dtype.itemsize for tensor in tensors)
-        if lossless and weights_fingerprint(partial) != fingerprint:
-            raise Failed(f"the weights in {folder.name} have another fingerprint than {base}. Nothing was kept")
+            known = identity.fingerprint
+            write_card(partial, title=title, base=base, fingerprint=known, facts=facts, training=training)
+        lossless = all(_holds(tensor.dtype, tensor.source.dtype) for tensor in tensors)
+        _read_back(partial, hashes, tensors, needed, say, identity.fingerprint if lossless else None)
 
 
 def _write_qwen2(
@@ -211,6 +217,7 @@ def _write_qwen2(
         say("note", f"left out, as no part of the model: {', '.join(unknown[:3])} ({len(unknown)} tensors)")
     needed = sum(tensor.planned.nbytes for tensor in (*language, *visual))
     check_disk_space(folder, needed + COMPANION_BYTES, "the exported folder")
+    identity = identify(base)
     with writing_errors(folder), writing_large_folder(folder) as partial:
         with byte_progress("writing", needed) as progress:
             hashes = write_tensors(partial, planned(language), pieces(language), shard_bytes, progress)
@@ -221,22 +228,36 @@ def _write_qwen2(
                 hashes[f"{VISUAL}/{VISUAL_WEIGHTS}"] = whole[SINGLE_NAME]
             say("written", progress.rate())
         written_as = _main_dtype(language)
-        fingerprint = weights_fingerprint(base)
         write_companions(partial, base, tokenizer, config, written_as)
-        write_record(partial, replace(trained_as(base), base=BaseNote(base, fingerprint)))
+        write_record(partial, replace(trained_as(base), base=BaseNote(base, identity), own_weights=None))
         _read_back(partial, hashes, [*language, *visual], needed, say)
         check_folder(partial, tokenizer)
         facts = {"weights": dtype_name(written_as), "context": f"{config.seq_length:,} tokens"}
         title = f"{_name(run or Path(base))}, language model as Qwen2"
-        write_qwen2_card(partial, base, config, title=title, fingerprint=fingerprint, facts=facts, training=training)
+        write_qwen2_card(
+            partial, base, config, title=title, fingerprint=identity.fingerprint, facts=facts, training=training
+        )
     for line in limits(config):
         say("note", line)
 
 
-def _read_back(folder: Path, hashes: dict[str, str], tensors: list[ExportedTensor], total: int, say: Say) -> None:
+def _read_back(
+    folder: Path,
+    hashes: dict[str, str],
+    tensors: list[ExportedTensor],
+    total: int,
+    say: Say,
+    fingerprint: str | None = None,
+) -> None:
     with byte_progress("reading back", total) as progress:
-        check_written(folder, hashes, tensors, progress)
-        say("read back", f"{progress.rate()}: every byte as written, names and shapes as planned")
+        check_written(folder, hashes, tensors, progress, fingerprint)
+        what = "every byte as written" if fingerprint is None else "every value as in the source"
+        say("read back", f"{progress.rate()}: {what}, names and shapes as planned")
+
+
+def _holds(written: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether one type has all values of another; bfloat16 and float16 have not each other's."""
+    return torch.promote_types(written, stored) == written
 
 
 def _name(path: Path) -> str:

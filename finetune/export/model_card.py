@@ -8,12 +8,12 @@ import yaml
 
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
+from finetune.files.checkpoint_folder import CARD
 from finetune.files.path_errors import path_errors
 from finetune.quantities import format_loss
 from finetune.report.logged_scores import is_score
 from finetune.run.folder import RunFolder
 
-CARD = "README.md"
 LICENSE_PATTERNS = ("LICENSE*", "LICENCE*", "Tongyi*LICENSE*")
 TONGYI = "Tongyi Qianwen"
 
@@ -69,7 +69,7 @@ def write_card(
         folder: complete except for the card; the license that is named is that of the license file in it.
         title: its heading.
         base: hub id or folder of the checkpoint that it was made from.
-        fingerprint: of the base's weights (`qwenvl.checkpoint.fingerprint.weights_fingerprint`).
+        fingerprint: of the base's weights (`qwenvl.checkpoint.fingerprint`).
         facts: how it was made, shown as a table.
         notes: sentences that a user must read: what differs from what was trained.
         training: lines about data, recipe and figures (see `training_sections`).

@@ -18,8 +18,8 @@ from torch import nn
 from finetune.errors import Failed, UserError
 from finetune.export.folder import writing_errors
 from finetune.export.model_card import is_hub_id, write_card
-from finetune.export.tensors import refuse_incomplete
 from finetune.files.atomic_writes import writing_large_folder
+from finetune.files.base_identity import hash_weights, identify
 from finetune.files.checkpoint_folder import (
     CONFIG,
     chat_settings,
@@ -35,11 +35,11 @@ from finetune.quantities import format_bytes
 from finetune.terminal import Say, say
 from qwenvl import QwenVLForConditionalGeneration, load_model
 from qwenvl.checkpoint.checkpoint_files import locate_tensors
-from qwenvl.checkpoint.fingerprint import own_fingerprint, weights_fingerprint
 from qwenvl.checkpoint.record import BaseNote, trained_as, write_record
 from qwenvl.loading import DTYPES, find_adapter, find_parts, find_source
 from qwenvl.model.nf4_weights import BLOCK
 from qwenvl.model.quantization import DEFAULT_PARTS, quantized_names, quantized_parts
+from qwenvl.model.whole import require_whole
 
 # Bytes beyond the codes of a 4-bit weight: its 16 levels and the 256 of its magnitudes, both float32, the rest of its
 # state, and their entries in the file's header. Of every other tensor: its entry in the header.
@@ -74,8 +74,8 @@ def export_nf4(
     parts = find_parts(base, "nf4", quantize)
     needed = stored_bytes(base, parts, DTYPES.get(dtype or "auto"))
     check_disk_space(to, needed, "the 4-bit folder")
-    refuse_incomplete(base, locate_tensors(base), read_config(base))
-    fingerprint = weights_fingerprint(base)
+    require_whole(base)
+    identity = identify(base)
     say("loading", f"{source}, in 4 bits: {', '.join(parts)}")
     model = load_model(base, quantization="nf4", quantize=parts, dtype=dtype)
     assert isinstance(model, QwenVLForConditionalGeneration), "a checkpoint without adapter"
@@ -94,13 +94,13 @@ def export_nf4(
         say("checking", "what was written, read back")
         _compare(written, _digests(load_model(partial)))
         noted = base if is_hub_id(base) else str(Path(base).resolve())
-        record = replace(record, base=BaseNote(noted, fingerprint), quantize=tuple(parts))
-        write_record(partial, replace(record, own_fingerprint=own_fingerprint(partial)))
+        record = replace(record, base=BaseNote(noted, identity), quantize=tuple(parts))
+        write_record(partial, replace(record, own_weights=hash_weights(partial)))
         write_card(
             partial,
             title=f"{Path(base).name} in 4 bits",
             base=base,
-            fingerprint=fingerprint,
+            fingerprint=identity.fingerprint,
             facts={
                 "in 4 bits": ", ".join(parts),
                 "as": "NF4 with double quantisation, blocks of 64 values (bitsandbytes)",
@@ -130,7 +130,7 @@ def _base_checkpoint(source: str) -> str:
     if find_adapter(source) is not None:
         raise UserError(f"{source} is an adapter: merge it into its base first (finetune merge), then export that")
     found = find_source(source)
-    stored = quantized_parts(read_config(found.base))
+    stored = quantized_parts(read_config(found.base), found.base)
     if stored:
         raise UserError(f"{source} is in 4 bits already: {', '.join(stored)}. Give the 16-bit checkpoint")
     return found.base

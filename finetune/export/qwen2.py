@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from finetune.errors import Failed
 from finetune.export import qwen2_prompt_embeddings
-from finetune.export.model_card import CARD, write_card
+from finetune.export.model_card import write_card
 from finetune.export.qwen2_tokenizer import write_tokenizer
 from finetune.export.tensors import ExportedTensor, dtype_name, written_dtype
 from finetune.files.atomic_writes import write_text
@@ -28,6 +28,7 @@ from finetune.files.checkpoint_folder import (
     companion_folder,
     copy_file,
     dtype_settings,
+    own_card,
     read_generation_config,
     read_json,
 )
@@ -41,6 +42,7 @@ VISUAL = "visual"
 VISUAL_WEIGHTS = "visual.safetensors"
 SCRIPT = "prompt_embeddings.py"
 SOURCE_CARD = "README.source.md"
+VOCABULARY = "qwen.tiktoken"
 VISUAL_PREFIX = "transformer.visual."
 
 # Qwen2's name of each tensor of a block. The fused c_attn holds q, k and v, a third each.
@@ -185,7 +187,7 @@ def write_companions(
     _write_json(folder / CONFIG, qwen2_config(config, settings, dtype))
     _write_json(folder / GENERATION_CONFIG, settings)
     source = companion_folder(base)
-    vocabulary_file = min(source.glob("*.tiktoken"))
+    vocabulary_file = source / VOCABULARY  # its reader has found it
     write_tokenizer(
         Vocabulary(vocabulary_file.read_bytes(), str(vocabulary_file)),
         folder,
@@ -285,8 +287,8 @@ def write_qwen2_card(
     training: list[str],
 ) -> None:
     """Write the card, and keep the source's beside it where it has one."""
-    source_card = companion_folder(base) / CARD
-    if source_card.is_file():
+    source_card = own_card(companion_folder(base))
+    if source_card is not None:
         copy_file(source_card, folder / SOURCE_CARD)
         facts = {**facts, "the source's own card": f"[{SOURCE_CARD}]({SOURCE_CARD})"}
     write_card(

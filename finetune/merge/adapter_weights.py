@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from finetune.errors import MissingFileError, UserError
+from finetune.errors import UserError
 from finetune.files.path_errors import path_errors
-from finetune.merge.adapter_config import ADAPTER_CONFIG, INIT_TAKES_FROM_BASE, read_adapter_config
+from finetune.merge.adapter_config import read_adapter_config
 from finetune.merge.changes import Change, LowRank
+from qwenvl.checkpoint.adapter_config import INIT_TAKES_FROM_BASE, plain_key, refuse_unsaved_modules
+from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG, weights_file
 from qwenvl.checkpoint.checkpoint_files import StoredTensor, tensors_in
 
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 TABLES = ("transformer.wte.weight", "lm_head.weight")
 FINITE_ROWS = 1 << 24  # values that are checked for NaN at once
@@ -84,10 +85,9 @@ def read_adapter(folder: str | Path, base: Mapping[str, StoredTensor]) -> Adapte
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise MissingFileError(f"{folder}: no {' or '.join(ADAPTER_WEIGHTS)} here: the adapter's weights are missing")
+    file = weights_file(folder)
     stored = tensors_in(file)
+    refuse_unsaved_modules(folder, config, [tensor.name for tensor in stored])
     reader = _Reader(folder, config, base)
     placed = reader.place(stored)
     changes = reader.changes(placed)
@@ -164,8 +164,8 @@ class _Reader:
         placed = _Placed()
         for tensor in tensors:
             key = tensor.name
-            name = key.removeprefix(PREFIX)
-            if name == key:
+            name = plain_key(key.removeprefix(PREFIX))
+            if not key.startswith(PREFIX):
                 raise self._error(key, f"does not begin with {PREFIX}, as PEFT's keys do")
             end = next((end for end in PARTS if name.endswith(end)), None)
             if end is None:

@@ -29,6 +29,7 @@ from finetune.merge.sources import Sources
 from finetune.merge.tensors import PIECE_VALUES, MergedTensor
 from finetune.quantities import format_bytes
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLTokenizer, load_model, load_processor
+from qwenvl.checkpoint.gptq import DequantizedTensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -82,7 +83,8 @@ def check_merge(
     facts = {"read back": f"{len(hashes)} weight files hold what was written; {recomputed} tensors computed once more"}
     dtype = max(plan, key=lambda tensor: tensor.planned.nbytes).dtype
     needed = int(sum(tensor.planned.nbytes for tensor in plan) * MEMORY_PER_BYTE)
-    if not sources.parts and all(tensor.dtype == tensor.base.dtype for tensor in plan):
+    packed = any(isinstance(tensor.base, DequantizedTensor) for tensor in plan)
+    if not sources.parts and not packed and all(tensor.dtype == tensor.base.dtype for tensor in plan):
         needed = min(needed, MEMORY_MAPPED)
     available = psutil.virtual_memory().available
     if available < needed:

@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 
 from finetune.errors import Failed, InputError, UserError
-from finetune.export.model_card import CARD, training_sections, write_card
-from finetune.export.tensors import refuse_incomplete
+from finetune.export.model_card import training_sections, write_card
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.byte_progress import byte_progress
 from finetune.files.checkpoint_folder import (
+    CARD,
     CONFIG,
     chat_settings,
     companion_folder,
@@ -26,6 +26,7 @@ from finetune.files.checkpoint_folder import (
     read_config,
     read_generation_config,
     read_json,
+    say_links_left_out,
 )
 from finetune.files.disk_space import check_disk_space
 from finetune.files.output_paths import refuse_unwritable_folder
@@ -39,9 +40,12 @@ from finetune.quantities import format_bytes
 from finetune.replies.task_replies import Style
 from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
-from qwenvl.checkpoint.checkpoint_files import StoredTensor, locate_tensors
+from qwenvl.checkpoint.checkpoint_files import StoredTensor
+from qwenvl.checkpoint.identity import identity_to_json
 from qwenvl.checkpoint.record import BaseNote, ModelRecord, write_record
 from qwenvl.loading import DTYPES
+from qwenvl.model.gptq_checkpoint import is_gptq_checkpoint
+from qwenvl.model.whole import require_whole
 
 COMPANION_BYTES = 50_000_000  # room for tokenizer, font and card
 
@@ -85,19 +89,19 @@ def merge(
     refuse_unwritable_folder(to, "the merged model", "--to")
     found = find_sources(Path(path), base, style)
     onto = onto or ("dequantized" if found.parts else "base")
-    stored = locate_tensors(found.base)
+    stored = require_whole(found.base)
     adapter = read_adapter(found.adapter, stored)
     plan = plan_tensors(stored, adapter, found, dtype, onto)
     dtypes = _dtypes(plan)
     made_of = {
-        "base": found.fingerprint,
+        "base": identity_to_json(found.identity),
         "adapter": adapter.sha256(),
         "dtype": dtypes,
         "onto": onto,
         "chat_format": found.record.chat_format,
         "shard_bytes": int(shard_bytes),
     }
-    say("base", f"{found.base} ({format_bytes(_bytes(stored.values()))}, fingerprint {found.fingerprint})")
+    say("base", f"{found.base} ({format_bytes(_bytes(stored.values()))}, fingerprint {found.identity.fingerprint})")
     kinds = ", ".join(f"{count} {kind}" for kind, count in adapter.kinds().items())
     say("adapter", f"{found.adapter} ({adapter.keys} tensors: {kinds})")
     sources = [found.adapter, Path(found.base), *([found.run] if found.run is not None else [])]
@@ -107,6 +111,7 @@ def merge(
     notes = _notes(found, adapter, onto)
     for note in notes:
         say("note", note)
+    say_links_left_out(found.base, say)
     needed = sum(tensor.planned.nbytes for tensor in plan)
     check_disk_space(to, needed + COMPANION_BYTES, "the merged folder")
     # Files that are read at the end: if one is damaged, better to know before gigabytes are written.
@@ -115,7 +120,6 @@ def merge(
     training = training_sections(found.run)
     prompt = None
     if check:
-        refuse_incomplete(found.base, stored, config)
         prompt = prompt_of_base(found.base, visual=config.visual is not None)
     try:
         with writing_large_folder(to) as partial:
@@ -202,6 +206,16 @@ def _notes(found: Sources, adapter: AdapterWeights, onto: str) -> list[str]:
         )
     asked = "in ChatML" if found.record.chat_format == "chatml" else "in raw text"
     notes.append(f"The merged model is asked {asked}: {found.record.read_from}.")
+    if is_gptq_checkpoint(found.base, read_config(found.base)):
+        notes.append(
+            f"{found.base} is packed by GPTQ in 4 bits: the adapter is merged into the 16-bit weights that "
+            "these stand for."
+        )
+    elif not found.checked and _names_gptq(adapter.config.get("base_model_name_or_path")):
+        notes.append(
+            f"By its name the base in training was in 4 bits (GPTQ), and {found.base} is not: the merged model "
+            "computes nearly what was trained. To have exactly that, give the 4-bit checkpoint with --base."
+        )
     if found.parts:
         seen = ", ".join(found.parts)
         into = (
@@ -216,6 +230,11 @@ def _notes(found: Sources, adapter: AdapterWeights, onto: str) -> list[str]:
             "which takes a while for large layers."
         )
     return notes
+
+
+def _names_gptq(base: str | None) -> bool:
+    """By the names that such checkpoints have: Qwen-VL-Chat-Int4, or ...-GPTQ."""
+    return base is not None and any(mark in Path(base).name.lower() for mark in ("int4", "gptq"))
 
 
 def _write(folder: Path, plan: list[MergedTensor], shard_bytes: float, say: Say) -> dict[str, str]:
@@ -246,8 +265,8 @@ def _copy_companions(folder: Path, found: Sources, plan: list[MergedTensor]) -> 
 
 def _merged_record(found: Sources) -> ModelRecord:
     """The adapter's, of a model that has no 4-bit parts now."""
-    note = BaseNote(found.base, found.fingerprint)
-    return replace(found.record, base=note, quantize=(), own_fingerprint=None)
+    note = BaseNote(found.base, found.identity)
+    return replace(found.record, base=note, quantize=(), own_weights=None)
 
 
 def _write_card(
@@ -264,7 +283,7 @@ def _write_card(
         folder,
         title=found.run.name if found.run is not None else found.adapter.name,
         base=found.base,
-        fingerprint=found.fingerprint,
+        fingerprint=found.identity.fingerprint,
         facts=shown | {"weights": dtypes, **facts},
         notes=notes,
         training=training,

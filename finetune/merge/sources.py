@@ -7,11 +7,14 @@ from typing import Any
 import torch
 
 from finetune.errors import MissingFileError, UserError
+from finetune.files.base_identity import identify
 from finetune.files.checkpoint_folder import CONFIG, companion_folder, read_json
 from finetune.merge.adapter_config import find_adapter, read_adapter_config
 from finetune.replies.model_style import unknown_style
 from finetune.replies.task_replies import Style
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
+from qwenvl.checkpoint.adapter_files import require_whole_adapter
+from qwenvl.checkpoint.gptq import is_gptq
+from qwenvl.checkpoint.identity import BaseIdentity, differences
 from qwenvl.checkpoint.record import ChatFormat, ModelRecord, read_record, trained_as
 from qwenvl.loading import DTYPES, ModelSource, find_source
 from qwenvl.model.quantization import DEFAULT_PARTS, PARTS
@@ -25,7 +28,7 @@ class Sources:
         adapter: its folder.
         base: folder or hub id.
         run: the run folder that the adapter is the result of; None for an adapter by itself.
-        fingerprint: of the base's weights.
+        identity: of the base.
         checked: whether the adapter says which base it was trained on, and this is it.
         record: what the adapter was trained as.
         parts: those of the base that were in 4 bits in training (see `qwenvl.model.quantization.PARTS`).
@@ -35,7 +38,7 @@ class Sources:
     adapter: Path
     base: str
     run: Path | None
-    fingerprint: str
+    identity: BaseIdentity
     checked: bool
     record: ModelRecord
     parts: tuple[str, ...]
@@ -55,6 +58,7 @@ def find_sources(path: Path, base: str | None, style: Style | None = None) -> So
         MissingFileError: no adapter at `path`, or no base.
     """
     adapter = find_adapter(path)
+    require_whole_adapter(adapter)
     run = adapter.resolve().parent if adapter.resolve().name == "adapter" else None
     run = run if run is not None and (run / "run.json").is_file() else None
     own_record = read_record(adapter)
@@ -67,12 +71,12 @@ def find_sources(path: Path, base: str | None, style: Style | None = None) -> So
                 f"{adapter}: its base ({named or 'it names none'}) is not there: give it with --base"
             ) from error
     base = _without_quantization(base)
-    fingerprint = weights_fingerprint(base)
+    identity = identify(base)
     noted = None if own_record is None else own_record.base
-    if noted is not None and noted.fingerprint != fingerprint:
+    if noted is not None and (lines := differences(noted.identity, identity)):
         raise UserError(
-            f"{adapter} was trained on {noted.path} (fingerprint {noted.fingerprint}), but {base} has other weights "
-            f"(fingerprint {fingerprint}): give the right base with --base"
+            f"{adapter} was trained on {noted.path}, from which {base} differs: {'; '.join(lines)}. Give the base "
+            "that it was trained on, unchanged, with --base"
         )
     record = trained_as(base, adapter)
     if style is not None and style != record.style:
@@ -83,7 +87,7 @@ def find_sources(path: Path, base: str | None, style: Style | None = None) -> So
     model = _model_section(run)
     trained_in = DTYPES.get(str(model.get("dtype")))
     parts = record.quantize or _parts_in_4bit(model)
-    return Sources(adapter, base, run, fingerprint, noted is not None, record, parts, trained_in)
+    return Sources(adapter, base, run, identity, noted is not None, record, parts, trained_in)
 
 
 def _refuse_parts(parts: Any, file: Path) -> None:
@@ -98,7 +102,8 @@ def _without_quantization(base: str) -> str:
         UserError: the base is quantised, and the checkpoint that it was made from is not known or not there.
     """
     folder = companion_folder(base)
-    if not read_json(folder / CONFIG).get("quantization_config"):
+    quantization = read_json(folder / CONFIG).get("quantization_config")
+    if not quantization or is_gptq(quantization):  # GPTQ's weights are read as 16-bit ones
         return base
     record = read_record(folder)
     noted = None if record is None or record.base is None else record.base.path

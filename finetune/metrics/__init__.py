@@ -2,7 +2,7 @@
 
 from finetune.metrics.answers import anls, exact_match, relaxed_accuracy
 from finetune.metrics.boxes import box_iou, click_accuracy, first_box, grounding_accuracy
-from finetune.metrics.choices import choice_letter, multiple_choice_accuracy
+from finetune.metrics.choices import choice_letter, multiple_choice_accuracy, read_choice
 from finetune.metrics.cider import cider_d
 from finetune.metrics.ptb import ptb_tokens
 from finetune.metrics.vqa import normalise_vqa_answer, vqa_score
@@ -19,6 +19,7 @@ __all__ = [
     "multiple_choice_accuracy",
     "normalise_vqa_answer",
     "ptb_tokens",
+    "read_choice",
     "relaxed_accuracy",
     "vqa_score",
 ]

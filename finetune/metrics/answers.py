@@ -1,7 +1,12 @@
-"""A reply against the answers of its question: ANLS, relaxed accuracy, exact match."""
+"""A reply against the answers of its question: ANLS, relaxed accuracy, exact match.
+
+Texts are compared in Unicode's form C (`text_form`), which the published scripts leave to the data.
+"""
 
 import math
 from collections.abc import Sequence
+
+from finetune.metrics.text_form import composed
 
 ANLS_THRESHOLD = 0.5
 """Smaller similarities count as 0; exactly this one counts."""
@@ -25,7 +30,8 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
         ValueError: there is no answer.
     """
     _need_answers(answers)
-    similarity = max(1 - _normalised_distance(prediction, answer) for answer in answers)
+    reply = composed(prediction)
+    similarity = max(1 - _normalised_distance(reply, composed(answer)) for answer in answers)
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
 
 
@@ -39,12 +45,14 @@ def relaxed_accuracy(prediction: str, gold: str, published_order: bool = False) 
     Args:
         prediction, gold: surrounding white space is ignored.
         published_order: swap the two, as Qwen-VL's published script does: the 5 % are then relative to the prediction,
-            and 56 is right for 53.2 (5.26 % off).
+            and 56 is right for 53.2 (5.26 % off). As there, white space around the gold text counts.
     """
-    measured, reference = prediction.strip(), gold.strip()
+    measured, reference = composed(prediction).strip(), composed(gold)
     if published_order:
         measured, reference = reference, measured
-    value, target = _number(measured), _number(reference)
+    else:
+        reference = reference.strip()
+    value, target = as_number(measured), as_number(reference)
     if value is not None and target:
         return float(abs(value - target) / abs(target) <= RELATIVE_TOLERANCE)
     return float(measured.lower() == reference.lower())
@@ -57,7 +65,8 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
         ValueError: there is no answer.
     """
     _need_answers(answers)
-    return float(prediction.strip().lower() in {answer.strip().lower() for answer in answers})
+    reply = composed(prediction).strip().lower()
+    return float(reply in {composed(answer).strip().lower() for answer in answers})
 
 
 def _need_answers(answers: Sequence[str]) -> None:
@@ -82,8 +91,8 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def _number(text: str) -> float | None:
-    """The text as a number, None if it is none; with percent signs at the end, a hundredth of it."""
+def as_number(text: str) -> float | None:
+    """The text as relaxed accuracy reads it: a number, with percent signs at the end a hundredth of it, else None."""
     try:
         value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:

@@ -6,6 +6,8 @@ for ordinary captions, but not those for URLs, emoticons and markup.
 
 import re
 
+from finetune.metrics.text_form import composed
+
 # Dropped as in the COCO caption evaluation, which keeps brackets by mistake: it looks for `-LRB-` among tokens that
 # are already lower-case. Brackets are kept here too.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
@@ -41,13 +43,13 @@ _CUT = {
 
 
 def ptb_tokens(text: str) -> str:
-    """Tokenize a caption: lower case, without punctuation, separated by single spaces.
+    """Tokenize a caption: lower case, in Unicode's form C, without punctuation, separated by single spaces.
 
     >>> ptb_tokens('A man in a T-shirt isn\\'t riding the dog\\'s bike, "fast".')
     "a man in a t-shirt is n't riding the dog 's bike fast"
     """
     tokens = []
-    for match in _TOKEN.finditer(text.translate(_PLAIN).lower()):
+    for match in _TOKEN.finditer(composed(text).translate(_PLAIN).lower()):
         tokens += _split_clitics(match[0])
     return " ".join(_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED and token != '"')
 

@@ -7,6 +7,8 @@ part of the scores that papers report, and are kept; comments name each.
 import re
 from collections.abc import Sequence
 
+from finetune.metrics.text_form import composed
+
 FEWEST_ANSWERS = 4
 """With fewer, no leave-one-out set has the three matches of a full score, so that even a right answer scores less."""
 
@@ -43,7 +45,8 @@ def vqa_score(prediction: str, answers: Sequence[str]) -> float:
     """Agreement with the answers of several people: the mean over leave-one-out sets of min(1, matches / 3).
 
     The prediction is normalised in full. The answers only lose their punctuation, and not even that if all are equal:
-    in the official data they are normalised already. So `the cat` never matches the answer `the cat`.
+    in the official data they are normalised already. So `the cat` never matches the answer `the cat`. All are compared
+    in Unicode's form C.
 
     Args:
         prediction: the reply.
@@ -61,12 +64,21 @@ def vqa_score(prediction: str, answers: Sequence[str]) -> float:
             f"the VQA score needs the answers of at least {FEWEST_ANSWERS} people, not {count}; "
             "for single answers use exact_match or anls"
         )
-    given = normalise_vqa_answer(prediction)
-    if len(set(answers)) > 1:
-        answers = [_without_punctuation(answer) for answer in answers]
-    matches = [answer == given for answer in answers]
+    given = normalise_vqa_answer(composed(prediction))
+    matches = [answer == given for answer in _compared(answers)]
     total = sum(matches)
     return sum(min(1.0, (total - match) / 3) for match in matches) / len(answers)
+
+
+def can_match(answers: Sequence[str]) -> bool:
+    """Whether a reply can match any of the answers: one that is not normalised, such as `Paris`, never matches."""
+    return any(answer == normalise_vqa_answer(answer) for answer in _compared(answers))
+
+
+def _compared(answers: Sequence[str]) -> list[str]:
+    """The answers as they are compared with a normalised prediction."""
+    given = [composed(answer) for answer in answers]
+    return [_without_punctuation(answer) for answer in given] if len(set(given)) > 1 else given
 
 
 def normalise_vqa_answer(answer: str) -> str:

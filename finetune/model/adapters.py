@@ -1,6 +1,8 @@
 """Put a LoRA adapter on the model or train components in full; group what is trained by learning rate."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -8,8 +10,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 from finetune.errors import UserError
+from finetune.files.atomic_writes import write_text
 from finetune.model.components import component_of, published_name
 from qwenvl import QwenVLForConditionalGeneration
+from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG
 from qwenvl.model.host_embedding import HostEmbedding
 from qwenvl.model.nf4_weights import is_quantized
 
@@ -18,6 +22,19 @@ if TYPE_CHECKING:
 
 LANGUAGE, VISION = "transformer.h.", "transformer.visual."
 EMBEDDINGS = ("wte", "lm_head")
+
+# The keys of an adapter's configuration that PEFT 0.7 knows: src/peft/config.py and src/peft/tuners/lora/config.py of
+# its release 0.7.1.
+KEYS_OF_PEFT_0_7 = frozenset(
+    {
+        *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
+        *("r", "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "modules_to_save"),
+        *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+        *("megatron_config", "megatron_core", "loftq_config"),
+    }
+)
+# Initialisations that leave the base as it is: what a saved adapter computes does not depend on them.
+FORGOTTEN_INITS = ("gaussian", "orthogonal")
 
 TrainableModel = QwenVLForConditionalGeneration | PeftModel
 """A model with or without an adapter around it."""
@@ -120,6 +137,27 @@ def put_lora(
     # TRL casts all trained weights to bfloat16 where this is set; PEFT reads it from the base model instead.
     adapted.is_loaded_in_4bit = False  # type: ignore[assignment]  # torch: a Module's are Tensor | Module
     return adapted
+
+
+def write_plain_config(folder: Path) -> None:
+    """Write a saved adapter's `adapter_config.json` again, without the keys that say nothing.
+
+    PEFT writes all its keys, and its versions before 0.14 refuse a file with one that they do not know. What is at
+    PEFT's default is left out, except for the keys that 0.7 knows; and a base in a folder is named by its absolute
+    path, so that PEFT's Auto class finds it from wherever it is called.
+    """
+    file = folder / ADAPTER_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8"))
+    defaults = LoraConfig().to_dict()
+    plain = {key: value for key, value in config.items() if key in KEYS_OF_PEFT_0_7 or value != defaults[key]}
+    if plain["init_lora_weights"] in FORGOTTEN_INITS:
+        plain["init_lora_weights"] = True
+    if isinstance(plain["target_modules"], list):  # PEFT's set, in another order in each process
+        plain["target_modules"].sort()
+    base = plain["base_model_name_or_path"]
+    if base is not None and Path(base).is_dir():
+        plain["base_model_name_or_path"] = str(Path(base).absolute())
+    write_text(file, json.dumps(plain, indent=2, sort_keys=True) + "\n")
 
 
 def _refuse_untrainable_embeddings(model: QwenVLForConditionalGeneration, adapter: "Adapter") -> None:

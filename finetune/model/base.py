@@ -1,6 +1,7 @@
 """The checkpoint that training starts from, and the model made trainable: with weights, or on the meta device."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
@@ -15,9 +16,11 @@ from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
 from qwenvl.checkpoint.record import trained_as
 from qwenvl.loading import find_adapter, find_parts, find_source
 from qwenvl.model.generation import reply_as_trained, stored_generation_config
+from qwenvl.model.gptq_checkpoint import is_gptq_checkpoint
 from qwenvl.model.host_embedding import HostEmbedding
 from qwenvl.model.nf4_weights import linear_4bit
 from qwenvl.model.quantization import quantized_names
+from qwenvl.model.whole import require_whole
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,21 @@ class Base:
         path: folder or hub id.
         quantized: parts that will be in 4 bits.
         processor: of the checkpoint.
+        packed: the checkpoint is packed by GPTQ, and is read as the 16-bit weights that it stands for.
     """
 
     path: str
     quantized: tuple[str, ...]
     processor: QwenVLProcessor
+    packed: bool = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of a run on it has to know."""
+        if not self.packed:
+            return ()
+        then = "quantised anew, to NF4" if self.quantized else "take the memory of 16-bit ones"
+        return (f"The checkpoint is packed by GPTQ in 4 bits; its weights are read as 16-bit ones, and {then}.",)
 
 
 def find_base(model: Model) -> Base:
@@ -48,6 +61,8 @@ def find_base(model: Model) -> Base:
             "adapter first"
         )
     source = find_source(model.path)
+    if Path(source.base).is_dir():  # weights on the hub are fetched, and then examined, when training begins
+        require_whole(source.base)
     quantized = find_parts(source.base, **quantization_arguments(model))
     if quantized and model.quantization == "none":
         raise UserError(
@@ -56,7 +71,8 @@ def find_base(model: Model) -> Base:
         )
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    return Base(source.base, quantized, QwenVLProcessor.from_pretrained(source.base))
+    packed = is_gptq_checkpoint(source.base, QwenVLConfig.from_pretrained(source.base))
+    return Base(source.base, quantized, QwenVLProcessor.from_pretrained(source.base), packed)
 
 
 def read_generation_config(base: str) -> GenerationConfig:

@@ -7,7 +7,7 @@ from finetune.errors import UserError
 from finetune.replies.task_replies import Style
 from qwenvl import QwenVLConfig
 from qwenvl.checkpoint.record import ModelRecord, trained_as
-from qwenvl.loading import ModelSource, find_parts, find_source
+from qwenvl.loading import ModelSource, find_parts, require_loadable
 from qwenvl.model.quantization import quantized_parts
 
 
@@ -65,7 +65,7 @@ def find_use(
         InputError: there is no such model or base, a damaged file, a style that nothing says, or a quantisation that
             the checkpoint contradicts.
     """
-    source = find_source(model) if base is None else find_source(base, adapter=model)
+    source = require_loadable(model) if base is None else require_loadable(base, adapter=model)
     record = trained_as(source.base, source.adapter)
     own_style = record.style
     if style is None and own_style is None:

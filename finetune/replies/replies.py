@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig
 
 from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.batches.budget import KEPT_FEATURE_BYTES, REPLY_BATCH_ROWS, REPLY_BATCH_TOKENS
 from finetune.batches.image_request import ImageRequest, VisionCache, image_key
 from finetune.errors import Failed
 from finetune.replies.image_features import ImageStore
+from finetune.replies.reply_text import FirstOfChoices, StopAtText, reply_text, stop_place
 from finetune.replies.shared_prefix import PrefixedBatch, cut_prefixes, generate_from_prefixes
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess, QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer
@@ -38,12 +39,14 @@ class Prompt:
         images: image sources, in reading order.
         access: which files and URLs these may reach.
         name: of the prompt in errors: file and row.
+        choices: tokens, the likeliest of which is the reply's first; empty where it may be any.
     """
 
     ids: Sequence[int]
     images: Sequence[Any]
     access: ImageAccess
     name: str
+    choices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,14 @@ class Reply:
         ids: new tokens, without the one that ends the reply, with those that spell a stop text.
         text: their text with grounding tags, up to the stop text.
         unreadable: why an image of the prompt cannot be read; nothing was generated then. None if all can be read.
+        cut: whether it ended because it had the most new tokens, so that the model may have gone on.
     """
 
     index: int
     ids: tuple[int, ...] = ()
     text: str = ""
     unreadable: str | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Decoding:
         batch_tokens: most tokens of a batch, padding and new tokens included; a longer prompt gets its own batch. It
             is halved when a batch does not fit into the device's memory.
         batch_rows: most rows of a batch.
+        min_new_tokens: fewest tokens of a reply; the stop ids are not generated before.
     """
 
     max_new_tokens: int
@@ -81,6 +87,7 @@ class Decoding:
     stop_texts: tuple[str, ...] = ()
     batch_tokens: int = REPLY_BATCH_TOKENS
     batch_rows: int = REPLY_BATCH_ROWS
+    min_new_tokens: int = 0
 
 
 @dataclass
@@ -216,11 +223,12 @@ def generate_replies(
 
 @dataclass(frozen=True)
 class _Row:
-    """A prompt of the current window: its index, its tokens, and its images by key, in reading order."""
+    """A prompt of the current window: its index, its tokens, its images by key, in reading order, and its choices."""
 
     index: int
     ids: Sequence[int]
     images: list[tuple[str, ImageRequest]]
+    choices: tuple[int, ...]
 
     @property
     def keys(self) -> list[str]:
@@ -247,7 +255,7 @@ def _open(prompts: Sequence[Prompt], window: Sequence[int], store: ImageStore) -
             # One request for all prompts with this image: each has its own copy of the encoded bytes.
             request = requests.setdefault(key, ImageRequest(source, prompt.access, prompt.name))
             images.append((key, request))
-        rows.append(_Row(index, prompt.ids, images))
+        rows.append(_Row(index, prompt.ids, images, prompt.choices))
     store.read_ahead(requests)
     return rows
 
@@ -320,14 +328,18 @@ def _generate(
         pad,
         generation_config=GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
+            min_new_tokens=decoding.min_new_tokens or None,
             do_sample=False,
             eos_token_id=list(decoding.stop_ids) or None,
             pad_token_id=pad,
             use_cache=True,
         ),
         stopping_criteria=(
-            [_StopAtText(tokenizer, batch.length, decoding.stop_texts)] if decoding.stop_texts else None
+            [StopAtText(tokenizer, batch.length, decoding.stop_texts)] if decoding.stop_texts else None
         ),
+        logits_processor=[FirstOfChoices(batch.length, [row.choices for row in rows])]
+        if any(row.choices for row in rows)
+        else None,
     )
     assert isinstance(generated, torch.Tensor), "no dictionary was asked for"
     new_ids = generated[:, batch.length :].tolist()
@@ -350,40 +362,10 @@ def _read(row: _Row, new: list[int], tokenizer: QwenVLTokenizer, decoding: Decod
     ends = {*decoding.stop_ids, tokenizer.pad_token_id}
     end = next((place for place, token in enumerate(new) if token in ends), len(new))
     text, stops = reply_text(tokenizer, new[:end]), decoding.stop_texts
-    if (place := _stop_place(text, stops)) is not None:
+    cut = end == decoding.max_new_tokens
+    if (place := stop_place(text, stops)) is not None:
         # Without a stop token, Transformers continues this row until all rows have ended.
-        while _stop_place(reply_text(tokenizer, new[: end - 1]), stops) is not None:
+        while stop_place(reply_text(tokenizer, new[: end - 1]), stops) is not None:
             end -= 1
-        text = text[:place]
-    return Reply(row.index, tuple(new[:end]), text)
-
-
-def reply_text(
-    tokenizer: QwenVLTokenizer, ids: Sequence[int], errors: Literal["replace", "strict"] = "replace"
-) -> str:
-    """The text of generated tokens, with grounding tags and without other control tokens.
-
-    Raises:
-        UnicodeDecodeError: with `errors` "strict", they end within a character.
-    """
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, keep_grounding=True, errors=errors)
-    assert isinstance(text, str), "one sequence of ids decodes to one text"
-    return text
-
-
-def _stop_place(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop text begins, leading white space aside; None where there is none."""
-    begin = len(text) - len(text.lstrip())
-    return min((place for stop in stops if (place := text.find(stop, begin)) >= 0), default=None)
-
-
-class _StopAtText(StoppingCriteria):
-    """Ends each row once its new tokens spell a stop text."""
-
-    def __init__(self, tokenizer: QwenVLTokenizer, prompt_length: int, stops: Sequence[str]):
-        self.tokenizer, self.prompt_length, self.stops = tokenizer, prompt_length, stops
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        texts = [reply_text(self.tokenizer, ids) for ids in input_ids[:, self.prompt_length :].tolist()]
-        ended = [_stop_place(text, self.stops) is not None for text in texts]
-        return torch.tensor(ended, device=input_ids.device)
+        text, cut = text[:place], False
+    return Reply(row.index, tuple(new[:end]), text, cut=cut)

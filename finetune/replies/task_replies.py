@@ -9,6 +9,7 @@ Style = Literal["chat", "base"]
 
 _TURN_ENDS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 _MARKUP = re.compile("<(?:ref|box|quad)>")
+_TAGS = re.compile("</?(?:ref|box|quad)>")
 _LEAD_IN = re.compile(r"\b(?:is|are|a|an|the)\s+")
 
 
@@ -27,6 +28,11 @@ def answer_of(reply: str, *, stop: Sequence[str] = (), keeps_markup: bool = Fals
 
         answer = strip_markup(answer).strip()
     return shortened(answer) if shortens else answer
+
+
+def without_tags(reply: str) -> str:
+    """The reply without grounding tags; coordinates stay, as where all control tokens are skipped in decoding."""
+    return _TAGS.sub("", reply)
 
 
 def shortened(answer: str) -> str:

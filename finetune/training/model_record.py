@@ -4,19 +4,20 @@ from finetune.data.checking import Checked
 from finetune.data.formats.row_format import PROMPTS
 from finetune.model.base import Base
 from finetune.recipe import Recipe
+from qwenvl.checkpoint.identity import BaseIdentity
 from qwenvl.checkpoint.record import BaseNote, ModelRecord
 
 
-def record_of_run(recipe: Recipe, base: Base, base_fingerprint: str, checked: Checked) -> ModelRecord:
+def record_of_run(recipe: Recipe, base: Base, base_identity: BaseIdentity, checked: Checked) -> ModelRecord:
     """The record of the model that a recipe trains.
 
     Args:
-        base, base_fingerprint: the checkpoint that training starts from.
+        base, base_identity: the checkpoint that training starts from.
         checked: the training data.
     """
     tokenizer = base.processor.tokenizer
     return ModelRecord(
-        base=BaseNote(recipe.model.path, base_fingerprint),
+        base=BaseNote(recipe.model.path, base_identity),
         quantize=base.quantized,
         chat_format="chatml",
         stop_ids=(tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id),

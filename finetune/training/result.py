@@ -5,6 +5,8 @@ from pathlib import Path
 from peft import PeftModel
 
 from finetune.evaluation.task_evaluation import TaskEvaluation, score_line
+from finetune.files.checkpoint_folder import complete_trained_folder
+from finetune.model.adapters import write_plain_config
 from finetune.model.base import Base
 from finetune.report.report import write_report
 from finetune.run.checkpoints import writing
@@ -19,7 +21,7 @@ def save_result(
     trainer: QwenVLTrainer,
     run: RunFolder,
     base: Base,
-    record: ModelRecord,
+    record: ModelRecord | None,
     *,
     is_main: bool,
 ) -> Path:
@@ -33,9 +35,13 @@ def save_result(
     if is_main:
         with writing(result) as partial:
             model.save_pretrained(partial)
+            assert record is not None, "the main process reads the base"
             write_record(partial, record)
-            if not isinstance(model, PeftModel):
+            if isinstance(model, PeftModel):
+                write_plain_config(partial)
+            else:
                 base.processor.save_pretrained(partial)
+                complete_trained_folder(partial, base.path, model.dtype)
     trainer.accelerator.wait_for_everyone()
     return result
 

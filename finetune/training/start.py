@@ -12,9 +12,10 @@ from finetune.run.checkpoints import clean_partials, find_last_good
 from finetune.run.folder import RunFolder
 from finetune.run.identity import compare_runs
 from finetune.terminal import Say
+from qwenvl.checkpoint.identity import BaseIdentity, differences, identity_from_json, identity_to_json
 
 FREE_TO_CHANGE = (
-    # The base is known by its fingerprint, wherever it is stored.
+    # The base is known by its identity, wherever it is stored.
     *("model.path", "output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
     "data.tokens_per_batch",  # changes rounding, and which inputs dropout zeroes
     *("data.vision_cache", "data.vision_cache_gb", "model.attention", "model.kernels"),  # change rounding
@@ -45,12 +46,16 @@ class Finished:
 Start = Fresh | Resume | Finished
 
 
-def run_identity(recipe: Recipe, samples: Mapping[str, Samples], base_fingerprint: str) -> dict[str, Any]:
-    """What must be the same for a resume to continue a run: recipe, data and the base's weights."""
+def run_identity(recipe: Recipe, samples: Mapping[str, Samples], base: BaseIdentity | None) -> dict[str, Any]:
+    """What must be the same for a resume to continue a run: recipe, data and the base.
+
+    Args:
+        base: None in a process that leaves it to another one of its machine to read all of the base.
+    """
     return {
         "recipe": recipe.model_dump(mode="json"),
         "data": {name: part.fingerprint() for name, part in samples.items()},
-        "base": base_fingerprint,
+        **({} if base is None else {"base": identity_to_json(base)}),
     }
 
 
@@ -78,13 +83,16 @@ def find_start(
         clean_partials(run.checkpoints)
     if stored is None or "identity" not in stored:
         return Fresh()
-    differences = compare_runs(
-        dict(stored["identity"]), dict(identity), ignore=tuple(f"recipe.{key}" for key in FREE_TO_CHANGE)
+    changes = compare_runs(
+        dict(stored["identity"]), dict(identity), ignore=("base", *(f"recipe.{key}" for key in FREE_TO_CHANGE))
     )
-    if differences:
+    if "base" in identity:
+        bases = [identity_from_json(each.get("base"), run.run_file) for each in (stored["identity"], identity)]
+        changes += [f"base: {change}" for change in differences(*bases)]
+    if changes:
         raise UserError(
             f"{run.path} holds a run that this one would not continue:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(changes)
             + "\nGive another output, or remove that folder"
         )
     if recipe.resume == "never":

@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+from finetune.files.base_identity import identify
 from finetune.model.base import find_base
 from finetune.model.computing import choose_backends
 from finetune.recipe import Recipe
@@ -24,7 +25,6 @@ from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
 from finetune.training.training_data import read_data
 from finetune.training.training_plan import plan_training
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
 
 
 def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None) -> Path:
@@ -62,8 +62,10 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         data = read_data(recipe, base.processor, say, show_progress=is_main)
 
         # Only now, with the data known to be right: for a hub id this downloads the weights.
-        fingerprint = weights_fingerprint(base.path)
-        identity = run_identity(recipe, data.samples, fingerprint)
+        # All of it is read, by one process of each machine.
+        reads_base = is_main or os.environ.get("LOCAL_RANK", "0") == "0"
+        base_identity = identify(base.path, page_cache=True) if reads_base else None
+        identity = run_identity(recipe, data.samples, base_identity)
         stored = run.read_run()
         start = find_start(run, recipe, identity, stored, say, is_main=is_main)
         if isinstance(start, Finished):
@@ -80,7 +82,9 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
             stack.enter_context(record_failure(run, phases))
             begin_record(run, recipe, identity, base, data, plan.switches, trained, score_so_far)
-        record = record_of_run(recipe, base, fingerprint, data.checked["train"])
+        record = None
+        if base_identity is not None:
+            record = record_of_run(recipe, base, base_identity, data.checked["train"])
         # This opens the process group of a distributed run, whose processes encode images together.
         arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
         cache = encode_images(recipe, base, data, trained, phases, say)

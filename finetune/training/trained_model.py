@@ -63,7 +63,7 @@ def load_trained_model(
     loaded.set_attn_implementation(computing.attention)
     use_kernels(loaded, computing.kernels)
     assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
-    notes = (RANDOM_WEIGHTS,) if is_random(loaded) else ()
+    notes = (*((RANDOM_WEIGHTS,) if is_random(loaded) else ()), *base.notes)
     model = make_trainable(loaded, recipe)
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(loaded.generation_config, loaded.config, ModelRecord(chat_format="chatml"))

@@ -29,7 +29,7 @@ from finetune.data.loader_workers import ignore_signals_from_others
 from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
-from finetune.model.adapters import TrainableModel, parameter_groups
+from finetune.model.adapters import TrainableModel, parameter_groups, write_plain_config
 from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
@@ -37,6 +37,7 @@ from finetune.training.processes import average_gradients
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG
 from qwenvl.checkpoint.record import ModelRecord, write_record
 from qwenvl.text.chat import IGNORED
 
@@ -382,6 +383,8 @@ class QwenVLTrainer(SFTTrainer):
                 for file in sorted(written.iterdir()):
                     file.rename(partial / file.name)
                 written.rmdir()
+                if (partial / ADAPTER_CONFIG).is_file():
+                    write_plain_config(partial)
                 self._name_best_checkpoint(partial / TRAINER_STATE_NAME)
         if self.args.should_save:
             best = self.state.best_model_checkpoint

@@ -52,7 +52,7 @@ def make_trainer(
     trained: TrainedModel,
     arguments: SFTConfig,
     cache: VisionCache | None,
-    record: ModelRecord,
+    record: ModelRecord | None,
     *,
     stop: StopOnSignal,
     progress: Progress,

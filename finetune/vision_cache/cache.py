@@ -108,7 +108,8 @@ def _stamp(path: str, access: ImageAccess) -> str:
 def preprocessing_of(image_processor: QwenVLImageProcessor) -> str:
     """What decides the pixels of an image besides its bytes: size, resampling, and the library that does it."""
     settings = image_processor.to_dict()
-    return f"{settings['size']} {settings['resample']} Pillow {PIL.__version__} 1"
+    # 2: resized by `images.resizing`; 1 was by Pillow itself. Pillow's decoders differ from version to version.
+    return f"{settings['size']} {settings['resample']} Pillow {PIL.__version__} 2"
 
 
 @dataclass(frozen=True)

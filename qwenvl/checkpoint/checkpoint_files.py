@@ -3,22 +3,28 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
-from qwenvl.checkpoint.direct_reading import SLACK, read_direct
+from qwenvl.checkpoint.gptq import dequantized, has_codes
+from qwenvl.checkpoint.json_files import read_json as read_json  # others import it from here
+from qwenvl.checkpoint.own_files import refuse_foreign_file, refuse_irregular_file, refuse_lfs_pointer
+from qwenvl.checkpoint.stored_tensor import StoredTensor as StoredTensor
 from qwenvl.errors import InputError, MissingFileError
 
 # In the order in which Transformers looks for them.
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin")
+
+# Beside the weights, by AutoGPTQ; its older versions leave `config.json` as it was.
+GPTQ_CONFIG_NAME = "quantize_config.json"
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -34,85 +40,6 @@ SAFETENSORS_DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """The location of a tensor in a file.
-
-    Reading the tensor, or some of its rows, takes only their bytes of memory, while the pages of a memory-mapped file
-    would count as resident once read.
-
-    Attributes:
-        offset: of its first value, in bytes from the file's beginning.
-        stride: in values; pickled files may hold transposed tensors.
-    """
-
-    name: str
-    file: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def strided(self) -> bool:
-        """Whether its values are stored in another order than row-major."""
-        return self.stride != tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
-
-    def read(self, start: int = 0, stop: int | None = None, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Read the tensor, or its rows (along the first axis) from `start` to before `stop`.
-
-        Args:
-            into: memory to read into (uint8, on the CPU, `direct_reading.SLACK` bytes longer than what is read); the
-                result is then a view of it. Reused memory is several times faster than newly allocated memory, which
-                the system must clear first.
-
-        Raises:
-            InputError: the file is shorter than it should be, or cannot be read.
-        """
-        shape = self.shape
-        if shape:
-            shape = (max(min(shape[0] if stop is None else stop, shape[0]) - start, 0), *shape[1:])
-        if 0 in shape:
-            return torch.empty(shape, dtype=self.dtype)
-        first = start * self.stride[0] if shape else 0
-        span = 1 + sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
-        size = span * self.dtype.itemsize
-        memory = torch.empty(size + SLACK, dtype=torch.uint8) if into is None else into
-        return self._values(first, span, memory).as_strided(shape, self.stride)
-
-    def flat(self, start: int, stop: int) -> torch.Tensor:
-        """Read values `start` to before `stop` of the flattened tensor.
-
-        Raises:
-            InputError: as `read`.
-        """
-        stop = min(stop, prod(self.shape))
-        if self.strided:
-            return self.read().reshape(-1)[start:stop]
-        if start >= stop:
-            return torch.empty(0, dtype=self.dtype)
-        size = (stop - start) * self.dtype.itemsize
-        return self._values(start, stop - start, torch.empty(size + SLACK, dtype=torch.uint8))
-
-    def _values(self, first: int, count: int, memory: torch.Tensor) -> torch.Tensor:
-        """(count,) values from index `first` on, in the order of the file."""
-        place, size = self.offset + first * self.dtype.itemsize, count * self.dtype.itemsize
-        try:
-            content = read_direct(self.file, place, size, memory)
-        except EOFError as error:
-            raise InputError(f"{self.file} ends before {self.name} does: it is cut short, fetch it again") from error
-        except OSError as error:
-            raise InputError(f"{self.file} cannot be read ({error.strerror}): check it and its disk") from error
-        # After tensors of bytes, others may start at an offset that is no multiple of their type's size.
-        if content.storage_offset() % self.dtype.itemsize:
-            content = content.clone()
-        return content.view(self.dtype)
-
-
 def weight_files(path: str | Path) -> list[Path]:
     """Find the files that hold a checkpoint's weights, in name order.
 
@@ -121,23 +48,45 @@ def weight_files(path: str | Path) -> list[Path]:
 
     Raises:
         MissingFileError: no weights, or an index that names a missing shard.
-        InputError: an index that is damaged.
+        InputError: an index that is damaged, or names files outside of its folder.
     """
+    return _find_weights(path)[0]
+
+
+def _find_weights(path: str | Path) -> tuple[list[Path], Path | None]:
+    """The files that hold a checkpoint's weights, and their index where there is one."""
     for name in (SINGLE_NAMES[0], INDEX_NAMES[0], SINGLE_NAMES[1], INDEX_NAMES[1]):
+        if Path(path).is_dir() and (Path(path) / name).is_symlink():
+            refuse_irregular_file(Path(path) / name)  # a link to nowhere is no reason to take the next
         found = find_file(path, name)
         if found is None:
             continue
         if name in SINGLE_NAMES:
-            return [found]
-        weight_map = read_json(found).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise InputError(f"{found} has no weight_map that names the files of weights: fetch it again")
-        shards = {shard: find_file(path, shard) for shard in sorted(set(weight_map.values()))}
+            return [found], None
+        shards = {shard: find_file(path, shard) for shard in sorted(set(_read_index(found).values()))}
         missing = [shard for shard, file in shards.items() if file is None]
         if missing:
             raise MissingFileError(f"{path}: {name} names {', '.join(missing)}, which is missing: fetch it again")
-        return [file for file in shards.values() if file is not None]
+        return [file for file in shards.values() if file is not None], found
     raise MissingFileError(f"{path}: no weights here (looked for {', '.join(SINGLE_NAMES + INDEX_NAMES)})")
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """Tensor's name -> name of the file that holds it.
+
+    Raises:
+        InputError: the index is damaged, or names a file that is not beside it.
+    """
+    refuse_foreign_file(file, file.parent)
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{file} has no weight_map that names the files of weights: fetch it again")
+    for shard in sorted(set(weight_map.values())):
+        if PurePath(shard).name != shard or "\\" in shard or "\0" in shard or not shard.endswith(SUFFIXES):
+            raise InputError(
+                f"{file}: weight_map names {shard!r}, which is no file of weights beside it: fetch the index again"
+            )
+    return weight_map
 
 
 def stored_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -150,6 +99,8 @@ def stored_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         InputError: a file that is damaged.
     """
     for file in weight_files(path):
+        refuse_irregular_file(file)
+        refuse_lfs_pointer(file)
         with _weight_errors(file):
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as tensors:
@@ -162,11 +113,49 @@ def stored_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 def locate_tensors(path: str | Path) -> dict[str, StoredTensor]:
     """Locate each tensor of a checkpoint by its name, in the order of the files; no values are read.
 
+    Weights packed by GPTQ are located as the 16-bit weights that they stand for, under the names of these.
+
     Raises:
         MissingFileError: no weights at `path`.
-        InputError: a file that is damaged, or holds something other than tensors.
+        InputError: a file that is damaged, or holds something other than tensors; an index that says otherwise than
+            the files; a tensor in two files; packed weights that cannot be read.
     """
-    return {tensor.name: tensor for file in weight_files(path) for tensor in tensors_in(file)}
+    files, index = _find_weights(path)
+    located: dict[str, StoredTensor] = {}
+    for file in files:
+        for tensor in tensors_in(file):
+            if tensor.name in located:
+                raise InputError(
+                    f"{tensor.name} is in {located[tensor.name].file} and in {file.name}: they are not of the same "
+                    "checkpoint, fetch it again"
+                )
+            located[tensor.name] = tensor
+    for name, shard in _read_index(index).items() if index is not None else ():
+        if name not in located or located[name].file.name != shard:
+            raise InputError(f"{index}: weight_map says that {name} is in {shard}, and it is not: fetch both again")
+    if not has_codes(located):
+        return located
+    quantization, where = stored_quantization(path)
+    return dequantized(located, quantization, where)
+
+
+def stored_quantization(path: str | Path) -> tuple[dict[str, Any], str]:
+    """How a checkpoint is quantised, as its `config.json` says or AutoGPTQ wrote beside it; and the file of that.
+
+    Raises:
+        InputError: it does not say.
+    """
+    for name, key in ((CONFIG_NAME, "quantization_config"), (GPTQ_CONFIG_NAME, None)):
+        file = find_file(path, name)
+        if file is None:
+            continue
+        settings = read_json(file) if key is None else read_json(file).get(key)
+        if isinstance(settings, dict):
+            return settings, str(file)
+    raise InputError(
+        f"{path}: its weights are packed, but config.json has no quantization_config that says how: restore it, or "
+        "give the 16-bit checkpoint that it was made from"
+    )
 
 
 def tensors_in(file: Path) -> list[StoredTensor]:
@@ -176,6 +165,8 @@ def tensors_in(file: Path) -> list[StoredTensor]:
         MissingFileError: there is no such file.
         InputError: the file is damaged, or holds something other than tensors.
     """
+    refuse_irregular_file(file)
+    refuse_lfs_pointer(file)
     with _weight_errors(file):
         if file.suffix == ".safetensors":
             return _in_safetensors(file)
@@ -185,7 +176,9 @@ def tensors_in(file: Path) -> list[StoredTensor]:
         raise InputError(
             f"{file} holds a {type(content).__name__}, not tensors by name: this is not a file of weights"
         )
-    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    others = [
+        str(name) for name, value in content.items() if not (isinstance(value, torch.Tensor) and isinstance(name, str))
+    ]
     if others:
         raise InputError(f"{file} holds {others[0]}, which is no tensor: this is not a file of weights")
     return [_in_pickle(file, name, tensor) for name, tensor in content.items()]
@@ -212,23 +205,6 @@ def find_file(path: str | Path, name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}): check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}): restore it") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds a {type(content).__name__} where an object is expected: restore it")
-    return content
-
-
 @contextmanager
 def _weight_errors(file: Path) -> Iterator[None]:
     """Turn whatever a reader of weights raises about a missing or damaged file into an `InputError`."""
@@ -236,10 +212,6 @@ def _weight_errors(file: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{file} does not exist: fetch it again") from error
-    except PermissionError as error:
-        raise InputError(f"{file} cannot be read: you have no permission") from error
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"{file} cannot be read: it is damaged, fetch it again ({_first_line(error)})") from error
     except Exception as error:  # pickle.UnpicklingError, and whatever else a damaged pickle raises

@@ -21,8 +21,10 @@ def pretrained_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        if os.fspath(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: one of its configuration files is damaged ({error}): restore it") from error
     except OSError as error:

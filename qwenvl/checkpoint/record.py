@@ -5,7 +5,7 @@ Weights alone do not say how a model is asked: a base checkpoint trained on Chat
 writes a model writes this record, and whatever opens one reads it here.
 
     {"version": 1,
-     "base": {"path": "Qwen/Qwen-VL", "fingerprint": "9f2c..."},
+     "base": {"path": "Qwen/Qwen-VL", "weights": "9f2c...", "computation": {"seq_length": 2048, ...}, ...},
      "quantize": ["language"],
      "chat_format": "chatml", "stop_ids": [151645, 151644, 151643],
      "labels": "assistant", "prompts": {"vqa": ["{question}\\nAnswer in one word."]}}
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwenvl.checkpoint.checkpoint_files import find_file, read_json
+from qwenvl.checkpoint.identity import BaseIdentity, identity_from_json, identity_to_json
 from qwenvl.errors import InputError
 
 RECORD = "qwenvl.json"
@@ -40,11 +41,11 @@ class BaseNote:
 
     Attributes:
         path: folder or hub id, as it was given.
-        fingerprint: of its weights, see `qwenvl.checkpoint.fingerprint`.
+        identity: what decides what it computes.
     """
 
     path: str
-    fingerprint: str
+    identity: BaseIdentity
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class ModelRecord:
     Attributes:
         base: of an adapter, the checkpoint that it was trained on; of a checkpoint, the one that it was made from.
             None where that is not known.
-        own_fingerprint: of a 4-bit folder's own tensors: while it holds, an adapter on `base` belongs to it too.
+        own_weights: of a 4-bit folder, the fingerprint of its own tensors: while it holds, an adapter on `base`
+            belongs to the folder too.
+        own_sampled: the same of some values of each tensor, which was all before there were records. Not stored.
         quantize: of an adapter, the parts of its base in 4 bits while it was trained; of a checkpoint, those in 4 bits
             now (see `qwenvl.model.quantization.PARTS`).
         chat_format: None where nothing says it.
@@ -68,7 +71,8 @@ class ModelRecord:
     """
 
     base: BaseNote | None = None
-    own_fingerprint: str | None = None
+    own_weights: str | None = None
+    own_sampled: str | None = None
     quantize: tuple[str, ...] = ()
     chat_format: ChatFormat | None = None
     stop_ids: tuple[int, ...] = ()
@@ -148,9 +152,9 @@ def write_record(folder: str | Path, record: ModelRecord) -> None:
     """Write the record into a folder. Only what says something is written."""
     content: dict[str, Any] = {"version": VERSION}
     if record.base is not None:
-        content["base"] = {"path": record.base.path, "fingerprint": record.base.fingerprint}
-    if record.own_fingerprint is not None:
-        content["own_fingerprint"] = record.own_fingerprint
+        content["base"] = {"path": record.base.path, **identity_to_json(record.base.identity)}
+    if record.own_weights is not None:
+        content["own_weights"] = record.own_weights
     if record.quantize:
         content["quantize"] = list(record.quantize)
     if record.chat_format is not None:
@@ -182,10 +186,10 @@ def _from_json(read: Mapping[str, Any], file: Path) -> ModelRecord:
         match key, value:
             case "version", _:
                 pass
-            case "base", {"path": str(path), "fingerprint": str(fingerprint)} if len(value) == 2:
-                record = replace(record, base=BaseNote(path, fingerprint))
-            case "own_fingerprint", str():
-                record = replace(record, own_fingerprint=value)
+            case "base", {"path": str(path), **identity}:
+                record = replace(record, base=BaseNote(path, identity_from_json(identity, file)))
+            case "own_weights", str():
+                record = replace(record, own_weights=value)
             case "quantize", list() if all(part in PARTS for part in value):
                 record = replace(record, quantize=tuple(value))
             case "chat_format", str() if value in CHAT_FORMATS:
@@ -220,7 +224,8 @@ def _read_base_file(folder: str | Path) -> ModelRecord | None:
         case {"base": str(path), "fingerprint": str(fingerprint), **others}:
             parts, own = others.get("quantize", []), others.get("own_fingerprint")
             if isinstance(parts, list) and all(part in PARTS for part in parts) and isinstance(own, str | None):
-                record = ModelRecord(BaseNote(path, fingerprint), own, tuple(parts))
+                identity = identity_from_json(fingerprint, file)
+                record = ModelRecord(BaseNote(path, identity), own_sampled=own, quantize=tuple(parts))
                 is_adapter = find_file(folder, "adapter_config.json") is not None
                 trains = "this toolkit trained it, and trains ChatML"
                 return replace(record, chat_format="chatml", read_from=trains) if is_adapter else record

@@ -22,6 +22,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from qwenvl.errors import InputError
 from qwenvl.images.images import ImageAccess, load_image
+from qwenvl.images.resizing import resize
 
 # CLIP's, as the published vision tower was trained with.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -65,7 +66,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
     """Images of any source -> `pixel_values` for Qwen-VL.
 
     Each image is loaded by `qwenvl.load_image` (RGB, upright, on white), resized to `size` x `size` without
-    keeping its aspect ratio (PIL's bicubic, antialiased), and normalised.
+    keeping its aspect ratio (`resizing.resize`: bicubic, antialiased), and normalised.
 
     Args:
         size: side of the square in pixels, or {"height": side, "width": side}.
@@ -135,7 +136,7 @@ class QwenVLImageProcessor(BaseImageProcessor):
         levels = np.empty((len(sources), 3, side, side), np.uint8)
         for row, (name, source) in zip(levels, sources, strict=True):
             image = load_image(source, access=access, name=name)
-            row[:] = np.asarray(image.resize((side, side), self.resample)).transpose(2, 0, 1)
+            row[:] = np.asarray(resize(image, side, side)).transpose(2, 0, 1)
 
         pixels = torch.from_numpy(levels)
         if normalize:

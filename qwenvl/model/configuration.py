@@ -11,7 +11,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
+from qwenvl.checkpoint.settings import (
+    LARGEST_SIDE,
+    check_keys,
+    examine_settings,
+    is_number,
+    is_whole,
+    shortened,
+)
 from qwenvl.errors import InputError, MissingFileError
+from qwenvl.model.config_keys import KEYS, checked_keys
 
 # The vision side of the published 9.66 B checkpoints.
 PUBLISHED_VISUAL = {
@@ -35,7 +44,13 @@ LANGUAGE_SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels", "intermediate_size"),
     *("max_position_embeddings", "seq_length"),
 )
+# No model is a hundredth of this, and building one would take hours or all memory.
+MOST_LAYERS, LARGEST_SIZE = 1000, 1 << 24
 VISUAL_NUMBERS = (*PUBLISHED_VISUAL, "n_queries")
+NUMBERS = {
+    key: KEYS[key]
+    for key in ("layer_norm_epsilon", "rotary_emb_base", "initializer_range", "attn_dropout_prob", "emb_dropout_prob")
+}
 
 
 class QwenVLConfig(PreTrainedConfig):
@@ -62,6 +77,8 @@ class QwenVLConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"head_dim": "kv_channels"}
     tokenizer_class: ClassVar[str] = "QwenVLTokenizer"
+    # TRL reads it of every model that is given by its path. Of published files it names their code, and is kept.
+    auto_map: ClassVar[dict[str, str]] = {}
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "wte": "free_full_weight",
         "h.*": "free_full_weight",
@@ -93,8 +110,10 @@ class QwenVLConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         for key in LANGUAGE_SIZES:
             value = getattr(self, key)
-            if not (isinstance(value, int) and value > 0):
-                raise InputError(f"config: {key} must be a positive whole number, not {value!r}")
+            if not (is_whole(value) and value > 0):
+                raise InputError(f"config: {key} must be a positive whole number, not {shortened(value)}")
+            _refuse_absurd(key, value)
+        check_keys(vars(self), NUMBERS, "config")
         if self.tie_word_embeddings:
             raise InputError("config: tie_word_embeddings must be false: Qwen checkpoints have a head of their own")
         if not self.no_bias:
@@ -114,10 +133,14 @@ class QwenVLConfig(PreTrainedConfig):
         if missing:
             raise InputError(f"config: visual lacks {', '.join(missing)}")
         for key, value in visual.items():
-            wanted = int | float if key == "mlp_ratio" else int
-            if key in VISUAL_NUMBERS and not (isinstance(value, wanted) and value > 0):
+            is_right = is_number if key == "mlp_ratio" else is_whole
+            if key in VISUAL_NUMBERS and not (is_right(value) and value > 0):
                 number = "number" if key == "mlp_ratio" else "whole number"
-                raise InputError(f"config: visual.{key} must be a positive {number}, not {value!r}")
+                raise InputError(f"config: visual.{key} must be a positive {number}, not {shortened(value)}")
+            if key in VISUAL_NUMBERS:
+                _refuse_absurd(f"visual.{key}", value)
+        if visual["image_size"] > LARGEST_SIDE:
+            raise InputError(f"config: visual.image_size ({visual['image_size']}) must be {LARGEST_SIDE:,} at most")
         if visual["output_dim"] != self.hidden_size:
             raise InputError(
                 f"config: visual.output_dim ({visual['output_dim']}) must equal hidden_size ({self.hidden_size})"
@@ -152,6 +175,8 @@ class QwenVLConfig(PreTrainedConfig):
             InputError: config.json cannot be read, or is not a valid configuration.
         """
         path = pretrained_model_name_or_path
+        if Path(path).is_dir():
+            examine_settings(Path(path, kwargs.get("subfolder") or ""))
         try:
             return super().from_pretrained(path, *args, **kwargs)
         except InputError as error:
@@ -171,12 +196,18 @@ class QwenVLConfig(PreTrainedConfig):
             raise InputError(f"config: must be a mapping of names to values, not {type(config_dict).__name__}")
         dtype = config_dict.get("dtype") or config_dict.get("torch_dtype")
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise InputError(f"config: dtype must name a dtype of PyTorch, such as float32, not {dtype!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(
+                f"config: dtype must name a floating-point dtype of PyTorch, such as float32, not {shortened(dtype)}"
+            )
+        visual = config_dict.get("visual")
+        if visual is not None and not isinstance(visual, dict):
+            raise InputError(f"config: visual must be an object with the sizes of the vision side, not {visual!r}")
+        config_dict = checked_keys(config_dict, cls)
         try:
             return super().from_dict({"visual": None, **config_dict}, **kwargs)
         except StrictDataclassError as error:
-            raise InputError(f"config: {error}") from error
+            raise InputError(f"config: {' '.join(str(error).split())}") from error
 
     def require_visual(self) -> dict[str, Any]:
         """`visual` of a checkpoint with images.
@@ -212,3 +243,12 @@ class QwenVLConfig(PreTrainedConfig):
     def image_token_id(self) -> int | None:
         """Id of `<imgpad>`, the placeholder of an image feature."""
         return self.visual["image_start_id"] + 2 if self.visual else None
+
+
+def _refuse_absurd(key: str, value: float) -> None:
+    """Raises:
+    InputError: a size that no model can have.
+    """
+    largest = MOST_LAYERS if key.endswith("layers") else LARGEST_SIZE
+    if value > largest:
+        raise InputError(f"config: {key} is {shortened(value)}, which is more than any model has ({largest:,})")

@@ -1,6 +1,8 @@
 """What `generate` needs to know about this model: the stop tokens, and which images belong to which row."""
 
+import os
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from transformers import GenerationConfig
@@ -12,6 +14,46 @@ from qwenvl.model.configuration import IMAGE_START_AFTER_END_OF_TEXT, QwenVLConf
 from qwenvl.model.image_span import image_span_starts
 
 SAMPLING_ONLY = ("temperature", "top_p", "top_k", "typical_p", "min_p", "epsilon_cutoff", "eta_cutoff")
+
+
+class PublishedGenerationConfig(GenerationConfig):
+    """A generation config that is saved as published: with an integer `eos_token_id` beside `chat_format: chatml`.
+
+    In memory all three tokens at which a reply of ChatML ends are stop tokens (`read_published_settings`). The
+    published code takes them from `chat_format`, and its streaming (`transformers_stream_generator`) ends after one
+    token when a file has a list.
+    """
+
+    @classmethod
+    def of(cls, generation_config: GenerationConfig) -> Self:
+        """The same settings."""
+        published = cls()
+        published.__dict__.update(generation_config.__dict__)
+        return published
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        in_memory = self.eos_token_id
+        self.eos_token_id = published_eos(in_memory, getattr(self, "chat_format", None))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.eos_token_id = in_memory
+
+
+def published_eos(eos_token_id: Any, chat_format: Any) -> Any:
+    """`eos_token_id` as a published `generation_config.json` has it: an integer.
+
+    That is the one token of a list of one, and of ChatML's three, which follow each other in the vocabulary, the first
+    (`<|endoftext|>`, `<|im_start|>`, `<|im_end|>`): `chat_format` says the rest. Other lists are returned as they are.
+    """
+    if not isinstance(eos_token_id, list) or not eos_token_id:
+        return eos_token_id
+    if not all(isinstance(token, int) for token in eos_token_id):
+        return eos_token_id
+    tokens, first = set(eos_token_id), min(eos_token_id)
+    if len(tokens) == 1 or (chat_format == "chatml" and tokens == {first, first + 1, first + 2}):
+        return first
+    return eos_token_id
 
 
 def stored_generation_config(checkpoint: str | Path) -> GenerationConfig | None:
@@ -31,14 +73,16 @@ def read_published_settings(generation_config: GenerationConfig, config: QwenVLC
     """Adapt a published generation config to current Transformers, in place.
 
     - `chat_format: "chatml"` means that replies end at `<|im_end|>`, `<|im_start|>` or `<|endoftext|>`, but the
-      published file has only the last as `eos_token_id`.
+      published file has only the last as `eos_token_id`. Other tokens in a list there are kept.
     - With `do_sample: false` sampling settings have no effect, but current Transformers refuses to save them.
     """
     if getattr(generation_config, "chat_format", None) == "chatml":
         end_of_text = end_of_text_id(generation_config, config)
         if end_of_text is not None:
             im_start, im_end = end_of_text + 1, end_of_text + 2
-            generation_config.eos_token_id = [im_end, im_start, end_of_text]
+            stops, stored = [im_end, im_start, end_of_text], generation_config.eos_token_id
+            others = [token for token in stored if token not in stops] if isinstance(stored, list) else []
+            generation_config.eos_token_id = stops + others
             if generation_config.pad_token_id is None:
                 generation_config.pad_token_id = end_of_text
     if not generation_config.do_sample:
@@ -63,7 +107,7 @@ def end_of_text_id(generation_config: GenerationConfig, config: QwenVLConfig) ->
     """Id of `<|endoftext|>`: counted back from `<img>`, or the `eos_token_id` of a text-only checkpoint."""
     if config.image_start_id is not None:
         return config.image_start_id - IMAGE_START_AFTER_END_OF_TEXT
-    eos = generation_config.eos_token_id
+    eos = published_eos(generation_config.eos_token_id, getattr(generation_config, "chat_format", None))
     return eos if isinstance(eos, int) else None
 
 

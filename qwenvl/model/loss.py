@@ -201,13 +201,25 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return rows, targets[rows]
 
 
+def without_image_targets(labels: torch.Tensor, image_token_id: int | None) -> torch.Tensor:
+    """Ignore image placeholders among the labels, which are there where a trainer takes all of `input_ids` as labels.
+
+    Args:
+        labels: (batch, length), ids, not shifted, -100 where not trained.
+        image_token_id: of `<imgpad>`; None for a text-only checkpoint.
+    """
+    return labels if image_token_id is None else labels.masked_fill(labels == image_token_id, IGNORED)
+
+
 def mean_loss(total: torch.Tensor, rows: int, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
     """Divide a summed loss by the supervised tokens of the whole accumulated step.
 
     Args:
         total: the sum over the supervised tokens of this batch.
         rows: supervised tokens of this batch.
-        num_items_in_batch: supervised tokens of the whole step; None for `rows`.
+        num_items_in_batch: supervised tokens of the whole step; None for `rows`. It is taken as it is given: a trainer
+            that counts labels which are image placeholders too gets a loss that is smaller by their share, with
+            gradients of the right direction. Labels set on the processor's batches have none (see `ModelInputs`).
 
     Returns:
         A scalar. Without supervised tokens: zero, with zero gradients, if `num_items_in_batch` is given; else NaN.

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateOutput
@@ -17,12 +17,26 @@ from transformers.utils.output_capturing import capture_outputs
 from qwenvl.errors import InputError
 from qwenvl.images.image_processor import normalize_pixels
 from qwenvl.model.configuration import QwenVLConfig
-from qwenvl.model.fresh_weights import draw_weights
-from qwenvl.model.generation import images_of_suffix, read_published_settings, refuse_chunked_prefill, repeat_images
+from qwenvl.model.generation import (
+    PublishedGenerationConfig,
+    images_of_suffix,
+    read_published_settings,
+    refuse_chunked_prefill,
+    repeat_images,
+)
+from qwenvl.model.gptq_checkpoint import gptq_arguments
 from qwenvl.model.image_span import place_image_features
-from qwenvl.model.language import Attention, Block, RMSNorm
-from qwenvl.model.loss import in_type_of, mean_loss, next_token_loss, supervised_loss, supervised_positions
+from qwenvl.model.language import Block, RMSNorm
+from qwenvl.model.loss import (
+    in_type_of,
+    mean_loss,
+    next_token_loss,
+    supervised_loss,
+    supervised_positions,
+    without_image_targets,
+)
 from qwenvl.model.nf4_weights import compute_in
+from qwenvl.model.pretrained import QwenVLPreTrainedModel, require_whole_files
 from qwenvl.model.quantized_head import head_logits
 from qwenvl.model.rotary import Positions, dynamic_ntk_alpha, rotary_positions
 from qwenvl.model.sequences import (
@@ -35,28 +49,6 @@ from qwenvl.model.sequences import (
 )
 from qwenvl.model.varlen_attention import VARLEN
 from qwenvl.model.vision import VisionTransformer
-
-
-class QwenVLPreTrainedModel(PreTrainedModel):
-    """What Transformers needs to know about the model, and the initialisation of new weights."""
-
-    config: QwenVLConfig
-    config_class = QwenVLConfig
-    base_model_prefix = "transformer"
-    # These are lists, not tuples, because of the base class's types.
-    input_modalities = ["image", "text"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Block", "VisionBlock", "Resampler"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        draw_weights(module, self.config)
 
 
 class QwenVLModel(QwenVLPreTrainedModel):
@@ -234,10 +226,25 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Self:
-        """As the base class, and adapt a published generation config (see `read_published_settings`)."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        """As the base class, and adapt a published generation config (see `read_published_settings`).
+
+        Checkpoints packed by GPTQ are read as the 16-bit weights that they stand for.
+
+        Raises:
+            MissingFileError: no checkpoint, or no weights.
+            InputError: a checkpoint that is not whole or that must not be followed: see `whole.require_whole`; packed
+                weights that cannot be read, or not with these arguments.
+        """
+        path = pretrained_model_name_or_path
+        require_whole_files(path, kwargs)
+        packed = gptq_arguments(path, kwargs)
+        place, arguments = (path, kwargs) if packed is None else (None, packed)
+        loaded = super().from_pretrained(place, *args, **arguments)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        read_published_settings(model.generation_config, model.config)
+        if packed is not None:
+            model.name_or_path = model.config.name_or_path = str(path)
+        settings = read_published_settings(model.generation_config, model.config)
+        model.generation_config = PublishedGenerationConfig.of(settings)
         if getattr(model, "is_loaded_in_4bit", False):  # set by Transformers
             compute_in(model, model.dtype)
         return loaded
@@ -294,7 +301,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             position_ids: (batch, length), 0-based. Positions that restart within a row mark packed sequences, which
                 then do not see each other (give no attention_mask with them).
             pixel_values: (images of the whole batch in reading order, 3, S, S), float normalised or uint8.
-            labels: (batch, length), ids, -100 where not trained; shifted inside.
+            labels: (batch, length), ids, -100 where not trained; shifted inside. Image placeholders are not trained
+                either, as nothing generates them (see `loss.without_image_targets`).
             inputs_embeds: (batch, length, hidden) instead of ids, images already placed.
             image_features: (images, n_queries, hidden) instead of pixel_values, from `get_image_features`.
             logits_to_keep: compute logits for the last n positions only (0: all), or for an index tensor of positions.
@@ -313,6 +321,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         """
         return_dict = kwargs.pop("return_dict", None)
         supervised = None
+        if labels is not None:
+            labels = without_image_targets(labels, self.config.image_token_id)
         if skip_logits:
             if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
                 raise InputError("skip_logits returns only the loss: it needs labels, and no logits_to_keep")

@@ -1,17 +1,19 @@
 """Which linear layers of a model are in 4 bits, as configurations, checkpoints and bitsandbytes name them."""
 
 import importlib.util
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qwenvl.checkpoint.gptq import is_gptq, read_settings
+from qwenvl.checkpoint.settings import FLAG, Rule, check_keys, only
 from qwenvl.errors import InputError
 from qwenvl.model.configuration import QwenVLConfig
-from qwenvl.model.modeling import QwenVLForConditionalGeneration
+from qwenvl.model.layout import expected_tensors
 
 PARTS = ("language", "vision", "head")
 """What may be held in 4 bits. The resampler, the embeddings, convolutions, norms and biases never are."""
@@ -27,6 +29,20 @@ _EXAMPLES = {
 }
 
 BITSANDBYTES = "bitsandbytes>=0.50"
+
+_DTYPES = only("float32", "bfloat16", "float16")
+_RULES: dict[str, Rule] = {
+    "load_in_8bit": only(False),
+    "quant_method": only("bitsandbytes"),
+    "bnb_4bit_use_double_quant": FLAG,
+    "bnb_4bit_compute_dtype": _DTYPES,
+    "bnb_4bit_quant_storage": only("uint8"),
+    **dict.fromkeys(("llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight"), FLAG),
+    "llm_int8_skip_modules": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of names",
+    ),
+}
 
 
 def require_bitsandbytes() -> None:
@@ -54,36 +70,61 @@ def read_parts(parts: Iterable[str]) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part in wanted)
 
 
-def quantized_parts(config: QwenVLConfig) -> tuple[str, ...]:
-    """The parts that a checkpoint stores in 4 bits, by its config; none for a 16-bit one.
+def quantized_parts(config: QwenVLConfig, where: str = "the checkpoint") -> tuple[str, ...]:
+    """The parts that a checkpoint stores in NF4, by its config; none for a 16-bit one.
+
+    None for one packed by GPTQ too, which is read as the 16-bit weights that it stands for (`qwenvl.checkpoint.gptq`).
+
+    Args:
+        where: the checkpoint, for messages.
 
     Raises:
         InputError: it is quantised in another way.
     """
+    settings = _nf4_settings(config, where)
+    return tuple(part for part in PARTS if settings is not None and _is_converted(_EXAMPLES[part], settings))
+
+
+def stored_in_4_bits(config: QwenVLConfig) -> Callable[[str], bool]:
+    """Whether a checkpoint with this config stores a linear weight, given its name, in 4 bits.
+
+    Raises:
+        InputError: as `quantized_parts`.
+    """
+    settings = _nf4_settings(config)
+    return lambda name: settings is not None and _is_converted(name.removesuffix(".weight"), settings)
+
+
+def _is_converted(module: str, settings: dict[str, Any]) -> bool:
+    return should_convert_module(module, settings.get("llm_int8_skip_modules") or ["lm_head"])  # its default
+
+
+def _nf4_settings(config: QwenVLConfig, where: str = "the checkpoint") -> dict[str, Any] | None:
+    """The `quantization_config` of a checkpoint in NF4; None for one in 16 or 32 bits, or packed by GPTQ."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
-        return ()
+        return None
     settings = stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
     if not isinstance(settings, dict):
-        raise InputError(f"config: quantization_config must be a mapping of names to values, not {settings!r}")
+        raise InputError(f"{where}: quantization_config must be a mapping of names to values, not {settings!r}")
+    if is_gptq(settings):
+        read_settings(settings, f"{where}: quantization_config")
+        return None
     if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
         method = settings.get("quant_method", "an unknown method")
         raise InputError(
-            f"the checkpoint is quantised by {method}, which is not NF4 of bitsandbytes. Use the 16-bit one it was "
-            "made from, and quantization='nf4' to have it in 4 bits"
+            f"{where} is quantised by {method}, which is neither NF4 of bitsandbytes nor GPTQ. Use the 16-bit "
+            "one it was made from, and quantization='nf4' to have it in 4 bits"
         )
-    skipped = settings.get("llm_int8_skip_modules") or ["lm_head"]  # Transformers' default
-    return tuple(part for part in PARTS if should_convert_module(_EXAMPLES[part], skipped))
+    check_keys(settings, _RULES, f"{where}: quantization_config")
+    return settings
 
 
 def quantized_names(config: QwenVLConfig, parts: Collection[str]) -> frozenset[str]:
     """Names in the checkpoint of the weights that are in 4 bits when these parts are."""
     prefixes = tuple(_PREFIXES[part] for part in parts)
-    with torch.device("meta"):
-        model = QwenVLForConditionalGeneration(config)
-    # Not subclasses: Transformers replaces exact `nn.Linear`s only.
-    linears = (name for name, module in model.named_modules() if type(module) is nn.Linear)
-    return frozenset(f"{name}.weight" for name in linears if name.startswith(prefixes))
+    linears = (tensor.name for tensor in expected_tensors(config) if tensor.linear)
+    return frozenset(name for name in linears if name.startswith(prefixes))
 
 
 def nf4_config(parts: Collection[str], dtype: torch.dtype | None = None) -> BitsAndBytesConfig:

@@ -143,10 +143,9 @@ def render_prompt(
         InputError: parts that are not as in `render_chat`.
     """
     writer = Writer(tokenizer, n_queries)
-    counter = _ImageCounter()
-    writer.pieces(_pieces(content, "prompt", grounding, numbered, counter, open_box=completion is None), train=False)
+    writer.pieces(read_prompt(content, grounding, numbered, open_box=completion is None), train=False)
     if completion is not None:
-        writer.pieces(_pieces(completion, "completion", grounding, numbered, counter), train=True)
+        writer.pieces(_pieces(completion, "completion", grounding, numbered, _ImageCounter()), train=True)
         writer.control(tokenizer.eod_id, train=True)
     return writer.rendered
 
@@ -191,6 +190,13 @@ def read_turns(
         yield Turn(message["role"], pieces, closed=not is_open)
     if add_generation_prompt:
         yield Turn("assistant", [], closed=False)
+
+
+def read_prompt(
+    content: str | Sequence[Mapping[str, Any]], grounding: bool = False, numbered: bool = False, open_box: bool = False
+) -> list[Piece]:
+    """A raw prompt's pieces; arguments and errors as in `render_prompt`, and `open_box`: it may end in an open one."""
+    return _pieces(content, "prompt", grounding, numbered, _ImageCounter(), open_box=open_box)
 
 
 def picture_prefix(number: int) -> str:

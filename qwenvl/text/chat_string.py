@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwenvl.errors import InputError
-from qwenvl.text.chat import IMAGE_SOURCE_KEYS, ImageSlot, Piece, Rendered, Tag, Writer, read_turns
+from qwenvl.text.chat import IMAGE_SOURCE_KEYS, ImageSlot, Piece, Rendered, Tag, Writer, read_prompt, read_turns
+from qwenvl.text.vocabulary import CONTROL_TOKENS
 
 if TYPE_CHECKING:
     from qwenvl.text.tokenizer import QwenVLTokenizer
 
 MARK_OPEN, MARK_CLOSE = "\U000f0000", "\U000f0001"
 IMAGE_PLACEHOLDER = "<img></img>"
+_IN_TEXT = re.compile("|".join(map(re.escape, (*CONTROL_TOKENS, MARK_OPEN, MARK_CLOSE))))
 
 # For tools that only accept Jinja templates (servers, TRL's checks). It cannot tell control tokens that a text spells
 # from structure, so this project renders with `chat.py`; a test keeps the two equal on ordinary conversations.
@@ -60,7 +62,6 @@ CHAT_TEMPLATE = """\
 
 def write_chat(
     messages: Sequence[Mapping[str, Any]],
-    tokenizer: "QwenVLTokenizer",
     *,
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
@@ -68,18 +69,28 @@ def write_chat(
     numbered: bool = True,
 ) -> str:
     """Write the conversation as a string; an image is `<img></img>`. Arguments and errors as in `chat.render_chat`."""
-    in_text = re.compile("|".join(re.escape(token) for token in (*tokenizer.control_tokens, MARK_OPEN, MARK_CLOSE)))
     written = []
     for turn in read_turns(messages, grounding, numbered, continue_final_message, add_generation_prompt):
-        written.append(f"<|im_start|>{turn.role}\n")
-        for piece in turn.pieces:
-            if isinstance(piece, str):
-                written.append(in_text.sub(rf"{MARK_OPEN}\g<0>{MARK_CLOSE}", piece))
-            else:
-                written.append(piece.token if isinstance(piece, Tag) else IMAGE_PLACEHOLDER)
-        if turn.closed:
-            written.append("<|im_end|>\n")
+        written += [f"<|im_start|>{turn.role}\n", _write_pieces(turn.pieces), "<|im_end|>\n" if turn.closed else ""]
     return "".join(written)
+
+
+def write_prompt(
+    content: str | Sequence[Mapping[str, Any]], *, grounding: bool = False, numbered: bool = False
+) -> str:
+    """Write a raw prompt as a string, as `write_chat`. Arguments and errors as in `chat.render_prompt`."""
+    return _write_pieces(read_prompt(content, grounding, numbered, open_box=True))
+
+
+def _write_pieces(pieces: Sequence[Piece]) -> str:
+    return "".join(
+        _IN_TEXT.sub(rf"{MARK_OPEN}\g<0>{MARK_CLOSE}", piece)
+        if isinstance(piece, str)
+        else piece.token
+        if isinstance(piece, Tag)
+        else IMAGE_PLACEHOLDER
+        for piece in pieces
+    )
 
 
 def read_string(string: str, tokenizer: "QwenVLTokenizer", *, n_queries: int = 256) -> Rendered:

@@ -3,11 +3,37 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import BatchFeature
+
 from qwenvl.errors import InputError
 from qwenvl.text.chat import IGNORED, Rendered
 
 if TYPE_CHECKING:
     from qwenvl.text.tokenizer import QwenVLTokenizer
+
+
+class ModelInputs(BatchFeature):
+    """What the processor returns: a `BatchFeature` in which image placeholders are never labels.
+
+    Collators of other programs, TRL's among them, take a batch's `input_ids` as its labels, and set them on the batch:
+
+        batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        batch["labels"] = batch["input_ids"].clone()  # -100 at <imgpad>
+
+    So losses that are computed outside of the model, and counts of labels, leave the placeholders out too.
+    """
+
+    image_token_id: int | None = None  # of the class: libraries make copies from the data alone
+
+    def __init__(self, data: dict[str, Any], tensor_type: str | None = None, *, image_token_id: int | None = None):
+        self.image_token_id = image_token_id
+        super().__init__(data, tensor_type=tensor_type)
+
+    def __setitem__(self, key: str, item: Any) -> None:
+        if key == "labels" and isinstance(item, torch.Tensor) and self.image_token_id is not None:
+            item = item.masked_fill(item == self.image_token_id, IGNORED)
+        super().__setitem__(key, item)
 
 
 def input_columns(

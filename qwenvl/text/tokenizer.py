@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 
-from qwenvl.checkpoint.checkpoint_files import read_json
 from qwenvl.checkpoint.pretrained_errors import pretrained_errors
+from qwenvl.checkpoint.settings import examine_settings
 from qwenvl.errors import InputError, MissingFileError
 from qwenvl.text.chat import TurnOptions, render_chat
 from qwenvl.text.chat_string import CHAT_TEMPLATE, write_chat
@@ -102,9 +102,8 @@ class QwenVLTokenizer(PreTrainedTokenizer):
             MissingFileError: there is no such folder or hub id.
             InputError: files that are damaged, or that belong to another vocabulary.
         """
-        settings = Path(pretrained_model_name_or_path, "tokenizer_config.json")
-        if settings.is_file():
-            read_json(settings)  # names the file if it is damaged
+        if Path(pretrained_model_name_or_path).is_dir():
+            examine_settings(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         with pretrained_errors(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
 
@@ -246,7 +245,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
             "grounding": grounding,
         }
         if not tokenize:
-            strings = [write_chat(messages, self, **how) for messages in conversations]
+            strings = [write_chat(messages, **how) for messages in conversations]
             return strings if is_batch else strings[0]
         rendered = [render_chat(messages, self, **how) for messages in conversations]
         if any(one.images for one in rendered):

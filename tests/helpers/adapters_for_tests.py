@@ -11,7 +11,7 @@ from records_for_tests import note_base
 from safetensors.torch import load_file, save_file
 
 from qwenvl import load_model
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
+from qwenvl.base_check import identify_base
 
 TINY = Path(__file__).parent.parent.parent / "examples" / "tiny"
 TARGETS = ["c_attn", "attn.c_proj", "w1", "w2"]  # of the published script
@@ -61,7 +61,7 @@ def make_adapter(
             parameter.data = parameter.data.float() + 0.3 * spread * torch.randn(parameter.shape)
     adapted.save_pretrained(folder)
     if own:
-        note_base(folder, str(base), weights_fingerprint(base))
+        note_base(folder, base, identify_base(base))
     return adapted
 
 

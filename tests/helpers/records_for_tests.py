@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwenvl.checkpoint.identity import BaseIdentity
 from qwenvl.checkpoint.record import BaseNote, ModelRecord, write_record
 
 
 def note_base(
-    folder: Path, base: str | Path, fingerprint: str, *, quantize: Sequence[str] = (), own: str | None = None
+    folder: Path, base: str | Path, identity: BaseIdentity, *, quantize: Sequence[str] = (), own: str | None = None
 ) -> None:
     """Write the record of a chat model that was made from `base`."""
     write_record(
         folder,
         ModelRecord(
-            base=BaseNote(str(base), fingerprint), own_fingerprint=own, quantize=tuple(quantize), chat_format="chatml"
+            base=BaseNote(str(base), identity), own_weights=own, quantize=tuple(quantize), chat_format="chatml"
         ),
     )

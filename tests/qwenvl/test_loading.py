@@ -14,7 +14,9 @@ from records_for_tests import note_base
 from safetensors.torch import load_file, save_file
 
 from qwenvl import InputError, MissingFileError, QwenVLForConditionalGeneration, load_model, load_processor
+from qwenvl.base_check import identify_base
 from qwenvl.checkpoint.fingerprint import weights_fingerprint
+from qwenvl.checkpoint.identity import BaseIdentity
 from qwenvl.loading import find_source
 from qwenvl.loading_errors import checkpoint_errors
 
@@ -145,19 +147,22 @@ def cut_short(file):
 
 
 DAMAGED_CHECKPOINTS = {
-    "cut config": (lambda folder: cut_short(folder / "config.json"), r"config\.json.* not a valid JSON"),
-    "a list as config": (lambda folder: (folder / "config.json").write_text("[]"), "mapping of names to values"),
+    "cut config": (lambda folder: cut_short(folder / "config.json"), r"config\.json is not JSON"),
+    "a list as config": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        r"config\.json holds a list where an object is expected",
+    ),
     "a word as size": (lambda folder: change_json(folder / "config.json", hidden_size="x"), "hidden_size.*'x'"),
     "unknown dtype": (lambda folder: change_json(folder / "config.json", torch_dtype="float99"), "float99"),
     "cut weights": (lambda folder: cut_short(folder / "model.safetensors"), "model.safetensors cannot be read"),
     "weights of another size": (
         lambda folder: change_json(folder / "config.json", intermediate_size=100),
-        r"mlp\.c_proj\.weight has shape \(256, 256\), but config.json asks for \(256, 50\)",
+        r"mlp\.w1\.weight has shape \(256, 256\), but config.json asks for \(50, 256\)",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights here"),
     "generation config": (
         lambda folder: change_json(folder / "generation_config.json", max_new_tokens=-1),
-        r"generation_config\.json is not valid: .*max_new_tokens",
+        r"generation_config\.json: max_new_tokens is -1 instead of a positive whole number",
     ),
 }
 
@@ -287,12 +292,12 @@ def test_a_moved_base_is_named(adapter, tmp_path):
 
 def test_the_fingerprint_is_checked(adapter, logits):
     base, folder, model = adapter
-    note_base(folder, str(base), weights_fingerprint(base))
+    note_base(folder, base, identify_base(base))
     assert torch.equal(logits(load_model(folder)), logits(model))
     tensors = load_file(base / "model.safetensors")
     tensors["transformer.h.1.mlp.w2.weight"][0, 0] += 1
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"trained on .*fingerprint [0-9a-f]{32}.* other weights"):
+    with pytest.raises(ValueError, match=r"trained on .* differs: other weights \(fingerprint was [0-9a-f]{32}, is"):
         load_model(folder)
 
 
@@ -323,18 +328,18 @@ def test_adapter_weights_without_a_place_are_named(adapter, damage):
 
 
 DAMAGED_ADAPTERS = {
-    "cut config": (lambda folder: cut_short(folder / "adapter_config.json"), "not an adapter's configuration"),
+    "cut config": (lambda folder: cut_short(folder / "adapter_config.json"), r"adapter_config\.json is not JSON"),
     "unknown kind": (lambda folder: change_json(folder / "adapter_config.json", peft_type="FOO"), "'FOO'"),
     "a number as base": (
         lambda folder: change_json(folder / "adapter_config.json", base_model_name_or_path=5),
-        "must be a path or hub id, not 5",
+        "base_model_name_or_path is 5 instead of a text",
     ),
     "no modules": (lambda folder: change_json(folder / "adapter_config.json", target_modules=["foo"]), "'foo'"),
     "another rank": (
         lambda folder: change_json(folder / "adapter_config.json", r=8),
         r"does not fit .*size mismatch for .*lora_A",
     ),
-    "cut weights": (lambda folder: cut_short(folder / "adapter_model.safetensors"), "cannot be loaded"),
+    "cut weights": (lambda folder: cut_short(folder / "adapter_model.safetensors"), "it is damaged, fetch it again"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "weights are missing"),
 }
 
@@ -385,7 +390,7 @@ def test_hub_ids(tiny_folder, tmp_path, fingerprint):
     config["base_model_name_or_path"] = "Qwen/Qwen-VL-Chat"
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     if fingerprint != "none":
-        noted = weights_fingerprint(tiny_folder) if fingerprint == "right" else "0" * 32
+        noted = identify_base(tiny_folder) if fingerprint == "right" else BaseIdentity("0", None, None, "0")
         note_base(tmp_path / "adapter", "Qwen/Qwen-VL-Chat", noted)
     put_into_hub_cache(tmp_path / "hub", "Qwen/Qwen-VL-Chat", store(tiny_folder, tmp_path / "base", "sharded bin"))
     put_into_hub_cache(tmp_path / "hub", "someone/receipts-lora", tmp_path / "adapter")

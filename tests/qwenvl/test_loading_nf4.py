@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qwenvl import InputError, QwenVLConfig, load_model
-from qwenvl.checkpoint.fingerprint import own_fingerprint, weights_fingerprint
+from qwenvl.base_check import identify_base
+from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.checkpoint.record import read_record
 from qwenvl.loading import find_parts
 from qwenvl.model import quantization
@@ -208,7 +209,7 @@ def adapter(tiny_folder, tmp_path):
     model = train_a_little(get_peft_model(model, LoraConfig(**PUBLISHED_LORA)))
     folder = tmp_path / "run" / "adapter"
     model.save_pretrained(folder)
-    note_base(folder, str(tiny_folder), weights_fingerprint(tiny_folder), quantize=["language", "vision"])
+    note_base(folder, tiny_folder, identify_base(tiny_folder), quantize=["language", "vision"])
     return folder, model
 
 
@@ -230,14 +231,14 @@ def test_an_adapter_on_a_4_bit_folder(adapter, tiny_folder, tmp_path, logits):
     with pytest.raises(ValueError, match="other weights"):
         load_model(saved, adapter=folder)
     # With its base noted, the folder is the base; until its weights are touched.
-    fingerprint = weights_fingerprint(tiny_folder)
-    own = own_fingerprint(saved)
-    note_base(saved, str(tiny_folder), fingerprint, quantize=["language", "vision"], own=own)
-    assert weights_fingerprint(saved) == fingerprint != own
+    identity = identify_base(tiny_folder)
+    own = weights_fingerprint(saved)
+    note_base(saved, tiny_folder, identity, quantize=["language", "vision"], own=own)
+    assert identify_base(saved).weights == identity.weights != own
     same_bits(load_model(saved, adapter=folder), model)
     base.transformer.ln_f.weight.data += 1
     base.save_pretrained(saved)
-    assert weights_fingerprint(saved) not in (fingerprint, own)
+    assert identify_base(saved).weights not in (identity.weights, own)
 
 
 # What is wrong

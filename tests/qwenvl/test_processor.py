@@ -1,3 +1,6 @@
+import json
+import pickle
+
 import pytest
 import torch
 from PIL import Image
@@ -126,6 +129,27 @@ def test_what_qwen_vl_does_not_know(tiny_processor):
         inputs_of(tiny_processor, asks(text="x"), no_such_option=1)
 
 
+@pytest.mark.parametrize("road", ["messages", "strings"])
+def test_image_placeholders_are_never_labels(tiny_processor, tiny_images, road):
+    """The labels of other programs' collators: a copy of the ids, set on the batch."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    images = [str(tiny_images[0])]
+    if road == "messages":
+        batch = tiny_processor.apply_chat_template(
+            [messages], tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"images": [images]}
+        )
+    else:
+        text = tiny_processor.apply_chat_template([messages], tokenize=False)
+        batch = tiny_processor(images=[images], text=text, return_tensors="pt")
+    ids = batch["input_ids"]
+    batch["labels"] = ids.clone()
+    pads = ids == tiny_processor.image_token_id
+    assert pads.sum() == 256
+    assert torch.equal(batch["labels"], ids.masked_fill(pads, -100)) and torch.equal(batch.labels, batch["labels"])
+    loaded = pickle.loads(pickle.dumps(batch))  # from a loader's process
+    assert torch.equal(loaded["labels"], batch["labels"]) and type(loaded)(dict(loaded)).keys() == batch.keys()
+
+
 def test_only_images(tiny_processor, tiny_images):
     assert tiny_processor(images=tiny_images[:2])["pixel_values"].shape == (2, 3, 112, 112)
     with pytest.raises(InputError, match="text, images or both"):
@@ -156,3 +180,13 @@ def test_what_is_missing_or_damaged_is_named(tiny_processor, tmp_path):
 def test_decode(tiny_processor):
     ids = [tiny_processor.tokenizer.encode_text("Hello"), tiny_processor.tokenizer.encode_text("world")]
     assert tiny_processor.batch_decode(ids) == ["Hello", "world"]
+
+
+def test_a_saved_processor_that_contradicts_the_model_is_refused(tiny_folder, tmp_path):
+    QwenVLProcessor.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    QwenVLProcessor.from_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"n_queries": 64}))
+    with pytest.raises(InputError, match=r"processor_config\.json says n_queries 64, but by config\.json .* 256"):
+        QwenVLProcessor.from_pretrained(tmp_path)

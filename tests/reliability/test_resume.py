@@ -10,8 +10,8 @@ import sys
 import time
 
 import pytest
+from changed_bases import edit_json, flip_a_bit
 from recipes_for_tests import TINY, finetune, write_recipe, write_rows
-from safetensors.torch import load_file, save_file
 
 # Of a run's folder: what training computes, not when or how fast.
 ADAPTER = ("adapter", "adapter_model.safetensors")
@@ -168,11 +168,24 @@ def test_another_base_is_refused(tmp_path):
     wait_for(lambda: (tmp_path / "own" / "run" / "checkpoints" / "step-2").exists(), process)
     process.kill()
     process.wait()
-    tensors = load_file(base / "model.safetensors")
-    tensors["lm_head.weight"][0, 0] += 1
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = (base / "config.json").read_text()
+    for changes, told in (
+        ({"visual": {"image_size": 140}}, "config.json: visual.image_size was 112, is 140"),
+        ({"seq_length": 300}, "config.json: seq_length was 700, is 300"),
+    ):
+        edit_json(base / "config.json", **changes)
+        done = finetune(recipe, check=False)
+        assert done.returncode == 2 and f"base: {told}" in done.stderr
+        (base / "config.json").write_text(config)
+    flip_a_bit(base / "model.safetensors")
     done = finetune(recipe, check=False)
-    assert done.returncode == 2 and "base:" in done.stderr
+    assert done.returncode == 2 and "base: other weights (fingerprint was " in done.stderr
+    flip_a_bit(base / "model.safetensors")
+    # A run from before knows some values of each tensor.
+    run = json.loads((tmp_path / "own" / "run" / "run.json").read_text())
+    run["identity"]["base"] = run["identity"]["base"]["sampled"]
+    (tmp_path / "own" / "run" / "run.json").write_text(json.dumps(run))
+    finetune(recipe)
 
 
 def test_a_finished_run_is_left_alone(uninterrupted):

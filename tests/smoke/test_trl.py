@@ -1,5 +1,7 @@
 """Stock trl trains this model with this processor, unmodified."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -9,7 +11,7 @@ from packaging.version import Version
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from qwenvl import QwenVLForConditionalGeneration, load_model
+from qwenvl import QwenVLForConditionalGeneration, load_model, load_processor
 
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"), reason="trl's assistant_only_loss needs Transformers 5.18"
@@ -96,6 +98,43 @@ def test_sft_by_the_checkpoints_path(tiny_folder, dataset, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.fixture
+def saved_folder(tiny_folder, tmp_path):
+    """A checkpoint as this library saves one that came without published code: nothing names it (`auto_map`)."""
+    model = QwenVLForConditionalGeneration.from_pretrained(tiny_folder)
+    del model.config.auto_map
+    model.save_pretrained(tmp_path / "model")
+    load_processor(tiny_folder).save_pretrained(tmp_path / "model")
+    assert "auto_map" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    return tmp_path / "model"
+
+
+def test_sft_at_its_defaults_by_the_path_of_a_saved_model(saved_folder, dataset, tmp_path):
+    """Every token is trained but image placeholders, and the logged loss is the model's own over these."""
+    args = arguments(tmp_path, gradient_checkpointing=False)
+    args.assistant_only_loss, args.max_steps = False, 1
+    trainer = SFTTrainer(model=str(saved_folder), args=args, train_dataset=dataset)
+    batch = trainer.data_collator([dataset[index] for index in range(3)])
+    ids, image_token = batch["input_ids"], trainer.model.config.image_token_id
+    expected = ids.masked_fill((ids == image_token) | (batch["attention_mask"] == 0), -100)
+    assert torch.equal(batch["labels"], expected) and (ids == image_token).sum() == 3 * 256
+    model = load_model(saved_folder).train()
+    with torch.no_grad():
+        own = model(**batch).loss.item()
+    trainer.get_train_dataloader = lambda: [batch]
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(own, rel=1e-5)
+    trainer.save_model(str(tmp_path / "trained"))
+    assert json.loads((tmp_path / "trained" / "generation_config.json").read_text())["eos_token_id"] == 512
+
+
+def test_dpo_by_the_path_of_a_saved_model(saved_folder, tiny_images, tmp_path):
+    arguments = DPOConfig(**common(tmp_path) | {"max_steps": 1}, max_length=None)
+    trainer = DPOTrainer(model=str(saved_folder), args=arguments, train_dataset=preferences(tiny_images))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
 def test_truncation_inside_an_image_is_an_error(tiny_model, tiny_processor, dataset, tmp_path):

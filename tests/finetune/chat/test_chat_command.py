@@ -67,6 +67,7 @@ def test_wrong_input_is_told_before_weights_load(no_weights, tmp_path):
 def test_a_base_model_has_no_system_message(no_weights, tmp_path):
     for name in ("config.json", "generation_config.json"):
         (tmp_path / name).write_text((TINY / name).read_text().replace('"chatml"', '"raw"'))
+    (tmp_path / "model.safetensors").symlink_to(TINY / "model.safetensors")
     with pytest.raises(UserError, match="is a base model"):
         chat(str(tmp_path), once="What?", system="Be short.")
 

@@ -254,11 +254,10 @@ def test_parameters_are_counted_as_in_the_loaded_model(tmp_path, overrides):
 def test_auto_reads_the_checkpoints_own_settings(tmp_path, tiny_folder, chat_format, trained):
     folder = tmp_path / "base"
     folder.mkdir()
-    for file in ("config.json", "qwen.tiktoken", "tokenizer_config.json"):
+    for file in ("config.json", "qwen.tiktoken", "tokenizer_config.json", "model.safetensors"):
         (folder / file).write_bytes((tiny_folder / file).read_bytes())
     settings = json.loads((tiny_folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(settings | {"chat_format": chat_format}))
-    # There are no weights in it.
     recipe = load_recipe(write_recipe(tmp_path, model__path=str(folder)))
     counted = count_parameters(build_without_weights(recipe, find_base(recipe.model)))
     assert bool(counted["embeddings"].trained) is trained

@@ -1,21 +1,26 @@
 """`finetune evaluate` in this process, on the tiny checkpoint: what it writes, and how it goes on after a stop."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from adapters_for_tests import make_adapter
+from changed_bases import edit_json, flip_a_bit
 from recipes_for_tests import IMAGES, ROOT, TINY, finetune
 
 from finetune.data.sample import DataError
-from finetune.errors import UserError
+from finetune.errors import InputError, UserError
 from finetune.evaluation import evaluate as evaluate_module
 from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 from finetune.evaluation.tasks import custom_task, find_task
 from finetune.metrics import anls
 from finetune.replies.replies import generate_replies
 from finetune.terminal import labelled
-from qwenvl import QwenVLForConditionalGeneration, load_image
+from qwenvl import QwenVLForConditionalGeneration, base_check, load_image
+from qwenvl.base_check import identify_base
+from qwenvl.checkpoint.identity import identity_to_json
 from qwenvl.images.images import ImageError
 
 NEW = 8
@@ -145,6 +150,42 @@ def test_other_weights_are_refused(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_module, "load_model", None)
     with pytest.raises(UserError, match=r"model\.base: "):
         run(whole[0], model=str(other))
+
+
+def test_an_adapter_on_a_base_that_was_changed_is_refused(tmp_path):
+    base, file = tmp_path / "base", write_questions(tmp_path / "questions.jsonl", count=1)
+    shutil.copytree(TINY, base)
+    make_adapter(tmp_path / "adapter", base=base)
+    flip_a_bit(base / "model.safetensors")
+    done = ["--task", "docvqa", "--data", file, "--images-root", ROOT, "--out", tmp_path / "out"]
+    done = finetune("evaluate", tmp_path / "adapter", *done, check=False)
+    assert done.returncode == 2 and "base differs: other weights (fingerprint was " in done.stderr
+    flip_a_bit(base / "model.safetensors")
+    edit_json(base / "config.json", visual={"image_size": 140})
+    with pytest.raises(InputError, match=r"base differs: config\.json: visual\.image_size was 112, is 140"):
+        run(tmp_path, model=str(tmp_path / "adapter"), out=tmp_path / "again")
+
+
+def test_a_base_is_read_once(tmp_path, monkeypatch):
+    """Of an adapter and of what it is compared with, and to check that it is the adapter's."""
+    write_questions(tmp_path / "questions.jsonl", count=1)
+    make_adapter(tmp_path / "adapter")
+    count, original = [], base_check.hash_tensors
+    monkeypatch.setattr(base_check, "hash_tensors", lambda *a, **b: count.append(1) or original(*a, **b))
+    results, *_ = run(tmp_path, model=str(tmp_path / "adapter"), compare=str(TINY))
+    assert len(count) == 1
+    known = identity_to_json(identify_base(TINY))
+    assert results["identity"]["model"]["base"] == known
+    # An evaluation from before knows some values of each tensor.
+    file = tmp_path / "out" / "evaluation.json"
+    stored = json.loads(file.read_text())
+    stored["model"]["base"] = known["sampled"]
+    file.write_text(json.dumps(stored))
+    run(tmp_path, model=str(tmp_path / "adapter"), compare=str(TINY))
+    stored["model"] = {"adapter": None}
+    file.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"model\.base"):
+        run(tmp_path, model=str(tmp_path / "adapter"), compare=str(TINY))
 
 
 def test_a_damaged_line_is_named(whole, tmp_path):

@@ -112,6 +112,9 @@ def test_the_lines_at_the_end():
         "sources": {},
         "groups": {"form": {"score": 0.25, "questions": 200}},
         "unreadable": [{}],
+        "unread": {"hold no box": 12},
+        "cut": 30,
+        "settings": {"max_new_tokens": 28},
         "notes": [],
         "speed": {"replies": 1200, "seconds": 75.0, "examples_per_second": 16.0},
         "compared": {
@@ -123,6 +126,7 @@ def test_the_lines_at_the_end():
             "difference_interval": [0.2, 0.3],
             "better": 400,
             "worse": 100,
+            "unread": {"hold no box": 3, "are empty": 1},
         },
     }
     assert [labelled(*line) for line in summary(results)] == [
@@ -131,6 +135,9 @@ def test_the_lines_at_the_end():
         "compared    0.2500 (95% 0.2000 to 0.3000), base",
         "difference  +0.2500 (95% +0.2000 to +0.3000); 400 questions better, 100 worse",
         "unreadable  1 questions on images that cannot be read: counted as wrong",
+        "unread      12 replies hold no box (compared: 3): counted as wrong",
+        "unread      0 replies are empty (compared: 1): counted as wrong",
+        "cut         30 replies end at the limit of 28 new tokens; --max-new-tokens raises it",
         "speed       16.00 examples/s, 1,200 replies in 1m 15s",
     ]
     own = {"new": {"score": 0.75, "interval": [0.5, 1.0], "questions": 600}}

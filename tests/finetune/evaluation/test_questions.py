@@ -83,6 +83,24 @@ def test_the_gold_option_is_a_number_a_letter_or_a_text(tmp_path, answer, letter
     assert (question.answers, question.options) == ((letter,), ("1", "2", "three"))
 
 
+@pytest.mark.parametrize(("answer", "letter"), [("(B)", "B"), ("c.", "C"), ("Ａ", "A"), ("cafe\u0301", "B")])
+def test_the_gold_option_may_have_its_marks_and_any_form_of_unicode(tmp_path, answer, letter):
+    row = ROWS["multiple_choice"] | {"options": ["tea", "caf\u00e9", "rice"], "answer": answer}
+    assert ask(tmp_path, "multiple_choice", row)[0].answers == (letter,)
+
+
+def test_a_gold_option_that_may_be_two_is_refused(tmp_path):
+    row = ROWS["multiple_choice"] | {"options": ["3", "4", "5", "6"]}
+    task = custom_task("multiple_choice")
+    with pytest.raises(DataError, match=r"is '3', the text of one option and the number .from 0. of another: write"):
+        ask(tmp_path, task, row | {"answer": "3"})
+    assert ask(tmp_path, task, row | {"answer": 3})[0].answers == ("D",)
+    assert ask(tmp_path, "multiple_choice", row | {"answer": "3"})[0].answers == ("D",)  # AI2D's are numbers
+    assert ask(tmp_path, task, row | {"options": ["0", "1"], "answer": "1"})[0].answers == ("B",)  # both say the same
+    with pytest.raises(DataError, match="the text of several options"):
+        ask(tmp_path, task, row | {"options": ["a b", "a b"], "answer": "a b"})
+
+
 def test_parquet_with_images_inside_stays_lazy(tmp_path):
     write(tmp_path, [])
     image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
@@ -145,7 +163,7 @@ def test_columns_and_limit_and_prompt_of_the_source(tmp_path):
 
 
 def test_what_the_fingerprint_follows(tmp_path):
-    rows = [ROWS["ocrvqa"], ROWS["ocrvqa"]]
+    rows = [ROWS["ocrvqa"], ROWS["ocrvqa"] | {"image": "b.png"}]
     base = ask(tmp_path, "ocrvqa", *rows).fingerprint()
     assert ask(tmp_path, "ocrvqa", *rows).fingerprint() == base
     others = [
@@ -303,6 +321,31 @@ def test_a_gold_reply_with_a_box_is_a_gold_box(tmp_path):
     no_box = {"conversations": [asked, {"from": "assistant", "value": "there"}]}
     with pytest.raises(DataError, match="its last reply holds no box: 'there'"):
         ask(tmp_path, task, no_box)
+
+
+def conversation(answer):
+    said = [{"from": "user", "value": "Picture 1: <img>a.png</img>\nWhat?"}, {"from": "assistant", "value": answer}]
+    return {"conversations": said}
+
+
+def test_a_gold_reply_is_compared_without_its_boxes_as_replies_are(tmp_path):
+    task = custom_task("exact_match", format="qwen_json")
+    reply = "<ref>the dog</ref><box>(1,2),(3,4)</box> sleeps"
+    question = ask(tmp_path, task, conversation(reply))[0]
+    assert question.answers == ("the dog sleeps",)
+    assert task.score(question, reply) == task.score(question, "The dog sleeps") == 1.0
+    with pytest.raises(
+        DataError, match="holds nothing but boxes, and exact_match compares texts: use metric grounding"
+    ):
+        ask(tmp_path, task, conversation("<box>(1,2),(3,4)</box>"))
+    with pytest.raises(DataError, match="is blank"):
+        ask(tmp_path, task, conversation(" "))
+
+
+def test_a_blank_answer_among_others_makes_no_empty_reply_right(tmp_path):
+    question = ask(tmp_path, "docvqa", ROWS["docvqa"] | {"answers": ["", "4"]})[0]
+    assert question.answers == ("4",) and find_task("docvqa").score(question, "") == 0.0
+    assert len(ask(tmp_path, "textvqa", ROWS["textvqa"] | {"answers": [""] * 3 + ["4"] * 7})[0].answers) == 10
 
 
 def test_rows_are_read_anew_and_a_change_is_told(tmp_path):

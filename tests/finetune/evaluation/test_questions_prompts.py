@@ -152,29 +152,15 @@ SOLVED = {
 @pytest.mark.parametrize("name", SOLVED)
 def test_the_solved_form_of_each_kind_of_task(tmp_path, tokenizer, name):
     first = {**ROWS[name], "answer": ["dog"]} if name == "refcoco" else ROWS[name]
-    questions = ask(tmp_path, name, first, ROWS[name], style="base", shots=1)
+    second = ROWS[name] | {"image": "b.png", "image_id": 9}
+    questions = ask(tmp_path, name, first, second, style="base", shots=1)
     text, _ = written(questions[1], tokenizer)
-    own, _ = written(ask(tmp_path, name, first, ROWS[name], style="base")[1], tokenizer)
+    own, _ = written(ask(tmp_path, name, first, second, style="base")[1], tokenizer)
     assert text == SOLVED[name] + own
     if name == "refcoco":  # tags of the example are tokens
         ids = questions[1].render(tokenizer, N_QUERIES).ids
         assert ids.count(tokenizer.control_tokens["<box>"]) == 2
         assert ids.count(tokenizer.control_tokens["</box>"]) == 1
-
-
-def test_no_example_is_of_the_row_that_is_asked(tmp_path):
-    rows = [{**ROWS["refcoco"], "question_id": n, "answer": ["x", "y", "z"]} for n in range(3)]
-    questions = ask(tmp_path, "refcoco", *rows, style="base", shots=6)
-    for question in questions:
-        assert sorted({shot.origin.row for shot in question.shots} | {question.origin.row}) == [1, 2, 3]
-        assert len({shot.id for shot in question.shots}) == 6
-        assert question.origin.row not in {shot.origin.row for shot in question.shots}
-    # Nor where the same file is named once more.
-    path = tmp_path / "data.jsonl"
-    again = Questions(source(path), find_task("refcoco"), style="base", shots=6, shot_source=source(path))
-    assert [question.shots[0].id for question in again] == [question.shots[0].id for question in questions]
-    with pytest.raises(DataError, match=r"has 6 other question\(s\) to draw 7 solved examples from"):
-        ask(tmp_path, "refcoco", *rows, style="base", shots=7)
 
 
 def test_examples_are_drawn_by_the_questions_id(tmp_path):
@@ -209,7 +195,7 @@ def test_examples_that_cannot_be(tmp_path):
     with pytest.raises(UserError, match="solved examples are for base models"):
         ask(tmp_path, "docvqa", *numbered(3), shots=1)
     hidden = [row | {"answers": None} for row in numbered(3)]
-    with pytest.raises(DataError, match="its answers are hidden; name a shot_source that has some"):
+    with pytest.raises(DataError, match="its answers are hidden; name a source that has some with --shots-from"):
         ask(tmp_path, "docvqa", *hidden, style="base", shots=1)
     train = source(write(tmp_path / "train", numbered(3, "T")))
     asked = ask(tmp_path, "docvqa", *hidden, style="base", shots=1, shot_source=train)
@@ -218,6 +204,9 @@ def test_examples_that_cannot_be(tmp_path):
 
 def test_every_task_renders_with_examples(tmp_path, tokenizer):
     for name in TASKS:
-        rows = [ROWS[name] | {"image": image} for image in ("a.png", "b.png", "c.png")]
-        for question in ask(tmp_path, name, *rows, style="base", shots=2):
+        images = ("a.png", "b.png", "c.png")
+        rows = [ROWS[name] | {"image": image, "docId": image, "image_id": image} for image in images]
+        rows = [{**row, "question_id": n} if "question_id" in row else row for n, row in enumerate(rows)]
+        columns = {"columns": {"id": "image"}} if name == "nocaps" else {}
+        for question in ask(tmp_path, name, *rows, style="base", shots=2, source_with=columns):
             assert len(question.render(tokenizer, N_QUERIES).images) == 3

@@ -12,6 +12,7 @@ from said import collect
 
 from finetune.errors import Interrupted, UserError
 from finetune.evaluation import task_evaluation
+from finetune.evaluation.task_evaluation import score_line
 from finetune.metrics import anls
 from finetune.recipe import load_recipe
 from finetune.training.best_checkpoint import evaluations_since_best
@@ -79,8 +80,10 @@ def test_the_score_is_logged_before_training_and_at_each_evaluation(tmp_path):
     scores = {record["step"]: record["eval_anls"] for record in records(done) if "eval_anls" in record}
     assert list(scores) == [0, 1, 2]
     description = json.loads((done / "run.json").read_text())
+    unread = description["score"].pop("unread")
+    assert unread.keys() == {"before", "after"} and all(0 <= count <= 5 for count in unread.values())
     assert description["score"] == {"metric": "anls", "questions": 5, "before": scores[0], "after": scores[2]}
-    assert f"anls        {scores[0]:.4f} -> {scores[2]:.4f} on 5 questions" in said
+    assert any(line.startswith(f"anls        {scores[0]:.4f} -> {scores[2]:.4f} on 5 questions") for line in said)
     assert "eval task   docvqa: anls on 5 questions" in said
     pairs = records(done, "predictions.jsonl")
     assert [(record["when"], record["origin"][-5:]) for record in pairs] == [
@@ -239,3 +242,17 @@ def test_two_processes_have_the_score_of_one(tmp_path):
     assert pairs[0] == pairs[1] and len(pairs[0]) == 4
     assert json.loads((folders[1] / "run.json").read_text())["best_checkpoint"].endswith("step-2")
     assert done.stdout.count("on 5 questions") == 2  # once at the beginning, once at the end
+
+
+def test_the_line_of_the_score_tells_replies_that_could_not_be_read():
+    score = {
+        "metric": "grounding",
+        "questions": 200,
+        "before": 0.0,
+        "after": 0.5,
+        "unread": {"before": 180, "after": 2},
+    }
+    line = "0.0000 -> 0.5000 on 200 questions; 180 -> 2 replies could not be read"
+    assert score_line(score) == ("grounding", line)
+    assert score_line({**score, "unread": {"before": 0, "after": 0}})[1] == "0.0000 -> 0.5000 on 200 questions"
+    assert score_line({"metric": "anls", "questions": 3, "before": 0.5})[1] == "0.5000 on 3 questions"  # an older run

@@ -13,7 +13,7 @@ from finetune.data.formats.row_format import COLUMNS
 from finetune.data.sample import Origin
 from finetune.errors import UserError
 from finetune.evaluation.question import Question
-from finetune.evaluation.tasks import TASKS, Scores, check_prompt, custom_task, find_task
+from finetune.evaluation.tasks import TASKS, Scores, check_prompt, custom_task, find_task, published_task
 from qwenvl import ImageAccess
 
 
@@ -239,3 +239,98 @@ def test_a_custom_task_has_the_published_form_unless_told_otherwise():
 def test_a_custom_task_that_makes_no_sense_is_refused(given, message):
     with pytest.raises(UserError, match=message):
         custom_task(**given)
+
+
+# ---- as published
+
+
+def test_published_scores_are_computed_as_the_scripts_do():
+    boxed = question(answers=["<box>(0,0),(999,999)</box>"], box=(0, 0, 100, 200), image_size=(100, 200), style="base")
+    refcoco = published_task(find_task("refcoco"))
+    assert refcoco.score(boxed, "(0,0),(999,999)</box>") == 1.0
+    assert refcoco.score(boxed, "(999,999),(0,0)</box>") == 0.0 and refcoco.unread(boxed, "(999,999),(0,0)") is None
+    assert find_task("refcoco").score(boxed, "(999,999),(0,0)</box>") == 1.0
+    chartqa = published_task(find_task("chartqa"))
+    assert (
+        chartqa.score(question(answers=["53.2"]), "56")
+        == 1.0
+        > find_task("chartqa").score(question(answers=["53.2"]), "56")
+    )
+    gqa = published_task(find_task("gqa"))
+    assert gqa.score(question(answers=["tree"]), "banana tree") == 1.0
+    assert find_task("gqa").score(question(answers=["tree"]), "banana tree") == 0.0
+
+
+def test_published_a_reply_is_taken_to_its_end_without_its_tags_alone():
+    task = published_task(find_task("ocrvqa"))
+    assert task.extract(" 4\nQuestion: What?", "base") == "4\nQuestion: What?"
+    assert task.extract("<ref>dog</ref><box>(1,2),(3,4)</box>", "base") == "dog(1,2),(3,4)"
+    assert find_task("ocrvqa").extract("<ref>dog</ref><box>(1,2),(3,4)</box>", "base") == "dog"
+
+
+@pytest.mark.parametrize(
+    ("name", "fewest", "most"),
+    [("docvqa", 1, 100), ("textvqa", 1, 10), ("refcoco", 10, 28), ("nocaps", 8, 30), ("multiple_choice", 0, 1)],
+)
+def test_published_lengths(name, fewest, most):
+    task = published_task(find_task(name))
+    assert (task.min_new_tokens, task.max_new_tokens, task.stop) == (fewest, most, ())
+    assert task.chat_prompt == task.base_prompt
+
+
+# ---- replies that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "given", "why"),
+    [
+        ("docvqa", " <|im_end|>", {}, "are empty"),
+        ("docvqa", "4", {}, None),
+        ("chartqa", "four", {"answers": ["4", "5%"]}, "are no number, where the answer is one"),
+        ("chartqa", "1,000", {"answers": ["1000"]}, "are no number, where the answer is one"),
+        ("chartqa", "4.1", {"answers": ["4"]}, None),
+        ("chartqa", "four", {"answers": ["4", "four"]}, None),
+        ("refcoco", "(1,2),(3,4)</box>", {}, None),
+        ("refcoco", "to the left", {}, "hold no box"),
+        ("screenspot", "<box>(1,2)</box>", {}, "hold no box"),
+        ("multiple_choice", "B", {"options": ("dog", "cat")}, None),
+        ("multiple_choice", "答案是B", {"options": ("dog", "cat")}, None),
+        ("multiple_choice", "A or B", {"options": ("dog", "cat")}, "choose none of the options, or several"),
+        ("flickr30k", "A dog.", {}, None),
+    ],
+)
+def test_why_a_reply_could_not_be_read(name, reply, given, why):
+    assert find_task(name).unread(question(**given), reply) == why
+
+
+# ---- questions that no reply can get right
+
+
+def boxed(*box, markup=1):
+    return question(answers=["<box>(1,1),(9,9)</box>" * markup], box=box, image_size=(100, 200))
+
+
+@pytest.mark.parametrize(
+    ("name", "questions", "told"),
+    [
+        (
+            "textvqa",
+            [question(answers=["Paris"] * 10), question(answers=["rome"] * 10)],
+            "1 questions cannot be answered",
+        ),
+        ("textvqa", [question(answers=["rome"] * 10)], None),
+        ("flickr30k", [question(answers=["A dog."])], "cider_d is 0 whatever is said"),
+        ("flickr30k", [question(answers=["A dog."])] * 2, None),
+        (
+            "refcoco",
+            [boxed(5, 5, 5, 50), boxed(90, 0, 200, 200), boxed(0, 0, 9, 9)],
+            "2 questions have a gold box that no",
+        ),
+        ("refcoco", [boxed(0, 0, 9, 9, markup=3)], "1 questions have several gold boxes, of which the first counts"),
+        ("screenspot", [boxed(5, 5, 5, 5)], None),
+        ("docvqa", [question()], None),
+    ],
+)
+def test_questions_that_no_reply_can_get_right_are_told(name, questions, told):
+    notes = find_task(name).notes(questions)
+    assert [told in note for note in notes] == ([] if told is None else [True])

@@ -2,16 +2,17 @@
 
 import errno
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from changed_bases import UNSAMPLED, flip_a_bit
 from recipes_for_tests import TINY, finetune
 from safetensors.torch import load_file
 
-from finetune.errors import Failed, UserError
+from finetune.errors import Failed, InputError, UserError
+from finetune.export import export as export_module
 from finetune.export import tensors as exported_tensors
 from finetune.export.export import export
 from finetune.export.folder import default_folder
@@ -62,6 +63,33 @@ def test_pickled_shards_become_safetensors_with_every_bit(pickled, tmp_path):
     assert any("GB/s" in line or "MB/s" in line for line in said)
 
 
+def test_a_bit_that_was_lost_on_the_way_is_found(tmp_path, monkeypatch):
+    """In a tensor that is not among those computed once more."""
+    original = export_module.pieces
+
+    def flipped(tensors):
+        for name, piece in original(tensors):
+            if name == UNSAMPLED:
+                piece.view(torch.int32).view(-1)[len(piece.view(-1)) // 3] ^= 1
+            yield name, piece
+
+    monkeypatch.setattr(export_module, "pieces", flipped)
+    monkeypatch.setattr(exported_tensors, "SAMPLED", 2)
+    with pytest.raises(Failed, match=r"written weights do not read back as those of the source: .* Nothing was kept"):
+        export(str(TINY), "safetensors", out=tmp_path / "out", say=say_nothing)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_types_of_one_size_are_not_taken_for_the_same(tmp_path, stored, dtype):
+    tensors = load_file(TINY / "model.safetensors")
+    write_checkpoint(tmp_path / "in", {name: tensor.to(getattr(torch, stored)) for name, tensor in tensors.items()})
+    out = export(str(tmp_path / "in"), "safetensors", out=tmp_path / "out", dtype=dtype, say=say_nothing)
+    assert {str(tensor.dtype) for _, tensor in stored_tensors(out)} == {f"torch.{dtype}"}
+    wide = export(str(out), "safetensors", out=tmp_path / "wide", dtype="float32", say=say_nothing)
+    assert weights_fingerprint(wide) == weights_fingerprint(out)
+
+
 def test_another_type_is_one_rounding(tmp_path):
     out = export(str(TINY), "safetensors", out=tmp_path / "out", dtype="bfloat16", say=say_nothing)
     source = load_file(TINY / "model.safetensors")
@@ -103,7 +131,7 @@ def test_an_incomplete_checkpoint_is_refused_before_anything_is_written(tmp_path
     tensors = load_file(TINY / "model.safetensors")
     del tensors["transformer.h.0.attn.c_attn.bias"]
     write_checkpoint(tmp_path / "source", tensors)
-    with pytest.raises(UserError, match=r"h\.0\.attn.c_attn.bias is missing from its weights"):
+    with pytest.raises(InputError, match=r"h\.0\.attn.c_attn.bias is missing from its weights"):
         export(str(tmp_path / "source"), "qwen2", out=tmp_path / "out", say=say_nothing)
     assert not list(tmp_path.glob("*out*"))
 
@@ -191,20 +219,24 @@ def test_a_disk_that_fails_leaves_nothing(to, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_flipped_bit_is_found_when_it_is_read_back(tmp_path, monkeypatch):
-    hashed = exported_tensors.file_hash
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [
+        ("auto", "the written weights do not read back as those of the source"),
+        ("bfloat16", r"model\.safetensors does not read back as it was written"),
+    ],
+)
+def test_a_flipped_bit_is_found_when_it_is_read_back(tmp_path, monkeypatch, dtype, told):
+    write = export_module.write_tensors
 
-    def after_damage(path, on_bytes):
-        with path.open("r+b") as file:
-            file.seek(path.stat().st_size - 5000)
-            byte = file.read(1)
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([byte[0] ^ 1]))
-        return hashed(path, on_bytes)
+    def with_damage(folder, *given):
+        hashes = write(folder, *given)
+        flip_a_bit(folder / "model.safetensors")
+        return hashes
 
-    monkeypatch.setattr(exported_tensors, "file_hash", after_damage)
-    with pytest.raises(Failed, match=r"model.safetensors does not read back as it was written"):
-        export(str(TINY), "safetensors", out=tmp_path / "out", say=say_nothing)
+    monkeypatch.setattr(export_module, "write_tensors", with_damage)
+    with pytest.raises(Failed, match=told):
+        export(str(TINY), "safetensors", out=tmp_path / "out", dtype=dtype, say=say_nothing)
     assert not list(tmp_path.iterdir())
 
 
@@ -220,7 +252,7 @@ def test_a_tensor_made_otherwise_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(exported_tensors.ExportedTensor, "_rounded", wrong_at_first)
     monkeypatch.setattr(exported_tensors, "SAMPLED", 1000)
     with pytest.raises(Failed, match=r"transformer\.ln_f.weight was not written as it was computed"):
-        export(str(TINY), "safetensors", out=tmp_path / "out", say=say_nothing)
+        export(str(TINY), "safetensors", out=tmp_path / "out", dtype="bfloat16", say=say_nothing)
     assert not list(tmp_path.iterdir())
 
 
@@ -247,3 +279,20 @@ def test_the_command(tmp_path):
     assert "every byte as written" in done.stdout and "dynamic NTK and log-n attention" in done.stdout
     assert {path.name for path in (tmp_path / "served").iterdir()} >= {"config.json", "tokenizer.json", "visual"}
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "nf4", "qwen2"])
+def test_links_out_of_the_folder_are_left_out_and_told(tmp_path, form):
+    write_checkpoint(tmp_path / "source", load_file(TINY / "model.safetensors"))
+    (tmp_path / "id_rsa").write_text("a secret")
+    for name in ("LICENSE", "README.md", "modeling_qwen.py", "NOTICE"):
+        (tmp_path / "source" / name).symlink_to("../id_rsa" if name != "NOTICE" else "/nowhere")
+    (tmp_path / "source" / "LICENCE.txt").write_text("a licence")
+    (tmp_path / "source" / "LICENCE").symlink_to("LICENCE.txt")
+    said = []
+    out = export(str(tmp_path / "source"), form, out=tmp_path / "out", say=lambda *words: said.append(words))
+    told = {str(text).partition(":")[0] for label, text in said if label == "left out"}
+    assert told == {"LICENSE", "README.md", "modeling_qwen.py", "NOTICE"}
+    written = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert (out / "LICENCE").read_text() == "a licence" and not (out / "LICENCE").is_symlink()
+    assert not any(b"a secret" in content for content in written.values())

@@ -80,7 +80,8 @@ def test_the_type_is_said_in_the_keys_that_are_there(source):
         "fp16": False,
         "fp32": False,
     }
-    assert dtype_settings({"dtype": "float32"}, torch.float16) == {"dtype": "float16"}
+    # Transformers before version 5 reads torch_dtype alone, and 5 writes dtype.
+    assert dtype_settings({"dtype": "float32"}, torch.float16) == {"dtype": "float16", "torch_dtype": "float16"}
     assert dtype_settings({}, torch.float16) == {"torch_dtype": "float16"}
 
 
@@ -89,8 +90,24 @@ def test_chat_format_brings_where_replies_end(source, made):
     (source / "generation_config.json").write_text(json.dumps(raw))
     copy_companions(source, made, generation={"chat_format": "chatml"})
     after = json.loads((made / "generation_config.json").read_text())
-    # <|im_end|>, <|im_start|>, <|endoftext|>
-    assert after == raw | {"chat_format": "chatml", "eos_token_id": [514, 513, 512], "pad_token_id": 512}
+    assert after == raw | {"chat_format": "chatml", "eos_token_id": 512, "pad_token_id": 512}
+
+
+@pytest.mark.parametrize(
+    ("stored", "written"),
+    [
+        ({"chat_format": "chatml", "eos_token_id": [514, 513, 512]}, 512),
+        ({"chat_format": "chatml", "eos_token_id": [514, 512]}, [514, 512]),  # not all of ChatML's
+        ({"eos_token_id": [512]}, 512),
+        ({"chat_format": "chatml", "eos_token_id": [514, 513, 512, 9]}, [514, 513, 512, 9]),
+        ({"chat_format": "raw", "eos_token_id": [514, 513, 512]}, [514, 513, 512]),  # nothing else says it
+        ({"eos_token_id": [514, 513, 512]}, [514, 513, 512]),
+    ],
+)
+def test_stop_tokens_that_the_chat_format_says_are_written_as_published(source, made, stored, written):
+    (source / "generation_config.json").write_text(json.dumps(stored))
+    copy_companions(source, made)
+    assert json.loads((made / "generation_config.json").read_text()) == stored | {"eos_token_id": written}
 
 
 def test_sampling_settings_beside_greedy_decoding_are_left_out_with_chat_format(source, made):
@@ -104,7 +121,7 @@ def test_a_generation_config_is_made_where_there_is_none(source, made):
     (source / "generation_config.json").unlink()
     assert "generation_config.json" in copy_companions(source, made, generation={"chat_format": "chatml"})
     after = json.loads((made / "generation_config.json").read_text())
-    assert after == {"chat_format": "chatml", "eos_token_id": [514, 513, 512], "pad_token_id": 512}
+    assert after == {"chat_format": "chatml", "eos_token_id": 512, "pad_token_id": 512}
 
 
 def test_a_hub_id_is_found_in_the_cache(source, made, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters_for_tests import KINDS, TARGETS, TINY, base_in, make_adapter
+from changed_bases import edit_json, flip_a_bit
 from peft import LoraConfig, PeftModel
 from recipes_for_tests import finetune, write_recipe
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,8 @@ from finetune.recipe import load_recipe
 from finetune.terminal import labelled
 from finetune.training.train import train
 from qwenvl import load_model, load_processor
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
+from qwenvl.base_check import identify_base
+from qwenvl.checkpoint.identity import identity_to_json
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -132,8 +134,9 @@ def test_a_run_becomes_a_checkpoint_that_every_loader_opens(tmp_path, tiny_image
 
     assert (to / "qwen.tiktoken").read_bytes() == (TINY / "qwen.tiktoken").read_bytes()
     assert (to / "tokenizer_config.json").read_bytes() == (TINY / "tokenizer_config.json").read_bytes()
-    # As published, for programs that take one stop token; Transformers gets all three when the folder is loaded.
-    assert json.loads((to / "generation_config.json").read_text())["eos_token_id"] == 512
+    # As published: chat_format says where replies end, and loading derives the rest.
+    settings = json.loads((to / "generation_config.json").read_text())
+    assert (settings["chat_format"], settings["eos_token_id"]) == ("chatml", 512)
     assert load_model(to).generation_config.eos_token_id == [514, 513, 512]
 
     question = [{"type": "image", "image": str(tiny_images[0])}, {"type": "text", "text": "What is it?"}]
@@ -153,7 +156,7 @@ def test_a_run_becomes_a_checkpoint_that_every_loader_opens(tmp_path, tiny_image
     assert "max_steps: 2" in card
     assert "| train | 14 | 14 | 0 | 0 |" in card
     noted = json.loads((to / "merge.json").read_text())
-    assert noted["made_of"]["base"] == weights_fingerprint(TINY)
+    assert noted["made_of"]["base"] == identity_to_json(identify_base(TINY))
     assert {path.name for path in to.iterdir()} == {*noted["files"], "README.md", "merge.json"}
 
 
@@ -175,15 +178,44 @@ def test_another_merge_or_a_damaged_one_is_only_replaced_when_asked(tmp_path):
     make_adapter(tmp_path / "adapter")
     to = tmp_path / "merged"
     quietly(tmp_path / "adapter", to)
-    with pytest.raises(UserError, match="holds another merge: give another folder, or --overwrite"):
+    with pytest.raises(UserError, match=r"another merge \(dtype was float32, is float16\): .* or --overwrite"):
         quietly(tmp_path / "adapter", to, dtype="float16")
     quietly(tmp_path / "adapter", to, dtype="float16", overwrite=True)
     assert weights_of(to)["lm_head.weight"].dtype == torch.float16
+    flip_a_bit(to / "model.safetensors", "lm_head.weight")
+    with pytest.raises(UserError, match=r"holds this merge, but model\.safetensors is missing or was changed"):
+        quietly(tmp_path / "adapter", to, dtype="float16")
     (to / "qwen.tiktoken").unlink()
     with pytest.raises(UserError, match=r"holds this merge, but qwen\.tiktoken is missing or was changed"):
         quietly(tmp_path / "adapter", to, dtype="float16")
     quietly(tmp_path / "adapter", to, dtype="float16", overwrite=True)
     assert (to / "qwen.tiktoken").is_file()
+
+
+def test_a_merge_from_before_is_known_by_the_sampled_values(tmp_path):
+    make_adapter(tmp_path / "adapter")
+    to = tmp_path / "merged"
+    quietly(tmp_path / "adapter", to)
+    noted = json.loads((to / "merge.json").read_text())
+    noted["made_of"]["base"] = noted["made_of"]["base"]["sampled"]
+    (to / "merge.json").write_text(json.dumps(noted))
+    assert "already holds this merge" in quietly(tmp_path / "adapter", to)
+
+
+def test_a_base_that_was_changed_is_refused_or_another_merge(tmp_path):
+    shutil.copytree(TINY, tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base=tmp_path / "base")
+    quietly(tmp_path / "adapter", tmp_path / "merged")
+    flip_a_bit(tmp_path / "base" / "model.safetensors")
+    with pytest.raises(UserError, match=r"base differs: other weights \(fingerprint was"):
+        quietly(tmp_path / "adapter", tmp_path / "merged")
+    flip_a_bit(tmp_path / "base" / "model.safetensors")
+    edit_json(tmp_path / "base" / "config.json", visual={"image_size": 140})
+    with pytest.raises(UserError, match=r"base differs: config\.json: visual\.image_size was 112, is 140\. Give the"):
+        quietly(tmp_path / "adapter", tmp_path / "merged")
+    (tmp_path / "adapter" / "qwenvl.json").unlink()
+    with pytest.raises(UserError, match=r"another merge \(base: config\.json: visual\.image_size was 112, is 140\)"):
+        quietly(tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_nothing_else_is_written_over(tmp_path):
@@ -251,7 +283,7 @@ def test_what_is_not_an_adapter_is_told_by_what_it_is(tmp_path):
 def test_another_base_is_refused(tmp_path):
     make_adapter(tmp_path / "adapter")
     other = base_in(tmp_path / "other", torch.bfloat16)
-    with pytest.raises(UserError, match=r"but .*other has other weights .*: give the right base with --base"):
+    with pytest.raises(UserError, match=r"from which .*other differs: other weights .*\. Give .*with --base"):
         quietly(tmp_path / "adapter", tmp_path / "to", base=str(other))
 
 

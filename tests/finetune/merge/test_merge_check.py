@@ -24,8 +24,8 @@ from finetune.merge.merge import merge, plan_tensors
 from finetune.merge.sources import find_sources
 from finetune.terminal import labelled
 from qwenvl import load_model
+from qwenvl.base_check import identify_base
 from qwenvl.checkpoint.checkpoint_files import locate_tensors
-from qwenvl.checkpoint.fingerprint import weights_fingerprint
 from qwenvl.model.nf4_weights import dequantized
 from qwenvl.model.quantization import quantized_names
 
@@ -138,7 +138,7 @@ def test_where_memory_is_short_that_is_said(tmp_path, monkeypatch):
 def trained_in_4_bits(tmp_path):
     """An adapter that says it was trained on the language model in 4 bits."""
     make_adapter(tmp_path / "adapter", own=False)
-    note_base(tmp_path / "adapter", str(TINY), weights_fingerprint(TINY), quantize=["language"])
+    note_base(tmp_path / "adapter", TINY, identify_base(TINY), quantize=["language"])
     return tmp_path / "adapter"
 
 
@@ -186,6 +186,6 @@ def test_a_quantised_base_leads_to_the_one_it_was_made_from(tmp_path, trained_in
     (quantized / "config.json").write_text(config.replace("{", '{"quantization_config": {"load_in_4bit": true},', 1))
     with pytest.raises(UserError, match=r"is quantised: .* Give the 16-bit checkpoint that it was made from with"):
         merged(trained_in_4_bits, tmp_path / "to", base=str(quantized))
-    note_base(quantized, str(TINY), weights_fingerprint(TINY), quantize=["language"])
+    note_base(quantized, TINY, identify_base(TINY), quantize=["language"])
     said = merged(trained_in_4_bits, tmp_path / "to", base=str(quantized), check=False)
     assert f"base        {TINY}" in said

@@ -1,11 +1,21 @@
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.model.adapters import find_targets, parameter_groups, put_lora, train_in_full, trains_embeddings
+from finetune.model.adapters import (
+    KEYS_OF_PEFT_0_7,
+    find_targets,
+    parameter_groups,
+    put_lora,
+    train_in_full,
+    trains_embeddings,
+    write_plain_config,
+)
 from finetune.model.components import component_of, count_parameters, table_of_parameters
 from qwenvl import QwenVLForConditionalGeneration, load_model
 
@@ -225,3 +235,33 @@ def test_copies_that_peft_trains_are_counted_once(tiny_model):
     assert count_parameters(model)["embeddings"].total == before
     assert isinstance(model.base_model.model, QwenVLForConditionalGeneration)
     assert isinstance(model.base_model.model.lm_head, nn.Module)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_dora": True, "use_rslora": True}, {"modules_to_save": ["wte"], "exclude_modules": ["w1"]}],
+    ids=["lora", "dora", "excluded"],
+)
+def test_a_saved_configuration_has_what_it_says_and_nothing_else(tmp_path, monkeypatch, settings):
+    """In the keys of PEFT 0.7, and in others only where they are not at PEFT's defaults."""
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = LoraConfig(r=4, target_modules=["w2", "c_attn", "w1"], base_model_name_or_path="base", **settings)
+    config.save_pretrained(str(tmp_path))
+    write_plain_config(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    others = settings.keys() - KEYS_OF_PEFT_0_7
+    assert written.keys() == KEYS_OF_PEFT_0_7 | others
+    assert written["target_modules"] == ["c_attn", "w1", "w2"]
+    read = LoraConfig.from_pretrained(str(tmp_path)).to_dict()
+    assert read == config.to_dict() | {"base_model_name_or_path": str(tmp_path / "base")}
+
+
+@pytest.mark.parametrize(
+    ("init", "written"), [("orthogonal", True), ("gaussian", True), ("pissa", "pissa"), (False, False)], ids=str
+)
+def test_an_initialisation_is_saved_where_the_weights_depend_on_it(tmp_path, init, written):
+    LoraConfig(init_lora_weights=init, base_model_name_or_path="owner/name").save_pretrained(str(tmp_path))
+    write_plain_config(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] == written and config["base_model_name_or_path"] == "owner/name"

@@ -1,22 +1,34 @@
 """How a model is asked and loaded: an option, its record, its published files, or a question to the user."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from recipes_for_tests import TINY
 from records_for_tests import note_base
+from safetensors.torch import save_file
 
 from finetune.errors import InputError, UserError
 from finetune.replies.model_style import find_use
+from qwenvl.checkpoint.identity import BaseIdentity
 
-PUBLISHED = {"peft_type": "LORA", "r": 4, "target_modules": ["c_attn"], "base_model_name_or_path": None}
+WEIGHTS = "adapter_model.safetensors"
+UNKNOWN = BaseIdentity(None, None, None, "0")
+PUBLISHED = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["c_attn"],
+    "base_model_name_or_path": None,
+}
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     folder = tmp_path / "base"
-    folder.mkdir()
-    (folder / "config.json").write_bytes((TINY / "config.json").read_bytes())
+    shutil.copytree(TINY, folder)
+    (folder / "generation_config.json").unlink()
     return folder
 
 
@@ -25,6 +37,7 @@ def adapter(tmp_path, checkpoint):
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(PUBLISHED | {"base_model_name_or_path": str(checkpoint)}))
+    save_file({"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(4, 8)}, folder / WEIGHTS)
     return folder
 
 
@@ -40,7 +53,7 @@ def test_a_published_checkpoint_says_it_in_its_generation_config(checkpoint, cha
     assert str(use) == f"asked as a {style} model (generation_config.json)"
 
 
-@pytest.mark.parametrize("text", [None, "{}", '{"chat_format": "other"}', '{"chat_format": ["raw"]}'])
+@pytest.mark.parametrize("text", [None, "{}", '{"chat_format": "other"}'])
 def test_what_nothing_says_is_asked_for(checkpoint, text):
     if text is not None:
         (checkpoint / "generation_config.json").write_text(text)
@@ -60,7 +73,7 @@ def test_an_adapter_of_another_program_on_a_base_model_could_be_either(checkpoin
 
 def test_the_record_of_an_adapter_goes_before_the_config_of_its_base(checkpoint, adapter):
     published(checkpoint, "raw")
-    note_base(adapter, checkpoint, "0" * 32)
+    note_base(adapter, checkpoint, UNKNOWN)
     assert str(find_use(str(adapter))) == "asked as a chat model (qwenvl.json)"
     assert find_use(str(adapter), style="base").style == "base"
 
@@ -79,7 +92,7 @@ def test_an_adapter_of_before_there_were_records(checkpoint, adapter):
 
 
 def test_an_adapter_is_loaded_as_it_was_trained_or_as_told(checkpoint, adapter):
-    note_base(adapter, checkpoint, "0" * 32, quantize=["language", "head"])
+    note_base(adapter, checkpoint, UNKNOWN, quantize=["language", "head"])
     use = find_use(str(adapter))
     assert (use.quantization, use.quantize) == ("nf4", ("language", "head"))
     use = find_use(str(adapter), quantization="none")
@@ -108,5 +121,5 @@ def test_the_result_of_a_run_of_before_there_were_records_is_a_chat_model(checkp
 def test_a_damaged_generation_config_is_named(checkpoint):
     for text in ("[]", "{", ""):
         (checkpoint / "generation_config.json").write_text(text)
-        with pytest.raises(InputError, match=r"generation_config\.json (is not JSON|holds a list)"):
+        with pytest.raises(InputError, match=r"generation_config\.json (is not JSON|is empty|holds a list)"):
             find_use(str(checkpoint))

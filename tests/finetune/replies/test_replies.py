@@ -1,6 +1,7 @@
 """Replies in batches are those of one prompt at a time."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from finetune.batches.budget import ENCODED_TOGETHER
 from finetune.batches.image_request import ImageRequest, image_key
 from finetune.errors import Failed
 from finetune.replies.image_features import ImageStore
-from finetune.replies.replies import Decoding, Plan, Prompt, _stop_place, generate_replies, plan_replies, stop_ids_of
+from finetune.replies.replies import Decoding, Plan, Prompt, generate_replies, plan_replies, stop_ids_of
+from finetune.replies.reply_text import stop_place
 from qwenvl import ImageAccess
 from qwenvl.images.images import ImageError
 from qwenvl.text.chat import render_chat, render_prompt
@@ -100,9 +102,9 @@ def test_replies_end_at_a_stop_text(tiny_model, tiny_processor, prompts):
 
 
 def test_white_space_before_a_reply_does_not_end_it():
-    assert _stop_place("\n 12.50\nQuestion", ("\n", "Question")) == 7
-    assert _stop_place("\n\n", ("\n",)) is None
-    assert _stop_place("12.50 Question:", ("\n", "Question:")) == 6
+    assert stop_place("\n 12.50\nQuestion", ("\n", "Question")) == 7
+    assert stop_place("\n\n", ("\n",)) is None
+    assert stop_place("12.50 Question:", ("\n", "Question:")) == 6
 
 
 def test_stop_ids_are_the_configs_and_those_of_the_style(tiny_model, tiny_processor):
@@ -230,3 +232,32 @@ def test_raw_prompts_of_the_base_model(tiny_model, tiny_processor):
     raw = Prompt(rendered.ids, rendered.images, ImageAccess(), "row 1")
     found = replies(tiny_model, tiny_processor, [raw], decoding(tiny_model))
     assert list(found[0].ids) == one_at_a_time(tiny_model, tiny_processor, raw)
+
+
+def test_the_first_token_is_the_likeliest_of_the_choices(tiny_model, tiny_processor):
+    """Those of the own row, by the logits of the prompt; batched with others as by itself."""
+    choices = [(33, 34, 35), (40, 41), (60, 50, 70, 80)]
+    rows = [
+        replace(prompt(tiny_processor, f"Question {'x' * n}?", IMAGES[0]), choices=own)
+        for n, own in enumerate(choices)
+    ]
+    made = replies(tiny_model, tiny_processor, rows, decoding(tiny_model, max_new_tokens=1))
+    for number, (row, own) in enumerate(zip(rows, choices, strict=True)):
+        pixels = tiny_processor.image_processor(list(row.images), do_normalize=False, return_tensors="pt")
+        logits = tiny_model(input_ids=torch.tensor([row.ids]), **pixels).logits[0, -1, list(own)]
+        assert made[number].ids == (own[int(logits.argmax())],)
+
+
+def test_a_reply_is_not_shorter_than_asked_and_a_cut_one_is_known(tiny_model, tiny_processor):
+    row = prompt(tiny_processor, "What?")
+
+    def reply(**changes):
+        return replies(tiny_model, tiny_processor, [row], decoding(tiny_model, **changes))[0]
+
+    free = reply()
+    assert free.cut and len(free.ids) == NEW
+    first = free.ids[0]
+    ended = reply(stop_ids=(first,))
+    assert ended.ids == () and not ended.cut
+    longer = reply(stop_ids=(first,), min_new_tokens=3)
+    assert len(longer.ids) >= 3 and first not in longer.ids

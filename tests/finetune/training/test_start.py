@@ -1,15 +1,20 @@
 """Where a run stands: fresh, resumed at a step, or finished; and what may not be resumed."""
 
+from dataclasses import replace
+
 import pytest
 from recipes_for_tests import write_recipe
 from said import collect
 
-from finetune.errors import UserError
+from finetune.errors import InputError, UserError
 from finetune.recipe import load_recipe
 from finetune.run.checkpoints import checkpoint_path, writing
 from finetune.run.folder import RunFolder
 from finetune.terminal import say_nothing
 from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
+from qwenvl.checkpoint.identity import BaseIdentity
+
+BASE = BaseIdentity("a" * 32, {"seq_length": 700, "visual.image_size": 280}, "b" * 32, "c" * 32)
 
 
 @pytest.fixture
@@ -23,9 +28,9 @@ def run(recipe) -> RunFolder:
 
 
 def start_of(run, recipe, identity=None, **stored):
-    identity = run_identity(recipe, {}, "base") if identity is None else identity
+    identity = run_identity(recipe, {}, BASE) if identity is None else identity
     if stored:
-        run.write_run({"identity": run_identity(recipe, {}, "base"), **stored})
+        run.write_run({"identity": run_identity(recipe, {}, BASE), **stored})
     return find_start(run, recipe, identity, run.read_run(), say_nothing, is_main=True)
 
 
@@ -58,9 +63,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, recipe
     save(run, 2)
     save(run, 4)
     (run.checkpoints / "step-4" / "state").write_text("5")
-    run.write_run({"identity": run_identity(recipe, {}, "base"), "status": "running"})
+    run.write_run({"identity": run_identity(recipe, {}, BASE), "status": "running"})
     said: list[str] = []
-    start = find_start(run, recipe, run_identity(recipe, {}, "base"), run.read_run(), collect(said), is_main=True)
+    start = find_start(run, recipe, run_identity(recipe, {}, BASE), run.read_run(), collect(said), is_main=True)
     assert start == Resume(run.checkpoints / "step-2", 2)
     assert "step-4 is damaged" in said[0] and said[1] == "resume      from step 2"
 
@@ -70,9 +75,39 @@ def test_a_finished_run(run, recipe):
 
 
 def test_another_base_is_refused(run, recipe):
-    other = run_identity(recipe, {}, "another base")
-    with pytest.raises(UserError, match=r'would not continue:\n  base: "base" -> "another base"\nGive another output'):
-        start_of(run, recipe, other, status="finished")
+    changes = {
+        "base: other weights .fingerprint was a{32}, is 0": {"weights": "0"},
+        r"base: qwen\.tiktoken: other tokens": {"tokenizer": "0"},
+        r"base: config\.json: visual\.image_size was 280, is 140": {
+            "computation": BASE.computation | {"visual.image_size": 140}
+        },
+    }
+    for told, change in changes.items():
+        other = run_identity(recipe, {}, replace(BASE, **change))
+        with pytest.raises(UserError, match=f"would not continue:\n  {told}.*\nGive another output"):
+            start_of(run, recipe, other, status="finished")
+
+
+def test_a_run_from_before_is_known_by_the_sampled_values(run, recipe):
+    run.write_run({"identity": {**run_identity(recipe, {}, BASE), "base": BASE.sampled}, "status": "running"})
+    assert start_of(run, recipe) == Fresh()
+    other = run_identity(recipe, {}, replace(BASE, sampled="0"))
+    with pytest.raises(UserError, match=r"base: other weights \(fingerprint was c{32}, is 0"):
+        start_of(run, recipe, other)
+
+
+def test_a_process_that_has_not_read_the_base_compares_all_else(run, recipe):
+    identity = run_identity(recipe, {}, None)
+    assert start_of(run, recipe, identity, status="running") == Fresh()
+    identity["recipe"]["seed"] = 99
+    with pytest.raises(UserError, match=r"continue:\n  recipe\.seed: 3 -> 99\nGive"):
+        start_of(run, recipe, identity, status="running")
+
+
+def test_a_damaged_identity_is_named(run, recipe):
+    run.write_run({"identity": {**run_identity(recipe, {}, BASE), "base": 5}, "status": "running"})
+    with pytest.raises(InputError, match=r"run\.json: what it says of the base's fingerprints is damaged"):
+        start_of(run, recipe)
 
 
 def test_resume_never_is_refused(tmp_path, run):

@@ -7,6 +7,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -67,6 +68,13 @@ def test_every_kind_of_source_has_a_handle(tmp_path):
     ]
     assert len({handles().of(source, ANYWHERE) for source in [data, *others]}) == 1 + len(others)
     assert handles().of({"bytes": None, "path": str(file)}, ANYWHERE) == handles().of(str(file), ANYWHERE)
+
+
+def test_pixels_resized_in_another_order_are_not_taken_over(tmp_path):
+    """Before the order of the passes was fixed, the cache told preprocessings apart in this form."""
+    file = picture(tmp_path / "a.png")
+    before = ImageHandles(f"{{'height': 28, 'width': 28}} 3 Pillow {PIL.__version__} 1", "run")
+    assert handles().of(str(file), ANYWHERE) != before.of(str(file), ANYWHERE)
 
 
 def test_what_a_url_gives_is_not_taken_from_another_run():

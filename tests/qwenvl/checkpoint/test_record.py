@@ -4,12 +4,13 @@ import json
 
 import pytest
 
+from qwenvl.checkpoint.identity import BaseIdentity
 from qwenvl.checkpoint.record import RECORD, BaseNote, ModelRecord, read_record, trained_as, write_record
 from qwenvl.errors import InputError
 
 WHOLE = ModelRecord(
-    base=BaseNote("Qwen/Qwen-VL", "9f"),
-    own_fingerprint="ab",
+    base=BaseNote("Qwen/Qwen-VL", BaseIdentity("9f", {"seq_length": 2048, "use_logn_attn": True}, "c1", "5a")),
+    own_weights="ab",
     quantize=("language", "head"),
     chat_format="chatml",
     stop_ids=(514, 513, 512),
@@ -43,14 +44,14 @@ def test_an_unknown_version_is_refused(tmp_path, version):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("base", value) for value in ("Qwen", {"path": "x"}, {"path": 1, "fingerprint": "f"}, None)),
+        *(("base", value) for value in ("Qwen", {"path": 1, "sampled": "f"}, None)),
         *(("quantize", value) for value in ("language", ["vison"], [1])),
         *(("chat_format", value) for value in ("llama", 1, ["raw"])),
         *(("stop_ids", value) for value in (5, [-1], [True], ["<|im_end|>"])),
         *(("labels", value) for value in ("all", 1)),
         *(("grounding", value) for value in (1, "yes")),
         ("system", 5),
-        ("own_fingerprint", 5),
+        ("own_weights", 5),
         *(("prompts", value) for value in ("{question}", {"vqa": "{question}"}, {"vqa": [1]})),
         ("views", {"grid": [2, 2]}),
     ],
@@ -59,6 +60,13 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, key, value):
     """A key of a later version could change what the model computes."""
     (tmp_path / RECORD).write_text(json.dumps({"version": 1, key: value}))
     with pytest.raises(InputError, match=rf"qwenvl\.json: {key}: .* is not understood"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("base", [{"path": "x"}, {"path": "x", "sampled": "f", "weights": 5}])
+def test_a_damaged_identity_of_the_base_is_refused(tmp_path, base):
+    (tmp_path / RECORD).write_text(json.dumps({"version": 1, "base": base}))
+    with pytest.raises(InputError, match=r"qwenvl\.json: what it says of the base's fingerprints is damaged"):
         read_record(tmp_path)
 
 

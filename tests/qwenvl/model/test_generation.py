@@ -1,11 +1,14 @@
+import copy
+import json
+import shutil
 import threading
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
 
 from qwenvl import InputError, QwenVLConfig, QwenVLForConditionalGeneration
-from qwenvl.model.generation import read_published_settings, repeat_images
+from qwenvl.model.generation import published_eos, read_published_settings, repeat_images
 from qwenvl.model.image_span import place_image_features
 
 
@@ -198,6 +201,61 @@ def test_published_generation_config(tiny_model, tmp_path):
     reloaded = QwenVLForConditionalGeneration.from_pretrained(tmp_path)
     assert reloaded.generation_config.eos_token_id == [514, 513, 512]
     assert reloaded.generation_config.chat_format == "chatml"
+
+
+def stored_settings(folder):
+    return json.loads((folder / "generation_config.json").read_text())
+
+
+def test_stop_tokens_are_saved_as_published(tiny_folder, tiny_model, tmp_path):
+    """By every way: the published code's streaming ends after a token where the file has a list."""
+    published = stored_settings(tiny_folder)["eos_token_id"]
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_model.generation_config.save_pretrained(tmp_path / "settings")
+    copy.deepcopy(tiny_model).save_pretrained(tmp_path / "copy")
+    auto = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    auto.save_pretrained(tmp_path / "auto")
+    for folder in ("model", "settings", "copy", "auto"):
+        saved = stored_settings(tmp_path / folder)
+        assert saved["eos_token_id"] == published == 512 and saved["chat_format"] == "chatml"
+    assert tiny_model.generation_config.eos_token_id == auto.generation_config.eos_token_id == [514, 513, 512]
+
+
+def test_a_stop_token_of_ones_own_stays(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    own = stored_settings(tiny_folder) | {"eos_token_id": [512, 9]}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(own))
+    model = QwenVLForConditionalGeneration.from_pretrained(tmp_path / "base")
+    assert model.generation_config.eos_token_id == [514, 513, 512, 9]
+    model.save_pretrained(tmp_path / "saved")
+    assert stored_settings(tmp_path / "saved")["eos_token_id"] == [514, 513, 512, 9]
+    again = QwenVLForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert again.generation_config.eos_token_id == [514, 513, 512, 9]
+
+
+@pytest.mark.parametrize(
+    ("stored", "published"),
+    [
+        ([514, 513, 512], 512),
+        ([512, 514, 513, 512], 512),
+        (512, 512),
+        ([512, 513], [512, 513]),
+        (None, None),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_what_the_chat_format_says_is_not_said_twice(stored, published):
+    assert published_eos(stored, "chatml") == published
+    assert published_eos(stored, "raw") == published_eos(stored, None) == stored
+    assert published_eos([514], "chatml") == published_eos([514], "raw") == 514
+
+
+def test_a_text_only_checkpoint_saved_as_a_list_has_its_stop_tokens(tiny_folder):
+    text_only = QwenVLConfig(**QwenVLConfig.from_pretrained(tiny_folder).to_dict() | {"visual": None})
+    for stored in (512, [514, 513, 512]):
+        settings = GenerationConfig(chat_format="chatml", eos_token_id=stored)
+        assert read_published_settings(settings, text_only).eos_token_id == [514, 513, 512]
 
 
 def test_the_base_models_raw_format_stops_at_end_of_text_only(tiny_folder):

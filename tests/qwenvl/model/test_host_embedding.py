@@ -37,7 +37,7 @@ def test_values_and_types_are_those_of_the_whole_model(tiny_folder, dtype, quant
 def test_a_checkpoint_without_them(stored):
     tensors = load_file(stored / "model.safetensors")
     save_file({name: tensor for name, tensor in tensors.items() if name != TABLE}, stored / "model.safetensors")
-    with pytest.raises(InputError, match=rf"there is no {TABLE} in this checkpoint"):
+    with pytest.raises(InputError, match=rf"{TABLE} is missing from its weights"):
         load_model(stored, embeddings_on_cpu=True)
 
 

@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qwenvl.model import loss as loss_module
-from qwenvl.model.loss import next_token_loss
+from qwenvl.model.loss import next_token_loss, without_image_targets
 
 
 @pytest.fixture(params=[3, 256])
@@ -71,3 +71,12 @@ def test_the_first_label_is_never_predicted():
     before = next_token_loss(logits, labels)
     labels[1, 0] = 30 - labels[1, 0]
     assert next_token_loss(logits, labels) == before
+
+
+IMGPAD = 30
+
+
+def test_image_placeholders_are_ignored():
+    labels = torch.tensor([[1, IMGPAD, IMGPAD, IMGPAD, 2, 3, -100, 4]])
+    assert without_image_targets(labels, IMGPAD).tolist() == [[1, -100, -100, -100, 2, 3, -100, 4]]
+    assert without_image_targets(labels, None) is labels  # a text-only checkpoint

@@ -124,6 +124,22 @@ def test_cached_features_equal_pixels(tiny_model, expected):
         assert torch.equal(with_features, tiny_model(ids, pixel_values=pixels).logits)
 
 
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_image_placeholders_are_never_a_target(tiny_model, expected, skip_logits):
+    """As if they were ignored in the labels, where a trainer takes the ids as labels."""
+    ids, pixels = expected["one_image.input_ids"][None], expected["pixel_values"][:1]
+    ids = ids.clone()
+    start = int((ids[0] == tiny_model.config.image_start_id).nonzero()[0, 0])
+    ids[0, start + 1 : start + 257] = tiny_model.config.image_token_id
+    inputs = {"input_ids": ids, "pixel_values": pixels, "skip_logits": skip_logits}
+    ignored = ids.masked_fill(ids == tiny_model.config.image_token_id, -100)
+    with torch.no_grad():
+        right = tiny_model(**inputs, labels=ignored).loss
+        assert torch.equal(tiny_model(**inputs, labels=ids).loss, right)
+        items = int((ignored[:, 1:] != -100).sum())
+        assert torch.equal(tiny_model(**inputs, labels=ids, num_items_in_batch=items).loss, right)
+
+
 def test_contradictory_arguments_are_named(tiny_model, expected):
     ids, pixels = expected["one_image.input_ids"][None], expected["pixel_values"][:1]
     with pytest.raises(InputError, match="either input_ids or inputs_embeds"):

@@ -44,14 +44,21 @@ def test_a_config_says_its_parts(parts):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
         {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False},
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     ],
 )
 def test_another_quantization_is_refused(settings):
-    with pytest.raises(InputError, match=rf"{settings['quant_method']}, which is not NF4 .* 16-bit"):
+    with pytest.raises(InputError, match=rf"{settings['quant_method']}, which is neither NF4 .* 16-bit"):
         quantized_parts(QwenVLConfig(quantization_config=settings))
+
+
+def test_gptq_is_read_in_16_bits():
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    assert quantized_parts(QwenVLConfig(quantization_config=settings)) == ()
+    with pytest.raises(InputError, match="folder: quantization_config: GPTQ with bits: 3"):
+        quantized_parts(QwenVLConfig(quantization_config=settings | {"bits": 3}), "folder")
 
 
 def test_parts_are_read():

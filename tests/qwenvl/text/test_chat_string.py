@@ -45,7 +45,7 @@ def test_a_string_gives_the_ids_of_the_messages(published_tokenizer, name, add_g
     messages = (CONVERSATIONS | HOSTILE)[name]
     how = {"add_generation_prompt": add_generation_prompt}
     direct = render_chat(messages, published_tokenizer, **how)
-    back = read_string(write_chat(messages, published_tokenizer, **how), published_tokenizer)
+    back = read_string(write_chat(messages, **how), published_tokenizer)
     assert back.ids == direct.ids
     assert len(back.images) == len(direct.images)
     assert back.supervised == 0
@@ -58,7 +58,7 @@ def test_the_jinja_template_writes_the_same(published_tokenizer, name, add_gener
     (rendered,), _ = render_jinja_template(
         conversations=[messages], chat_template=CHAT_TEMPLATE, add_generation_prompt=add_generation_prompt
     )
-    assert rendered == write_chat(messages, published_tokenizer, add_generation_prompt=add_generation_prompt)
+    assert rendered == write_chat(messages, add_generation_prompt=add_generation_prompt)
 
 
 def test_the_jinja_template_marks_the_replies(published_tokenizer):
@@ -73,8 +73,8 @@ def test_the_jinja_template_marks_the_replies(published_tokenizer):
 def test_strings_can_be_cut_at_a_prompt(published_tokenizer):
     """Preference trainers render prompt and whole, and take the rest as completion."""
     messages = CONVERSATIONS["plain"]
-    prompt = write_chat(messages[:1], published_tokenizer, add_generation_prompt=True)
-    whole = write_chat(messages, published_tokenizer)
+    prompt = write_chat(messages[:1], add_generation_prompt=True)
+    whole = write_chat(messages)
     assert whole.startswith(prompt)
     cut = [read_string(piece, published_tokenizer).ids for piece in (prompt, whole[len(prompt) :])]
     assert cut[0] + cut[1] == render_chat(messages, published_tokenizer).ids
