@@ -83,6 +83,11 @@ class Checked:
     systems: tuple[str | None, ...] = ()
 
     @property
+    def system(self) -> str | None:
+        """The system message of all kept samples; None for the default one, or where they differ in it."""
+        return self.systems[0] if len(self.systems) == 1 else None
+
+    @property
     def total(self) -> int:
         """Samples that were checked."""
         return len(self.kept) + self.refused + len(self.dropped_long)

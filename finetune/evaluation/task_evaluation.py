@@ -88,6 +88,7 @@ class TaskEvaluation:
     Args:
         recipe: with an evaluate section that names a task.
         processor: of the model.
+        system: the system message of the training; None for the default one.
 
     Attributes:
         task: the task of the questions.
@@ -100,7 +101,7 @@ class TaskEvaluation:
         UserError: no evaluate section or task, or hidden answers.
     """
 
-    def __init__(self, recipe: Recipe, processor: QwenVLProcessor):
+    def __init__(self, recipe: Recipe, processor: QwenVLProcessor, system: str | None = None):
         evaluate, data = recipe.evaluate, recipe.data
         if evaluate is None:
             raise UserError("the recipe has no evaluate section: set evaluate.data and evaluate.task")
@@ -113,6 +114,7 @@ class TaskEvaluation:
                 images_root=root,
                 access=ImageAccess(root=root, allow_urls=data.allow_urls),
                 style="chat",
+                system=system,
                 grounding=data.grounding,
                 on_bad_row=data.on_bad_row,
             )

@@ -22,7 +22,7 @@ def record_of_run(recipe: Recipe, base: Base, base_identity: BaseIdentity, check
         chat_format="chatml",
         stop_ids=(tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id),
         prompts=_prompts(recipe),
-        system=checked.systems[0] if len(checked.systems) == 1 else None,
+        system=checked.system,
         grounding=recipe.data.grounding,
         labels=recipe.data.labels,
     )

@@ -39,7 +39,7 @@ def read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say, *, show_prog
         say(f"{name} data", describe_data(checked))
     task = None
     if recipe.evaluate is not None and recipe.evaluate.task is not None:
-        task = TaskEvaluation(recipe, processor)
+        task = TaskEvaluation(recipe, processor, parts["train"][1].system)
         say("eval task", task)
     return TrainingData(
         samples={name: samples for name, (samples, _) in parts.items()},
