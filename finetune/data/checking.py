@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from finetune.data.epoch_draw import EpochDraws
 from finetune.data.image_files import check_image
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
@@ -70,6 +71,8 @@ class Checked:
         shortened: those of the kept ones that lost turns.
         systems: the system messages of the kept samples, None for the default one; at most two of them, as more than
             one is all that is asked of them.
+        redraws: each epoch draws its own samples by the weights. False draws once: for evaluation, and for a run that
+            began when all epochs had the same draw.
     """
 
     kept: np.ndarray
@@ -83,6 +86,7 @@ class Checked:
     dropped_long: list[TooLong]
     shortened: list[Shortened]
     systems: tuple[str | None, ...] = ()
+    redraws: bool = True
 
     @property
     def total(self) -> int:
@@ -90,10 +94,10 @@ class Checked:
         return len(self.kept) + self.refused + len(self.dropped_long)
 
     def weighted_indices(self, seed: int) -> list[int]:
-        """The kept samples' indices in order, each as often as the weight of its source says.
+        """The kept samples' indices in order, each as often as the weight of its source says: one draw for all times.
 
-        A weight of 2.5 is every sample twice and a half of them a third time. The seed draws that half, the same one
-        for every epoch.
+        A weight of 2.5 is every sample twice and a half of them a third time, which the seed draws. So evaluation data
+        is used, and training data where it needs no other draws: see `epochs`.
         """
         times = np.empty(len(self.kept), np.int64)
         for number, weight in enumerate(self.weights):
@@ -103,6 +107,17 @@ class Checked:
             extra = round((weight - whole) * len(places))
             times[np.random.default_rng([seed, number]).permutation(places)[:extra]] += 1
         return np.repeat(self.kept, times).tolist()
+
+    def epochs(self, seed: int) -> EpochDraws | None:
+        """What each epoch of a training draws; None where all epochs draw the same, `weighted_indices`."""
+        if not self.redraws or all(float(weight).is_integer() for weight in self.weights) or not len(self.kept):
+            return None
+        return EpochDraws(self.kept, self.source, self.weights, seed)
+
+    def first_epoch(self, seed: int) -> list[int]:
+        """What the first epoch draws. All epochs have as many samples."""
+        draws = self.epochs(seed)
+        return self.weighted_indices(seed) if draws is None else draws.indices(0).tolist()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Open and check the data of a recipe: the first step of training and of `finetune check`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.checking import Checked, Rules, look_at, refusal
@@ -87,6 +87,7 @@ def look_at_data(
         checked = None
         if samples is not None:
             checked = look_at(samples, rules, show_progress=show_progress, processes=processes)
+            checked = replace(checked, redraws=name == "train")
             if error := refusal(checked, rules):
                 errors.append(error)
         looked_at[name] = DataPart(kept, samples, checked, errors)
