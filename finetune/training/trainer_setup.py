@@ -1,6 +1,6 @@
 """The trainer of a run, with its batches, callbacks and vision cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import TrainerCallback
@@ -80,7 +80,7 @@ def make_trainer(
     budget = plan.budget.of_all_processes(arguments.device)
     rules = rules_of(recipe, base.processor)
     limits = {"eval": None if recipe.evaluate is None else recipe.evaluate.limit}
-    indices = {
+    indices: dict[str, Sequence[int]] = {
         name: checked.weighted_indices(recipe.seed)[: limits.get(name)] for name, checked in data.checked.items()
     }
     draws = data.checked["train"].epochs(recipe.seed)
