@@ -14,9 +14,9 @@ from finetune.training.run_record import EACH_EPOCH, ONCE, WEIGHTS
 from finetune.training.train import train
 from finetune.training.trainer import QwenVLTrainer
 
-# 3 rows, and 4 of which an epoch draws 1.6: 5 samples an epoch, 3 steps, 3 epochs.
+# 3 rows, and 4 of which an epoch draws 1.6: 5 samples an epoch, 3 steps, 4 epochs.
 SETTINGS = {
-    "train__max_steps": 9,
+    "train__max_steps": 12,
     "train__per_device_train_batch_size": 1,
     "train__gradient_accumulation_steps": 2,
     "train__save_steps": 1,
@@ -77,8 +77,8 @@ def weights_of(folder):
 def test_each_epoch_draws_and_a_resume_goes_on_bit_for_bit(tmp_path, seen, monkeypatch, step):
     whole, said = run(recipe(tmp_path / "whole"))
     order = [sample for batch in seen for sample in batch]
-    epochs = [order[start : start + 5] for start in range(0, 15, 5)]
-    assert len(order) == 15 and all({0, 1, 2} <= set(epoch) for epoch in epochs)
+    epochs = [order[start : start + 5] for start in range(0, 20, 5)]
+    assert len(order) == 20 and all({0, 1, 2} <= set(epoch) for epoch in epochs)
     assert len({tuple(sorted(epoch)) for epoch in epochs}) > 1 and {3, 4, 5, 6} <= set(order)
     assert any("4 of 4" in line and "x 0.4 = 1.6 an epoch" in line for line in said)
     assert any("each epoch draws 5 samples, other rows" in line for line in said)
