@@ -48,7 +48,7 @@ def estimate_epoch(recipe: Recipe, checked: Checked, budget: int | None) -> Epoc
         budget: tokens of one forward (see `finetune.memory.auto_budget.choose_budget`).
     """
     train = recipe.train
-    indices = checked.weighted_indices(recipe.seed)
+    indices = checked.first_epoch(recipe.seed)
     places = np.searchsorted(checked.kept, indices)
     lengths = checked.lengths[places]
     processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -89,7 +89,7 @@ def _part(name: str, sources: Sequence[Source], samples: Samples, checked: Check
             f"{count.kept:,}",
             f"{count.total:,}",
             f"{count.weight:g}",
-            f"{count.an_epoch:,}",
+            count.drawn,
             f"{count.tokens:,}",
         )
         for source, count in zip(sources, count_sources(samples, checked), strict=True)

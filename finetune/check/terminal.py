@@ -10,7 +10,7 @@ from finetune.check.findings import Findings
 from finetune.check.histogram import bars, make_histogram
 from finetune.check.sample_preview import Piece, Preview, one_line
 from finetune.data.sample import SHOWN_PROBLEMS
-from finetune.data.summary import count_sources, describe_data, problem_kinds
+from finetune.data.summary import describe_data, describe_sources, problem_kinds
 from finetune.memory.free_memory import describe_cards
 from finetune.model.components import table_of_parameters
 from finetune.quantities import format_count, format_duration
@@ -70,10 +70,9 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
             yield f"{name} data", "cannot be opened"
             continue
         yield f"{name} data", describe_data(part.checked)
-        counts = count_sources(part.samples, part.checked)
-        for source, count in zip(part.sources, counts, strict=True):
-            times = f", x {count.weight:g} = {count.an_epoch:,} an epoch" if count.weight != 1 else ""
-            yield "", f"{count.kept:,} of {count.total:,} {one_line(source.path)} ({source.format}){times}"
+        seed = findings.recipe.seed
+        for line in describe_sources(part.sources, part.samples, part.checked, seed):
+            yield "", one_line(line)
         if name in findings.opened:
             opened = findings.opened[name]
             rate = format_count(opened.opened / max(opened.seconds, 1e-9))

@@ -3,7 +3,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from finetune.data.checking import Checked
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
+from finetune.recipe.sections import Source
 
 # In the text of a problem, what is of one row only: quoted data, and numbers.
 _DETAIL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d[\d,.]*""")
@@ -73,13 +75,45 @@ def _kind(problem: BadRow) -> str:
 
 
 class SourceCount(NamedTuple):
-    """Numbers of a source's samples: all, those that are kept, and those that an epoch draws by its weight."""
+    """Numbers of a source's samples: all, those that are kept, and those that an epoch draws by its weight, on
+    average."""
 
     total: int
     kept: int
     weight: float
-    an_epoch: int
+    an_epoch: float
     tokens: int
+
+    @property
+    def times(self) -> str:
+        """`, x 0.1 = 0.4 an epoch`; empty for a weight of 1."""
+        return "" if self.weight == 1 else f", x {self.weight:g} = {self.drawn} an epoch"
+
+    @property
+    def drawn(self) -> str:
+        """Samples of an epoch, with two decimals where it is no whole number."""
+        return f"{self.an_epoch:,.2f}".rstrip("0").rstrip(".")
+
+
+def describe_sources(sources: Sequence[Source], samples: Samples, checked: Checked, seed: int) -> list[str]:
+    """A line for each source: how many of its rows are kept, and how many an epoch draws.
+
+    Args:
+        sources: of the recipe, those that were opened.
+        seed: of the run.
+    """
+    lines = [
+        f"{count.kept:,} of {count.total:,} {source.path} ({source.format}){count.times}"
+        for source, count in zip(sources, count_sources(samples, checked), strict=True)
+    ]
+    draws = checked.epochs(seed)
+    if draws is not None:
+        share = sum(draws.shares)
+        said = f"each epoch draws {draws.size:,} samples, other rows of the sources whose weight is no whole number"
+        if share != draws.size:
+            said += ", one of them at times from any source to make the epochs equally long"
+        lines.append(said)
+    return lines
 
 
 def count_sources(samples: Samples, checked: Checked) -> list[SourceCount]:
@@ -88,7 +122,8 @@ def count_sources(samples: Samples, checked: Checked) -> list[SourceCount]:
     for number, (indices, weight) in enumerate(zip(samples.ranges, checked.weights, strict=True)):
         places = checked.source == number
         kept = int(np.count_nonzero(places))
-        # As `Checked.weighted_indices` draws them.
-        an_epoch = int(weight) * kept + round((weight - int(weight)) * kept)
+        # Exactly where each epoch draws; else as `Checked.weighted_indices` does.
+        whole = int(weight) * kept + round((weight - int(weight)) * kept)
+        an_epoch = float(Fraction(repr(float(weight))) * kept) if checked.redraws else whole
         counts.append(SourceCount(len(indices), kept, weight, an_epoch, int(checked.lengths[places].sum())))
     return counts

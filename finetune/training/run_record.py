@@ -20,6 +20,9 @@ from finetune.training.trained_model import TrainedModel
 from finetune.training.training_data import TrainingData
 
 LEFT_OUT = "left_out.jsonl"
+WEIGHTS = "weights"
+"""Key of run.json: whether samples are drawn by the weights of their sources in each epoch or once for all."""
+EACH_EPOCH, ONCE = "each epoch", "once"
 
 
 def begin_record(
@@ -51,6 +54,7 @@ def begin_record(
             },
             "rows": {name: count_rows(checked) for name, checked in data.checked.items()},
             "notes": list(trained.notes),
+            WEIGHTS: EACH_EPOCH if data.checked["train"].redraws else ONCE,
             SWITCHES: {"optim": switches.optim},
             **({"score": dict(score)} if score else {}),
         }

@@ -1,9 +1,12 @@
 """Where a run stands: it starts at step 0, resumes from a checkpoint, or is finished."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from finetune.data.samples import Samples
 from finetune.errors import UserError
@@ -59,6 +62,18 @@ def run_identity(recipe: Recipe, samples: Mapping[str, Samples], base: BaseIdent
     }
 
 
+def with_new_keys(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored identity with the keys that recipes got since then, at their defaults: those say what was done before.
+
+    A recipe that is not one any more stays as it is.
+    """
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(identity["recipe"])).model_dump(mode="json")
+    except (ValidationError, KeyError):
+        return dict(identity)
+    return {**identity, "recipe": recipe}
+
+
 def find_start(
     run: RunFolder,
     recipe: Recipe,
@@ -83,9 +98,8 @@ def find_start(
         clean_partials(run.checkpoints)
     if stored is None or "identity" not in stored:
         return Fresh()
-    changes = compare_runs(
-        dict(stored["identity"]), dict(identity), ignore=("base", *(f"recipe.{key}" for key in FREE_TO_CHANGE))
-    )
+    free = ("base", *(f"recipe.{key}" for key in FREE_TO_CHANGE))
+    changes = compare_runs(with_new_keys(stored["identity"]), dict(identity), ignore=free)
     if "base" in identity:
         bases = [identity_from_json(each.get("base"), run.run_file) for each in (stored["identity"], identity)]
         changes += [f"base: {change}" for change in differences(*bases)]

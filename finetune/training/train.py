@@ -18,7 +18,7 @@ from finetune.training.phases import Phases
 from finetune.training.processes import closing_process_group
 from finetune.training.progress import Progress
 from finetune.training.result import report_result, save_result
-from finetune.training.run_record import begin_record, finish_record, record_failure
+from finetune.training.run_record import EACH_EPOCH, WEIGHTS, begin_record, finish_record, record_failure
 from finetune.training.sample_replies import reply_to_samples
 from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
 from finetune.training.trained_model import load_trained_model
@@ -75,6 +75,11 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             )
             return run.path
 
+        if isinstance(start, Resume) and stored is not None and stored.get(WEIGHTS) != EACH_EPOCH:
+            # The run began before each epoch had its own draw.
+            if data.checked["train"].epochs(recipe.seed) is not None:
+                say("weights", "this run drew its samples once for all epochs when it began, and goes on with those")
+            data = data.drawn_once()
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
         trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say)

@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.batches.collate import Collator
 from finetune.batches.packing import split_batch
+from finetune.data.epoch_draw import EpochDraws
 from finetune.data.loader_workers import ignore_signals_from_others
 from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
@@ -33,6 +34,7 @@ from finetune.model.adapters import TrainableModel, parameter_groups, write_plai
 from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
+from finetune.training.epoch_sampler import EpochSampler
 from finetune.training.processes import average_gradients
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
@@ -64,6 +66,7 @@ class QwenVLTrainer(SFTTrainer):
         out_of_memory: what earlier parts of a resumed run noted in run.json about packs that did not fit.
         learning_rates, vision_layer_decay: see `adapters.parameter_groups`.
         shuffle: draw a new order of the training samples in each epoch.
+        draws: which of the training samples in `indices` each epoch has; None takes all of them in each.
         task_scorer: scores replies at each evaluation, besides the loss; None evaluates the loss alone.
         callbacks: Transformers' callbacks, besides its own.
         optimizer: in place of the one that `args.optim` names.
@@ -83,6 +86,7 @@ class QwenVLTrainer(SFTTrainer):
         learning_rates: dict[str, float | None] | None = None,
         vision_layer_decay: float | None = None,
         shuffle: bool = True,
+        draws: EpochDraws | None = None,
         task_scorer: TaskScorer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
@@ -97,6 +101,7 @@ class QwenVLTrainer(SFTTrainer):
         self.learning_rates = learning_rates or {}
         self.vision_layer_decay = vision_layer_decay
         self.shuffle = shuffle
+        self.epoch_sampler = None if draws is None else EpochSampler(draws, indices["train"], args.seed, shuffle)
         self.task_scorer = task_scorer
         self.throughput = Throughput()
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
@@ -138,10 +143,18 @@ class QwenVLTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         assert isinstance(dataset, Dataset)
+        if self.epoch_sampler is not None:
+            return self.epoch_sampler
         if not self.shuffle:
             return SequentialSampler(dataset)
         # Accelerate replaces its generator by one seeded from the seed and the epoch, the same on every process.
         return RandomSampler(dataset)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # Not by the loader's `set_epoch`, which does not reach a sampler behind those that skip and share batches.
+        if self.epoch_sampler is not None:
+            self.epoch_sampler.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader: Any = super()._get_dataloader(*args, **kwargs)

@@ -1,6 +1,6 @@
 """The trainer of a run, with its batches, callbacks and vision cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import TrainerCallback
@@ -80,6 +80,12 @@ def make_trainer(
     budget = plan.budget.of_all_processes(arguments.device)
     rules = rules_of(recipe, base.processor)
     limits = {"eval": None if recipe.evaluate is None else recipe.evaluate.limit}
+    indices: dict[str, Sequence[int]] = {
+        name: checked.weighted_indices(recipe.seed)[: limits.get(name)] for name, checked in data.checked.items()
+    }
+    draws = data.checked["train"].epochs(recipe.seed)
+    if draws is not None:
+        indices["train"] = draws.used().tolist()
     trainer = QwenVLTrainer(
         trained.model,
         arguments,
@@ -87,9 +93,7 @@ def make_trainer(
             name: Collator(samples, rules, base.processor.image_processor, cache)
             for name, samples in data.samples.items()
         },
-        indices={
-            name: checked.weighted_indices(recipe.seed)[: limits.get(name)] for name, checked in data.checked.items()
-        },
+        indices=indices,
         run=run,
         record=record,
         tokens_per_batch=budget.tokens,
@@ -97,6 +101,7 @@ def make_trainer(
         learning_rates=None if recipe.train.learning_rates is None else recipe.train.learning_rates.model_dump(),
         vision_layer_decay=recipe.train.vision_layer_decay,
         shuffle=recipe.data.shuffle,
+        draws=draws,
         task_scorer=scorer,
         callbacks=[
             stop,

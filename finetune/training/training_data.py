@@ -1,15 +1,15 @@
 """The data of a run: samples to train on, samples to evaluate, and the questions of a task."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.data.checking import Checked
 from finetune.data.reading import read_checked
 from finetune.data.samples import Samples
-from finetune.data.summary import describe_data
+from finetune.data.summary import describe_data, describe_sources
 from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.recipe import Recipe
-from finetune.terminal import Say
+from finetune.terminal import Say, terminal_line
 from qwenvl import QwenVLProcessor
 
 
@@ -27,6 +27,11 @@ class TrainingData:
     checked: Mapping[str, Checked]
     task: TaskEvaluation | None
 
+    def drawn_once(self) -> "TrainingData":
+        """The same data for a run that draws by the weights once for all epochs, as it began."""
+        train = replace(self.checked["train"], redraws=False)
+        return replace(self, checked={**self.checked, "train": train})
+
 
 def read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say, *, show_progress: bool) -> TrainingData:
     """Read and check all data of a recipe.
@@ -37,6 +42,9 @@ def read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say, *, show_prog
     parts = read_checked(recipe, processor, show_progress=show_progress)
     for name, (_, checked) in parts.items():
         say(f"{name} data", describe_data(checked))
+        if name == "train" and any(source.weight != 1 for source in recipe.data.train):
+            for line in describe_sources(recipe.data.train, parts[name][0], checked, recipe.seed):
+                say("", terminal_line(line))
     task = None
     if recipe.evaluate is not None and recipe.evaluate.task is not None:
         task = TaskEvaluation(recipe, processor, parts["train"][1].system)

@@ -26,7 +26,7 @@ from finetune.recipe import Recipe
 from finetune.terminal import Say, say
 from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, preprocessing_of
 from finetune.vision_cache.encoding import encode_images
-from finetune.vision_cache.run_images import find_images, images_of_run
+from finetune.vision_cache.run_images import drawn_in_run, find_images, images_of_run
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
 
 
@@ -115,7 +115,7 @@ def describe_phase(
 
 def _note_unused_samples(recipe: Recipe, training: Checked) -> str | None:
     """A note for a run whose `max_steps` end it before it has trained on all samples."""
-    train, samples = recipe.train, len(training.weighted_indices(recipe.seed))
+    train, samples = recipe.train, len(drawn_in_run(recipe, training))
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
     seen = train.max_steps * batch * int(os.environ.get("WORLD_SIZE", "1"))
     if not 0 < seen < samples:

@@ -1,6 +1,7 @@
 """The distinct images that a run opens: those of its samples and of its evaluation's questions."""
 
 import contextlib
+import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -10,6 +11,7 @@ import numpy as np
 
 from finetune.batches.image_request import ImageRequest
 from finetune.data.checking import Checked, Rules, image_sources
+from finetune.data.epoch_draw import epochs_of
 from finetune.data.row_progress import RowProgress
 from finetune.data.samples import Samples
 from finetune.data.shown_rows import shown_samples
@@ -109,13 +111,23 @@ def images_of_run(
     """
     parts: list[ImageLists] = []
     for name, part in samples.items():
-        indices = checked[name].weighted_indices(recipe.seed)
         if name == "eval":
             assert recipe.evaluate is not None, "evaluation data comes from this section"
             shown = shown_samples(part, checked[name], recipe.evaluate.predictions)
-            indices = indices[: recipe.evaluate.limit] + shown
+            indices = checked[name].weighted_indices(recipe.seed)[: recipe.evaluate.limit] + shown
+        else:
+            indices = drawn_in_run(recipe, checked[name])
         parts.append(SampleImages(part, checked[name], rules, indices))
     return RunImages([*parts, QuestionImages(questions)])
+
+
+def drawn_in_run(recipe: Recipe, checked: Checked) -> list[int]:
+    """The training samples that the epochs of a run draw."""
+    draws = checked.epochs(recipe.seed)
+    if draws is None:
+        return checked.weighted_indices(recipe.seed)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return draws.used(epochs_of(recipe, draws.size, processes)).tolist()
 
 
 def find_images(
