@@ -93,6 +93,19 @@ class ModelRecord:
         templates = [template for of_format in self.prompts.values() for template in of_format or ("",)]
         return templates[0] if len(templates) == 1 and templates[0] else None
 
+    @property
+    def templates(self) -> list[str]:
+        """All templates of training, each once."""
+        return list(dict.fromkeys(template for of_format in self.prompts.values() for template in of_format))
+
+    @property
+    def markup_is_text(self) -> bool:
+        """Whether `<ref>`, `<box>` and `<quad>` in texts were text in training; False where no training is recorded.
+
+        Rows of format `grounding` have them as tokens, whatever `grounding` says of texts.
+        """
+        return self.labels is not None and not self.grounding and "grounding" not in self.prompts
+
 
 def trained_as(base: str | Path, adapter: str | Path | None = None) -> ModelRecord:
     """Find what a checkpoint, or an adapter on it, was trained as.
