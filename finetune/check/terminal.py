@@ -74,6 +74,7 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
         for source, count in zip(part.sources, counts, strict=True):
             times = f", x {count.weight:g} = {count.an_epoch:,} an epoch" if count.weight != 1 else ""
             yield "", f"{count.kept:,} of {count.total:,} {one_line(source.path)} ({source.format}){times}"
+        yield from (("", one_line(note)) for note in part.samples.notes)
         if name in findings.opened:
             opened = findings.opened[name]
             rate = format_count(opened.opened / max(opened.seconds, 1e-9))

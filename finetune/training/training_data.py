@@ -35,8 +35,10 @@ def read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say, *, show_prog
         InputError: rows that cannot be trained on, or a task that cannot be asked.
     """
     parts = read_checked(recipe, processor, show_progress=show_progress)
-    for name, (_, checked) in parts.items():
+    for name, (samples, checked) in parts.items():
         say(f"{name} data", describe_data(checked))
+        for note in samples.notes:
+            say("", note)
     task = None
     if recipe.evaluate is not None and recipe.evaluate.task is not None:
         task = TaskEvaluation(recipe, processor)

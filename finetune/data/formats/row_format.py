@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.data.formats import caption, grounding, llava, messages, qwen_json, vqa
+from finetune.data.formats import caption, found_objects, grounding, llava, messages, qwen_json, vqa
 from finetune.data.formats.grounding import BoxForm, ImageSize
 from finetune.data.formats.messages import Message
 from finetune.data.sample import DataError
@@ -23,7 +23,8 @@ PROMPTS: dict[str, str] = {
     "grounding": grounding.DEFAULT_PROMPT,
     "caption": caption.DEFAULT_PROMPT,
 }
-PLACEHOLDERS = {"vqa": vqa.PLACEHOLDER, "grounding": grounding.PLACEHOLDER}
+PLACEHOLDERS = {"vqa": vqa.PLACEHOLDER}
+"""What a prompt must hold. That of `grounding` may hold {phrase}, see there."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class RowFormat:
             case "vqa":
                 return vqa.vqa(row, self.columns, prompt)
             case "grounding":
+                if "boxes" in row:
+                    return found_objects.found_objects(row, image_size(row["image"]), prompt)
                 return grounding.grounding(row, self.columns, image_size, self.box_form or "xyxy", prompt)
             case "caption":
                 return caption.caption(row, self.columns, prompt)
