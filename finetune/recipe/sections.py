@@ -303,7 +303,8 @@ class Source(Section):
         if self.format != "grounding":
             keys = ("rows", "unlabelled", "rotated", *(() if self.format == "vqa" else ("classes",)))
             for key in keys:
-                if key in annotations.model_fields_set:
+                # Not whether it is written: the recipe of a run has every key.
+                if getattr(annotations, key) != getattr(Annotations(layout=annotations.layout), key):
                     reason = f"is of boxes, and format {self.format} has none"
                     yield Finding((f"annotations.{key}", "format"), reason, f"remove {key}")
         if self.format == "vqa" and not annotations.questions:

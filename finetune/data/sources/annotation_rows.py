@@ -63,9 +63,9 @@ class AnnotationRows(Rows):
         self.folder = (path if path.is_dir() else path.parent).absolute()
         with data_errors(path):
             export = _read(path, self.name, row_format, split, annotations)
-            finder = ImageFinder(self.folder if root is None else root.absolute())
+            finder = ImageFinder(self.folder if root is None else root.absolute(), self.folder)
             for image in export.images:
-                _find(image, finder, self.folder)
+                _find(image, finder)
         self._starts = array("q", [0])  # bytes; of each row, and of the end
         self._numbers = array("q")
         self._files: list[str] = []  # only where the rows are of several files
@@ -118,18 +118,13 @@ def _read(path: Path, name: str, row_format: str, split: str | None, annotations
             return read_yolo(path, name, split)
 
 
-def _find(image: LabelledImage, finder: ImageFinder, folder: Path) -> None:
+def _find(image: LabelledImage, finder: ImageFinder) -> None:
     """Set the image's name to its path from the root of the images."""
-    if image.problem is not None:
-        return
-    start = ""
-    if image.folder:  # of a file inside the export's folder
-        below = folder / image.folder
-        start = below.relative_to(finder.root).as_posix() if below.is_relative_to(finder.root) else ""
-    try:
-        image.name = finder.find(image.name, start)
-    except BadField as error:
-        image.refuse(error)
+    if image.problem is None:
+        try:
+            image.name = finder.find(image.name, image.folder)
+        except BadField as error:
+            image.refuse(error)
 
 
 def _rows(

@@ -2,7 +2,7 @@
 
 Exports name images by where they were on another machine: `C:\\scans\\1.png`, `/data/upload/3/1a2b3c4d-1.png`,
 `https://host/a.png`. The file of that name below the folder is meant if there is one; of several, the one whose
-folders agree with the path longer than those of the others.
+folders agree with the path longer than those of the others, or the only one of these that lies with the export.
 """
 
 import os
@@ -23,34 +23,39 @@ class ImageFinder:
     """Finds images below a folder.
 
     Args:
-        root: absolute folder.
+        root: absolute folder of the images.
+        export: absolute folder of the export.
 
     Attributes:
         by_name: how many were found by their names alone.
         example: one of them, (as named, where it was found); None where there is none.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, export: Path):
         self.root = root
+        # "." where it is the root itself, None where it is elsewhere.
+        self._export = export.relative_to(root).as_posix() if export.is_relative_to(root) else None
         self.by_name = 0
         self.example: tuple[str, str] | None = None
         self._files: dict[str, list[str]] | None = None
 
-    def find(self, named: str, folder: str = "") -> str:
+    def find(self, named: str, folder: str | None = None) -> str:
         """The path from the root; `named` itself where there is no such file, which is reported with the row.
 
         Args:
             named: as the export names it.
-            folder: that it starts at, from the root.
+            folder: that it starts at, from the export's folder; None tries the root, and then the export's folder.
 
         Raises:
             BadField: several files have the name, and none is clearly meant.
         """
         if named.lower().startswith("data:"):
             return named
-        here = os.path.normpath(os.path.join(folder, named))  # noqa: PTH118 (an odd path is none of Path's business)
-        if not _URL.match(named) and not os.path.isabs(named) and not _leaves(here) and self._is_file(here):  # noqa: PTH117
-            return here
+        if not _URL.match(named) and not named.startswith("/"):
+            for start in self._starts(folder):
+                here = os.path.normpath(f"{start}/{named}")
+                if here != ".." and not here.startswith("../") and self._is_file(here):
+                    return here
         parts = _parts(named)
         if not parts:
             return named
@@ -63,6 +68,11 @@ class ImageFinder:
         self.by_name += 1
         self.example = self.example or (named, found[0])
         return found[0]
+
+    def _starts(self, folder: str | None) -> list[str]:
+        """Where a relative name may start, from the root."""
+        beside = [] if self._export is None else [f"{self._export}/{folder or ''}"]
+        return beside or ["."] if folder is not None else [".", *beside]
 
     def _is_file(self, path: str) -> bool:
         try:
@@ -78,11 +88,9 @@ class ImageFinder:
         if not found and (plain := _UPLOAD.sub("", parts[-1])) != parts[-1]:
             found = self._files.get(plain, [])
         agreeing = [_agreeing(parts[:-1], path.split("/")[:-1]) for path in found]
-        return [path for path, same in zip(found, agreeing, strict=True) if same == max(agreeing)]
-
-
-def _leaves(path: str) -> bool:
-    return path == ".." or path.startswith("../")
+        best = [path for path, same in zip(found, agreeing, strict=True) if same == max(agreeing)]
+        beside = [path for path in best if self._export is not None and path.startswith(f"{self._export}/")]
+        return beside if len(beside) == 1 else best
 
 
 def _parts(named: str) -> list[str]:

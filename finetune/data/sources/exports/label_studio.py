@@ -240,34 +240,41 @@ def _read_answers(
     for index, given in enumerate(results):
         place = f"result[{index}]"
         kind = text(mapping(given, place).get("type"), f"{place}.type")
+        value = mapping(given.get("value") or {}, f"{place}.value")
         if kind not in _ANSWERS:
             export.left_out[f"results of type {kind[:40]}"] += 1
-            continue
-        value = mapping(given.get("value"), f"{place}.value")
-        if "x" in value or "points" in value:
+        elif "x" in value or "points" in value:
             export.left_out["texts and choices of single regions"] += 1
-            continue
-        control = text(given.get("from_name"), f"{place}.from_name")
-        used.add(control)
-        if control not in questions:
-            unknown[control] = None
-            continue
-        question = questions[control]
-        if question is None:
-            export.left_out[f"answers of {control}"] += 1
-            continue
-        key = "text" if kind == "textarea" else "choices"
-        said = value.get(key)
-        said = [said] if isinstance(said, str) else items(said, f"{place}.value.{key}")
-        said = [text(one, f"{place}.value.{key}") for one in said]
-        if not said:
-            raise BadField(f"{place}.value.{key}", "is empty")
-        if kind == "textarea" and len(said) > 1:
-            raise BadField(f"{place}.value.text", f"holds {len(said)} texts, and a question has one answer: join them")
-        choices = tuple(said) if kind == "choices" else ()
-        for choice in choices:
+        else:
+            control = text(given.get("from_name"), f"{place}.from_name")
+            used.add(control)
+            if control not in questions:
+                unknown[control] = None
+            elif (question := questions[control]) is None:
+                export.left_out[f"answers of {control}"] += 1
+            else:
+                try:
+                    image.answers.append(
+                        _answer(value, kind, f"{place}.value", _filled(question, data, place), export)
+                    )
+                except BadField as error:  # the other controls are known all the same
+                    image.refuse(error)
+
+
+def _answer(value: Mapping[str, Any], kind: str, name: str, question: str, export: Export) -> Answer:
+    key = "text" if kind == "textarea" else "choices"
+    given = value.get(key)
+    said = [given] if isinstance(given, str) else items(given, f"{name}.{key}")
+    said = [text(one, f"{name}.{key}") for one in said]
+    if not said:
+        raise BadField(f"{name}.{key}", "is empty")
+    if kind == "choices":
+        for choice in said:
             export.classes.setdefault(choice, choice)
-        image.answers.append(Answer(_filled(question, data, place), "" if choices else said[0], choices))
+        return Answer(question, choices=tuple(said))
+    if len(said) > 1:
+        raise BadField(f"{name}.text", f"holds {len(said)} texts, and a question has one answer: join them")
+    return Answer(question, said[0])
 
 
 def _filled(question: str, data: Mapping[str, Any], place: str) -> str:

@@ -35,7 +35,8 @@ class LabelledImage:
     Attributes:
         name: as the export names the image.
         origin: where it is in the export.
-        folder: that a relative name starts at, where it is not the images' root; relative to the export's folder.
+        folder: that a relative name starts at, from the export's folder; None is the root of the images, or else the
+            export's folder.
         size: width and height in pixels as the export has them; None where it has not.
         unit: of the boxes: pixels, or fractions of the image's width and height.
         objects: (class, box) in the order of the export; a box is x1, y1, x2, y2.
@@ -48,7 +49,7 @@ class LabelledImage:
 
     name: str
     origin: Origin
-    folder: str = ""
+    folder: str | None = None
     size: tuple[int, int] | None = None
     unit: Unit = "pixels"
     objects: list[tuple[str, Box]] = field(default_factory=list)

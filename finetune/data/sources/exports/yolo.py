@@ -214,13 +214,15 @@ def _read_line(values: Sequence[str], place: str, image: LabelledImage, export: 
     label = str(int(label[:9]))
     if export.classes and label not in export.classes:
         raise BadField(place, f"class {label} has no name; there are {len(export.classes)}")
-    given = [_fraction(value, place) for value in values[1:]]
+    # Of keypoints, a third number says whether one is visible: no fraction.
+    posed = keypoints and len(values) > 5
+    given = [_fraction(value, place) for value in (values[1:5] if posed else values[1:])]
     box: Box
-    if len(given) == 4 or (keypoints and len(given) > 4):
-        x, y, width, height = given[:4]
+    if len(given) == 4:
+        x, y, width, height = given
         if width <= 0 or height <= 0:
             raise BadField(place, f"its width is {width:g} and its height {height:g}")
-        if len(given) > 4:
+        if posed:
             export.left_out["lists of keypoints"] += 1
         box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
     elif len(given) >= 6 and len(given) % 2 == 0:
