@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a missing or damaged image ends the evaluation, or its questions count as wrong and are listed",
     )
     how = parser.add_argument_group("how it is asked")
-    how.add_argument("--metric", help="of task custom: anls, relaxed_accuracy, vqa_score, exact_match, grounding, ...")
+    how.add_argument(
+        "--metric", help="of task custom: anls, relaxed_accuracy, vqa_score, exact_match, grounding, detection, .."
+    )
     how.add_argument(
         "--prompt",
         metavar="TEXT|published|trained|task",
@@ -128,6 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             quantization=arguments.quantization,
             grounding=bool(recipe and recipe.data.grounding),
+            box_edge="error" if recipe is None else recipe.data.box_edge,
             on_bad_row=arguments.on_bad_row,
             on_bad_image=arguments.bad_image,
             out=arguments.out,

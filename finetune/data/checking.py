@@ -20,11 +20,13 @@ from finetune.data.shortening import Fitted, OnLong, render_fitting
 from finetune.data.worker_processes import map_chunks
 from finetune.errors import InputError
 from qwenvl.text.chat import LabelRule
-from qwenvl.text.grounding import parse_grounding
+from qwenvl.text.grounding import clamp_to_edge, parse_grounding
 from qwenvl.text.tokenizer import QwenVLTokenizer
 
 CHUNK = 1000
 """Samples checked at once. Chunks are independent of one another, so several processes can check them."""
+
+_SHOWN_REASONS = 5  # of one sample's markup
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class Rules:
         on_long: "error" refuses data with longer samples, "drop" leaves these out and counts them, "drop_turns" leaves
             out turns at their front where that is enough (see `shortening.render_fitting`).
         on_bad_row: "error" refuses data with samples that cannot be used, "skip" leaves these out and lists them.
+        box_edge: what coordinates of 1000 in boxes are: an "error", or with "clamp" 999.
     """
 
     tokenizer: QwenVLTokenizer
@@ -122,6 +125,7 @@ class Rules:
     grounding: bool = False
     on_long: OnLong = "error"
     on_bad_row: Literal["error", "skip"] = "error"
+    box_edge: Literal["error", "clamp"] = "error"
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
         """Render messages as they are trained.
@@ -130,7 +134,7 @@ class Rules:
             InputError: as `chat.render_chat`.
         """
         return render_fitting(
-            messages,
+            self.read(messages),
             self.tokenizer,
             max_length=self.max_length,
             on_long=self.on_long,
@@ -138,6 +142,10 @@ class Rules:
             grounding=self.grounding,
             n_queries=self.n_queries,
         )
+
+    def read(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """The messages with coordinates at the image's edge as `box_edge` says."""
+        return messages if self.box_edge == "error" else boxes_inside(messages, self.grounding)
 
 
 def check_samples(
@@ -294,9 +302,11 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
 
 
 def _check(sample: Sample, rules: Rules) -> Fitted:
-    for place, text in grounding_texts(sample.messages, rules.grounding):
-        if problems := parse_grounding(text).problems:
-            raise BadField(place, f"malformed grounding markup: {problems[0].reason}")
+    malformed: list[tuple[str, str]] = []
+    for place, text in grounding_texts(rules.read(sample.messages), rules.grounding):
+        malformed += [(place, problem.reason) for problem in parse_grounding(text).problems]
+    if malformed:
+        raise BadField(malformed[0][0], _malformed(sample, malformed, rules))
     try:
         fitted = rules.fit(sample.messages)
     except InputError as error:  # what only the tokenizer finds, such as half a surrogate pair
@@ -310,6 +320,45 @@ def _check(sample: Sample, rules: Rules) -> Fitted:
     if not fitted.rendered.supervised or all(message["role"] != "assistant" for message in sample.messages):
         raise BadField("messages", "nothing in it is trained: it has no assistant's turn")
     return fitted
+
+
+def _malformed(sample: Sample, problems: Sequence[tuple[str, str]], rules: Rules) -> str:
+    """Everything that is wrong with the markup of a sample, and what else is, in one reason."""
+    first = problems[0][0]
+    said = [reason if place == first else f"{place}: {reason}" for place, reason in problems[:_SHOWN_REASONS]]
+    said += [f"and {len(problems) - _SHOWN_REASONS} more"] if len(problems) > _SHOWN_REASONS else []
+    if all(message["role"] != "assistant" for message in sample.messages):
+        said.append("nothing in it is trained: it has no assistant's turn")
+    remedy = ""
+    if rules.box_edge == "error":
+        texts = grounding_texts(boxes_inside(sample.messages, rules.grounding), rules.grounding)
+        left = sum(len(parse_grounding(text).problems) for _, text in texts)
+        remedy = " (data.box_edge: clamp takes 1000 as 999)" if left < len(problems) else ""
+    return f"malformed grounding markup: {'; '.join(said)}{remedy}"
+
+
+def boxes_inside(messages: Sequence[Mapping[str, Any]], everywhere: bool) -> list[Mapping[str, Any]]:
+    """The messages with coordinates of 1000 in their boxes as 999.
+
+    Args:
+        messages: of a sample.
+        everywhere: read all texts as markup, as `data.grounding` does.
+    """
+
+    def part_inside(part: Mapping[str, Any], marked: bool) -> Mapping[str, Any]:
+        if part["type"] != "text" or not (marked or part.get("grounding")):
+            return part
+        return {**part, "text": clamp_to_edge(part["text"])}
+
+    inside = []
+    for message in messages:
+        content, marked = message["content"], everywhere or bool(message.get("grounding"))
+        if not isinstance(content, str):
+            message = {**message, "content": [part_inside(part, marked) for part in content]}
+        elif marked:
+            message = {**message, "content": clamp_to_edge(content)}
+        inside.append(message)
+    return inside
 
 
 def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:

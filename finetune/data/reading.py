@@ -40,6 +40,7 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
         data.grounding,
         data.on_long,
         data.on_bad_row,
+        data.box_edge,
     )
 
 
@@ -96,8 +97,9 @@ def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], 
     """The sources that can be opened, their samples, and why the others cannot."""
     root = None if recipe.data.images_root is None else Path(recipe.data.images_root)
     access = ImageAccess(root=root, allow_urls=recipe.data.allow_urls)
+    no_object = recipe.data.no_object
     try:
-        return sources, Samples(sources, images_root=root, access=access), []
+        return sources, Samples(sources, images_root=root, access=access, no_object=no_object), []
     except InputError as error:
         if len(sources) == 1:
             return [], None, [error]
@@ -105,8 +107,8 @@ def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], 
     errors: list[InputError] = []
     for source in sources:
         try:
-            Samples([source], images_root=root, access=access)
+            Samples([source], images_root=root, access=access, no_object=no_object)
             opened.append(source)
         except InputError as error:
             errors.append(error)
-    return opened, Samples(opened, images_root=root, access=access) if opened else None, errors
+    return opened, Samples(opened, images_root=root, access=access, no_object=no_object) if opened else None, errors

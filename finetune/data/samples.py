@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.annotated_boxes import in_pixels
+from finetune.data.formats.grounding import NO_OBJECT
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.image_files import absolute, file_size, image_paths, upright_size
 from finetune.data.sample import BadField, BadRow, DataError, Sample
@@ -34,6 +35,7 @@ class Samples:
         images_root: folder that relative image paths start at and all paths must stay in; None is the folder of each
             source's own file.
         access: everything else that images may reach, no URLs by default; its own root counts as `images_root`.
+        no_object: the reply of rows of format `grounding` that have no box.
 
     Attributes:
         ranges: for each source the indices of its samples.
@@ -50,10 +52,11 @@ class Samples:
         *,
         images_root: str | Path | None = None,
         access: ImageAccess | None = None,
+        no_object: str = NO_OBJECT,
     ):
         access = ImageAccess() if access is None else access
         root = images_root if images_root is not None else access.root
-        self._parts = [_Part.read(source, root, access) for source in sources]
+        self._parts = [_Part.read(source, root, access, no_object) for source in sources]
         ends = list(accumulate(len(part) for part in self._parts))
         self.ranges = [range(end - len(part), end) for end, part in zip(ends, self._parts, strict=True)]
         self.weights = [1.0 if source.weight is None else float(source.weight) for source in sources]
@@ -136,9 +139,9 @@ class _Part:
     ends: "array[int] | None"
 
     @classmethod
-    def read(cls, source: RowSource, root: str | Path | None, access: ImageAccess) -> "_Part":
+    def read(cls, source: RowSource, root: str | Path | None, access: ImageAccess, no_object: str) -> "_Part":
         try:
-            row_format = RowFormat(source.format, source.columns or {}, source.prompt, source.box_form)
+            row_format = RowFormat(source.format, source.columns or {}, source.prompt, source.box_form, no_object)
         except DataError as error:
             raise DataError(f"{source.path}: {error}") from None
         rows = open_rows(source, row_format.name, root)
@@ -179,13 +182,16 @@ class _Part:
 
     def identity(self) -> dict[str, Any]:
         row_format = self.row_format
+        # Data that was known before there was a choice stays the same.
+        replies = {} if row_format.no_object == NO_OBJECT else {"no_object": row_format.no_object}
         return {
             "rows": self.rows.fingerprint(),
             "used": self.count,
             "format": row_format.name,
-            "columns": dict(sorted(row_format.columns.items())),
+            "columns": row_format.known_columns,
             "prompt": row_format.prompt,
             "box_form": row_format.box_form,
+            **replies,
         }
 
     def _find(self, index: int) -> tuple[int, int]:

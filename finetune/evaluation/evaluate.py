@@ -134,6 +134,7 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
                 shots=evaluation.shots,
                 shot_source=evaluation.shots_from,
                 grounding=asking.grounding,
+                box_edge=evaluation.box_edge,
                 on_bad_row=evaluation.on_bad_row,
                 # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",

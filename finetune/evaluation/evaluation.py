@@ -53,7 +53,7 @@ class Evaluation:
         dtype: as `load_model` takes it; "auto" is the device's own.
         quantization: "nf4" or "none" for both models; None is each model's own, as it was trained.
         batch_tokens: see `replies.Decoding`.
-        grounding: read markup in all texts as tokens.
+        grounding, box_edge: read markup in all texts as tokens, and coordinates of 1000, see `Questions`.
         on_bad_row: what happens to a row that cannot be asked.
         on_bad_image: what happens to an image that is missing or damaged; "wrong" counts its questions as wrong.
         out: where results go; None is `runs/evaluations/MODEL-TASK`, or in a run's own folder.
@@ -77,6 +77,7 @@ class Evaluation:
     quantization: str | None = None
     batch_tokens: int = REPLY_BATCH_TOKENS
     grounding: bool = False
+    box_edge: Literal["error", "clamp"] = "error"
     on_bad_row: Literal["error", "skip"] = "error"
     on_bad_image: Literal["refuse", "wrong"] = "refuse"
     out: Path | None = None

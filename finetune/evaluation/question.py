@@ -10,6 +10,7 @@ from finetune.data.image_files import read_encoded
 from finetune.data.sample import Origin
 from finetune.errors import UserError
 from finetune.metrics.choices import LETTERS
+from finetune.metrics.detection import GoldBoxes
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess, QwenVLTokenizer
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
@@ -26,6 +27,7 @@ class Question:
         text: the question as in the data; the phrase of grounding, the prompt of captions.
         answers: gold answers: the letter for multiple choice, markup for grounding. Empty where they are hidden.
         box: gold box, x1, y1, x2, y2 in pixels of the upright image, or None.
+        objects: all gold boxes, where all count; else None.
         image_size: width and height in pixels where there may be a box, else None.
         group: the group that its score counts for, or None.
         images: image sources, as `load_image` takes them.
@@ -53,6 +55,7 @@ class Question:
     shots: "tuple[Question, ...]" = ()
     source: str | None = None
     by_likelihood: bool = False
+    objects: GoldBoxes | None = None
 
     def render(self, tokenizer: QwenVLTokenizer, n_queries: int = 256) -> Rendered:
         """The prompt: a chat that waits for a reply, or raw text for a base model to continue.
@@ -99,7 +102,9 @@ class Question:
                 {**part, "image": read_encoded(part["image"], self.access)} if part["type"] == "image" else part
                 for part in parts
             ]
-        if self.box is not None:  # the answer's markup includes the `<box>` that the prompt ends in
+        if self.objects is not None:
+            text = last["text"] + self.answers[0]
+        elif self.box is not None:  # the answer's markup includes the `<box>` that the prompt ends in
             text = last["text"].removesuffix("<box>") + self.answers[0]
         else:  # the most frequent answer, the first one of equals, as in training
             text = f"{last['text']} {Counter(self.answers).most_common(1)[0][0]}"

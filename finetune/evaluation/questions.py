@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
 from finetune.data.annotated_boxes import in_pixels
+from finetune.data.formats.grounding import LATER_COLUMNS
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.formats.row_format import COLUMNS, RowFormat
 from finetune.data.image_files import absolute, check_image, upright_size
@@ -83,7 +84,8 @@ class Questions(Sequence[Question]):
             draw, so they are the same in every run.
         shot_source: where they are drawn from; None is the source itself. None of them shares an image or a document
             with the question, see `solved_examples`.
-        grounding: read markup in all texts as tokens, as `data.grounding` of a recipe does.
+        grounding, box_edge: read markup in all texts as tokens, and coordinates of 1000, as these keys of a recipe's
+            `data` do.
         on_bad_row: "error" reports all bad rows together; "skip" leaves them out and lists them.
         look_for_images: treat a row whose image file is missing as a bad row; False leaves that to the reader of the
             image.
@@ -118,6 +120,7 @@ class Questions(Sequence[Question]):
         shots: int = 0,
         shot_source: QuestionSource | None = None,
         grounding: bool = False,
+        box_edge: Literal["error", "clamp"] = "error",
         on_bad_row: Literal["error", "skip"] = "error",
         look_for_images: bool = True,
     ):
@@ -144,6 +147,7 @@ class Questions(Sequence[Question]):
             style=style,
             box_form=_box_form(source, task),
             grounding=grounding,
+            box_edge=box_edge,
             image_size=self._image_size,
             system=system,
         )
@@ -158,6 +162,7 @@ class Questions(Sequence[Question]):
                 access=access,
                 style=style,
                 grounding=grounding,
+                box_edge=box_edge,
                 on_bad_row=on_bad_row,
             )
         self._solved = SolvedExamples(self, self._examples, shots) if shots else None
@@ -205,6 +210,7 @@ class Questions(Sequence[Question]):
             messages=asked.messages,
             options=asked.options,
             by_likelihood=self.task.by_likelihood,
+            objects=asked.objects,
         )
 
     @property
@@ -219,7 +225,7 @@ class Questions(Sequence[Question]):
             "rows": self._rows.fingerprint(),
             "used": self._count,
             "task": [self.task.name, self.task.metric, self.task.format],
-            "columns": dict(sorted(reader.columns.items())),
+            "columns": _known_columns(task=self.task, columns=reader.columns),
             "prompt": [reader.prompt, reader.system, self.style, reader.box_form, reader.grounding],
             "shots": [
                 self._shots,
@@ -366,6 +372,12 @@ def _columns(source: QuestionSource, task: Task) -> dict[str, str]:
     if task.format in CONVERSATIONS:
         return dict(RowFormat(task.format, source.columns or {}).columns)
     return {role: role for role in own} | dict(task.columns) | dict(source.columns or {})
+
+
+def _known_columns(task: Task, columns: Mapping[str, str]) -> dict[str, str]:
+    """As `RowFormat.known_columns`, with the roles that only evaluation has."""
+    later = LATER_COLUMNS if task.format == "grounding" and not task.is_detection else ()
+    return {role: name for role, name in sorted(columns.items()) if role not in later or role != name}
 
 
 def _box_form(source: QuestionSource, task: Task) -> str | None:

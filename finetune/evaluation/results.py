@@ -24,6 +24,7 @@ import numpy as np
 
 from finetune.errors import UserError
 from finetune.evaluation.bootstrap import Interval, difference_interval, score_interval
+from finetune.evaluation.detection_scores import detection_lines, detection_summary
 from finetune.evaluation.questions import Question
 from finetune.evaluation.task import Task
 from finetune.files.atomic_writes import make_folder, write_text
@@ -118,6 +119,12 @@ def record_of(task: Task, number: int, question: Question, reply: Reply) -> Reco
     if question.box is not None:
         assert question.image_size is not None, "a box comes with the size of its image"
         record |= {"box": list(question.box), "image_size": list(question.image_size)}
+    if question.objects is not None:
+        assert question.image_size is not None, "boxes come with the size of their image"
+        record |= {
+            "objects": [{"label": one.label, "box": list(one.box)} for one in question.objects.boxes],
+            "image_size": list(question.image_size),
+        }
     if reply.unreadable is not None:
         record["unreadable"] = reply.unreadable
         return record
@@ -246,6 +253,7 @@ class Scored:
         counts: name -> questions.
         sources: name -> the task's score of its questions, in the order of the data; empty where there is one source.
             A metric that looks at all replies at once (cider_d) has looked at those of all sources.
+        detection: the boxes of all replies together, see `detection.detection_summary`; None for other metrics.
     """
 
     values: list[float]
@@ -254,12 +262,20 @@ class Scored:
     groups: dict[str, float]
     counts: dict[str, int]
     sources: dict[str, PartScore]
+    detection: dict[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
         """As in `results.json`."""
         groups = {name: {"score": score, "questions": self.counts[name]} for name, score in self.groups.items()}
         sources = {name: part.summary() for name, part in self.sources.items()}
-        return {"score": self.total, "interval": list(self.interval), "sources": sources, "groups": groups}
+        detection = {} if self.detection is None else {"detection": self.detection}
+        return {
+            "score": self.total,
+            "interval": list(self.interval),
+            "sources": sources,
+            "groups": groups,
+            **detection,
+        }
 
 
 def score_records(task: Task, questions: Sequence[Question], records: Sequence[Record]) -> Scored:
@@ -275,6 +291,7 @@ def score_records(task: Task, questions: Sequence[Question], records: Sequence[R
         {name: sum(members[name]) / len(members[name]) for name in sorted(members)},
         {name: len(members[name]) for name in members},
         _source_scores(task, records, values),
+        detection_summary(task, questions, records) if task.is_detection else None,
     )
 
 
@@ -356,6 +373,8 @@ def summary(results: Mapping[str, Any]) -> list[tuple[str, str]]:
                     f"{compared['better']:,} questions better, {compared['worse']:,} worse",
                 )
             )
+        if "detection" in results:
+            lines += detection_lines(results["detection"])
     else:
         lines.append(("submission", f"the answers are hidden: {results['submission']} is written in place of a score"))
     if results["unreadable"]:

@@ -23,7 +23,9 @@ from finetune.batches.image_request import VisionCache
 from finetune.data.shown_rows import choose_shown, document_of
 from finetune.errors import UserError
 from finetune.evaluation.asked_prompt import asked_otherwise
+from finetune.evaluation.detection_scores import BOX_COUNTS, boxes_text
 from finetune.evaluation.predictions import PREDICTIONS, keep_images, replace_records
+from finetune.evaluation.question import Question
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
 from finetune.evaluation.reply_progress import ReplyProgress
@@ -34,6 +36,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.sections import source_names
 from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies
 from qwenvl import ImageAccess, QwenVLProcessor
+from qwenvl.text.chat import render_prompt
 
 _WHEN = ("before", "after")
 BATCH_TOKENS = 4096  # leaves memory for gradients and optimizer states; halved after an out-of-memory error
@@ -57,8 +60,8 @@ class TaskScore:
 
     def added_to(self, summary: Mapping[str, Any], when: str) -> dict[str, Any]:
         """The score in `run.json`, with this one added as `before` or `after`: over all questions, and over those of
-        each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`; and under `unread` how
-        many replies could not be read as answers."""
+        each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`; under `unread` how many
+        replies could not be read as answers; and of detection, under `boxes`, the numbers of all boxes."""
         scored = self.scored
         sources = {name: (part.questions, part.score) for name, part in scored.sources.items()}
         groups = {name: (scored.counts[name], score) for name, score in scored.groups.items()}
@@ -72,7 +75,11 @@ class TaskScore:
         }
         unread = {**summary.get("unread", {}), when: sum("unread" in record for record in self.records)}
         total = {"metric": self.metric, "questions": len(self.records), when: scored.total}
-        return {**summary, **total, **parts, "unread": unread}
+        boxes = {}
+        if scored.detection is not None:
+            counts = {key: scored.detection[key] for key in BOX_COUNTS}
+            boxes = {"boxes": {**summary.get("boxes", {}), when: counts}}
+        return {**summary, **total, **parts, **boxes, "unread": unread}
 
     def metrics(self) -> dict[str, float]:
         """The scores by logged key: `eval_anls`, and one for each source and group, `eval_anls_boarding`."""
@@ -114,6 +121,7 @@ class TaskEvaluation:
                 access=ImageAccess(root=root, allow_urls=data.allow_urls),
                 style="chat",
                 grounding=data.grounding,
+                box_edge=data.box_edge,
                 on_bad_row=data.on_bad_row,
             )
             for source in evaluate.data
@@ -127,6 +135,8 @@ class TaskEvaluation:
         )
         if not self.questions.answered:
             raise UserError("evaluate.data: its answers are hidden, so there is no score: set evaluate.task: null")
+        if self.task.is_detection:
+            _refuse_cut_replies(self.questions, self.task.max_new_tokens, processor)
         self.key = f"eval_{self.task.metric}"
         self.processor = processor
         self._otherwise = asked_otherwise(recipe, self.task)
@@ -266,6 +276,23 @@ class TaskScorer:
         return self.evaluate(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator, step)
 
 
+def _refuse_cut_replies(questions: Sequence[Question], most: int, processor: QwenVLProcessor) -> None:
+    """Refuse a limit of new tokens that no right reply to some questions fits into.
+
+    Raises:
+        UserError: with the number that is enough.
+    """
+    lengths = []
+    for question in questions:
+        answer = {"type": "text", "text": question.answers[0], "grounding": True}
+        lengths.append(len(render_prompt([answer], processor.tokenizer).ids) + 1)  # and the end of the turn
+    if long := sum(length > most for length in lengths):
+        raise UserError(
+            f"evaluate.max_new_tokens: the right replies to {long:,} of {len(lengths):,} questions have more than "
+            f"{most} tokens, the longest {max(lengths):,}: set it to that at least"
+        )
+
+
 def score_line(score: Mapping[str, Any]) -> tuple[str, str]:
     """Label and text of a line: `anls`, `0.3100 -> 0.8200 on 200 questions`, from the score in `run.json`.
 
@@ -276,6 +303,9 @@ def score_line(score: Mapping[str, Any]) -> tuple[str, str]:
     counts = score.get("unread", {})
     unread = " -> ".join(f"{counts[when]:,}" for when in _WHEN if when in counts)
     said = f"{_course(score)} questions" + (f" ({', '.join(each)})" if each else "")
+    boxes = [score["boxes"][when] for when in _WHEN if when in score.get("boxes", {})]
+    if boxes:
+        said += "; all boxes: " + " -> ".join(map(boxes_text, boxes))
     return score["metric"], said + (f"; {unread} replies could not be read" if any(counts.values()) else "")
 
 

@@ -7,10 +7,19 @@ No image is opened, except that boxes need the size in its header. A row whose i
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+from finetune.data.checking import boxes_inside
 from finetune.data.formats import fields
-from finetune.data.formats.grounding import PLACEHOLDER, grounding
+from finetune.data.formats.grounding import (
+    NO_OBJECT,
+    PLACEHOLDER,
+    Search,
+    asked,
+    boxes_column,
+    boxes_reply,
+    read_searches,
+)
 from finetune.data.formats.messages import Message
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.formats.row_format import RowFormat
@@ -18,12 +27,13 @@ from finetune.data.sample import BadField
 from finetune.errors import InputError, UserError
 from finetune.evaluation.predictions import split_last_reply
 from finetune.evaluation.task import Task
-from finetune.metrics import first_box
+from finetune.metrics.boxes import Box as Corners
 from finetune.metrics.choices import LETTERS, choice_letter
+from finetune.metrics.detection import GoldBoxes, NamedBox, reply_boxes
 from finetune.metrics.text_form import composed
 from finetune.replies.task_replies import Style
-from qwenvl.text.boxes import Box
-from qwenvl.text.grounding import strip_markup
+from qwenvl.text.boxes import Box, box_markup
+from qwenvl.text.grounding import clamp_to_edge, parse_grounding, strip_markup
 
 ImageSize = Callable[[Any], tuple[int, int]]
 _PLACES = re.compile(r"\{(question|phrase|options|hint)\}")
@@ -42,15 +52,17 @@ class Asked:
         box: gold box, x1, y1, x2, y2 in pixels, or None.
         image_size: width and height in pixels where there may be a box, or None.
         options: of multiple choice.
+        objects: all gold boxes, for detection; else None.
     """
 
     text: str
     messages: tuple[Message, ...]
     sources: tuple[Any, ...]
     answers: tuple[str, ...] = ()
-    box: tuple[float, float, float, float] | None = None
+    box: Corners | None = None
     image_size: tuple[int, int] | None = None
     options: tuple[str, ...] = ()
+    objects: GoldBoxes | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class RowReader:
         style: of the model that is asked.
         box_form: form of a gold box in its column.
         grounding: treat every text as grounding text.
+        box_edge: what coordinates of 1000 in boxes are, see `data.checking.Rules`.
         image_size: gives the width and height of an image source of a row; raises ValueError if it cannot.
         system: a system message before what is asked, of style chat; None is the default one. Conversations have
             their own.
@@ -77,6 +90,7 @@ class RowReader:
     grounding: bool
     image_size: ImageSize
     system: str | None = None
+    box_edge: Literal["error", "clamp"] = "error"
 
     def questions(self, row: Mapping[str, Any]) -> list[Asked]:
         """The questions of a row, at least one.
@@ -205,21 +219,42 @@ class RowReader:
             size = self.image_size(source)
         except InputError as error:
             raise BadField(self.columns["image"], str(error)) from error
-        name = self.columns["box"]
-        value = _may_be_hidden(row, name)
-        box = None if value is None else self._pixels(fields.numbers(value, name, 4), name, size)
-        # The training format checks phrase and box; in place of a hidden box it gets that of the whole image.
-        whole = {**row, name: (0, 0, *size) if box is None else box}
-        conversations = grounding(whole, self.columns, lambda _: size, "xyxy", PLACEHOLDER)
-        asked = []
-        for question, answer in conversations:
-            phrase = question["content"][-1]["text"]
-            answers = () if box is None else (answer["content"],)
-            places = {"phrase": phrase}
-            asked.append(self._asked(phrase, [source], places, answers=answers, box=box, image_size=size, marked=True))
-        return asked
+        name = boxes_column(row, self.columns)
+        hidden = _may_be_hidden(row, name) is None
+        # Phrases are checked where boxes are hidden too: in their place is one of the whole image.
+        given = {**row, name: [0, 0, *size], self.columns["labels"]: None} if hidden else row
+        asks_all = hidden and PLACEHOLDER not in self.prompt
+        searches = [Search((), ())] if asks_all else read_searches(given, self.columns, self.prompt)
+        return [self._search(search, source, size, name, hidden) for search in searches]
 
-    def _pixels(self, numbers: list[float], name: str, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    def _search(self, search: Search, source: Any, size: tuple[int, int], name: str, hidden: bool) -> Asked:
+        """One question of a row of format grounding; `name` is the column of its boxes."""
+        text = ", ".join(search.phrases) or self.prompt
+        answers: tuple[str, ...] = ()
+        box, objects = None, None
+        if not hidden:
+            found = [
+                (one.label, one.field, self._pixels(list(one.numbers), one.field, size)) for one in search.objects
+            ]
+            for _, field, corners in found:
+                try:
+                    box_markup(corners, width=size[0], height=size[1])  # refuses a box that is wholly outside
+                except InputError as error:
+                    raise BadField(field, str(error)) from error
+            boxes = [(label, Box(*corners)) for label, _, corners in found]
+            answers = (boxes_reply(boxes, *size, NO_OBJECT),)
+            if self.task.is_detection:
+                named = tuple(NamedBox(label, corners) for label, _, corners in found)
+                objects = GoldBoxes(named, len(search.phrases) != 1 or any(label for label, _, _ in found))
+            elif len(found) != 1:
+                raise BadField(name, _not_one_box(len(found), self.task))
+            else:
+                box = found[0][2]
+        said = asked(self.prompt, search.phrases)
+        gold = {"answers": answers, "box": box, "image_size": size, "objects": objects}
+        return self._asked(text, [source], {}, prompt=said, marked=True, **gold)
+
+    def _pixels(self, numbers: list[float], name: str, size: tuple[int, int]) -> Corners:
         width, height = size
         try:
             if self.box_form == "xyxy_fraction":
@@ -240,9 +275,19 @@ class RowReader:
         return images
 
     def _asked(
-        self, text: str, images: list[Any], places: Mapping[str, str], *, marked: bool = False, **gold: Any
+        self,
+        text: str,
+        images: list[Any],
+        places: Mapping[str, str],
+        *,
+        prompt: str | None = None,
+        marked: bool = False,
+        **gold: Any,
     ) -> Asked:
-        said = _PLACES.sub(lambda place: places.get(place[1], place[0]), self.prompt)
+        """A question; `prompt` is the filled-in one, None fills in `places`."""
+        said = prompt
+        if said is None:
+            said = _PLACES.sub(lambda place: places.get(place[1], place[0]), self.prompt)
         flag = {"grounding": True} if marked or self.grounding else {}
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": said, **flag}]
         before: list[Message] = []
@@ -259,16 +304,18 @@ class RowReader:
         if parts is None:
             raise BadField(name, "does not end with an assistant's reply, which is the gold answer")
         messages, answer = parts
+        if self.box_edge == "clamp":
+            messages, answer = boxes_inside(messages, self.grounding), clamp_to_edge(answer)
         if not answer.strip():
             raise BadField(name, "its last reply, which is the gold answer, is blank")
         if not any(message["role"] == "user" for message in messages):
             raise BadField(name, "asks nothing before its last reply")
         sources: list[Any] = []
-        asked = [_without_sources(message, sources, self.grounding) for message in messages]
-        text = "".join(part["text"] for part in asked[-1]["content"] if part["type"] == "text").strip()
+        question = [_without_sources(message, sources, self.grounding) for message in messages]
+        text = "".join(part["text"] for part in question[-1]["content"] if part["type"] == "text").strip()
         if self.style == "base":
-            asked = [self._one_prompt(asked, name)]
-        box, size = None, None
+            question = [self._one_prompt(question, name)]
+        box, objects, size = None, None, None
         if self.task.is_grounding:
             if not sources:
                 raise BadField(name, "holds no image that its box could be in")
@@ -276,16 +323,38 @@ class RowReader:
                 size = self.image_size(sources[-1])
             except InputError as error:
                 raise BadField(name, str(error)) from error
-            box = first_box(answer, size)
-            if box is None:
+            boxes = self._gold_boxes(answer, size, name)
+            if self.task.is_detection:
+                objects = GoldBoxes(boxes, len({one.label for one in boxes}) > 1)
+            elif not boxes:
                 raise BadField(name, f"its last reply holds no box: {answer[:80]!r}")
-        return Asked(text, tuple(asked), tuple(sources), (answer,), box, size)
+            elif len(boxes) > 1:
+                raise BadField(name, f"its last reply {_not_one_box(len(boxes), self.task)}")
+            else:
+                box = boxes[0].box
+        return Asked(text, tuple(question), tuple(sources), (answer,), box, size, objects=objects)
+
+    def _gold_boxes(self, answer: str, size: tuple[int, int], name: str) -> tuple[NamedBox, ...]:
+        """The boxes of a conversation's last reply; all of its markup must be read where all of them count."""
+        if not self.task.is_detection:
+            return reply_boxes(answer, size, quads=False)
+        # A box that is wrong by 1000 alone is right: as 999, it is the same to a thousandth.
+        problems = parse_grounding(clamp_to_edge(answer)).problems
+        if problems:
+            reasons = "; ".join(problem.reason for problem in problems[:5])
+            raise BadField(name, f"its last reply has malformed grounding markup: {reasons}")
+        return reply_boxes(answer, size)
 
     def _one_prompt(self, asked: list[Message], name: str) -> Message:
         if len(asked) != 1:
             raise BadField(name, "has several turns, and a base model takes a single question; use style chat")
         ending = {"text": "", "grounding": True} if self.task.is_grounding else {"text": " Answer:"}
         return {**asked[0], "content": [*asked[0]["content"], {"type": "text", **ending}]}
+
+
+def _not_one_box(count: int, task: Task) -> str:
+    held = f"holds {count} boxes" if count else "holds no box"
+    return f"{held}, and metric {task.metric} compares one: use metric detection, which matches all of them"
 
 
 def _may_be_hidden(row: Mapping[str, Any], column: str) -> Any:

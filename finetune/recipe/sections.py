@@ -175,12 +175,12 @@ ROLES = {
     "qwen_json": ("conversations",),
     "llava": ("image", "conversations"),
     "vqa": ("image", "question", "answers"),
-    "grounding": ("image", "phrase", "box"),
+    "grounding": ("image", "phrase", "box", "boxes", "labels"),
     "caption": ("image", "caption"),
 }
 """The roles that the columns of each format can have."""
 
-PLACEHOLDERS = {"vqa": "{question}", "grounding": "{phrase}", "caption": ""}
+PLACEHOLDERS = {"vqa": "{question}", "grounding": "", "caption": ""}
 """What the prompt of each format must hold; the rows of other formats bring their prompts."""
 
 
@@ -247,9 +247,9 @@ class Source(Section):
     box_form: Literal["xyxy", "xywh"] | None = None
     """Boxes, in pixels, are two corners (xyxy) or a corner, width and height (xywh); for format grounding only."""
     prompt: Word | None = None
-    """What the user says: {question} (vqa) or {phrase} (grounding) is filled in; the instruction for caption."""
+    """What the user says: {question} or {phrase} is filled in; without {phrase}, grounding asks for all objects."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often each row is used an epoch: 2.0 twice, 0.5 half of the rows."""
+    """How often each row is used an epoch, on average: 2.0 twice, 0.5 in every other one."""
     limit: Count | None = None
     """Only this many of the first rows."""
     streaming: bool = False
@@ -277,13 +277,9 @@ class Source(Section):
             yield Finding(("box_form", "format"), f"format {self.format} has no boxes in pixels", "remove box_form")
         if self.prompt is not None and self.format not in PLACEHOLDERS:
             yield Finding(("prompt", "format"), f"rows of format {self.format} bring their prompts", "remove prompt")
-        elif self.prompt is not None and not self._asks_of_export and PLACEHOLDERS[self.format] not in self.prompt:
+        elif self.prompt is not None and PLACEHOLDERS[self.format] not in self.prompt:
             needed = PLACEHOLDERS[self.format]
             yield Finding(("prompt", "format"), f"there is no {needed} in it to fill in", f"write {needed} in it")
-
-    @property
-    def _asks_of_export(self) -> bool:
-        return self.annotations is not None and self.format == "grounding"
 
     def _annotation_findings(self, annotations: Annotations) -> Iterator[Finding]:
         layout = f"annotations of layout {annotations.layout}"
@@ -381,6 +377,10 @@ class Data(Section):
     """What is learned: replies and their end, or also the turn structure as the published script does."""
     grounding: bool = False
     """Read well-formed <ref>, <box> and <quad> in the texts as the model's own tokens instead of as text."""
+    box_edge: Literal["error", "clamp"] = "error"
+    """Coordinates of 1000 in boxes and quads, the image's far edge: refuse them, or read them as 999, the last one."""
+    no_object: Word = "[]"
+    """The reply of rows of format grounding that have no box."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode images; 0 decodes in the training process."""
     allow_urls: bool = False
@@ -433,7 +433,15 @@ TaskName = Literal[
     "custom",
 ]
 MetricName = Literal[
-    "anls", "relaxed_accuracy", "vqa_score", "exact_match", "multiple_choice", "grounding", "click", "cider_d"
+    "anls",
+    "relaxed_accuracy",
+    "vqa_score",
+    "exact_match",
+    "multiple_choice",
+    "grounding",
+    "click",
+    "detection",
+    "cider_d",
 ]
 
 

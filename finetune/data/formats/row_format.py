@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.data.formats import caption, found_objects, grounding, llava, messages, qwen_json, vqa
-from finetune.data.formats.grounding import BoxForm, ImageSize
+from finetune.data.formats import caption, grounding, llava, messages, qwen_json, vqa
+from finetune.data.formats.grounding import NO_OBJECT, BoxForm, ImageSize
 from finetune.data.formats.messages import Message
 from finetune.data.sample import DataError
 
@@ -34,9 +34,10 @@ class RowFormat:
     Attributes:
         name: the format.
         columns: the format's column -> the data's name for it; a column that is not listed has the format's name.
-        prompt: the user's text, for `vqa` (with {question}), `grounding` (with {phrase}) and `caption`; None for the
-            format's default.
+        prompt: the user's text, for `vqa` (with {question}), `grounding` (with {phrase}, or without it to ask for all
+            objects) and `caption`; None for the format's default.
         box_form: of `grounding`: "xyxy" or "xywh", pixels; None is "xyxy".
+        no_object: of `grounding`: the reply where a row has no box.
 
     Raises:
         DataError: an unknown format, column or box form, or a prompt that lacks its placeholder or has no use.
@@ -46,6 +47,7 @@ class RowFormat:
     columns: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
     box_form: BoxForm | None = None
+    no_object: str = NO_OBJECT
 
     def __post_init__(self) -> None:
         if self.name not in COLUMNS:
@@ -66,6 +68,13 @@ class RowFormat:
                 raise DataError(f"the prompt of format {self.name} must hold {placeholder or 'text'}: {self.prompt!r}")
         if self.box_form not in (None, "xyxy", "xywh"):
             raise DataError(f"box_form must be xyxy or xywh, not {self.box_form!r}")
+
+    @property
+    def known_columns(self) -> dict[str, str]:
+        """The columns for a fingerprint: those that a format got later only where they have another name, so that
+        data has the fingerprint that it had before."""
+        later = grounding.LATER_COLUMNS if self.name == "grounding" else ()
+        return {role: name for role, name in sorted(self.columns.items()) if role not in later or role != name}
 
     @property
     def counted_column(self) -> str | None:
@@ -99,15 +108,16 @@ class RowFormat:
             case "vqa":
                 return vqa.vqa(row, self.columns, prompt)
             case "grounding":
-                if "boxes" in row:
-                    return found_objects.found_objects(row, image_size(row["image"]), prompt)
-                return grounding.grounding(row, self.columns, image_size, self.box_form or "xyxy", prompt)
+                form = self.box_form or "xyxy"
+                return grounding.grounding(row, self.columns, image_size, form, prompt, self.no_object)
             case "caption":
                 return caption.caption(row, self.columns, prompt)
         raise AssertionError(self.name)
 
     def count(self, row: Mapping[str, Any]) -> int:
         """The number of samples the row makes; 1 for a row that makes none, which is then reported once."""
+        if self.name == "grounding":
+            return grounding.count_samples(row, self.columns)
         column = self.counted_column
         value = None if column is None else row.get(column)
         return max(len(value), 1) if isinstance(value, list | tuple) else 1

@@ -48,13 +48,13 @@ def sources_of(section: str) -> list[Source]:
 
 
 def shown(messages) -> list[str]:
-    """Turns as the page shows them: `user: [image] What?`."""
+    """Turns as the page shows them, each on one line: `user: [image] What?`."""
     lines = []
     for message in messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         texts = ["[image]" if part["type"] == "image" else part["text"] for part in parts]
-        lines.append(f"{message['role']}: {' '.join(text.strip() for text in texts)}".replace("\n", "⏎"))
+        lines.append(f"{message['role']}: {' '.join(text.strip().replace(chr(10), ' ') for text in texts)}")
     return lines
 
 
@@ -128,6 +128,7 @@ def text(name, data, **source):
 
 VQA = {"image": "receipt.png", "question": "What is the total?", "answers": ["$ 12.40"]}
 FOUND = {"image": "photo.jpg", "phrase": "the car", "box": [400, 300, 320, 240]}
+EDGE = {**TOLD, "content": "<ref>it</ref><box>(1,2),(3,1000)</box>", "grounding": True}
 MARKED = {**TOLD, "content": "<ref>it</ref><box>(1,2),(3,4000)</box>", "grounding": True}
 
 MISTAKES = {
@@ -149,6 +150,7 @@ MISTAKES = {
         {"conversations": [{"from": "human", "value": "Hi"}]}, format="qwen_json"
     ),
     "boxes are xywh, the recipe says xyxy": lambda: rows(FOUND, format="grounding", box_form="xyxy"),
+    "a box ends at 1000": lambda: rows({"messages": [{**ASKED, "grounding": True}, EDGE]}),
     "a box's numbers are not in [0, 1000)": lambda: rows({"messages": [ASKED, MARKED]}),
     "a line of JSON Lines is cut off": lambda: text("train.jsonl", '{"messages": [{"role": "user", "con\n'),
     "a comma too many in a JSON file": lambda: text("train.json", '[\n  {"messages": []},\n]'),

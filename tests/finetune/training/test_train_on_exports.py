@@ -62,51 +62,49 @@ def test_all_of_it_is_trained_and_evaluated(trained):
     assert "1 images without an object" in told
 
 
-def test_questions_and_captions_are_scored(trained, tmp_path):
-    folder, run, _ = trained
-    answers = {"layout": "label_studio", "questions": QUESTIONS, "classes": {"Y": "yes"}}
-    source = {"path": str(folder / "label_studio" / "t.json"), "format": "vqa", "annotations": answers}
-    recipe = load_recipe(
-        write_recipe(
-            tmp_path,
-            data__images_root=str(folder),
-            evaluate={"data": source, "task": "custom", "metric": "exact_match", "max_new_tokens": 4},
-        )
-    )
+def scored(folder, run, out, sources, metric) -> tuple[dict, list[dict], str]:
+    """results.json, predictions.jsonl and what was said, of an evaluation of the run on a recipe's sources."""
+    evaluated = {"data": sources, "task": "custom", "metric": metric, "max_new_tokens": 4}
+    recipe = load_recipe(write_recipe(out, data__images_root=str(folder), evaluate=evaluated))
     said: list[str] = []
-    out = evaluate(
-        Evaluation(
-            model=str(run), task=task_of(recipe.evaluate), sources=recipe.evaluate.data, images_root=str(folder),
-            out=tmp_path / "out",
-        ),
-        say=collect(said),
-    )  # fmt: skip
-    records = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    task, data = task_of(recipe.evaluate), recipe.evaluate.data
+    asked = Evaluation(str(run), task, data, images_root=str(folder), out=out / "scores", prompt="task")
+    evaluate(asked, say=collect(said))
+    lines = (out / "scores" / "predictions.jsonl").read_text().splitlines()
+    results = json.loads((out / "scores" / "results.json").read_text())
+    return results, [json.loads(line) for line in lines], "\n".join(said)
+
+
+def test_the_boxes_of_every_layout_are_scored(trained, tmp_path):
+    folder, run, _ = trained
+    sources = [{**one, "name": one["annotations"]["layout"]} for one in sources_of(folder)[: len(LAYOUTS)]]
+    results, records, said = scored(folder, run, tmp_path, sources, "detection")
+    assert results["questions"] == len(records) == 2 * len(LAYOUTS)
+    assert {record["source"] for record in records} == set(LAYOUTS)
+    gold = [record["answers"] for record in records if record["source"] == "coco"]
+    assert gold == [["<box>(100,100),(500,500)</box>"], ["<box>(500,0),(600,100)</box>"]]
+    assert "1 images without an object" in said
+
+
+def test_questions_are_scored(trained, tmp_path):
+    folder, run, _ = trained
+    source = sources_of(folder)[len(LAYOUTS)]
+    _, records, said = scored(folder, run, tmp_path, source, "exact_match")
     assert [(record["question"], record["answers"]) for record in records] == [
         ("What is the total?", ["$ 12.40"]),
         ("Is it paid?", ["yes"]),
     ]
-    assert "1 images without an answer" in "\n".join(said)
+    assert "1 images without an answer" in said
 
 
 def test_the_command_evaluates_a_layout(trained, tmp_path):
     folder, _, _ = trained
-    path = folder / "captions" / "i.json"
+    out = tmp_path / "out"
     words = (
-        "--task",
-        "custom",
-        "--metric",
-        "cider_d",
-        "--format",
-        "caption",
-        "--data",
-        path,
-        "--out",
-        tmp_path / "out",
+        f"--task custom --metric cider_d --format caption --max-new-tokens 4 --data {folder}/captions/i.json".split()
     )
-    done = finetune("evaluate", TINY, *words, "--layout", "coco", "--max-new-tokens", "4")
-    results = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert results["questions"] == 2, done.stdout
+    finetune("evaluate", TINY, *words, "--out", out, "--layout", "coco")
+    assert json.loads((out / "results.json").read_text())["questions"] == 2
     wrong = finetune("evaluate", TINY, *words, "--layout", "yolo", check=False)
     assert wrong.returncode == 2 and "--layout yolo: the task reads format caption" in wrong.stderr
 

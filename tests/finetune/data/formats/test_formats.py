@@ -334,7 +334,7 @@ def test_llava_refuses(row, field, reason):
         ({"name": "vqa", "columns": {"query": "question"}}, "columns of format vqa are image, question, answers, not"),
         ({"name": "messages", "prompt": "Hi"}, "format messages has no prompt"),
         ({"name": "vqa", "prompt": "Answer:"}, "must hold {question}"),
-        ({"name": "grounding", "prompt": "Find it"}, "must hold {phrase}"),
+        ({"name": "grounding", "prompt": " "}, "must hold text"),
         ({"name": "caption", "prompt": " "}, "must hold text"),
         ({"name": "grounding", "box_form": "cxcywh"}, "must be xyxy or xywh"),
     ],
