@@ -73,6 +73,7 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
         seed = findings.recipe.seed
         for line in describe_sources(part.sources, part.samples, part.checked, seed):
             yield "", one_line(line)
+        yield from (("", one_line(note)) for note in part.samples.notes)
         if name in findings.opened:
             opened = findings.opened[name]
             rate = format_count(opened.opened / max(opened.seconds, 1e-9))

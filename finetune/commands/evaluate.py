@@ -11,7 +11,7 @@ from finetune.files.output_paths import refuse_unwritable_folder
 if TYPE_CHECKING:
     from finetune.evaluation.tasks import Task
     from finetune.recipe import Recipe
-    from finetune.recipe.sections import NamedSource
+    from finetune.recipe.sections import Annotations, NamedSource
 
 SUMMARY = "score a model on a task, with an interval and a page of its worst replies"
 WHEN_STOPPED = "the replies so far are kept: the same command goes on"
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--column", metavar="role=name", action="append", default=[], help="where the data has another name; repeat"
     )
+    asked.add_argument("--layout", help="of an annotation export: coco, label_studio, labelme, cvat, via, yolo")
     asked.add_argument("--box-form", choices=["xyxy", "xywh"], help="of boxes in pixels, where the task does not say")
     asked.add_argument("--images-root", metavar="DIR", help="folder that image paths are relative to and stay in")
     asked.add_argument("--limit", type=count, metavar="N", help="only the first N questions")
@@ -86,7 +87,9 @@ def run(arguments: argparse.Namespace) -> None:
     sources: tuple[EvaluationSource | NamedSource, ...]
     if recipe is None:
         given = {key: getattr(arguments, key) for key in ("config", "split", "box_form")}
-        sources = (EvaluationSource(arguments.data, columns=columns_of(arguments), **given),)
+        annotations = annotations_of(arguments.layout, task.format)
+        source = EvaluationSource(arguments.data, columns=columns_of(arguments), annotations=annotations, **given)
+        sources = (source,)
     else:
         assert recipe.evaluate is not None, "task_of refuses such a recipe"
         # A limit bounds the time that training spends on it; here all is asked.
@@ -97,8 +100,14 @@ def run(arguments: argparse.Namespace) -> None:
         if len(sources) > 1:
             raise UserError(f"--shots-from is read as the data is, and the recipe names {len(sources)} sources of it")
         path, split = path_and_split(arguments.shots_from)
+        like = sources[0]
         shots_from = EvaluationSource(
-            path, config=sources[0].config, split=split, columns=sources[0].columns, box_form=sources[0].box_form
+            path,
+            config=like.config,
+            split=split,
+            columns=like.columns,
+            box_form=like.box_form,
+            annotations=like.annotations,
         )
     optional = {"batch_tokens": arguments.batch_tokens} if arguments.batch_tokens else {}
     evaluate(
@@ -130,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-OF_DATA = ("split", "config", "format", "column", "box_form")
+OF_DATA = ("split", "config", "format", "layout", "column", "box_form")
 
 
 def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
@@ -151,6 +160,8 @@ def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
         return
     if arguments.task is None or arguments.data is None:
         raise UserError("give --task and --data, or --recipe with an evaluate section that names a task")
+    if arguments.layout is not None and (arguments.column or arguments.box_form):
+        raise UserError("--layout says where everything is: take out --column and --box-form")
     if (arguments.task == "custom") != (arguments.metric is not None):
         raise UserError("--metric is for --task custom, and task custom needs it")
     if arguments.format is not None and arguments.task != "custom":
@@ -194,6 +205,24 @@ def path_and_split(text: str) -> tuple[str, str | None]:
     if not path or not split or "/" in split or Path(text).exists():
         return text, None
     return path, split
+
+
+def annotations_of(layout: str | None, row_format: str) -> "Annotations | None":
+    """How an annotation export is read, with the classes' own names; None where there is no layout.
+
+    Raises:
+        UserError: an unknown layout, or one that is not read as the task's format.
+    """
+    from finetune.recipe.sections import LAYOUTS, Annotations
+
+    if layout is None:
+        return None
+    if layout not in LAYOUTS:
+        raise UserError(f"--layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
+    if row_format not in LAYOUTS[layout] or row_format == "vqa":
+        what = "needs the questions of a recipe: use --recipe" if row_format == "vqa" else "has no such rows"
+        raise UserError(f"--layout {layout}: the task reads format {row_format}, and this layout {what}")
+    return Annotations.model_validate({"layout": layout})
 
 
 def columns_of(arguments: argparse.Namespace) -> dict[str, str]:

@@ -168,8 +168,10 @@ def _folder_errors(to: Path) -> AbstractContextManager[None]:
 
 def _read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say) -> dict[str, tuple[Samples, Checked]]:
     parts = read_checked(recipe, processor)
-    for name, (_, checked) in parts.items():
+    for name, (samples, checked) in parts.items():
         say(f"{name} data", describe_data(checked))
+        for note in samples.notes:
+            say("", note)
     evaluate = recipe.evaluate
     # Of conversations a task reads the answer, but of other formats also columns that conversations do not have.
     if evaluate is not None and evaluate.task and {source.format for source in evaluate.data} - set(CONVERSATIONS):

@@ -10,12 +10,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from finetune.data.annotated_boxes import in_pixels
 from finetune.data.formats.grounding import NO_OBJECT
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.image_files import absolute, file_size, image_paths, upright_size
 from finetune.data.sample import BadField, BadRow, DataError, Sample
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import RowSource, read_source
+from finetune.data.sources.sources import RowSource, open_rows
 from qwenvl.images.images import ImageAccess
 
 _LOOKED_AT = 1000
@@ -87,6 +88,11 @@ class Samples:
             if first < last:
                 yield from part.scan(first - samples.start, last - samples.start)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the sources as a whole, such as what was left out of them, each with its path."""
+        return [f"{part.rows.name}: {note}" for part in self._parts for note in part.rows.notes]
+
     def fingerprint(self, *, images: bool = True) -> str:
         """Hexadecimal digest of what the samples are made of: the data files, and how their rows are read.
 
@@ -138,7 +144,7 @@ class _Part:
             row_format = RowFormat(source.format, source.columns or {}, source.prompt, source.box_form, no_object)
         except DataError as error:
             raise DataError(f"{source.path}: {error}") from None
-        rows = read_source(source)
+        rows = open_rows(source, row_format.name, root)
         count = len(rows) if source.limit is None else min(source.limit, len(rows))
         if count < 1:
             raise DataError(f"{source.path}: holds no rows" if not len(rows) else f"{source.path}: limit is below 1")
@@ -214,7 +220,8 @@ class _Part:
     def _convert(self, given: Mapping[str, Any], row: int) -> list[Sample]:
         origin = self.rows.origin(row)
         try:
-            conversations = self.row_format.conversations(given, self._image_size)
+            given, image_size = in_pixels(given, self._image_size)
+            conversations = self.row_format.conversations(given, image_size)
         except BadField as error:
             raise BadRow(origin, error.field, error.reason) from None
         return [

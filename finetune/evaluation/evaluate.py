@@ -148,6 +148,9 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
             sample=evaluation.sample,
             seed=evaluation.seed,
         )
+        for source, part in zip(evaluation.sources, parts, strict=True):
+            for note in part.notes if len(samples) == 1 else ():
+                say("data", f"{source.path}: {note}")
     first = samples[models[0].asking]
     say("task", f"{evaluation.task.name}: {evaluation.task.metric} on {first}")
     if evaluation.shots:

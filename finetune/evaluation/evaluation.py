@@ -7,7 +7,7 @@ from typing import Literal
 
 from finetune.batches.budget import REPLY_BATCH_TOKENS
 from finetune.evaluation.task import Task
-from finetune.recipe.sections import NamedSource
+from finetune.recipe.sections import Annotations, NamedSource
 from finetune.replies.task_replies import Style
 
 
@@ -29,6 +29,7 @@ class EvaluationSource:
     limit: int | None = None
     streaming: bool = False
     name: str | None = None
+    annotations: Annotations | None = None
 
 
 @dataclass(frozen=True)

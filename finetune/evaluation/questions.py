@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
+from finetune.data.annotated_boxes import in_pixels
 from finetune.data.formats.grounding import LATER_COLUMNS
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.formats.row_format import COLUMNS, RowFormat
@@ -22,7 +23,7 @@ from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import Location, read_source
+from finetune.data.sources.sources import Location, open_rows
 from finetune.errors import InputError, UserError
 from finetune.evaluation.question import Question
 from finetune.evaluation.solved_examples import SolvedExamples
@@ -131,12 +132,12 @@ class Questions(Sequence[Question]):
         if source.prompt is not None:
             check_prompt(task, source.prompt)
         self.prompt = source.prompt or prompt or task.prompt(style)
-        self._rows: Rows = read_source(source)
+        access = ImageAccess() if access is None else access
+        root = images_root if images_root is not None else access.root
+        self._rows: Rows = open_rows(source, task.format, root)
         self._count = len(self._rows) if source.limit is None else min(source.limit, len(self._rows))
         if self._count < 1:
             raise DataError(f"{source.path}: {'limit is below 1' if len(self._rows) else 'holds no rows'}")
-        access = ImageAccess() if access is None else access
-        root = images_root if images_root is not None else access.root
         self._root = Path(self._rows.folder if root is None else root).absolute()
         self.access = replace(access, root=self._root)
         self._reader = RowReader(
@@ -211,6 +212,11 @@ class Questions(Sequence[Question]):
             by_likelihood=self.task.by_likelihood,
             objects=asked.objects,
         )
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is to be said of the source as a whole, such as what was left out of it."""
+        return self._rows.notes
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of the rows, how they are read, the prompt and the solved examples."""
@@ -343,6 +349,7 @@ class Questions(Sequence[Question]):
     def _asked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
         try:
             self._reader.group(given)
+            given, _ = in_pixels(given, self._image_size)
             return self._reader.questions(given)
         except BadField as error:
             raise BadRow(self._rows.origin(row), error.field, error.reason) from None
@@ -377,6 +384,8 @@ def _box_form(source: QuestionSource, task: Task) -> str | None:
     """How gold boxes are written in their column."""
     if task.format != "grounding":
         return None
+    if getattr(source, "annotations", None) is not None:
+        return "xyxy"  # what an export is read into
     box_form = source.box_form or task.box_form
     if box_form is None:
         raise DataError(f"{source.path}: boxes are stored in two ways, and box_form does not say which: xyxy or xywh")

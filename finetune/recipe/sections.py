@@ -184,6 +184,53 @@ PLACEHOLDERS = {"vqa": "{question}", "grounding": "", "caption": ""}
 """What the prompt of each format must hold; the rows of other formats bring their prompts."""
 
 
+LAYOUTS = {
+    "coco": ("grounding", "caption"),
+    "label_studio": ("grounding", "vqa"),
+    "labelme": ("grounding",),
+    "cvat": ("grounding",),
+    "via": ("grounding",),
+    "yolo": ("grounding",),
+}
+"""Layouts of annotation exports -> the formats that their rows can have."""
+
+
+def _class_names(value: Any) -> Any:
+    """Classes by number, as YAML reads them, by the text of the number."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key) if type(key) is int else key: name for key, name in value.items()}
+
+
+class Annotations(Section):
+    """How the export of an annotation tool becomes rows of the source's format."""
+
+    layout: Literal["coco", "label_studio", "labelme", "cvat", "via", "yolo"]
+    """Which tool's: COCO or CVAT (images 1.1) file, Label Studio JSON, VIA 2 project, LabelMe or YOLO folder."""
+    classes: Annotated[
+        dict[str, Word | None],
+        BeforeValidator(_class_names, json_schema_input_type=dict[str, Word | None]),
+        AfterValidator(ReadOnlyDict),
+    ] = Field(default_factory=ReadOnlyDict)
+    """Class, by name or number -> what it is called; null leaves it out, and those not listed keep their names."""
+    rows: Literal["class", "image"] = "class"
+    """A row for each class in an image, asked by {phrase}; or for each image, with all objects and their names."""
+    unlabelled: Literal["skip", "keep"] = "skip"
+    """Images without an object: leave out, or learn that nothing is there (rows: class: of one of the classes)."""
+    rotated: Literal["error", "bounds"] = "error"
+    """Turned boxes: refuse the image, or take the upright box around each."""
+    label: Word | None = None
+    """The region attribute that is the class, where there are several; for layout via only."""
+    questions: Annotated[dict[str, Word | None], AfterValidator(ReadOnlyDict)] = Field(default_factory=ReadOnlyDict)
+    """Label Studio's text area or choice -> its question, with {key} of the task's data; null leaves it out."""
+
+    def findings(self) -> Iterator[Finding]:
+        if self.label is not None and self.layout != "via":
+            yield Finding(("label", "layout"), "is for layout via only", "remove label")
+        if self.questions and self.layout != "label_studio":
+            yield Finding(("questions", "layout"), "is for layout label_studio only", "remove questions")
+
+
 class Source(Section):
     """A dataset, or a part of one, in one of the formats."""
 
@@ -194,7 +241,7 @@ class Source(Section):
     config: Word | None = None
     """Configuration of a hub dataset that has several."""
     split: Word | None = None
-    """Split of a hub dataset, such as train or validation."""
+    """Split of a hub dataset or of a YOLO folder, such as train or validation."""
     columns: Annotated[dict[str, Word], AfterValidator(ReadOnlyDict)] = Field(default_factory=ReadOnlyDict)
     """Role -> name of its column, where the two differ."""
     box_form: Literal["xyxy", "xywh"] | None = None
@@ -207,6 +254,8 @@ class Source(Section):
     """Only this many of the first rows."""
     streaming: bool = False
     """Fetch a hub dataset row by row, and none beyond limit, instead of whole."""
+    annotations: Annotations | None = None
+    """How `path` is read, where it is the export of an annotation tool; null is a file, folder or dataset of rows."""
 
     def findings(self) -> Iterator[Finding]:
         roles = ROLES[self.format]
@@ -216,7 +265,9 @@ class Source(Section):
                 remedy = f"did you mean {' or '.join(meant)}? " if meant else ""
                 remedy += f"The roles are {', '.join(roles)}"
                 yield Finding((f"columns.{role}", "format"), f"format {self.format} has no such role", remedy)
-        if self.format == "grounding" and self.box_form is None:
+        if self.annotations is not None:
+            yield from self._annotation_findings(self.annotations)
+        elif self.format == "grounding" and self.box_form is None:
             yield Finding(
                 ("format", "box_form"),
                 "boxes in pixels are stored in two ways, and box_form does not say which",
@@ -229,6 +280,44 @@ class Source(Section):
         elif self.prompt is not None and PLACEHOLDERS[self.format] not in self.prompt:
             needed = PLACEHOLDERS[self.format]
             yield Finding(("prompt", "format"), f"there is no {needed} in it to fill in", f"write {needed} in it")
+
+    def _annotation_findings(self, annotations: Annotations) -> Iterator[Finding]:
+        layout = f"annotations of layout {annotations.layout}"
+        formats = LAYOUTS[annotations.layout]
+        if self.format not in formats:
+            remedy = f"set format: {' or '.join(formats)}"
+            yield Finding(("format", "annotations.layout"), f"{layout} are not read as {self.format}", remedy)
+        for key in (
+            "columns",
+            "box_form",
+            "config",
+            "streaming",
+            *(() if annotations.layout == "yolo" else ("split",)),
+        ):
+            if getattr(self, key):
+                yield Finding((key, "annotations"), f"{layout} say that themselves", f"remove {key}")
+        if self.format != "grounding":
+            keys = ("rows", "unlabelled", "rotated", *(() if self.format == "vqa" else ("classes",)))
+            for key in keys:
+                # Not whether it is written: the recipe of a run has every key.
+                if getattr(annotations, key) != getattr(Annotations(layout=annotations.layout), key):
+                    reason = f"is of boxes, and format {self.format} has none"
+                    yield Finding((f"annotations.{key}", "format"), reason, f"remove {key}")
+        if self.format == "vqa" and not annotations.questions:
+            reason = "nothing says which questions the text areas and choices answer"
+            yield Finding(("annotations.questions", "format"), reason, "name each with its question")
+        if self.format != "vqa" and annotations.questions:
+            yield Finding(("annotations.questions", "format"), "is for format vqa only", "remove questions")
+        if self.format == "grounding":
+            asks_phrase = self.prompt is None or "{phrase}" in self.prompt
+            if annotations.rows == "image" and asks_phrase:
+                reason = "asks for all objects of an image, and the prompt for one phrase"
+                remedy = "set prompt to what is asked, such as: Find all objects."
+                yield Finding(("annotations.rows", "prompt"), reason, remedy)
+            if annotations.rows == "class" and not asks_phrase:
+                reason = "there is no {phrase} in it to fill in"
+                remedy = "write {phrase} in it, or set annotations.rows: image"
+                yield Finding(("prompt", "annotations.rows"), reason, remedy)
 
 
 def one_as_list(value: Any) -> Any:

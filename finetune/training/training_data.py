@@ -40,11 +40,13 @@ def read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say, *, show_prog
         InputError: rows that cannot be trained on, or a task that cannot be asked.
     """
     parts = read_checked(recipe, processor, show_progress=show_progress)
-    for name, (_, checked) in parts.items():
+    for name, (samples, checked) in parts.items():
         say(f"{name} data", describe_data(checked))
         if name == "train" and any(source.weight != 1 for source in recipe.data.train):
-            for line in describe_sources(recipe.data.train, parts[name][0], checked, recipe.seed):
+            for line in describe_sources(recipe.data.train, samples, checked, recipe.seed):
                 say("", terminal_line(line))
+        for note in samples.notes:
+            say("", note)
     task = None
     if recipe.evaluate is not None and recipe.evaluate.task is not None:
         task = TaskEvaluation(recipe, processor, parts["train"][1].system)

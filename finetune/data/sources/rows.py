@@ -8,7 +8,7 @@ import codecs
 import json
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,10 +24,12 @@ class Rows(ABC):
     Attributes:
         name: the source, as the recipe names it.
         folder: where relative image paths start and what they must stay in, unless the recipe says another folder.
+        notes: what a reader of the data should know of the source as a whole, such as what was left out of it.
     """
 
     name: str
     folder: Path
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from finetune.data.sample import DataError
+from finetune.data.sources.annotation_rows import AnnotationRows
 from finetune.data.sources.csv_rows import DELIMITERS, CsvRows
 from finetune.data.sources.image_folder import METADATA, ImageFolderRows, find_metadata
 from finetune.data.sources.local_files import data_errors
 from finetune.data.sources.rows import JsonLinesRows, JsonRows, Rows
 from finetune.errors import Interrupted, MissingFileError
+from finetune.recipe.sections import Annotations
 
 if TYPE_CHECKING:
     import datasets
@@ -65,6 +67,25 @@ class RowSource(Location, Protocol):
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _FILE_KINDS = (".json", ".jsonl", ".ndjson", ".parquet", *DELIMITERS)
 _LONGEST_LINE = 1 << 26  # bytes
+
+
+def open_rows(source: Location, row_format: str, images_root: str | Path | None) -> Rows:
+    """Open a source for a format: its rows by number, those of an annotation export too.
+
+    Args:
+        source: where its rows are.
+        row_format: that they are read by.
+        images_root: folder of the images, where an export names images that are to be found; None is the source's own.
+
+    Raises:
+        MissingFileError, DataError, Failed: as `read_source`.
+    """
+    # Sources of other programs, made before there were exports, have no such attribute.
+    annotations: Annotations | None = getattr(source, "annotations", None)
+    if annotations is None:
+        return read_source(source)
+    root = None if images_root is None else Path(images_root)
+    return AnnotationRows(Path(source.path), row_format, source.split, annotations, root)
 
 
 def read_source(source: Location) -> Rows:

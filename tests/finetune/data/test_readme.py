@@ -12,7 +12,7 @@ from PIL import Image
 from finetune.data.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sections import LAYOUTS, Source
 from qwenvl.text.chat import render_chat
 
 PAGE = (Path(__file__).parents[3] / "finetune" / "data" / "README.md").read_text()
@@ -104,7 +104,9 @@ def test_every_format_and_kind_of_file_has_an_example():
     formats = {"messages", "qwen_json", "llava", "vqa", "grounding", "caption"}
     assert {source.format for source in sources} == formats
     kinds = {Path(source.path).suffix for source in sources if Path(source.path).is_file()}
-    assert kinds == {".json", ".jsonl", ".parquet", ".csv"}
+    assert kinds == {".json", ".jsonl", ".parquet", ".csv", ".xml"}
+    layouts = {source.annotations.layout for source in sources if source.annotations is not None}
+    assert layouts == set(LAYOUTS)
     assert any(Path(source.path).is_dir() for source in sources) and any(source.streaming for source in sources)
 
 
