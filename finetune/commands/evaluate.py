@@ -9,6 +9,7 @@ from finetune.errors import UserError
 from finetune.files.output_paths import refuse_unwritable_folder
 
 if TYPE_CHECKING:
+    from finetune.data.pages import Pages
     from finetune.evaluation.tasks import Task
     from finetune.recipe import Recipe
     from finetune.recipe.sections import NamedSource
@@ -38,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     asked.add_argument("--box-form", choices=["xyxy", "xywh"], help="of boxes in pixels, where the task does not say")
     asked.add_argument("--images-root", metavar="DIR", help="folder that image paths are relative to and stay in")
+    asked.add_argument(
+        "--pages", type=count, metavar="N", help="a file of up to N pages is shown as so many images; else name a page"
+    )
+    asked.add_argument("--dpi", type=count, help="of the pages of a PDF, as in training; 150 by default")
     asked.add_argument("--limit", type=count, metavar="N", help="only the first N questions")
     asked.add_argument("--sample", type=count, metavar="N", help="N questions drawn by --seed, the same every time")
     asked.add_argument("--seed", type=int, default=0, help="of --sample; 0 by default")
@@ -119,6 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             quantization=arguments.quantization,
             grounding=bool(recipe and recipe.data.grounding),
+            pages=pages_asked(arguments, recipe),
             on_bad_row=arguments.on_bad_row,
             on_bad_image=arguments.bad_image,
             out=arguments.out,
@@ -127,7 +133,21 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-OF_DATA = ("split", "config", "format", "column", "box_form")
+OF_DATA = ("split", "config", "format", "column", "box_form", "pages", "dpi")
+
+
+def pages_asked(arguments: argparse.Namespace, recipe: "Recipe | None") -> "Pages | None":
+    """How files of several pages are read."""
+    from finetune.data.pages import Pages
+    from finetune.data.reading import pages_of
+    from qwenvl.images.pdf_pages import DPI
+
+    if recipe is not None:
+        return pages_of(recipe)
+    if arguments.pages is None and arguments.dpi is None:
+        return None
+    # A single page is what is read without --pages; one with more is refused.
+    return Pages(arguments.dpi or DPI, arguments.pages or 1)
 
 
 def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:

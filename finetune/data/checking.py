@@ -68,6 +68,7 @@ class Checked:
         shortened: those of the kept ones that lost turns.
         systems: the system messages of the kept samples, None for the default one; at most two of them, as more than
             one is all that is asked of them.
+        pages_left_out: pages of files that are not trained on, as `data.pages` says, over the kept samples.
     """
 
     kept: np.ndarray
@@ -81,6 +82,7 @@ class Checked:
     dropped_long: list[TooLong]
     shortened: list[Shortened]
     systems: tuple[str | None, ...] = ()
+    pages_left_out: int = 0
 
     @property
     def total(self) -> int:
@@ -227,6 +229,7 @@ class _Found:
     refused: int = 0
     dropped_long: list[TooLong] = field(default_factory=list)
     shortened: list[Shortened] = field(default_factory=list)
+    pages_left_out: int = 0
 
     def refuse(self, problem: BadRow) -> None:
         self.refused += 1
@@ -247,6 +250,7 @@ class _Found:
         for problem in later.problems:
             self.refuse(problem)
         self.refused += later.refused - len(later.problems)
+        self.pages_left_out += later.pages_left_out
 
     def checked(self, samples: Samples) -> Checked:
         kept = np.array(self.kept, np.int64)
@@ -263,6 +267,7 @@ class _Found:
             dropped_long=self.dropped_long,
             shortened=self.shortened,
             systems=tuple(self.systems),
+            pages_left_out=self.pages_left_out,
         )
 
 
@@ -287,6 +292,7 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
         found.lengths.append(len(rendered.ids))
         found.images.append(len(rendered.images))
         found.supervised.append(rendered.supervised)
+        found.pages_left_out += sample.pages_left_out
         found.keep_system(system_message(sample.messages))
         if fitted.turns_dropped:
             found.shortened.append(Shortened(sample.origin, fitted.turns_dropped))

@@ -137,6 +137,7 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
                 on_bad_row=evaluation.on_bad_row,
                 # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",
+                pages=evaluation.pages,
             )
             for source in evaluation.sources
         ]
@@ -313,6 +314,8 @@ def describe(
     """
     notes = [note for one in replies for note in one.notes]
     notes += evaluation.task.notes(questions)
+    if questions.pages_left_out:
+        notes.append(f"{questions.pages_left_out:,} pages beyond data.pages.first are not shown to the model")
     return {
         "model": evaluation.model,
         "task": evaluation.task.name,

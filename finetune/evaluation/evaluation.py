@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.batches.budget import REPLY_BATCH_TOKENS
+from finetune.data.pages import Pages
 from finetune.evaluation.task import Task
 from finetune.recipe.sections import NamedSource
 from finetune.replies.task_replies import Style
@@ -53,6 +54,7 @@ class Evaluation:
         quantization: "nf4" or "none" for both models; None is each model's own, as it was trained.
         batch_tokens: see `replies.Decoding`.
         grounding: read markup in all texts as tokens.
+        pages: how files of several pages become several images; None refuses them unless a page is named.
         on_bad_row: what happens to a row that cannot be asked.
         on_bad_image: what happens to an image that is missing or damaged; "wrong" counts its questions as wrong.
         out: where results go; None is `runs/evaluations/MODEL-TASK`, or in a run's own folder.
@@ -76,6 +78,7 @@ class Evaluation:
     quantization: str | None = None
     batch_tokens: int = REPLY_BATCH_TOKENS
     grounding: bool = False
+    pages: Pages | None = None
     on_bad_row: Literal["error", "skip"] = "error"
     on_bad_image: Literal["refuse", "wrong"] = "refuse"
     out: Path | None = None

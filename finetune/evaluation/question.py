@@ -84,12 +84,7 @@ class Question:
         return tuple(own[0] for own in ids)
 
     def _filled(self) -> list[Message]:
-        sources = iter(self.images)
-
-        def filled(part: dict[str, Any]) -> dict[str, Any]:
-            return {**part, "image": next(sources)} if part["type"] == "image" else part
-
-        return [{**message, "content": [filled(part) for part in message["content"]]} for message in self.messages]
+        return fill_images(self.messages, self.images)
 
     def _solved(self, access: ImageAccess) -> list[dict[str, Any]]:
         """The question's parts with its answer, for a prompt whose images are opened with `access`."""
@@ -104,3 +99,13 @@ class Question:
         else:  # the most frequent answer, the first one of equals, as in training
             text = f"{last['text']} {Counter(self.answers).most_common(1)[0][0]}"
         return [*parts, {**last, "text": text}]
+
+
+def fill_images(messages: Sequence[Message], images: Sequence[Any]) -> list[Message]:
+    """The messages, in parts, with the images in their places in order."""
+    sources = iter(images)
+
+    def filled(part: dict[str, Any]) -> dict[str, Any]:
+        return {**part, "image": next(sources)} if part["type"] == "image" else part
+
+    return [{**message, "content": [filled(part) for part in message["content"]]} for message in messages]

@@ -11,22 +11,23 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.formats.row_format import COLUMNS, RowFormat
 from finetune.data.image_files import absolute, check_image, upright_size
+from finetune.data.pages import Pages
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.sources.rows import Rows
 from finetune.data.sources.sources import Location, read_source
 from finetune.errors import InputError, UserError
-from finetune.evaluation.question import Question
+from finetune.evaluation.question import Question, fill_images
 from finetune.evaluation.solved_examples import SolvedExamples
 from finetune.evaluation.task import Task
-from finetune.evaluation.task_rows import Asked, RowReader
+from finetune.evaluation.task_rows import Asked, RowReader, without_sources
 from finetune.evaluation.tasks import check_prompt
 from finetune.recipe.problems import nearest
 from finetune.replies.task_replies import Style
@@ -84,6 +85,8 @@ class Questions(Sequence[Question]):
             with the question, see `solved_examples`.
         grounding: read markup in all texts as tokens, as `data.grounding` of a recipe does.
         on_bad_row: "error" reports all bad rows together; "skip" leaves them out and lists them.
+        pages: how files of several pages become several images; None refuses them unless a page is named. Where
+            boxes are asked for, a page is named in any case.
         look_for_images: treat a row whose image file is missing as a bad row; False leaves that to the reader of the
             image.
 
@@ -96,6 +99,7 @@ class Questions(Sequence[Question]):
         ids: unique ids of the questions.
         answered: whether there are gold answers to score with; False where all are hidden.
         problems: the problems of the rows that were left out.
+        pages_left_out: pages of files that are not shown, as `pages` says, over all questions.
 
     Raises:
         MissingFileError: the source's file does not exist.
@@ -119,11 +123,13 @@ class Questions(Sequence[Question]):
         grounding: bool = False,
         on_bad_row: Literal["error", "skip"] = "error",
         look_for_images: bool = True,
+        pages: Pages | None = None,
     ):
         if shots and style == "chat":
             raise UserError("solved examples are for base models: set shots to 0, or style to base")
         self.task, self.style = task, style
         self._look_for_images = look_for_images
+        self._pages = None if task.is_grounding else pages
         self.name, self.columns = str(source.path), _columns(source, task)
         if source.prompt is not None:
             check_prompt(task, source.prompt)
@@ -135,7 +141,7 @@ class Questions(Sequence[Question]):
         access = ImageAccess() if access is None else access
         root = images_root if images_root is not None else access.root
         self._root = Path(self._rows.folder if root is None else root).absolute()
-        self.access = replace(access, root=self._root)
+        self.access = replace(access, root=self._root, **({} if pages is None else {"dpi": pages.dpi}))
         self._reader = RowReader(
             task=task,
             columns=self.columns,
@@ -158,6 +164,7 @@ class Questions(Sequence[Question]):
                 style=style,
                 grounding=grounding,
                 on_bad_row=on_bad_row,
+                pages=pages,
             )
         self._solved = SolvedExamples(self, self._examples, shots) if shots else None
 
@@ -185,8 +192,8 @@ class Questions(Sequence[Question]):
     def plain(self, index: int) -> Question:
         """The question with this number, without solved examples; errors as for `[]`."""
         row, item = self._row_of[index], self._item_of[index]
-        # A scan leaves image bytes on disk; grounding reads the image's size from them.
-        given = self._rows[row] if self.task.is_grounding else next(iter(self._rows.scan(row, row + 1)))
+        # A scan leaves image bytes on disk.
+        given = self._rows[row] if self._reads_images else next(iter(self._rows.scan(row, row + 1)))
         if isinstance(given, BadRow):
             raise given
         asked = self._item(given, row, item)
@@ -209,7 +216,7 @@ class Questions(Sequence[Question]):
     def fingerprint(self) -> str:
         """Hexadecimal digest of the rows, how they are read, the prompt and the solved examples."""
         reader = self._reader
-        asked = {
+        asked: dict[str, Any] = {
             "rows": self._rows.fingerprint(),
             "used": self._count,
             "task": [self.task.name, self.task.metric, self.task.format],
@@ -221,7 +228,14 @@ class Questions(Sequence[Question]):
                 "other documents" if self._shots else "",
             ],
         }
+        if self._pages is not None:
+            asked["pages"] = asdict(self._pages)
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    @property
+    def _reads_images(self) -> bool:
+        """Whether the images of a row are looked at for its questions: for their sizes, or their pages."""
+        return self.task.is_grounding or self._pages is not None
 
     # ---- all rows, once
 
@@ -232,8 +246,9 @@ class Questions(Sequence[Question]):
         bad: dict[int, BadRow] = {}
         hidden: dict[int, BadRow] = {}
         taken: set[str] = set()
-        # A scan may replace image bytes by placeholders, from which no size can be read.
-        scan = Rows.scan if self.task.is_grounding else type(self._rows).scan
+        self.pages_left_out = 0
+        # A scan may replace image bytes by placeholders, from which neither size nor pages can be read.
+        scan = Rows.scan if self._reads_images else type(self._rows).scan
         with RowProgress("reading questions", self._count) as progress:
             for row, given in enumerate(scan(self._rows, 0, self._count)):
                 progress.add(1)
@@ -250,6 +265,7 @@ class Questions(Sequence[Question]):
                 except BadField as error:
                     bad[row] = BadRow(origin, error.field, error.reason)
                     continue
+                self.pages_left_out += sum(question.pages_left_out for question in asked)
                 if any(not question.answers for question in asked):
                     hidden[row] = BadRow(origin, "answers", "are hidden")
                 for item in range(len(asked)):
@@ -314,7 +330,7 @@ class Questions(Sequence[Question]):
         Images inside the data may be placeholders, see `Rows.scan`.
         """
         asked = set(self._row_of)
-        scan = Rows.scan if self.task.is_grounding else type(self._rows).scan
+        scan = Rows.scan if self._reads_images else type(self._rows).scan
         for row, given in enumerate(scan(self._rows, 0, self._count)):
             if row in asked and not isinstance(given, BadRow):
                 sources = self._asked(given, row)[0].sources
@@ -337,9 +353,18 @@ class Questions(Sequence[Question]):
     def _asked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
         try:
             self._reader.group(given)
-            return self._reader.questions(given)
+            asked = self._reader.questions(given)
+            return asked if self._pages is None else [self._with_pages(one, self._pages) for one in asked]
         except BadField as error:
             raise BadRow(self._rows.origin(row), error.field, error.reason) from None
+
+    def _with_pages(self, asked: Asked, pages: Pages) -> Asked:
+        """A question whose files of several pages are several images; its sources are absolute."""
+        filled = fill_images(asked.messages, [absolute(source, self._root) for source in asked.sources])
+        expanded = pages.expand(filled, self.access)
+        sources: list[Any] = []
+        messages = tuple(without_sources(message, sources) for message in expanded.messages)
+        return replace(asked, messages=messages, sources=tuple(sources), pages_left_out=expanded.left_out)
 
     def _image_size(self, source: Any) -> tuple[int, int]:
         return upright_size(absolute(source, self._root), self.access)

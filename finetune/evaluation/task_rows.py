@@ -42,6 +42,7 @@ class Asked:
         box: gold box, x1, y1, x2, y2 in pixels, or None.
         image_size: width and height in pixels where there may be a box, or None.
         options: of multiple choice.
+        pages_left_out: pages of its files that are not among its images.
     """
 
     text: str
@@ -51,6 +52,7 @@ class Asked:
     box: tuple[float, float, float, float] | None = None
     image_size: tuple[int, int] | None = None
     options: tuple[str, ...] = ()
+    pages_left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ class RowReader:
         if not any(message["role"] == "user" for message in messages):
             raise BadField(name, "asks nothing before its last reply")
         sources: list[Any] = []
-        asked = [_without_sources(message, sources, self.grounding) for message in messages]
+        asked = [without_sources(message, sources, self.grounding) for message in messages]
         text = "".join(part["text"] for part in asked[-1]["content"] if part["type"] == "text").strip()
         if self.style == "base":
             asked = [self._one_prompt(asked, name)]
@@ -344,7 +346,7 @@ def _gold_letter(answer: Any, options: tuple[str, ...], name: str, task: str) ->
     )
 
 
-def _without_sources(message: Mapping[str, Any], sources: list[Any], grounding: bool) -> Message:
+def without_sources(message: Mapping[str, Any], sources: list[Any], grounding: bool = False) -> Message:
     """The message with the sources of its images moved to `sources`, and its grounding flag moved to its parts."""
     content = message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -267,6 +267,17 @@ NamedSources = Annotated[
 ]
 
 
+class Pages(Section):
+    """Files of several pages that a row names without a page, as several images."""
+
+    dpi: Annotated[int, Field(ge=36, le=1200)] = 150
+    """Pixels an inch that a page of a PDF is drawn with, also where its page is named."""
+    first: Count = 8
+    """Most pages, from the first, that one file becomes; each is an image of its own."""
+    on_more: Literal["error", "drop"] = "error"
+    """A file with more pages than first: refuse its row, or leave the others out and count them."""
+
+
 class Data(Section):
     """What is trained on, and how rows become batches."""
 
@@ -274,6 +285,8 @@ class Data(Section):
     """The sources to train on, mixed; one source may stand without a list."""
     images_root: Word | None = None
     """Folder that image paths are relative to and may not leave; null takes the folder of each data file."""
+    pages: Pages | None = None
+    """A file of several pages (PDF, TIFF, animation) becomes as many images; null wants a page named: file.pdf#3."""
     max_length: Count | None = 2048
     """Most tokens of one conversation; an image takes 258. null sets no limit."""
     on_long: Literal["error", "drop", "drop_turns"] = "error"
