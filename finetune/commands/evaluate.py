@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.commands.arguments import add_base, add_dtype, add_quantization, add_style, count
 from finetune.errors import UserError
@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--format", help="what a row of custom data looks like; vqa by default")
     asked.add_argument(
         "--column", metavar="role=name", action="append", default=[], help="where the data has another name; repeat"
+    )
+    asked.add_argument("--fields", metavar="NAMES", help="of task fields: invoice_no,date,total, each a column")
+    asked.add_argument(
+        "--reply", choices=["value", "json"], help="of task fields: a question a field (the default), or all as JSON"
     )
     asked.add_argument("--box-form", choices=["xyxy", "xywh"], help="of boxes in pixels, where the task does not say")
     asked.add_argument("--images-root", metavar="DIR", help="folder that image paths are relative to and stay in")
@@ -89,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
     sources: tuple[EvaluationSource | NamedSource, ...]
     if recipe is None:
         given = {key: getattr(arguments, key) for key in ("config", "split", "box_form")}
-        sources = (EvaluationSource(arguments.data, columns=columns_of(arguments), **given),)
+        sources = (EvaluationSource(arguments.data, columns=columns_of(arguments), **given, **fields_of(arguments)),)
     else:
         assert recipe.evaluate is not None, "task_of refuses such a recipe"
         # A limit bounds the time that training spends on it; here all is asked.
@@ -118,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             style=arguments.style,
             # A recipe's null is the format's own prompt, in its run's scores too.
-            prompt=arguments.prompt or (None if recipe is None else "task"),
+            prompt=prompt_of(arguments, recipe),
             shots=arguments.shots,
             shots_from=shots_from,
             dtype=arguments.dtype,
@@ -133,7 +137,25 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-OF_DATA = ("split", "config", "format", "column", "box_form", "pages", "dpi")
+def reads_fields(arguments: argparse.Namespace) -> bool:
+    return arguments.task == "fields" or arguments.metric == "field_f1"
+
+
+def fields_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `EvaluationSource` is told of task fields, whose prompt is the source's."""
+    if not reads_fields(arguments):
+        return {}
+    names = tuple(name.strip() for name in (arguments.fields or "").split(",") if name.strip())
+    return {"fields": names, "reply": arguments.reply or "value", "prompts": arguments.prompt}
+
+
+def prompt_of(arguments: argparse.Namespace, recipe: "Recipe | None") -> str | None:
+    if recipe is None and reads_fields(arguments):
+        return None
+    return arguments.prompt or (None if recipe is None else "task")
+
+
+OF_DATA = ("split", "config", "format", "column", "box_form", "pages", "dpi", "fields", "reply")
 
 
 def pages_asked(arguments: argparse.Namespace, recipe: "Recipe | None") -> "Pages | None":
@@ -170,6 +192,11 @@ def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
         raise UserError("give --task and --data, or --recipe with an evaluate section that names a task")
     if (arguments.task == "custom") != (arguments.metric is not None):
         raise UserError("--metric is for --task custom, and task custom needs it")
+    for name in ("fields", "reply"):
+        if getattr(arguments, name) is not None and not reads_fields(arguments):
+            raise UserError(f"--{name} is for --task fields")
+    if reads_fields(arguments) and not arguments.fields:
+        raise UserError("--task fields needs --fields invoice_no,date,total: the columns of the documents' fields")
     if arguments.format is not None and arguments.task != "custom":
         raise UserError(f"--format is for --task custom: task {arguments.task} has its own")
 
@@ -195,7 +222,8 @@ def task_of(arguments: argparse.Namespace) -> "tuple[Task, Recipe | None]":
             )
         task = task_of_section(recipe.evaluate)
     elif arguments.task == "custom":
-        task = custom_task(arguments.metric, format=arguments.format or "vqa")
+        usual = "fields" if reads_fields(arguments) else "vqa"
+        task = custom_task(arguments.metric, format=arguments.format or usual)
     else:
         task = find_task(arguments.task)
     if arguments.max_new_tokens is None:

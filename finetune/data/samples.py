@@ -10,12 +10,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from finetune.data.formats.document_fields import WantedFields
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.image_files import absolute, file_size, image_paths, upright_size
 from finetune.data.pages import Pages
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import RowSource, read_source
+from finetune.data.sources.sources import FieldsSource, RowSource, read_source
 from qwenvl.images.images import ImageAccess
 
 _LOOKED_AT = 1000
@@ -113,6 +114,15 @@ class Samples:
         return sizes
 
 
+def wanted_fields(source: FieldsSource) -> WantedFields:
+    """What a source of format `fields` asks for.
+
+    Raises:
+        DataError: no fields, unknown ones, or prompts that do not fit.
+    """
+    return WantedFields(tuple(source.fields), source.reply, source.missing, tuple(source.nested), source.prompts)
+
+
 @dataclass(frozen=True)
 class _Part:
     """The samples of one source.
@@ -140,7 +150,8 @@ class _Part:
         cls, source: RowSource, root: str | Path | None, access: ImageAccess, pages: Pages | None = None
     ) -> "_Part":
         try:
-            row_format = RowFormat(source.format, source.columns or {}, source.prompt, source.box_form)
+            wanted = wanted_fields(source) if source.format == "fields" else None
+            row_format = RowFormat(source.format, source.columns or {}, source.prompt, source.box_form, wanted)
         except DataError as error:
             raise DataError(f"{source.path}: {error}") from None
         rows = read_source(source)
@@ -148,7 +159,7 @@ class _Part:
         if count < 1:
             raise DataError(f"{source.path}: holds no rows" if not len(rows) else f"{source.path}: limit is below 1")
         ends = None
-        if row_format.counted_column is not None:
+        if row_format.counts_rows:
             counts = (1 if isinstance(row, BadRow) else row_format.count(row) for row in rows.scan(0, count))
             ends = array("q", accumulate(counts))
             if ends[-1] == count:
@@ -184,6 +195,7 @@ class _Part:
         pages = {} if self.pages is None else {"pages": asdict(self.pages)}
         return {
             **pages,
+            **({} if row_format.wanted is None else {"fields": asdict(row_format.wanted)}),
             "rows": self.rows.fingerprint(),
             "used": self.count,
             "format": row_format.name,
@@ -218,7 +230,7 @@ class _Part:
     def _convert(self, given: Mapping[str, Any], row: int) -> list[Sample]:
         origin = self.rows.origin(row)
         try:
-            conversations = self.row_format.conversations(given, self._image_size)
+            conversations = self.row_format.conversations(given, self._image_size, row)
             return [self._sample(conversation, origin) for conversation in conversations]
         except BadField as error:
             raise BadRow(origin, error.field, error.reason) from None

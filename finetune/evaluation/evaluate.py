@@ -358,7 +358,7 @@ def score_summary(
     ours, *others = scores
     found = ours.summary()
     if others:
-        difference = compare_scored(evaluation.task, records[0], ours, others[0])
+        difference = compare_scored(evaluation.task, records[0], ours, others[0], records[1])
         found["compared"] = {
             "model": evaluation.compare,
             **others[0].summary(),

@@ -8,6 +8,7 @@ from typing import Literal
 from finetune.batches.budget import REPLY_BATCH_TOKENS
 from finetune.data.pages import Pages
 from finetune.evaluation.task import Task
+from finetune.recipe.document_fields import Prompts
 from finetune.recipe.sections import NamedSource
 from finetune.replies.task_replies import Style
 
@@ -30,6 +31,11 @@ class EvaluationSource:
     limit: int | None = None
     streaming: bool = False
     name: str | None = None
+    fields: tuple[str, ...] = ()
+    reply: Literal["value", "json"] = "value"
+    missing: Literal["write_null", "leave_out"] | None = None
+    nested: tuple[str, ...] = ()
+    prompts: Prompts | None = None
 
 
 @dataclass(frozen=True)

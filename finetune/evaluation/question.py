@@ -10,6 +10,7 @@ from finetune.data.image_files import read_encoded
 from finetune.data.sample import Origin
 from finetune.errors import UserError
 from finetune.metrics.choices import LETTERS
+from finetune.metrics.document_fields import FieldsAsked
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess, QwenVLTokenizer
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
@@ -35,6 +36,7 @@ class Question:
         options: of multiple choice.
         shots: solved examples that are shown before it.
         source: the name of its source, where an evaluation has several.
+        fields: of a document, that are asked for; None where no fields are.
         by_likelihood: the reply is the likeliest of the options' letters.
     """
 
@@ -53,6 +55,7 @@ class Question:
     shots: "tuple[Question, ...]" = ()
     source: str | None = None
     by_likelihood: bool = False
+    fields: FieldsAsked | None = None
 
     def render(self, tokenizer: QwenVLTokenizer, n_queries: int = 256) -> Rendered:
         """The prompt: a chat that waits for a reply, or raw text for a base model to continue.

@@ -15,14 +15,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
-from finetune.data.formats.names import CONVERSATIONS
+from finetune.data.formats.document_fields import WantedFields
+from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.data.formats.row_format import COLUMNS, RowFormat
 from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.pages import Pages
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
+from finetune.data.samples import wanted_fields
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import Location, read_source
+from finetune.data.sources.sources import FieldsSource, Location, read_source
 from finetune.errors import InputError, UserError
 from finetune.evaluation.question import Question, fill_images
 from finetune.evaluation.solved_examples import SolvedExamples
@@ -39,7 +41,7 @@ __all__ = ["Question", "Questions"]
 _MORE_ROLES = ("id", "group", "options", "hint", "document")
 
 
-class QuestionSource(Location, Protocol):
+class QuestionSource(Location, FieldsSource, Protocol):
     """A source of questions: where its rows are, and how they are read. A `format` of None is the task's."""
 
     @property
@@ -130,7 +132,8 @@ class Questions(Sequence[Question]):
         self.task, self.style = task, style
         self._look_for_images = look_for_images
         self._pages = None if task.is_grounding else pages
-        self.name, self.columns = str(source.path), _columns(source, task)
+        wanted = _wanted(source) if task.format == FIELDS else None
+        self.name, self.columns = str(source.path), _columns(source, task, wanted)
         if source.prompt is not None:
             check_prompt(task, source.prompt)
         self.prompt = source.prompt or prompt or task.prompt(style)
@@ -141,7 +144,7 @@ class Questions(Sequence[Question]):
         access = ImageAccess() if access is None else access
         root = images_root if images_root is not None else access.root
         self._root = Path(self._rows.folder if root is None else root).absolute()
-        self.access = replace(access, root=self._root, **({} if pages is None else {"dpi": pages.dpi}))
+        self.access = replace(access, root=self._root, dpi=access.dpi if pages is None else pages.dpi)
         self._reader = RowReader(
             task=task,
             columns=self.columns,
@@ -151,6 +154,7 @@ class Questions(Sequence[Question]):
             grounding=grounding,
             image_size=self._image_size,
             system=system,
+            wanted=wanted,
         )
         self._read_all(on_bad_row)
         self._shots, self._examples = shots, self
@@ -211,6 +215,7 @@ class Questions(Sequence[Question]):
             messages=asked.messages,
             options=asked.options,
             by_likelihood=self.task.by_likelihood,
+            fields=asked.fields,
         )
 
     def fingerprint(self) -> str:
@@ -228,6 +233,8 @@ class Questions(Sequence[Question]):
                 "other documents" if self._shots else "",
             ],
         }
+        if reader.wanted is not None:
+            asked["fields"] = asdict(reader.wanted)
         if self._pages is not None:
             asked["pages"] = asdict(self._pages)
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -370,11 +377,18 @@ class Questions(Sequence[Question]):
         return upright_size(absolute(source, self._root), self.access)
 
 
-def _columns(source: QuestionSource, task: Task) -> dict[str, str]:
+def _wanted(source: QuestionSource) -> WantedFields:
+    try:
+        return wanted_fields(source)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from None
+
+
+def _columns(source: QuestionSource, task: Task, wanted: WantedFields | None = None) -> dict[str, str]:
     """Role -> column: the source's name for it, else the task's, else the format's own."""
     if source.format is not None and source.format != task.format:
         raise DataError(f"{source.path}: task {task.name} reads format {task.format}, not {source.format}")
-    own = COLUMNS[task.format]
+    own = (*COLUMNS[task.format], *(() if wanted is None else wanted.names))
     roles = own if task.format in CONVERSATIONS else (*own, *_MORE_ROLES)
     for role in source.columns or {}:
         if role not in roles:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.data.formats import fields
+from finetune.data.formats.document_fields import WantedFields, document_images
 from finetune.data.formats.grounding import PLACEHOLDER, grounding
 from finetune.data.formats.messages import Message
-from finetune.data.formats.names import CONVERSATIONS
+from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.sample import BadField
 from finetune.errors import InputError, UserError
@@ -20,6 +21,7 @@ from finetune.evaluation.predictions import split_last_reply
 from finetune.evaluation.task import Task
 from finetune.metrics import first_box
 from finetune.metrics.choices import LETTERS, choice_letter
+from finetune.metrics.document_fields import FieldsAsked
 from finetune.metrics.text_form import composed
 from finetune.replies.task_replies import Style
 from qwenvl.text.boxes import Box
@@ -42,6 +44,7 @@ class Asked:
         box: gold box, x1, y1, x2, y2 in pixels, or None.
         image_size: width and height in pixels where there may be a box, or None.
         options: of multiple choice.
+        fields: of a document, that are asked for.
         pages_left_out: pages of its files that are not among its images.
     """
 
@@ -53,6 +56,7 @@ class Asked:
     image_size: tuple[int, int] | None = None
     options: tuple[str, ...] = ()
     pages_left_out: int = 0
+    fields: FieldsAsked | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class RowReader:
         image_size: gives the width and height of an image source of a row; raises ValueError if it cannot.
         system: a system message before what is asked, of style chat; None is the default one. Conversations have
             their own.
+        wanted: of format fields, which fields are asked for.
     """
 
     task: Task
@@ -79,6 +84,7 @@ class RowReader:
     grounding: bool
     image_size: ImageSize
     system: str | None = None
+    wanted: WantedFields | None = None
 
     def questions(self, row: Mapping[str, Any]) -> list[Asked]:
         """The questions of a row, at least one.
@@ -92,6 +98,8 @@ class RowReader:
             asked = self._phrases(row)
         elif self.task.format == "caption":
             asked = [self._caption(row)]
+        elif self.task.format == FIELDS:
+            return self._fields(row)
         else:
             asked = self._columns(row)
         if not (self.task.is_grounding or self.task.published):
@@ -201,6 +209,24 @@ class RowReader:
         captions = _answers(_may_be_hidden(row, name), name)
         return self._asked(self.prompt, self._images(row), {}, answers=captions)
 
+    def _fields(self, row: Mapping[str, Any]) -> list[Asked]:
+        assert self.wanted is not None, "`Questions` gives it for this format"
+        wanted, images = self.wanted, document_images(row, self.columns["image"])
+        values = wanted.values(row, self.columns)
+        ending = "" if self.style == "chat" else " Answer:"
+        if wanted.reply == "json":
+            gold = FieldsAsked(wanted.names, tuple(values[name] for name in wanted.names), is_json=True)
+            text, answer = wanted.prompt(None, None), wanted.json_answer(values)
+            return [self._asked(text, images, {}, said=text + ending, answers=(answer,), fields=gold)]
+        asked = []
+        for name in wanted.asked(values):
+            gold = FieldsAsked((name,), (values[name],), is_json=False)
+            text, answer = wanted.prompt(name, None), wanted.answer(values[name])
+            asked.append(self._asked(text, images, {}, said=text + ending, answers=(answer,), fields=gold))
+        if not asked:
+            raise BadField("fields", f"none of {', '.join(wanted.names)} has a value, so nothing can be asked")
+        return asked
+
     def _phrases(self, row: Mapping[str, Any]) -> list[Asked]:
         source = fields.image(fields.field(row, self.columns["image"]), self.columns["image"])
         try:
@@ -242,9 +268,17 @@ class RowReader:
         return images
 
     def _asked(
-        self, text: str, images: list[Any], places: Mapping[str, str], *, marked: bool = False, **gold: Any
+        self,
+        text: str,
+        images: list[Any],
+        places: Mapping[str, str],
+        *,
+        said: str | None = None,
+        marked: bool = False,
+        **gold: Any,
     ) -> Asked:
-        said = _PLACES.sub(lambda place: places.get(place[1], place[0]), self.prompt)
+        if said is None:
+            said = _PLACES.sub(lambda place: places.get(place[1], place[0]), self.prompt)
         flag = {"grounding": True} if marked or self.grounding else {}
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": said, **flag}]
         before: list[Message] = []

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
+from finetune.recipe.document_fields import problems_of_fields
 from finetune.recipe.problems import nearest
 
 NAME = re.compile(r"\w[\w.-]*")
@@ -177,8 +178,9 @@ ROLES = {
     "vqa": ("image", "question", "answers"),
     "grounding": ("image", "phrase", "box"),
     "caption": ("image", "caption"),
+    "fields": ("image",),
 }
-"""The roles that the columns of each format can have."""
+"""The roles that the columns of each format can have; those of `fields` in addition the fields that are named."""
 
 PLACEHOLDERS = {"vqa": "{question}", "grounding": "{phrase}", "caption": ""}
 """What the prompt of each format must hold; the rows of other formats bring their prompts."""
@@ -189,7 +191,7 @@ class Source(Section):
 
     path: Word
     """File, folder or hub dataset id; a relative path is taken from the working directory."""
-    format: Literal["messages", "qwen_json", "llava", "vqa", "grounding", "caption"]
+    format: Literal["messages", "qwen_json", "llava", "vqa", "grounding", "caption", "fields"]
     """What a row looks like."""
     config: Word | None = None
     """Configuration of a hub dataset that has several."""
@@ -201,6 +203,16 @@ class Source(Section):
     """Boxes, in pixels, are two corners (xyxy) or a corner, width and height (xywh); for format grounding only."""
     prompt: Word | None = None
     """What the user says: {question} (vqa) or {phrase} (grounding) is filled in; the instruction for caption."""
+    fields: Words = ()
+    """Of format fields: the fields of a document, each a column, in the order of the reply."""
+    reply: Literal["value", "json"] = "value"
+    """Of format fields: a question for each field, replied to with its value, or one for all, replied to with JSON."""
+    missing: Literal["write_null", "leave_out"] | None = None
+    """Of format fields: null replies null or asks nothing where there is no value; by default null in JSON only."""
+    nested: Words = ()
+    """Of format fields: those whose text is JSON, such as the lines of an invoice in a CSV file."""
+    prompts: Word | Words | Annotated[dict[str, Word | Words], AfterValidator(ReadOnlyDict)] | None = None
+    """Of format fields: what the user says, with {field} (or {fields}); several phrasings, also by field."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is used an epoch: 2.0 twice, 0.5 half of the rows."""
     limit: Count | None = None
@@ -209,7 +221,8 @@ class Source(Section):
     """Fetch a hub dataset row by row, and none beyond limit, instead of whole."""
 
     def findings(self) -> Iterator[Finding]:
-        roles = ROLES[self.format]
+        yield from self._findings_of_fields()
+        roles = (*ROLES[self.format], *self.fields)
         for role in self.columns:
             if role not in roles:
                 meant = nearest(role, roles)
@@ -224,11 +237,22 @@ class Source(Section):
             )
         if self.format != "grounding" and self.box_form is not None:
             yield Finding(("box_form", "format"), f"format {self.format} has no boxes in pixels", "remove box_form")
-        if self.prompt is not None and self.format not in PLACEHOLDERS:
+        if self.prompt is not None and self.format == "fields":
+            yield Finding(("prompt", "format"), "format fields may have several prompts", "write prompts")
+        elif self.prompt is not None and self.format not in PLACEHOLDERS:
             yield Finding(("prompt", "format"), f"rows of format {self.format} bring their prompts", "remove prompt")
         elif self.prompt is not None and PLACEHOLDERS[self.format] not in self.prompt:
             needed = PLACEHOLDERS[self.format]
             yield Finding(("prompt", "format"), f"there is no {needed} in it to fill in", f"write {needed} in it")
+
+    def _findings_of_fields(self) -> Iterator[Finding]:
+        if self.format == "fields":
+            for key, reason, remedy in problems_of_fields(self.fields, self.reply, self.nested, self.prompts):
+                yield Finding((key,), reason, remedy)
+            return
+        for key in ("fields", "reply", "missing", "nested", "prompts"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                yield Finding((key, "format"), f"is of format fields, not of {self.format}", f"remove {key}")
 
 
 def one_as_list(value: Any) -> Any:
@@ -350,10 +374,19 @@ TaskName = Literal[
     "nocaps",
     "screenspot",
     "multiple_choice",
+    "fields",
     "custom",
 ]
 MetricName = Literal[
-    "anls", "relaxed_accuracy", "vqa_score", "exact_match", "multiple_choice", "grounding", "click", "cider_d"
+    "anls",
+    "relaxed_accuracy",
+    "vqa_score",
+    "exact_match",
+    "multiple_choice",
+    "grounding",
+    "click",
+    "cider_d",
+    "field_f1",
 ]
 
 
@@ -371,7 +404,7 @@ class Evaluate(Section):
     predictions: Annotated[int, Field(ge=0)] = 8
     """Rows whose replies are shown before and after training."""
     max_new_tokens: Count = 64
-    """Most tokens of a reply."""
+    """Most tokens of a reply; where it is not given, task fields takes its own 512."""
     patience: Count | None = None
     """Stop after this many evaluations without a better score (without a task: loss); null trains to the end."""
     limit: Count | None = None
