@@ -3,12 +3,14 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from qwenvl import ImageAccess, QwenVLImageProcessor, load_image
+from qwenvl.images.pdf_pages import DPI
 
 
 class ImageRequest(NamedTuple):
@@ -33,8 +35,13 @@ class VisionCache(Protocol):
 
 
 def image_key(source: Any, access: ImageAccess) -> str:
-    """A key of an image without decoding it: by content for one in memory, else by its path or URL."""
+    """A key of an image without decoding it: by content for one in memory, else by its path or URL; and by its page
+    and, where that is not the usual one, the resolution that pages are drawn in."""
+    if access.dpi != DPI:
+        return f"{image_key(source, replace(access, dpi=DPI))} {access.dpi} dpi"
     if isinstance(source, Mapping):
+        if source.get("page") is not None:
+            return f"{image_key({**source, 'page': None}, access)}#{source['page']}"
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if isinstance(source, str | os.PathLike):
         return f"{access.root}:{os.fspath(source)}"

@@ -13,6 +13,7 @@ from finetune.errors import UserError
 from finetune.replies.replies import reply_text, stop_ids_of, without_adapter
 from finetune.replies.task_replies import Style
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer, load_image
+from qwenvl.images.page_references import find_page
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
 from qwenvl.text.grounding import split_markup
 
@@ -95,7 +96,7 @@ class Conversation:
     waiting: list[ChatImage] = field(default_factory=list)
 
     def add_image(self, path: str | Path) -> ChatImage:
-        """Put an image into the next message.
+        """Put an image, or a page such as `file.pdf#3`, into the next message.
 
         Raises:
             UserError: the model reads text only.
@@ -105,7 +106,7 @@ class Conversation:
             raise UserError("this is a text-only checkpoint: it takes no images")
         path = Path(path).expanduser().absolute()
         image = load_image(path)
-        status = path.stat()
+        status = Path(find_page(str(path), None)[0]).stat()
         version = (status.st_mtime_ns, status.st_size)
         for known in (*self.images, *self.waiting):
             if (known.path, known.version) == (path, version):

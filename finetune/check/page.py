@@ -100,6 +100,7 @@ def _part(name: str, sources: Sequence[Source], samples: Samples, checked: Check
         f"{len(checked.dropped_long):,} samples are too long." if checked.dropped_long else "",
         f"{len(checked.shortened):,} samples are shortened by turns at the front." if checked.shortened else "",
         *(show(f"{note}.") for note in samples.notes),
+        f"{checked.pages_left_out:,} pages beyond data.pages.first are left out." if checked.pages_left_out else "",
     ]
     charts = ""
     if len(checked.kept):

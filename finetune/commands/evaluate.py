@@ -2,13 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.commands.arguments import add_base, add_dtype, add_quantization, add_style, count
 from finetune.errors import UserError
 from finetune.files.output_paths import refuse_unwritable_folder
 
 if TYPE_CHECKING:
+    from finetune.data.pages import Pages
     from finetune.evaluation.tasks import Task
     from finetune.recipe import Recipe
     from finetune.recipe.sections import Annotations, NamedSource
@@ -37,8 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--column", metavar="role=name", action="append", default=[], help="where the data has another name; repeat"
     )
     asked.add_argument("--layout", help="of an annotation export: coco, label_studio, labelme, cvat, via, yolo")
+    asked.add_argument("--fields", metavar="NAMES", help="of task fields: invoice_no,date,total, each a column")
+    asked.add_argument(
+        "--reply", choices=["value", "json"], help="of task fields: a question a field (the default), or all as JSON"
+    )
     asked.add_argument("--box-form", choices=["xyxy", "xywh"], help="of boxes in pixels, where the task does not say")
     asked.add_argument("--images-root", metavar="DIR", help="folder that image paths are relative to and stay in")
+    asked.add_argument(
+        "--pages", type=count, metavar="N", help="a file of up to N pages is shown as so many images; else name a page"
+    )
+    asked.add_argument("--dpi", type=count, help="of the pages of a PDF, as in training; 150 by default")
     asked.add_argument("--limit", type=count, metavar="N", help="only the first N questions")
     asked.add_argument("--sample", type=count, metavar="N", help="N questions drawn by --seed, the same every time")
     asked.add_argument("--seed", type=int, default=0, help="of --sample; 0 by default")
@@ -88,7 +97,10 @@ def run(arguments: argparse.Namespace) -> None:
     if recipe is None:
         given = {key: getattr(arguments, key) for key in ("config", "split", "box_form")}
         annotations = annotations_of(arguments.layout, task.format)
-        source = EvaluationSource(arguments.data, columns=columns_of(arguments), annotations=annotations, **given)
+        columns = columns_of(arguments)
+        source = EvaluationSource(
+            arguments.data, columns=columns, annotations=annotations, **given, **fields_of(arguments)
+        )
         sources = (source,)
     else:
         assert recipe.evaluate is not None, "task_of refuses such a recipe"
@@ -108,6 +120,11 @@ def run(arguments: argparse.Namespace) -> None:
             columns=like.columns,
             box_form=like.box_form,
             annotations=like.annotations,
+            fields=like.fields,
+            reply=like.reply,
+            missing=like.missing,
+            nested=like.nested,
+            prompts=like.prompts,
         )
     optional = {"batch_tokens": arguments.batch_tokens} if arguments.batch_tokens else {}
     evaluate(
@@ -124,13 +141,14 @@ def run(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             style=arguments.style,
             # A recipe's null is the format's own prompt, in its run's scores too.
-            prompt=arguments.prompt or (None if recipe is None else "task"),
+            prompt=prompt_of(arguments, recipe),
             shots=arguments.shots,
             shots_from=shots_from,
             dtype=arguments.dtype,
             quantization=arguments.quantization,
             grounding=bool(recipe and recipe.data.grounding),
             box_edge="error" if recipe is None else recipe.data.box_edge,
+            pages=pages_asked(arguments, recipe),
             on_bad_row=arguments.on_bad_row,
             on_bad_image=arguments.bad_image,
             out=arguments.out,
@@ -139,7 +157,39 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-OF_DATA = ("split", "config", "format", "layout", "column", "box_form")
+def reads_fields(arguments: argparse.Namespace) -> bool:
+    return arguments.task == "fields" or arguments.metric == "field_f1"
+
+
+def fields_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `EvaluationSource` is told of task fields, whose prompt is the source's."""
+    if not reads_fields(arguments):
+        return {}
+    names = tuple(name.strip() for name in (arguments.fields or "").split(",") if name.strip())
+    return {"fields": names, "reply": arguments.reply or "value", "prompts": arguments.prompt}
+
+
+def prompt_of(arguments: argparse.Namespace, recipe: "Recipe | None") -> str | None:
+    if recipe is None and reads_fields(arguments):
+        return None
+    return arguments.prompt or (None if recipe is None else "task")
+
+
+OF_DATA = ("split", "config", "format", "layout", "column", "box_form", "pages", "dpi", "fields", "reply")
+
+
+def pages_asked(arguments: argparse.Namespace, recipe: "Recipe | None") -> "Pages | None":
+    """How files of several pages are read."""
+    from finetune.data.pages import Pages
+    from finetune.data.reading import pages_of
+    from qwenvl.images.pdf_pages import DPI
+
+    if recipe is not None:
+        return pages_of(recipe)
+    if arguments.pages is None and arguments.dpi is None:
+        return None
+    # A single page is what is read without --pages; one with more is refused.
+    return Pages(arguments.dpi or DPI, arguments.pages or 1)
 
 
 def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
@@ -164,6 +214,11 @@ def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
         raise UserError("--layout says where everything is: take out --column and --box-form")
     if (arguments.task == "custom") != (arguments.metric is not None):
         raise UserError("--metric is for --task custom, and task custom needs it")
+    for name in ("fields", "reply"):
+        if getattr(arguments, name) is not None and not reads_fields(arguments):
+            raise UserError(f"--{name} is for --task fields")
+    if reads_fields(arguments) and not arguments.fields:
+        raise UserError("--task fields needs --fields invoice_no,date,total: the columns of the documents' fields")
     if arguments.format is not None and arguments.task != "custom":
         raise UserError(f"--format is for --task custom: task {arguments.task} has its own")
 
@@ -189,7 +244,8 @@ def task_of(arguments: argparse.Namespace) -> "tuple[Task, Recipe | None]":
             )
         task = task_of_section(recipe.evaluate)
     elif arguments.task == "custom":
-        task = custom_task(arguments.metric, format=arguments.format or "vqa")
+        usual = "fields" if reads_fields(arguments) else "vqa"
+        task = custom_task(arguments.metric, format=arguments.format or usual)
     else:
         task = find_task(arguments.task)
     if arguments.max_new_tokens is None:

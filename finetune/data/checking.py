@@ -73,6 +73,7 @@ class Checked:
             one is all that is asked of them.
         redraws: each epoch draws its own samples by the weights. False draws once: for evaluation, and for a run that
             began when all epochs had the same draw.
+        pages_left_out: pages of files that are not trained on, as `data.pages` says, over the kept samples.
     """
 
     kept: np.ndarray
@@ -87,6 +88,7 @@ class Checked:
     shortened: list[Shortened]
     systems: tuple[str | None, ...] = ()
     redraws: bool = True
+    pages_left_out: int = 0
 
     @property
     def system(self) -> str | None:
@@ -255,6 +257,7 @@ class _Found:
     refused: int = 0
     dropped_long: list[TooLong] = field(default_factory=list)
     shortened: list[Shortened] = field(default_factory=list)
+    pages_left_out: int = 0
 
     def refuse(self, problem: BadRow) -> None:
         self.refused += 1
@@ -275,6 +278,7 @@ class _Found:
         for problem in later.problems:
             self.refuse(problem)
         self.refused += later.refused - len(later.problems)
+        self.pages_left_out += later.pages_left_out
 
     def checked(self, samples: Samples) -> Checked:
         kept = np.array(self.kept, np.int64)
@@ -291,6 +295,7 @@ class _Found:
             dropped_long=self.dropped_long,
             shortened=self.shortened,
             systems=tuple(self.systems),
+            pages_left_out=self.pages_left_out,
         )
 
 
@@ -315,6 +320,7 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
         found.lengths.append(len(rendered.ids))
         found.images.append(len(rendered.images))
         found.supervised.append(rendered.supervised)
+        found.pages_left_out += sample.pages_left_out
         found.keep_system(system_message(sample.messages))
         if fitted.turns_dropped:
             found.shortened.append(Shortened(sample.origin, fitted.turns_dropped))

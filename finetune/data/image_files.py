@@ -4,13 +4,13 @@ Training opens images with `qwenvl.load_image`, which alone decides what may be 
 here to find a bad reference before training, at the cost of looking at the file's entry.
 """
 
-import base64
 import io
 import os
 import re
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,12 +18,18 @@ from PIL import ExifTags, Image
 
 from finetune.data.sample import Sample
 from finetune.errors import Interrupted, UserError
+from qwenvl.images import image_decoding, pdf_pages
 from qwenvl.images.image_urls import UrlError, fetch
-from qwenvl.images.images import ImageAccess, load_image
+from qwenvl.images.images import ImageAccess, ImageError, data_uri_bytes, load_image
+from qwenvl.images.page_references import choose_page, find_page, split_page
+from qwenvl.images.unusable_image import UnusableImage
 
 # Only formats whose header Pillow reads in this process, and that `load_image` decodes.
 _HEADER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+# Files that usually have several pages or frames: these are counted where a path is checked. A PNG or WebP that is an
+# animation is found when it is decoded.
+_OFTEN_SEVERAL = (".pdf", ".tif", ".tiff", ".gif")
 _URL = re.compile("https?:", re.IGNORECASE)
 _DATA_URI = re.compile("data:", re.IGNORECASE)
 
@@ -41,8 +47,8 @@ def absolute(source: Any, root: Path) -> Any:
 def check_image(source: Any, access: ImageAccess) -> None:
     """Check that an image may be read, as far as that is known before it is opened.
 
-    A path must lead to a regular file within the root after links are followed. Bytes, data URIs and allowed URLs are
-    not checked further.
+    A path must lead to a regular file within the root after links are followed, and of a PDF, TIFF or GIF name one
+    page where there are several. Bytes, data URIs and allowed URLs are not checked further.
 
     Raises:
         UserError: why not.
@@ -57,7 +63,57 @@ def check_image(source: Any, access: ImageAccess) -> None:
         if not access.allow_urls:
             raise UserError(f"{_shown(source)} is a URL; download it, or allow URLs (data.allow_urls)")
         return
-    _find(source, access)
+    target, page, info = _find(source, access)
+    if page is not None or target.lower().endswith(_OFTEN_SEVERAL):
+        try:
+            choose_page(page, _pages_of_file(target, info.st_size, info.st_mtime_ns, access.max_pixels))
+        except UnusableImage as error:
+            raise UserError(f"{_shown(source)}: {error}") from None
+
+
+def named_page(source: Any, access: ImageAccess) -> int | None:
+    """The page that an image source names, from 1; None where it names none.
+
+    Raises:
+        UserError: it may name a file or a page of another one.
+    """
+    if isinstance(source, Mapping):
+        return source.get("page")
+    if not isinstance(source, str) or "#" not in source or _DATA_URI.match(source):
+        return None
+    if _URL.match(source):
+        return split_page(source)[1]
+    try:
+        return find_page(source, access.root)[1]
+    except UnusableImage as error:
+        raise UserError(f"{_shown(source)}: {error}") from None
+
+
+def count_pages(source: Any, access: ImageAccess) -> int:
+    """The number of pages or frames of an image, by the structure of its file; 1 for a URL, which is not opened.
+
+    Raises:
+        UserError: the file cannot be read, or it is an encrypted or damaged PDF.
+    """
+    if isinstance(source, str) and _URL.match(source):
+        check_image(source, access)
+        return 1
+    try:
+        if isinstance(source, bytes | Mapping) or _DATA_URI.match(source):
+            data = read_encoded(source, access) if isinstance(source, str) else _bytes_of(source)
+            return image_decoding.count_pages(io.BytesIO(data), access.max_pixels)
+        target, _, info = _find(source, access)
+        return _pages_of_file(target, info.st_size, info.st_mtime_ns, access.max_pixels)
+    except UnusableImage as error:
+        named = f"{_shown(source)}: " if isinstance(source, str) else ""
+        raise UserError(f"{named}{error}") from None
+
+
+@lru_cache(maxsize=4096)
+def _pages_of_file(target: str, size: int, changed: int, max_pixels: int) -> int:
+    """The pages of a file; `size` and `changed` tell its versions apart."""
+    with open(target, "rb", opener=_open_regular) as file:
+        return image_decoding.count_pages(file, max_pixels)
 
 
 def image_paths(sample: Sample) -> Iterator[str]:
@@ -70,11 +126,13 @@ def image_paths(sample: Sample) -> Iterator[str]:
 
 
 def file_size(path: str) -> int:
-    """Bytes of a file; -1 where it cannot be looked at."""
-    try:
-        return Path(path).stat().st_size
-    except (OSError, ValueError):
-        return -1
+    """Bytes of a file, which may be named with a page; -1 where it cannot be looked at."""
+    for file in dict.fromkeys((path, split_page(path)[0])):
+        try:
+            return Path(file).stat().st_size
+        except (OSError, ValueError):
+            continue
+    return -1
 
 
 def upright_size(source: Any, access: ImageAccess) -> tuple[int, int]:
@@ -97,19 +155,22 @@ def upright_size(source: Any, access: ImageAccess) -> tuple[int, int]:
 
 
 def read_encoded(source: Any, access: ImageAccess) -> bytes:
-    """The encoded bytes of an image, as they are stored.
+    """The encoded bytes of an image, as they are stored; of a page, and of a PDF, a PNG with the same pixels.
 
     Raises:
         UserError, ImageError: they cannot be read.
     """
+    page = named_page(source, access)
     if isinstance(source, str) and _DATA_URI.match(source):
-        load_image(source, access=access)  # raises where it is not a well-formed data URI
-        return base64.b64decode(source.partition(",")[2], validate=True)
-    if isinstance(source, str) and _URL.match(source):
+        try:
+            data = data_uri_bytes(source, access)
+        except UnusableImage as error:
+            raise ImageError(f"data URI of {len(source)} bytes", error.reason, error.remedy) from error
+    elif isinstance(source, str) and _URL.match(source):
         check_image(source, access)
         try:
-            return fetch(
-                source,
+            data = fetch(
+                split_page(source)[0],
                 max_bytes=access.max_bytes,
                 timeout=access.url_timeout,
                 max_redirects=access.max_redirects,
@@ -117,19 +178,30 @@ def read_encoded(source: Any, access: ImageAccess) -> bytes:
             )
         except UrlError as error:
             raise UserError(f"{error.reason}; {error.remedy}") from error
-    try:
-        with _open(source, access) as file:
-            data = file.read(access.max_bytes + 1)
-    except OSError as error:
-        raise UserError(f"{_shown(str(source))} cannot be read ({error.strerror})") from error
+    else:
+        try:
+            with _open(source, access) as file:
+                data = file.read(access.max_bytes + 1)
+        except OSError as error:
+            raise UserError(f"{_shown(str(source))} cannot be read ({error.strerror})") from error
     if len(data) > access.max_bytes:
         raise UserError(f"it is longer than the {access.max_bytes:,} bytes allowed")
-    return data
+    if page is None and not pdf_pages.SIGNATURE.match(data):
+        return data
+    png = io.BytesIO()
+    load_image(data, access=access, page=page).save(png, "PNG")
+    return png.getvalue()
+
+
+def _bytes_of(source: bytes | Mapping[str, Any]) -> bytes:
+    return source if isinstance(source, bytes) else source["bytes"]
 
 
 def _header_size(source: Any, access: ImageAccess) -> tuple[int, int] | None:
     """The size by the file's header alone; None where it does not say it."""
     if isinstance(source, str) and _is_url(source):
+        return None
+    if named_page(source, access) is not None:
         return None
     with _open(source, access) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is the limit here
@@ -142,16 +214,17 @@ def _header_size(source: Any, access: ImageAccess) -> tuple[int, int] | None:
 
 
 def _open(source: Any, access: ImageAccess) -> BinaryIO:
-    if isinstance(source, Mapping):
-        source = source["bytes"]
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
-    return open(_find(source, access), "rb", opener=lambda path, mode: os.open(path, mode | flags))
+    if isinstance(source, bytes | Mapping):
+        return io.BytesIO(_bytes_of(source))
+    return open(_find(source, access)[0], "rb", opener=_open_regular)
 
 
-def _find(path: str, access: ImageAccess) -> str:
-    """The regular file that a path leads to after links are followed.
+def _open_regular(path: str, mode: int) -> int:
+    return os.open(path, mode | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+
+
+def _find(path: str, access: ImageAccess) -> tuple[str, int | None, os.stat_result]:
+    """The regular file that a path leads to after links are followed, the page it names or None, and its entry.
 
     Raises:
         UserError: there is none, or it may not be reached.
@@ -162,11 +235,16 @@ def _find(path: str, access: ImageAccess) -> str:
     if path.startswith(("//", "\\\\")):
         raise UserError(f"{shown} is a network path; mount the share and give a path on this machine")
     root = os.path.realpath(access.root or "")
+    page = None
     try:
+        if "#" in path:
+            path, page = find_page(path, root)
         target = os.path.realpath(os.path.join(root, path), strict=True)  # noqa: PTH118
         info = os.lstat(target)
+    except UnusableImage as error:
+        raise UserError(f"{shown}: {error}") from None
     except FileNotFoundError:
-        raise UserError(f"there is no file {shown}") from None
+        raise UserError(f"there is no file {shown if page is None else _shown(path)}") from None
     except OSError as error:
         raise UserError(f"{shown} cannot be reached ({error.strerror})") from error
     except ValueError:  # half a surrogate pair, or a null character
@@ -179,7 +257,7 @@ def _find(path: str, access: ImageAccess) -> str:
         raise UserError(f"{shown} is empty")
     if info.st_size > access.max_bytes:
         raise UserError(f"{shown} has {info.st_size:,} bytes, more than the {access.max_bytes:,} allowed")
-    return target
+    return target, page, info
 
 
 def _is_url(source: str) -> bool:

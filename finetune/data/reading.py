@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.checking import Checked, Rules, look_at, refusal
+from finetune.data.pages import Pages
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.errors import InputError
@@ -42,6 +43,12 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
         data.on_bad_row,
         data.box_edge,
     )
+
+
+def pages_of(recipe: Recipe) -> Pages | None:
+    """How a recipe reads files of several pages."""
+    given = recipe.data.pages
+    return None if given is None else Pages(given.dpi, given.first, given.on_more)
 
 
 def read_checked(
@@ -97,10 +104,10 @@ def look_at_data(
 def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], Samples | None, list[InputError]]:
     """The sources that can be opened, their samples, and why the others cannot."""
     root = None if recipe.data.images_root is None else Path(recipe.data.images_root)
-    access = ImageAccess(root=root, allow_urls=recipe.data.allow_urls)
+    access, pages = ImageAccess(root=root, allow_urls=recipe.data.allow_urls), pages_of(recipe)
     no_object = recipe.data.no_object
     try:
-        return sources, Samples(sources, images_root=root, access=access, no_object=no_object), []
+        return sources, Samples(sources, images_root=root, access=access, no_object=no_object, pages=pages), []
     except InputError as error:
         if len(sources) == 1:
             return [], None, [error]
@@ -108,8 +115,10 @@ def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], 
     errors: list[InputError] = []
     for source in sources:
         try:
-            Samples([source], images_root=root, access=access, no_object=no_object)
+            Samples([source], images_root=root, access=access, no_object=no_object, pages=pages)
             opened.append(source)
         except InputError as error:
             errors.append(error)
-    return opened, Samples(opened, images_root=root, access=access, no_object=no_object) if opened else None, errors
+    if not opened:
+        return opened, None, errors
+    return opened, Samples(opened, images_root=root, access=access, no_object=no_object, pages=pages), errors

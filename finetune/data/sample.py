@@ -37,11 +37,13 @@ class Sample:
             a URL, encoded bytes, or {"bytes", "path"}.
         origin: the row it was made from.
         access: what its image references may reach: the source's own folder, unless the recipe says another.
+        pages_left_out: pages of its files that are not among its images, as `data.pages` says.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     origin: Origin
     access: ImageAccess = field(default_factory=ImageAccess)
+    pages_left_out: int = 0
 
 
 class BadField(UserError):

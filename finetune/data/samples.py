@@ -5,18 +5,20 @@ import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from finetune.data.annotated_boxes import in_pixels
+from finetune.data.formats.document_fields import WantedFields
 from finetune.data.formats.grounding import NO_OBJECT
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.image_files import absolute, file_size, image_paths, upright_size
-from finetune.data.sample import BadField, BadRow, DataError, Sample
+from finetune.data.pages import Pages
+from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import RowSource, open_rows
+from finetune.data.sources.sources import FieldsSource, RowSource, open_rows
 from qwenvl.images.images import ImageAccess
 
 _LOOKED_AT = 1000
@@ -36,6 +38,7 @@ class Samples:
             source's own file.
         access: everything else that images may reach, no URLs by default; its own root counts as `images_root`.
         no_object: the reply of rows of format `grounding` that have no box.
+        pages: how files of several pages become several images; None refuses them unless a page is named.
 
     Attributes:
         ranges: for each source the indices of its samples.
@@ -53,10 +56,12 @@ class Samples:
         images_root: str | Path | None = None,
         access: ImageAccess | None = None,
         no_object: str = NO_OBJECT,
+        pages: Pages | None = None,
     ):
         access = ImageAccess() if access is None else access
+        access = access if pages is None else replace(access, dpi=pages.dpi)
         root = images_root if images_root is not None else access.root
-        self._parts = [_Part.read(source, root, access, no_object) for source in sources]
+        self._parts = [_Part.read(source, root, access, no_object, pages) for source in sources]
         ends = list(accumulate(len(part) for part in self._parts))
         self.ranges = [range(end - len(part), end) for end, part in zip(ends, self._parts, strict=True)]
         self.weights = [1.0 if source.weight is None else float(source.weight) for source in sources]
@@ -118,6 +123,15 @@ class Samples:
         return sizes
 
 
+def wanted_fields(source: FieldsSource) -> WantedFields:
+    """What a source of format `fields` asks for.
+
+    Raises:
+        DataError: no fields, unknown ones, or prompts that do not fit.
+    """
+    return WantedFields(tuple(source.fields), source.reply, source.missing, tuple(source.nested), source.prompts)
+
+
 @dataclass(frozen=True)
 class _Part:
     """The samples of one source.
@@ -129,6 +143,7 @@ class _Part:
         access: what their images may reach, below `root`.
         count: rows to use.
         ends: for each row the number of samples up to and with it; None where every row is one sample.
+        pages: see `Samples`.
     """
 
     rows: Rows
@@ -137,11 +152,17 @@ class _Part:
     access: ImageAccess
     count: int
     ends: "array[int] | None"
+    pages: Pages | None = None
 
     @classmethod
-    def read(cls, source: RowSource, root: str | Path | None, access: ImageAccess, no_object: str) -> "_Part":
+    def read(
+        cls, source: RowSource, root: str | Path | None, access: ImageAccess, no_object: str, pages: Pages | None
+    ) -> "_Part":
         try:
-            row_format = RowFormat(source.format, source.columns or {}, source.prompt, source.box_form, no_object)
+            wanted = wanted_fields(source) if source.format == "fields" else None
+            row_format = RowFormat(
+                source.format, source.columns or {}, source.prompt, source.box_form, no_object, wanted
+            )
         except DataError as error:
             raise DataError(f"{source.path}: {error}") from None
         rows = open_rows(source, row_format.name, root)
@@ -149,13 +170,13 @@ class _Part:
         if count < 1:
             raise DataError(f"{source.path}: holds no rows" if not len(rows) else f"{source.path}: limit is below 1")
         ends = None
-        if row_format.counted_column is not None:
+        if row_format.counts_rows:
             counts = (1 if isinstance(row, BadRow) else row_format.count(row) for row in rows.scan(0, count))
             ends = array("q", accumulate(counts))
             if ends[-1] == count:
                 ends = None
         folder = Path(rows.folder if root is None else root).absolute()
-        return cls(rows, row_format, folder, replace(access, root=folder), count, ends)
+        return cls(rows, row_format, folder, replace(access, root=folder), count, ends, pages)
 
     def __len__(self) -> int:
         return self.count if self.ends is None else self.ends[-1]
@@ -184,7 +205,10 @@ class _Part:
         row_format = self.row_format
         # Data that was known before there was a choice stays the same.
         replies = {} if row_format.no_object == NO_OBJECT else {"no_object": row_format.no_object}
+        pages = {} if self.pages is None else {"pages": asdict(self.pages)}
         return {
+            **pages,
+            **({} if row_format.wanted is None else {"fields": asdict(row_format.wanted)}),
             "rows": self.rows.fingerprint(),
             "used": self.count,
             "format": row_format.name,
@@ -205,8 +229,8 @@ class _Part:
         return 1 if self.ends is None else self.ends[row] - (self.ends[row - 1] if row else 0)
 
     def _scan_rows(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
-        # Placeholders have no image size: where sizes are read, whole rows are read.
-        whole = self.row_format.reads_image_size
+        # Placeholders have no image size and no pages: where these are read, whole rows are read.
+        whole = self.row_format.reads_image_size or self.pages is not None
         return Rows.scan(self.rows, start, stop) if whole else self.rows.scan(start, stop)
 
     def _try_convert(self, given: Mapping[str, Any] | BadRow, row: int) -> list[Sample] | BadRow:
@@ -221,13 +245,17 @@ class _Part:
         origin = self.rows.origin(row)
         try:
             given, image_size = in_pixels(given, self._image_size)
-            conversations = self.row_format.conversations(given, image_size)
+            conversations = self.row_format.conversations(given, image_size, row)
+            return [self._sample(conversation, origin) for conversation in conversations]
         except BadField as error:
             raise BadRow(origin, error.field, error.reason) from None
-        return [
-            Sample(tuple(self._with_absolute_paths(message) for message in conversation), origin, self.access)
-            for conversation in conversations
-        ]
+
+    def _sample(self, conversation: Sequence[Mapping[str, Any]], origin: Origin) -> Sample:
+        messages = tuple(self._with_absolute_paths(message) for message in conversation)
+        if self.pages is None:
+            return Sample(messages, origin, self.access)
+        expanded = self.pages.expand(messages, self.access)
+        return Sample(expanded.messages, origin, self.access, expanded.left_out)
 
     def _image_size(self, source: Any) -> tuple[int, int]:
         return upright_size(absolute(source, self.root), self.access)

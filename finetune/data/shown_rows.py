@@ -46,6 +46,8 @@ def document_of(images: Sequence[Any]) -> Hashable | None:
 
 def _image_key(source: Any) -> Hashable:
     if isinstance(source, Mapping):
+        if source.get("page") is not None:
+            return source["page"], _image_key({**source, "page": None})
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     return hashlib.sha256(source).digest() if isinstance(source, bytes) else str(source)
 

@@ -35,6 +35,8 @@ def describe_data(checked: Checked) -> str:
     if checked.shortened:
         turns = sum(sample.turns_dropped for sample in checked.shortened)
         text += f"; shortened: {len(checked.shortened):,}, by {turns:,} turns at the front"
+    if checked.pages_left_out:
+        text += f"; {checked.pages_left_out:,} pages beyond data.pages.first left out"
     return text
 
 
@@ -59,6 +61,7 @@ def count_rows(checked: Checked) -> dict[str, int]:
         "bad": len(checked.problems),
         "shortened": len(checked.shortened),
         "turns_dropped": sum(sample.turns_dropped for sample in checked.shortened),
+        **({"pages_left_out": checked.pages_left_out} if checked.pages_left_out else {}),
     }
 
 

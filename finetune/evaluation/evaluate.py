@@ -138,6 +138,7 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
                 on_bad_row=evaluation.on_bad_row,
                 # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",
+                pages=evaluation.pages,
             )
             for source in evaluation.sources
         ]
@@ -317,6 +318,8 @@ def describe(
     """
     notes = [note for one in replies for note in one.notes]
     notes += evaluation.task.notes(questions)
+    if questions.pages_left_out:
+        notes.append(f"{questions.pages_left_out:,} pages beyond data.pages.first are not shown to the model")
     return {
         "model": evaluation.model,
         "task": evaluation.task.name,
@@ -359,7 +362,7 @@ def score_summary(
     ours, *others = scores
     found = ours.summary()
     if others:
-        difference = compare_scored(evaluation.task, records[0], ours, others[0])
+        difference = compare_scored(evaluation.task, records[0], ours, others[0], records[1])
         found["compared"] = {
             "model": evaluation.compare,
             **others[0].summary(),

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.batches.budget import REPLY_BATCH_TOKENS
+from finetune.data.pages import Pages
 from finetune.evaluation.task import Task
+from finetune.recipe.document_fields import Prompts
 from finetune.recipe.sections import Annotations, NamedSource
 from finetune.replies.task_replies import Style
 
@@ -30,6 +32,11 @@ class EvaluationSource:
     streaming: bool = False
     name: str | None = None
     annotations: Annotations | None = None
+    fields: tuple[str, ...] = ()
+    reply: Literal["value", "json"] = "value"
+    missing: Literal["write_null", "leave_out"] | None = None
+    nested: tuple[str, ...] = ()
+    prompts: Prompts | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Evaluation:
         quantization: "nf4" or "none" for both models; None is each model's own, as it was trained.
         batch_tokens: see `replies.Decoding`.
         grounding, box_edge: read markup in all texts as tokens, and coordinates of 1000, see `Questions`.
+        pages: how files of several pages become several images; None refuses them unless a page is named.
         on_bad_row: what happens to a row that cannot be asked.
         on_bad_image: what happens to an image that is missing or damaged; "wrong" counts its questions as wrong.
         out: where results go; None is `runs/evaluations/MODEL-TASK`, or in a run's own folder.
@@ -78,6 +86,7 @@ class Evaluation:
     batch_tokens: int = REPLY_BATCH_TOKENS
     grounding: bool = False
     box_edge: Literal["error", "clamp"] = "error"
+    pages: Pages | None = None
     on_bad_row: Literal["error", "skip"] = "error"
     on_bad_image: Literal["refuse", "wrong"] = "refuse"
     out: Path | None = None

@@ -54,6 +54,7 @@ def write_evaluation_page(
         _headline(results),
         _notes(results),
         _sources(results),
+        _fields(results),
         _groups(results),
         _detection(results),
         _changed(questions, records, compared) if compared and "score" in results else "",
@@ -167,6 +168,29 @@ def _detection(results: Mapping[str, Any]) -> str:
     return (
         f'<h2>Boxes</h2>\n<div class="panel">{table(rows, head=head, numeric=range(1, len(head)))}'
         f"<p>{show(' '.join(said))}</p></div>"
+    )
+
+
+def _fields(results: Mapping[str, Any]) -> str:
+    """A line for each field; empty where the task reads none."""
+    fields = results.get("fields")
+    if fields is None:
+        return ""
+    theirs = (results.get("compared") or {}).get("fields", {}).get("by_field", {})
+    head = ["field", "documents", "exact", "anls"] + (["compared exact", "compared anls"] if theirs else [])
+    rows = []
+    for name, one in fields["by_field"].items():
+        row = [name, f"{one['documents']:,}", format_loss(one["exact"]), format_loss(one["anls"])]
+        if theirs:
+            row += [format_loss(theirs[name]["exact"]), format_loss(theirs[name]["anls"])]
+        rows.append(row)
+    said = f"Over all fields: precision {format_loss(fields['precision'])}, recall {format_loss(fields['recall'])}."
+    if found := fields.get("json"):
+        accuracy = "none" if found["tree_accuracy"] is None else format_loss(found["tree_accuracy"])
+        said += f" Tree edit accuracy of the JSON: {accuracy}; {found['broken']:,} replies hold no JSON object."
+    return (
+        f'<h2>Fields</h2>\n<div class="panel">{table(rows, head=head, numeric=range(1, len(head)))}'
+        f"<p>{show(said)}</p></div>"
     )
 
 

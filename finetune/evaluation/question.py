@@ -11,6 +11,7 @@ from finetune.data.sample import Origin
 from finetune.errors import UserError
 from finetune.metrics.choices import LETTERS
 from finetune.metrics.detection import GoldBoxes
+from finetune.metrics.document_fields import FieldsAsked
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess, QwenVLTokenizer
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
@@ -37,6 +38,7 @@ class Question:
         options: of multiple choice.
         shots: solved examples that are shown before it.
         source: the name of its source, where an evaluation has several.
+        fields: of a document, that are asked for; None where no fields are.
         by_likelihood: the reply is the likeliest of the options' letters.
     """
 
@@ -56,6 +58,7 @@ class Question:
     source: str | None = None
     by_likelihood: bool = False
     objects: GoldBoxes | None = None
+    fields: FieldsAsked | None = None
 
     def render(self, tokenizer: QwenVLTokenizer, n_queries: int = 256) -> Rendered:
         """The prompt: a chat that waits for a reply, or raw text for a base model to continue.
@@ -87,12 +90,7 @@ class Question:
         return tuple(own[0] for own in ids)
 
     def _filled(self) -> list[Message]:
-        sources = iter(self.images)
-
-        def filled(part: dict[str, Any]) -> dict[str, Any]:
-            return {**part, "image": next(sources)} if part["type"] == "image" else part
-
-        return [{**message, "content": [filled(part) for part in message["content"]]} for message in self.messages]
+        return fill_images(self.messages, self.images)
 
     def _solved(self, access: ImageAccess) -> list[dict[str, Any]]:
         """The question's parts with its answer, for a prompt whose images are opened with `access`."""
@@ -109,3 +107,13 @@ class Question:
         else:  # the most frequent answer, the first one of equals, as in training
             text = f"{last['text']} {Counter(self.answers).most_common(1)[0][0]}"
         return [*parts, {**last, "text": text}]
+
+
+def fill_images(messages: Sequence[Message], images: Sequence[Any]) -> list[Message]:
+    """The messages, in parts, with the images in their places in order."""
+    sources = iter(images)
+
+    def filled(part: dict[str, Any]) -> dict[str, Any]:
+        return {**part, "image": next(sources)} if part["type"] == "image" else part
+
+    return [{**message, "content": [filled(part) for part in message["content"]]} for message in messages]

@@ -11,24 +11,27 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
 from finetune.data.annotated_boxes import in_pixels
+from finetune.data.formats.document_fields import WantedFields
 from finetune.data.formats.grounding import LATER_COLUMNS
-from finetune.data.formats.names import CONVERSATIONS
+from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.data.formats.row_format import COLUMNS, RowFormat
 from finetune.data.image_files import absolute, check_image, upright_size
+from finetune.data.pages import Pages
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
+from finetune.data.samples import wanted_fields
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import Location, open_rows
+from finetune.data.sources.sources import FieldsSource, Location, open_rows
 from finetune.errors import InputError, UserError
-from finetune.evaluation.question import Question
+from finetune.evaluation.question import Question, fill_images
 from finetune.evaluation.solved_examples import SolvedExamples
 from finetune.evaluation.task import Task
-from finetune.evaluation.task_rows import Asked, RowReader
+from finetune.evaluation.task_rows import Asked, RowReader, without_sources
 from finetune.evaluation.tasks import check_prompt
 from finetune.recipe.problems import nearest
 from finetune.replies.task_replies import Style
@@ -40,7 +43,7 @@ __all__ = ["Question", "Questions"]
 _MORE_ROLES = ("id", "group", "options", "hint", "document")
 
 
-class QuestionSource(Location, Protocol):
+class QuestionSource(Location, FieldsSource, Protocol):
     """A source of questions: where its rows are, and how they are read. A `format` of None is the task's."""
 
     @property
@@ -87,6 +90,8 @@ class Questions(Sequence[Question]):
         grounding, box_edge: read markup in all texts as tokens, and coordinates of 1000, as these keys of a recipe's
             `data` do.
         on_bad_row: "error" reports all bad rows together; "skip" leaves them out and lists them.
+        pages: how files of several pages become several images; None refuses them unless a page is named. Where
+            boxes are asked for, a page is named in any case.
         look_for_images: treat a row whose image file is missing as a bad row; False leaves that to the reader of the
             image.
 
@@ -99,6 +104,7 @@ class Questions(Sequence[Question]):
         ids: unique ids of the questions.
         answered: whether there are gold answers to score with; False where all are hidden.
         problems: the problems of the rows that were left out.
+        pages_left_out: pages of files that are not shown, as `pages` says, over all questions.
 
     Raises:
         MissingFileError: the source's file does not exist.
@@ -123,12 +129,15 @@ class Questions(Sequence[Question]):
         box_edge: Literal["error", "clamp"] = "error",
         on_bad_row: Literal["error", "skip"] = "error",
         look_for_images: bool = True,
+        pages: Pages | None = None,
     ):
         if shots and style == "chat":
             raise UserError("solved examples are for base models: set shots to 0, or style to base")
         self.task, self.style = task, style
         self._look_for_images = look_for_images
-        self.name, self.columns = str(source.path), _columns(source, task)
+        self._pages = None if task.is_grounding else pages
+        wanted = _wanted(source) if task.format == FIELDS else None
+        self.name, self.columns = str(source.path), _columns(source, task, wanted)
         if source.prompt is not None:
             check_prompt(task, source.prompt)
         self.prompt = source.prompt or prompt or task.prompt(style)
@@ -139,7 +148,7 @@ class Questions(Sequence[Question]):
         if self._count < 1:
             raise DataError(f"{source.path}: {'limit is below 1' if len(self._rows) else 'holds no rows'}")
         self._root = Path(self._rows.folder if root is None else root).absolute()
-        self.access = replace(access, root=self._root)
+        self.access = replace(access, root=self._root, dpi=access.dpi if pages is None else pages.dpi)
         self._reader = RowReader(
             task=task,
             columns=self.columns,
@@ -150,6 +159,7 @@ class Questions(Sequence[Question]):
             box_edge=box_edge,
             image_size=self._image_size,
             system=system,
+            wanted=wanted,
         )
         self._read_all(on_bad_row)
         self._shots, self._examples = shots, self
@@ -164,6 +174,7 @@ class Questions(Sequence[Question]):
                 grounding=grounding,
                 box_edge=box_edge,
                 on_bad_row=on_bad_row,
+                pages=pages,
             )
         self._solved = SolvedExamples(self, self._examples, shots) if shots else None
 
@@ -191,8 +202,8 @@ class Questions(Sequence[Question]):
     def plain(self, index: int) -> Question:
         """The question with this number, without solved examples; errors as for `[]`."""
         row, item = self._row_of[index], self._item_of[index]
-        # A scan leaves image bytes on disk; grounding reads the image's size from them.
-        given = self._rows[row] if self.task.is_grounding else next(iter(self._rows.scan(row, row + 1)))
+        # A scan leaves image bytes on disk.
+        given = self._rows[row] if self._reads_images else next(iter(self._rows.scan(row, row + 1)))
         if isinstance(given, BadRow):
             raise given
         asked = self._item(given, row, item)
@@ -211,6 +222,7 @@ class Questions(Sequence[Question]):
             options=asked.options,
             by_likelihood=self.task.by_likelihood,
             objects=asked.objects,
+            fields=asked.fields,
         )
 
     @property
@@ -221,7 +233,7 @@ class Questions(Sequence[Question]):
     def fingerprint(self) -> str:
         """Hexadecimal digest of the rows, how they are read, the prompt and the solved examples."""
         reader = self._reader
-        asked = {
+        asked: dict[str, Any] = {
             "rows": self._rows.fingerprint(),
             "used": self._count,
             "task": [self.task.name, self.task.metric, self.task.format],
@@ -233,7 +245,16 @@ class Questions(Sequence[Question]):
                 "other documents" if self._shots else "",
             ],
         }
+        if reader.wanted is not None:
+            asked["fields"] = asdict(reader.wanted)
+        if self._pages is not None:
+            asked["pages"] = asdict(self._pages)
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    @property
+    def _reads_images(self) -> bool:
+        """Whether the images of a row are looked at for its questions: for their sizes, or their pages."""
+        return self.task.is_grounding or self._pages is not None
 
     # ---- all rows, once
 
@@ -244,8 +265,9 @@ class Questions(Sequence[Question]):
         bad: dict[int, BadRow] = {}
         hidden: dict[int, BadRow] = {}
         taken: set[str] = set()
-        # A scan may replace image bytes by placeholders, from which no size can be read.
-        scan = Rows.scan if self.task.is_grounding else type(self._rows).scan
+        self.pages_left_out = 0
+        # A scan may replace image bytes by placeholders, from which neither size nor pages can be read.
+        scan = Rows.scan if self._reads_images else type(self._rows).scan
         with RowProgress("reading questions", self._count) as progress:
             for row, given in enumerate(scan(self._rows, 0, self._count)):
                 progress.add(1)
@@ -262,6 +284,7 @@ class Questions(Sequence[Question]):
                 except BadField as error:
                     bad[row] = BadRow(origin, error.field, error.reason)
                     continue
+                self.pages_left_out += sum(question.pages_left_out for question in asked)
                 if any(not question.answers for question in asked):
                     hidden[row] = BadRow(origin, "answers", "are hidden")
                 for item in range(len(asked)):
@@ -326,7 +349,7 @@ class Questions(Sequence[Question]):
         Images inside the data may be placeholders, see `Rows.scan`.
         """
         asked = set(self._row_of)
-        scan = Rows.scan if self.task.is_grounding else type(self._rows).scan
+        scan = Rows.scan if self._reads_images else type(self._rows).scan
         for row, given in enumerate(scan(self._rows, 0, self._count)):
             if row in asked and not isinstance(given, BadRow):
                 sources = self._asked(given, row)[0].sources
@@ -350,19 +373,35 @@ class Questions(Sequence[Question]):
         try:
             self._reader.group(given)
             given, _ = in_pixels(given, self._image_size)
-            return self._reader.questions(given)
+            asked = self._reader.questions(given)
+            return asked if self._pages is None else [self._with_pages(one, self._pages) for one in asked]
         except BadField as error:
             raise BadRow(self._rows.origin(row), error.field, error.reason) from None
+
+    def _with_pages(self, asked: Asked, pages: Pages) -> Asked:
+        """A question whose files of several pages are several images; its sources are absolute."""
+        filled = fill_images(asked.messages, [absolute(source, self._root) for source in asked.sources])
+        expanded = pages.expand(filled, self.access)
+        sources: list[Any] = []
+        messages = tuple(without_sources(message, sources) for message in expanded.messages)
+        return replace(asked, messages=messages, sources=tuple(sources), pages_left_out=expanded.left_out)
 
     def _image_size(self, source: Any) -> tuple[int, int]:
         return upright_size(absolute(source, self._root), self.access)
 
 
-def _columns(source: QuestionSource, task: Task) -> dict[str, str]:
+def _wanted(source: QuestionSource) -> WantedFields:
+    try:
+        return wanted_fields(source)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from None
+
+
+def _columns(source: QuestionSource, task: Task, wanted: WantedFields | None = None) -> dict[str, str]:
     """Role -> column: the source's name for it, else the task's, else the format's own."""
     if source.format is not None and source.format != task.format:
         raise DataError(f"{source.path}: task {task.name} reads format {task.format}, not {source.format}")
-    own = COLUMNS[task.format]
+    own = (*COLUMNS[task.format], *(() if wanted is None else wanted.names))
     roles = own if task.format in CONVERSATIONS else (*own, *_MORE_ROLES)
     for role in source.columns or {}:
         if role not in roles:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.image_files import read_encoded
 from finetune.data.sample import DataError
 from finetune.errors import InputError
+from qwenvl.images.page_references import split_page
 
 if TYPE_CHECKING:
     from finetune.evaluation.question import Question
@@ -133,7 +134,8 @@ def _keys_of_rows(questions: "Questions", own_rows: bool) -> dict[int, tuple[str
     for row, given, images in questions.scan_rows():
         # Images inside the data have no name; those that are drawn are compared by their content.
         paths = [source for source in images if isinstance(source, str)]
-        named = [f"image {path if _is_url(path) else os.path.realpath(path)}" for path in paths]
+        # Two pages of a file are one document.
+        named = [f"image {path if _is_url(path) else os.path.realpath(split_page(path)[0])}" for path in paths]
         keys[row] = (*([f"row {row}"] if own_rows else []), *_documents(given, questions, row), *named)
     return keys
 

@@ -23,6 +23,7 @@ from finetune.metrics import (
 from finetune.metrics.answers import as_number
 from finetune.metrics.boxes import IOU_THRESHOLD, as_markup, box_iou
 from finetune.metrics.detection import GoldBoxes, Matched, match_boxes, reply_boxes
+from finetune.metrics.document_fields import FieldsAsked, read_json_object, score_fields
 from finetune.metrics.published import published_box, published_gqa_answer, published_grounding_accuracy
 from finetune.metrics.vqa import FEWEST_ANSWERS, can_match
 from finetune.recipe.sections import MetricName
@@ -104,6 +105,11 @@ class Task:
         return self.metric == "detection"
 
     @property
+    def reads_fields(self) -> bool:
+        """Whether replies are fields of documents."""
+        return self.metric == "field_f1"
+
+    @property
     def by_likelihood(self) -> bool:
         """Whether the reply is the likeliest of the options' letters, and nothing is generated freely."""
         return self.published and self.metric == "multiple_choice"
@@ -147,6 +153,8 @@ class Task:
                 return click_accuracy(answer, *_gold_box(question))
             case "detection":
                 return self.matched(question, reply).counts.f1
+            case "field_f1":
+                return score_fields(answer, _fields_of(question), compare_trees=False).f1
         raise UserError(f"{self.metric} is not the score of one reply: use score_all")
 
     def matched(self, question: "Question", reply: str) -> Matched:
@@ -162,6 +170,8 @@ class Task:
         if not answer.strip():
             return "are empty"
         match self.metric:
+            case "field_f1" if _fields_of(question).is_json and read_json_object(answer) is None:
+                return "hold no JSON object"
             case "multiple_choice" if read_choice(answer, question.options) is None:
                 return "choose none of the options, or several"
             case "grounding" if self.published and published_box(answer, (1, 1)) is None:
@@ -249,6 +259,11 @@ class Task:
                 members.setdefault(group, []).append(value)
         means = {group: sum(scores) / len(scores) for group, scores in sorted(members.items())}
         return Scores(self.metric, values, self.aggregate(np.array(values), np.array(groups)), means)
+
+
+def _fields_of(question: "Question") -> FieldsAsked:
+    assert question.fields is not None, "questions of a task of fields come with them"
+    return question.fields
 
 
 def _gold_box(question: "Question") -> tuple[tuple[float, float, float, float], tuple[int, int]]:

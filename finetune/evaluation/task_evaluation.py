@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 
 from finetune.batches.image_request import VisionCache
+from finetune.data.reading import pages_of
 from finetune.data.shown_rows import choose_shown, document_of
 from finetune.errors import UserError
 from finetune.evaluation.asked_prompt import asked_otherwise
@@ -125,6 +126,7 @@ class TaskEvaluation:
                 grounding=data.grounding,
                 box_edge=data.box_edge,
                 on_bad_row=data.on_bad_row,
+                pages=pages_of(recipe),
             )
             for source in evaluate.data
         ]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from finetune.data.checking import boxes_inside
 from finetune.data.formats import fields
+from finetune.data.formats.document_fields import WantedFields, document_images
 from finetune.data.formats.grounding import (
     NO_OBJECT,
     PLACEHOLDER,
@@ -21,7 +22,7 @@ from finetune.data.formats.grounding import (
     read_searches,
 )
 from finetune.data.formats.messages import Message
-from finetune.data.formats.names import CONVERSATIONS
+from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.sample import BadField
 from finetune.errors import InputError, UserError
@@ -30,6 +31,7 @@ from finetune.evaluation.task import Task
 from finetune.metrics.boxes import Box as Corners
 from finetune.metrics.choices import LETTERS, choice_letter
 from finetune.metrics.detection import GoldBoxes, NamedBox, reply_boxes
+from finetune.metrics.document_fields import FieldsAsked
 from finetune.metrics.text_form import composed
 from finetune.replies.task_replies import Style
 from qwenvl.text.boxes import Box, box_markup
@@ -53,6 +55,8 @@ class Asked:
         image_size: width and height in pixels where there may be a box, or None.
         options: of multiple choice.
         objects: all gold boxes, for detection; else None.
+        fields: of a document, that are asked for.
+        pages_left_out: pages of its files that are not among its images.
     """
 
     text: str
@@ -63,6 +67,8 @@ class Asked:
     image_size: tuple[int, int] | None = None
     options: tuple[str, ...] = ()
     objects: GoldBoxes | None = None
+    pages_left_out: int = 0
+    fields: FieldsAsked | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class RowReader:
         image_size: gives the width and height of an image source of a row; raises ValueError if it cannot.
         system: a system message before what is asked, of style chat; None is the default one. Conversations have
             their own.
+        wanted: of format fields, which fields are asked for.
     """
 
     task: Task
@@ -91,6 +98,7 @@ class RowReader:
     image_size: ImageSize
     system: str | None = None
     box_edge: Literal["error", "clamp"] = "error"
+    wanted: WantedFields | None = None
 
     def questions(self, row: Mapping[str, Any]) -> list[Asked]:
         """The questions of a row, at least one.
@@ -104,6 +112,8 @@ class RowReader:
             asked = self._phrases(row)
         elif self.task.format == "caption":
             asked = [self._caption(row)]
+        elif self.task.format == FIELDS:
+            return self._fields(row)
         else:
             asked = self._columns(row)
         if not (self.task.is_grounding or self.task.published):
@@ -213,6 +223,24 @@ class RowReader:
         captions = _answers(_may_be_hidden(row, name), name)
         return self._asked(self.prompt, self._images(row), {}, answers=captions)
 
+    def _fields(self, row: Mapping[str, Any]) -> list[Asked]:
+        assert self.wanted is not None, "`Questions` gives it for this format"
+        wanted, images = self.wanted, document_images(row, self.columns["image"])
+        values = wanted.values(row, self.columns)
+        ending = "" if self.style == "chat" else " Answer:"
+        if wanted.reply == "json":
+            gold = FieldsAsked(wanted.names, tuple(values[name] for name in wanted.names), is_json=True)
+            text, answer = wanted.prompt(None, None), wanted.json_answer(values)
+            return [self._asked(text, images, {}, said=text + ending, answers=(answer,), fields=gold)]
+        asked = []
+        for name in wanted.asked(values):
+            gold = FieldsAsked((name,), (values[name],), is_json=False)
+            text, answer = wanted.prompt(name, None), wanted.answer(values[name])
+            asked.append(self._asked(text, images, {}, said=text + ending, answers=(answer,), fields=gold))
+        if not asked:
+            raise BadField("fields", f"none of {', '.join(wanted.names)} has a value, so nothing can be asked")
+        return asked
+
     def _phrases(self, row: Mapping[str, Any]) -> list[Asked]:
         source = fields.image(fields.field(row, self.columns["image"]), self.columns["image"])
         try:
@@ -252,7 +280,7 @@ class RowReader:
                 box = found[0][2]
         said = asked(self.prompt, search.phrases)
         gold = {"answers": answers, "box": box, "image_size": size, "objects": objects}
-        return self._asked(text, [source], {}, prompt=said, marked=True, **gold)
+        return self._asked(text, [source], {}, said=said, marked=True, **gold)
 
     def _pixels(self, numbers: list[float], name: str, size: tuple[int, int]) -> Corners:
         width, height = size
@@ -280,12 +308,11 @@ class RowReader:
         images: list[Any],
         places: Mapping[str, str],
         *,
-        prompt: str | None = None,
+        said: str | None = None,
         marked: bool = False,
         **gold: Any,
     ) -> Asked:
-        """A question; `prompt` is the filled-in one, None fills in `places`."""
-        said = prompt
+        """A question; `said` is the filled-in prompt, None fills in `places`."""
         if said is None:
             said = _PLACES.sub(lambda place: places.get(place[1], place[0]), self.prompt)
         flag = {"grounding": True} if marked or self.grounding else {}
@@ -311,7 +338,7 @@ class RowReader:
         if not any(message["role"] == "user" for message in messages):
             raise BadField(name, "asks nothing before its last reply")
         sources: list[Any] = []
-        question = [_without_sources(message, sources, self.grounding) for message in messages]
+        question = [without_sources(message, sources, self.grounding) for message in messages]
         text = "".join(part["text"] for part in question[-1]["content"] if part["type"] == "text").strip()
         if self.style == "base":
             question = [self._one_prompt(question, name)]
@@ -413,7 +440,7 @@ def _gold_letter(answer: Any, options: tuple[str, ...], name: str, task: str) ->
     )
 
 
-def _without_sources(message: Mapping[str, Any], sources: list[Any], grounding: bool) -> Message:
+def without_sources(message: Mapping[str, Any], sources: list[Any], grounding: bool = False) -> Message:
     """The message with the sources of its images moved to `sources`, and its grounding flag moved to its parts."""
     content = message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
+from finetune.recipe.document_fields import problems_of_fields
 from finetune.recipe.problems import nearest
 
 NAME = re.compile(r"\w[\w.-]*")
@@ -177,8 +178,9 @@ ROLES = {
     "vqa": ("image", "question", "answers"),
     "grounding": ("image", "phrase", "box", "boxes", "labels"),
     "caption": ("image", "caption"),
+    "fields": ("image",),
 }
-"""The roles that the columns of each format can have."""
+"""The roles that the columns of each format can have; those of `fields` in addition the fields that are named."""
 
 PLACEHOLDERS = {"vqa": "{question}", "grounding": "", "caption": ""}
 """What the prompt of each format must hold; the rows of other formats bring their prompts."""
@@ -236,7 +238,7 @@ class Source(Section):
 
     path: Word
     """File, folder or hub dataset id; a relative path is taken from the working directory."""
-    format: Literal["messages", "qwen_json", "llava", "vqa", "grounding", "caption"]
+    format: Literal["messages", "qwen_json", "llava", "vqa", "grounding", "caption", "fields"]
     """What a row looks like."""
     config: Word | None = None
     """Configuration of a hub dataset that has several."""
@@ -248,6 +250,16 @@ class Source(Section):
     """Boxes, in pixels, are two corners (xyxy) or a corner, width and height (xywh); for format grounding only."""
     prompt: Word | None = None
     """What the user says: {question} or {phrase} is filled in; without {phrase}, grounding asks for all objects."""
+    fields: Words = ()
+    """Of format fields: the fields of a document, each a column, in the order of the reply."""
+    reply: Literal["value", "json"] = "value"
+    """Of format fields: a question for each field, replied to with its value, or one for all, replied to with JSON."""
+    missing: Literal["write_null", "leave_out"] | None = None
+    """Of format fields: null replies null or asks nothing where there is no value; by default null in JSON only."""
+    nested: Words = ()
+    """Of format fields: those whose text is JSON, such as the lines of an invoice in a CSV file."""
+    prompts: Word | Words | Annotated[dict[str, Word | Words], AfterValidator(ReadOnlyDict)] | None = None
+    """Of format fields: what the user says, with {field} (or {fields}); several phrasings, also by field."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row is used an epoch, on average: 2.0 twice, 0.5 in every other one."""
     limit: Count | None = None
@@ -258,7 +270,8 @@ class Source(Section):
     """How `path` is read, where it is the export of an annotation tool; null is a file, folder or dataset of rows."""
 
     def findings(self) -> Iterator[Finding]:
-        roles = ROLES[self.format]
+        yield from self._findings_of_fields()
+        roles = (*ROLES[self.format], *self.fields)
         for role in self.columns:
             if role not in roles:
                 meant = nearest(role, roles)
@@ -275,7 +288,9 @@ class Source(Section):
             )
         if self.format != "grounding" and self.box_form is not None:
             yield Finding(("box_form", "format"), f"format {self.format} has no boxes in pixels", "remove box_form")
-        if self.prompt is not None and self.format not in PLACEHOLDERS:
+        if self.prompt is not None and self.format == "fields":
+            yield Finding(("prompt", "format"), "format fields may have several prompts", "write prompts")
+        elif self.prompt is not None and self.format not in PLACEHOLDERS:
             yield Finding(("prompt", "format"), f"rows of format {self.format} bring their prompts", "remove prompt")
         elif self.prompt is not None and PLACEHOLDERS[self.format] not in self.prompt:
             needed = PLACEHOLDERS[self.format]
@@ -319,6 +334,15 @@ class Source(Section):
                 remedy = "write {phrase} in it, or set annotations.rows: image"
                 yield Finding(("prompt", "annotations.rows"), reason, remedy)
 
+    def _findings_of_fields(self) -> Iterator[Finding]:
+        if self.format == "fields":
+            for key, reason, remedy in problems_of_fields(self.fields, self.reply, self.nested, self.prompts):
+                yield Finding((key,), reason, remedy)
+            return
+        for key in ("fields", "reply", "missing", "nested", "prompts"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                yield Finding((key, "format"), f"is of format fields, not of {self.format}", f"remove {key}")
+
 
 def one_as_list(value: Any) -> Any:
     """A single source as a list of one."""
@@ -356,6 +380,17 @@ NamedSources = Annotated[
 ]
 
 
+class Pages(Section):
+    """Files of several pages that a row names without a page, as several images."""
+
+    dpi: Annotated[int, Field(ge=36, le=1200)] = 150
+    """Pixels an inch that a page of a PDF is drawn with, also where its page is named."""
+    first: Count = 8
+    """Most pages, from the first, that one file becomes; each is an image of its own."""
+    on_more: Literal["error", "drop"] = "error"
+    """A file with more pages than first: refuse its row, or leave the others out and count them."""
+
+
 class Data(Section):
     """What is trained on, and how rows become batches."""
 
@@ -363,6 +398,8 @@ class Data(Section):
     """The sources to train on, mixed; one source may stand without a list."""
     images_root: Word | None = None
     """Folder that image paths are relative to and may not leave; null takes the folder of each data file."""
+    pages: Pages | None = None
+    """A file of several pages (PDF, TIFF, animation) becomes as many images; null wants a page named: file.pdf#3."""
     max_length: Count | None = 2048
     """Most tokens of one conversation; an image takes 258. null sets no limit."""
     on_long: Literal["error", "drop", "drop_turns"] = "error"
@@ -430,6 +467,7 @@ TaskName = Literal[
     "nocaps",
     "screenspot",
     "multiple_choice",
+    "fields",
     "custom",
 ]
 MetricName = Literal[
@@ -442,6 +480,7 @@ MetricName = Literal[
     "click",
     "detection",
     "cider_d",
+    "field_f1",
 ]
 
 
@@ -459,7 +498,7 @@ class Evaluate(Section):
     predictions: Annotated[int, Field(ge=0)] = 8
     """Rows whose replies are shown before and after training."""
     max_new_tokens: Count = 64
-    """Most tokens of a reply."""
+    """Most tokens of a reply; where it is not given, task fields takes its own 512."""
     patience: Count | None = None
     """Stop after this many evaluations without a better score (without a task: loss); null trains to the end."""
     limit: Count | None = None

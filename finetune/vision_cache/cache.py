@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from finetune.errors import UserError
 from finetune.terminal import terminal_line
 from finetune.vision_cache.store import KEY_BYTES, Damaged, FeatureStore
 from qwenvl import ImageAccess, QwenVLImageProcessor
+from qwenvl.images.page_references import split_page
+from qwenvl.images.pdf_pages import SIGNATURE
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +65,21 @@ class ImageHandles:
     def of(self, source: Any, access: ImageAccess) -> bytes:
         """The handle of an image."""
         known_by = [self.preprocessing, image_key(source, access)]
+        if _is_pdf(source):
+            known_by.append(f"pdfium {version('pypdfium2')}")
         if (place := place_of(source)) is not None:
             known_by.append(self.run if _is_url(place) else _stamp(place, access))
         return blake2b("\n".join(known_by).encode(errors="surrogatepass"), digest_size=KEY_BYTES).digest()
+
+
+def _is_pdf(source: Any) -> bool:
+    if isinstance(source, Mapping):
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, bytes):
+        return SIGNATURE.match(source) is not None
+    if not isinstance(source, str | os.PathLike):
+        return False
+    return split_page(os.fspath(source))[0].lower().endswith(".pdf")
 
 
 def settle(source: Any, access: ImageAccess) -> None:
@@ -94,10 +109,12 @@ def _is_url(place: str) -> bool:
 
 
 def _look_at(path: str, access: ImageAccess) -> os.stat_result | None:
-    try:
-        return Path(access.root or "", path).stat()
-    except (OSError, ValueError):  # reported when it is opened
-        return None
+    for file in dict.fromkeys((path, split_page(path)[0])):
+        try:
+            return Path(access.root or "", file).stat()
+        except (OSError, ValueError):  # reported when it is opened
+            continue
+    return None
 
 
 def _stamp(path: str, access: ImageAccess) -> str:

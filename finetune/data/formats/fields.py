@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.data.sample import BadField
 
-IMAGE_KEYS = {"bytes", "path"}
+IMAGE_KEYS = {"bytes", "path", "page"}
 
 
 def field(row: Mapping[str, Any], column: str) -> Any:
@@ -41,7 +41,7 @@ def text(value: Any, name: str) -> str:
 def image(value: Any, name: str) -> Any:
     """An image source: a path, URL or data URI, encoded bytes, or {"bytes", "path"} as the datasets library has it.
 
-    Only its kind is checked; nothing is opened.
+    `file.pdf#3`, or a third key `page`, names one page. Only its kind is checked; nothing is opened.
 
     Raises:
         BadField: anything else.
@@ -53,10 +53,15 @@ def image(value: Any, name: str) -> Any:
     if isinstance(value, bytes):
         return value
     if isinstance(value, Mapping):
+        page = value.get("page")
+        if page is not None and (isinstance(page, bool) or not isinstance(page, int) or page < 1):
+            raise BadField(f"{name}.page", f"must be a whole number from 1, not {page!r}"[:200])
         if set(value) <= IMAGE_KEYS and isinstance(value.get("bytes"), bytes):
-            return {"bytes": value["bytes"], "path": value.get("path")}
+            named = {} if page is None else {"page": page}
+            return {"bytes": value["bytes"], "path": value.get("path"), **named}
         if set(value) <= IMAGE_KEYS and value.get("bytes") is None and isinstance(value.get("path"), str):
-            return image(value["path"], name)
+            path = image(value["path"], name)
+            return path if page is None else f"{path}#{page}"
         raise BadField(name, f"must hold `bytes` or a `path`; it has keys {sorted(map(str, value))}"[:200])
     raise BadField(name, f"must be a path, encoded bytes or {{bytes, path}}, not {type(value).__name__}")
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.data.formats import caption, grounding, llava, messages, qwen_json, vqa
+from finetune.data.formats import caption, document_fields, grounding, llava, messages, qwen_json, vqa
+from finetune.data.formats.document_fields import WantedFields
 from finetune.data.formats.grounding import NO_OBJECT, BoxForm, ImageSize
 from finetune.data.formats.messages import Message
 from finetune.data.sample import DataError
@@ -17,6 +18,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "vqa": vqa.COLUMNS,
     "grounding": grounding.COLUMNS,
     "caption": caption.COLUMNS,
+    "fields": document_fields.COLUMNS,
 }
 PROMPTS: dict[str, str] = {
     "vqa": vqa.PLACEHOLDER,
@@ -38,6 +40,7 @@ class RowFormat:
             objects) and `caption`; None for the format's default.
         box_form: of `grounding`: "xyxy" or "xywh", pixels; None is "xyxy".
         no_object: of `grounding`: the reply where a row has no box.
+        wanted: of `fields`: which fields, and how they are asked for. Each is a column as well.
 
     Raises:
         DataError: an unknown format, column or box form, or a prompt that lacks its placeholder or has no use.
@@ -48,17 +51,21 @@ class RowFormat:
     prompt: str | None = None
     box_form: BoxForm | None = None
     no_object: str = NO_OBJECT
+    wanted: WantedFields | None = None
 
     def __post_init__(self) -> None:
         if self.name not in COLUMNS:
             raise DataError(f"format must be one of {', '.join(COLUMNS)}, not {self.name!r}")
-        unknown = set(self.columns or ()) - set(COLUMNS[self.name])
+        if (self.name == "fields") != (self.wanted is not None):
+            raise DataError("format fields, and no other, says which fields are read")
+        roles = (*COLUMNS[self.name], *(self.wanted.names if self.wanted is not None else ()))
+        unknown = set(self.columns or ()) - set(roles)
         if unknown:
             raise DataError(
-                f"columns of format {self.name} are {', '.join(COLUMNS[self.name])}, not "
+                f"columns of format {self.name} are {', '.join(roles)}, not "
                 f"{', '.join(sorted(unknown))}: write the format's column first, then the name it has in the data"
             )
-        columns = {name: name for name in COLUMNS[self.name]} | dict(self.columns or {})
+        columns = {name: name for name in roles} | dict(self.columns or {})
         object.__setattr__(self, "columns", columns)
         if self.prompt is not None:
             if self.name not in PROMPTS:
@@ -77,8 +84,13 @@ class RowFormat:
         return {role: name for role, name in sorted(self.columns.items()) if role not in later or role != name}
 
     @property
+    def counts_rows(self) -> bool:
+        """Whether a row may be several samples, so that all rows are read to count them."""
+        return self.counted_column is not None or (self.wanted is not None and self.wanted.reply == "value")
+
+    @property
     def counted_column(self) -> str | None:
-        """The column whose length is the number of a row's samples; None if a row is always one sample."""
+        """The column whose length is the number of a row's samples; None where no column is counted."""
         counted = {"vqa": "question", "grounding": "phrase", "caption": "caption"}.get(self.name)
         return None if counted is None else self.columns[counted]
 
@@ -87,12 +99,13 @@ class RowFormat:
         """Whether the image must be opened for its size."""
         return self.name == "grounding"
 
-    def conversations(self, row: Mapping[str, Any], image_size: ImageSize) -> list[list[Message]]:
+    def conversations(self, row: Mapping[str, Any], image_size: ImageSize, number: int = 0) -> list[list[Message]]:
         """The conversations of a row, at least one. Image sources are as in the row.
 
         Args:
             row: column -> value.
             image_size: reads an image's size, for `grounding`.
+            number: of the row; draws the phrasing of `fields`.
 
         Raises:
             BadField: the row does not fit the format.
@@ -112,12 +125,17 @@ class RowFormat:
                 return grounding.grounding(row, self.columns, image_size, form, prompt, self.no_object)
             case "caption":
                 return caption.caption(row, self.columns, prompt)
+            case "fields":
+                assert self.wanted is not None, "the constructor refuses format fields without it"
+                return document_fields.document_fields(row, self.columns, self.wanted, number)
         raise AssertionError(self.name)
 
     def count(self, row: Mapping[str, Any]) -> int:
         """The number of samples the row makes; 1 for a row that makes none, which is then reported once."""
         if self.name == "grounding":
             return grounding.count_samples(row, self.columns)
+        if self.wanted is not None:
+            return document_fields.count(row, self.columns, self.wanted)
         column = self.counted_column
         value = None if column is None else row.get(column)
         return max(len(value), 1) if isinstance(value, list | tuple) else 1

@@ -4,7 +4,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,6 +15,7 @@ from finetune.data.sources.image_folder import METADATA, ImageFolderRows, find_m
 from finetune.data.sources.local_files import data_errors
 from finetune.data.sources.rows import JsonLinesRows, JsonRows, Rows
 from finetune.errors import Interrupted, MissingFileError
+from finetune.recipe.document_fields import Prompts
 from finetune.recipe.sections import Annotations
 
 if TYPE_CHECKING:
@@ -44,7 +45,22 @@ class Location(Protocol):
     def streaming(self) -> bool: ...
 
 
-class RowSource(Location, Protocol):
+class FieldsSource(Protocol):
+    """A source of format `fields`: what it asks of each document, see `formats.document_fields`."""
+
+    @property
+    def fields(self) -> Sequence[str]: ...
+    @property
+    def reply(self) -> Literal["value", "json"]: ...
+    @property
+    def missing(self) -> Literal["write_null", "leave_out"] | None: ...
+    @property
+    def nested(self) -> Sequence[str]: ...
+    @property
+    def prompts(self) -> Prompts | None: ...
+
+
+class RowSource(Location, FieldsSource, Protocol):
     """A source of samples: where its rows are, and how they are read. A recipe's `Source` is one.
 
     Attributes:

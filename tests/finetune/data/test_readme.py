@@ -101,7 +101,7 @@ def test_the_hub_example(monkeypatch):
 
 def test_every_format_and_kind_of_file_has_an_example():
     sources = [source for section in SECTIONS for source in sources_of(section)]
-    formats = {"messages", "qwen_json", "llava", "vqa", "grounding", "caption"}
+    formats = {"messages", "qwen_json", "llava", "vqa", "grounding", "caption", "fields"}
     assert {source.format for source in sources} == formats
     kinds = {Path(source.path).suffix for source in sources if Path(source.path).is_file()}
     assert kinds == {".json", ".jsonl", ".parquet", ".csv", ".xml"}

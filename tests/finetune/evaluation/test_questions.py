@@ -35,6 +35,7 @@ WANTED = {
     "nocaps": ("8", "Describe the image in English:", ("A dog.",), None),
     "screenspot": ("row 1", "close", ("<box>(100,200),(500,500)</box>",), "icon"),
     "multiple_choice": ("row 1", "What?", ("B",), None),
+    "fields": ("row 1", "What is the total?", ("4",), None),
 }
 
 

@@ -225,7 +225,7 @@ def test_a_custom_task_has_the_published_form_unless_told_otherwise():
     [
         ({"metric": "anl"}, "metric 'anl' is unknown; did you mean anls?"),
         ({"metric": "bleu"}, "The metrics are anls, relaxed_accuracy"),
-        ({"metric": "anls", "format": "csv"}, "format must be one of vqa, caption, grounding, messages"),
+        ({"metric": "anls", "format": "csv"}, "format must be one of vqa, caption, grounding, fields, messages"),
         ({"metric": "grounding"}, "metric grounding needs data of format grounding, messages"),
         ({"metric": "vqa_score", "format": "messages"}, "metric vqa_score needs data of format vqa, not messages"),
         ({"metric": "anls", "prompt": "What?"}, "must hold {question}: 'What\\?'"),

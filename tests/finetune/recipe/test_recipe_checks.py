@@ -119,6 +119,7 @@ def test_no_contradiction(overrides):
 @pytest.mark.parametrize("format_name", ROLES)
 def test_roles_of_each_format(format_name):
     box = ["data.train.box_form=xyxy"] if format_name == "grounding" else []
+    box += ["data.train.fields=[total]"] if format_name == "fields" else []
     for role in ROLES[format_name]:
         source = parse_recipe(TEXT, [f"data.train.format={format_name}", f"data.train.columns.{role}=x", *box])
         assert source.data.train[0].columns == {role: "x"}
