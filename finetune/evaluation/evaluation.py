@@ -28,6 +28,8 @@ class EvaluationSource:
     weight: float = 1.0
     limit: int | None = None
     streaming: bool = False
+    encoding: str | None = None
+    delimiter: str | None = None
     name: str | None = None
 
 

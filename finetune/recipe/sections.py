@@ -207,6 +207,10 @@ class Source(Section):
     """Only this many of the first rows."""
     streaming: bool = False
     """Fetch a hub dataset row by row, and none beyond limit, instead of whole."""
+    encoding: Word | None = None
+    """Of a text file, such as gbk or cp1252; null is UTF-8, or UTF-16 and UTF-32 where the file shows that."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """What is between the fields of a .csv, .tsv or .txt file; null is what the file shows."""
 
     def findings(self) -> Iterator[Finding]:
         roles = ROLES[self.format]
@@ -224,11 +228,26 @@ class Source(Section):
             )
         if self.format != "grounding" and self.box_form is not None:
             yield Finding(("box_form", "format"), f"format {self.format} has no boxes in pixels", "remove box_form")
+        if self.encoding is not None and not _is_text_encoding(self.encoding):
+            remedy = "write its common name, such as gbk, big5, shift_jis, cp1252 or utf-16"
+            yield Finding(("encoding",), f"{self.encoding!r} is no encoding that is known", remedy)
+        if self.delimiter is not None and self.delimiter in '"\r\n':
+            yield Finding(("delimiter",), "quotes and line ends are between no fields", "give the mark between fields")
         if self.prompt is not None and self.format not in PLACEHOLDERS:
             yield Finding(("prompt", "format"), f"rows of format {self.format} bring their prompts", "remove prompt")
         elif self.prompt is not None and PLACEHOLDERS[self.format] not in self.prompt:
             needed = PLACEHOLDERS[self.format]
             yield Finding(("prompt", "format"), f"there is no {needed} in it to fill in", f"write {needed} in it")
+
+
+def _is_text_encoding(name: str) -> bool:
+    try:
+        b"a".decode(name)  # refuses codecs that are not of text, such as base64
+    except LookupError:
+        return False
+    except ValueError:  # a is no whole character in it
+        return True
+    return True
 
 
 def one_as_list(value: Any) -> Any:

@@ -13,6 +13,7 @@ from finetune.data.sources.csv_rows import DELIMITERS, CsvRows
 from finetune.data.sources.image_folder import METADATA, ImageFolderRows, find_metadata
 from finetune.data.sources.local_files import data_errors
 from finetune.data.sources.rows import JsonLinesRows, JsonRows, Rows
+from finetune.data.sources.text_encoding import PACKED, kind_of_file, text_file
 from finetune.errors import Interrupted, MissingFileError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Location(Protocol):
         config, split: of a hub dataset; the split also of a folder that has several. None is the only one, or "train".
         limit: rows to read, from the beginning; None is all.
         streaming: fetch a hub dataset's rows one after the other, and none beyond `limit` (see `streams`).
+        encoding: of a text file; None is UTF-8 or what the file's own marks say (see `text_encoding`).
+        delimiter: between the fields of a .csv, .tsv or .txt file; None is what the file shows.
     """
 
     @property
@@ -40,6 +43,10 @@ class Location(Protocol):
     def limit(self) -> int | None: ...
     @property
     def streaming(self) -> bool: ...
+    @property
+    def encoding(self) -> str | None: ...
+    @property
+    def delimiter(self) -> str | None: ...
 
 
 class RowSource(Location, Protocol):
@@ -63,7 +70,8 @@ class RowSource(Location, Protocol):
 
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_FILE_KINDS = (".json", ".jsonl", ".ndjson", ".parquet", *DELIMITERS)
+_TEXT_KINDS = (".json", ".jsonl", ".ndjson", *DELIMITERS)
+_FILE_KINDS = (*_TEXT_KINDS, ".parquet")
 _LONGEST_LINE = 1 << 26  # bytes
 
 
@@ -83,8 +91,9 @@ def read_source(source: Location) -> Rows:
         return rows
     if path.is_symlink():
         raise MissingFileError(f"data: {name} is a symbolic link to {path.readlink()}, which does not exist")
-    if path.suffix in _FILE_KINDS or path.is_absolute() or not _HUB_ID.fullmatch(name):
+    if kind_of_file(path) in _FILE_KINDS or path.is_absolute() or not _HUB_ID.fullmatch(name):
         raise MissingFileError(f"data: there is no file {name} (relative paths start at {Path.cwd()})")
+    _refuse_keys(source, name, "encoding", "delimiter")
     if source.streaming:
         from finetune.data.sources.streams import read_stream
 
@@ -97,27 +106,51 @@ def _read_here(source: Location, name: str, path: Path) -> Rows | None:
     if source.streaming and path.exists():
         raise DataError(f"{name}: streaming fetches rows from the hub, and this is here already; remove streaming")
     if path.is_file():
-        return _read_file(path, name)
+        return _read_file(source, path, name)
     if path.is_dir():
-        return _read_folder(path, name, source.split)
+        return _read_folder(source, path, name)
     if path.exists():
         raise DataError(f"{name}: is a device, pipe or socket; give a file or a folder")
     return None
 
 
-def _read_file(path: Path, name: str) -> Rows:
-    match path.suffix.lower():
-        case ".jsonl" | ".ndjson":
-            return JsonLinesRows(path, name)
-        case ".json":
-            return JsonLinesRows(path, name) if _is_json_lines(path) else JsonRows(path, name)
-        case ".parquet":
-            return _read_parquet([path], name, path.parent)
-        case ".csv" | ".tsv":
-            return CsvRows(path, name, DELIMITERS[path.suffix.lower()])
+def _read_file(source: Location, path: Path, name: str) -> Rows:
+    kind = kind_of_file(path)
+    if kind in _TEXT_KINDS:
+        text = text_file(path, name, source.encoding)
+        if kind in DELIMITERS:
+            return CsvRows(path, name, source.delimiter, text)
+        _refuse_keys(source, name, "delimiter")
+        is_lines = _is_json_lines(text) if kind == ".json" else not _is_json_list(text)
+        return JsonLinesRows(path, name, text) if is_lines else JsonRows(path, name, text)
+    _refuse_keys(source, name, "encoding", "delimiter")
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet([path], name, path.parent)
     raise DataError(
-        f"{name}: files of kind {path.suffix or '(none)'} are not read; give one of {', '.join(_FILE_KINDS)}"
+        f"{name}: files of kind {''.join(path.suffixes[-2:]) or '(none)'} are not read; give one of "
+        f"{', '.join(_FILE_KINDS)}, text also packed as {PACKED}"
     )
+
+
+def _refuse_keys(source: Location, name: str, *keys: Literal["encoding", "delimiter"]) -> None:
+    """Raises:
+    DataError: a key is given that says nothing about this source.
+    """
+    about = {"encoding": "is of text files", "delimiter": f"is of {', '.join(DELIMITERS)} files"}
+    given = {"encoding": source.encoding, "delimiter": source.delimiter}
+    for key in keys:
+        if given[key] is not None:
+            raise DataError(f"{name}: {key} {about[key]}; remove it")
+
+
+def _is_json_list(path: Path) -> bool:
+    """Whether a .jsonl file holds a list, or objects over several lines each: such data goes by both names."""
+    with path.open("rb") as file:
+        lines = (
+            line.removeprefix(codecs.BOM_UTF8).strip() for line in iter(lambda: file.readline(_LONGEST_LINE), b"")
+        )
+        first = next((line for line in lines if line), b"")
+    return first.startswith(b"[") or first == b"{"
 
 
 def _is_json_lines(path: Path) -> bool:
@@ -145,13 +178,14 @@ def _are_rows(value: Any) -> bool:
     )
 
 
-def _read_folder(folder: Path, name: str, split: str | None) -> Rows:
+def _read_folder(source: Location, folder: Path, name: str) -> Rows:
     from finetune.data.sources.arrow_rows import ArrowRows, files_digest
 
     with os.scandir(folder):  # raises where the folder may not be read; a glob would find nothing
         pass
     is_several = (folder / "dataset_dict.json").is_file()
     if is_several or (folder / "state.json").is_file():
+        _refuse_keys(source, name, "encoding", "delimiter")
         import datasets
 
         try:
@@ -161,12 +195,13 @@ def _read_folder(folder: Path, name: str, split: str | None) -> Rows:
         except Exception as error:  # whatever a damaged folder raises, in several libraries
             raise DataError(f"{name}: cannot be loaded ({type(error).__name__}: {error})") from error
         if is_several:
-            dataset = _choose(dataset, name, split)
+            dataset = _choose(dataset, name, source.split)
         files = sorted({Path(entry["filename"]) for entry in dataset.cache_files})
         return ArrowRows(dataset, name, folder.absolute(), files_digest(files))
     if (metadata := find_metadata(folder, name)) is not None:
         with data_errors(metadata):
-            return ImageFolderRows(_read_file(metadata, f"{name}/{metadata.name}"))
+            return ImageFolderRows(_read_file(source, metadata, f"{name}/{metadata.name}"))
+    _refuse_keys(source, name, "encoding", "delimiter")
     if files := sorted(folder.glob("*.parquet")):
         return _read_parquet(files, name, folder)
     inner = sorted({str(file.parent) for file in folder.glob("*/*.parquet")})

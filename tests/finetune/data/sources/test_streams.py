@@ -17,9 +17,14 @@ from finetune.errors import Failed
 ROWS = 60
 
 
+TEXT = {"encoding": None, "delimiter": None}
+
+
 def source(limit=None, split=None, **settings):
     given = {"path": "owner/name", "config": None, "format": "vqa", "columns": {}, "prompt": None, "box_form": None}
-    return SimpleNamespace(**given | {"weight": 1.0, "limit": limit, "split": split, "streaming": True} | settings)
+    return SimpleNamespace(
+        **given | {"weight": 1.0, "limit": limit, "split": split, "streaming": True, **TEXT} | settings
+    )
 
 
 def row(number):
