@@ -188,13 +188,13 @@ class Source(Section):
     """A dataset, or a part of one, in one of the formats."""
 
     path: Word
-    """File, folder or hub dataset id; a relative path is taken from the working directory."""
+    """File, files (data/*.jsonl), folder or hub dataset id; a relative path starts at the working directory."""
     format: Literal["messages", "qwen_json", "llava", "vqa", "grounding", "caption"]
     """What a row looks like."""
     config: Word | None = None
     """Configuration of a hub dataset that has several."""
     split: Word | None = None
-    """Split of a hub dataset, such as train or validation."""
+    """Split of a hub dataset, such as train or validation; the sheet of an Excel workbook that has several."""
     columns: Annotated[dict[str, Word], AfterValidator(ReadOnlyDict)] = Field(default_factory=ReadOnlyDict)
     """Role -> name of its column, where the two differ."""
     box_form: Literal["xyxy", "xywh"] | None = None

@@ -13,6 +13,7 @@ from finetune.data.sources.csv_rows import DELIMITERS, CsvRows
 from finetune.data.sources.image_folder import METADATA, ImageFolderRows, find_metadata
 from finetune.data.sources.local_files import data_errors
 from finetune.data.sources.rows import JsonLinesRows, JsonRows, Rows
+from finetune.data.sources.several_files import WILDCARDS, SeveralFilesRows, files_of, folder_of
 from finetune.data.sources.text_encoding import PACKED, kind_of_file, text_file
 from finetune.errors import Interrupted, MissingFileError
 
@@ -24,9 +25,11 @@ class Location(Protocol):
     """Where the rows of a source are.
 
     Attributes:
-        path: a .json, .jsonl, .csv, .tsv or .parquet file; a folder written by `save_to_disk`, of Parquet files, or of
-            images with a metadata file; or the id of a hub dataset. What exists here is never looked for on the hub.
-        config, split: of a hub dataset; the split also of a folder that has several. None is the only one, or "train".
+        path: a .json, .jsonl, .csv, .tsv, .txt, .xlsx, .parquet or .tar file; a pattern (`data/*.jsonl`) that names
+            several; a folder written by `save_to_disk`, of Parquet files, or of images with a metadata file; or the id
+            of a hub dataset. What exists here is never looked for on the hub.
+        config, split: of a hub dataset; the split also of a folder that has several, and the sheet of a workbook. None
+            is the only one, or "train".
         limit: rows to read, from the beginning; None is all.
         streaming: fetch a hub dataset's rows one after the other, and none beyond `limit` (see `streams`).
         encoding: of a text file; None is UTF-8 or what the file's own marks say (see `text_encoding`).
@@ -71,7 +74,7 @@ class RowSource(Location, Protocol):
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TEXT_KINDS = (".json", ".jsonl", ".ndjson", *DELIMITERS)
-_FILE_KINDS = (*_TEXT_KINDS, ".parquet")
+_FILE_KINDS = (*_TEXT_KINDS, ".xlsx", ".parquet", ".tar")
 _LONGEST_LINE = 1 << 26  # bytes
 
 
@@ -89,6 +92,8 @@ def read_source(source: Location) -> Rows:
         rows = _read_here(source, name, path)
     if rows is not None:
         return rows
+    if any(mark in name for mark in WILDCARDS):
+        return _read_pattern(source, name)
     if path.is_symlink():
         raise MissingFileError(f"data: {name} is a symbolic link to {path.readlink()}, which does not exist")
     if kind_of_file(path) in _FILE_KINDS or path.is_absolute() or not _HUB_ID.fullmatch(name):
@@ -114,6 +119,30 @@ def _read_here(source: Location, name: str, path: Path) -> Rows | None:
     return None
 
 
+def _read_pattern(source: Location, pattern: str) -> Rows:
+    with data_errors(folder_of(pattern)):
+        files = files_of(pattern)
+    if not files:
+        raise MissingFileError(f"data: no file is named like {pattern} (relative paths start at {Path.cwd()})")
+    if source.streaming:
+        raise DataError(f"{pattern}: streaming fetches rows from the hub, and this is here already; remove streaming")
+    kinds = {kind_of_file(file) for file in files}
+    if kinds <= {".parquet"} or kinds <= {".tar"}:
+        _refuse_keys(source, pattern, "encoding", "delimiter")
+        return (_read_parquet if ".parquet" in kinds else _read_tars)(files, pattern, folder_of(pattern))
+    parts = []
+    for file in files:
+        with data_errors(file):
+            parts.append(_read_file(source, file, str(file)))
+    return SeveralFilesRows(parts, pattern, folder_of(pattern))
+
+
+def _read_tars(files: list[Path], name: str, folder: Path) -> Rows:
+    from finetune.data.sources.tar_rows import read_tars
+
+    return read_tars(files, name, folder)
+
+
 def _read_file(source: Location, path: Path, name: str) -> Rows:
     kind = kind_of_file(path)
     if kind in _TEXT_KINDS:
@@ -126,6 +155,12 @@ def _read_file(source: Location, path: Path, name: str) -> Rows:
     _refuse_keys(source, name, "encoding", "delimiter")
     if path.suffix.lower() == ".parquet":
         return _read_parquet([path], name, path.parent)
+    if kind == ".tar":
+        return _read_tars([path], name, path.parent)
+    if path.suffix.lower() == ".xlsx":
+        from finetune.data.sources.workbook import read_workbook
+
+        return read_workbook(path, name, source.split)
     raise DataError(
         f"{name}: files of kind {''.join(path.suffixes[-2:]) or '(none)'} are not read; give one of "
         f"{', '.join(_FILE_KINDS)}, text also packed as {PACKED}"

@@ -87,9 +87,11 @@ def _readings(data: bytes, line: int, place: int) -> Iterator[tuple[str, str]]:
     # An encoding of several bytes that fits is hardly chance; those of one byte all fit.
     several = bool(found) and found[0].encoding in _GUESSES[:_SEVERAL_BYTES]
     for match in found[: 1 if several else 2]:
-        text = sample.decode(match.encoding, errors="replace")
-        before = len(sample[:place].decode(match.encoding, errors="replace"))
-        yield match.encoding, text[before:].split("\n")[0][:_SHOWN]
+        # Of encodings that give the same text the most common one.
+        encoding = min({match.encoding, *match.could_be_from_charset} & set(_GUESSES), key=_GUESSES.index)
+        text = sample.decode(encoding, errors="replace")
+        before = len(sample[:place].decode(encoding, errors="replace"))
+        yield encoding, text[before:].split("\n")[0][:_SHOWN]
 
 
 def _agreed(name: str, encoding: str, marked: str) -> str:
