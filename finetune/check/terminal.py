@@ -73,12 +73,15 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
         counts = count_sources(part.samples, part.checked)
         for source, count in zip(part.sources, counts, strict=True):
             times = f", x {count.weight:g} = {count.an_epoch:,} an epoch" if count.weight != 1 else ""
-            yield "", f"{count.kept:,} of {count.total:,} {one_line(source.path)} ({source.format}){times}"
+            part = "" if source.part is None else f", part to {source.part.take} (by {one_line(source.part.by)})"
+            yield "", f"{count.kept:,} of {count.total:,} {one_line(source.path)} ({source.format}){part}{times}"
         if name in findings.opened:
             opened = findings.opened[name]
             rate = format_count(opened.opened / max(opened.seconds, 1e-9))
             speed = f"opened in {format_duration(opened.seconds)}, {rate} images/s"
             yield "", f"{opened.opened:,} images {speed}; {len(opened.problems):,} cannot be decoded"
+    for number, line in enumerate(findings.overlap):
+        yield "" if number else "overlap", one_line(line)
     if findings.task is not None:
         yield "eval task", one_line(findings.task)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from finetune.data.image_files import check_image
+from finetune.data.overlap import Identities
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.samples import Samples
@@ -68,6 +69,7 @@ class Checked:
         shortened: those of the kept ones that lost turns.
         systems: the system messages of the kept samples, None for the default one; at most two of them, as more than
             one is all that is asked of them.
+        identities: what the kept samples are made of, where the rules ask for it.
     """
 
     kept: np.ndarray
@@ -81,6 +83,7 @@ class Checked:
     dropped_long: list[TooLong]
     shortened: list[Shortened]
     systems: tuple[str | None, ...] = ()
+    identities: Identities = field(default_factory=Identities, repr=False)
 
     @property
     def total(self) -> int:
@@ -113,6 +116,7 @@ class Rules:
         on_long: "error" refuses data with longer samples, "drop" leaves these out and counts them, "drop_turns" leaves
             out turns at their front where that is enough (see `shortening.render_fitting`).
         on_bad_row: "error" refuses data with samples that cannot be used, "skip" leaves these out and lists them.
+        identify: note what each sample is made of, to find those that train and evaluate (see `overlap`).
     """
 
     tokenizer: QwenVLTokenizer
@@ -122,6 +126,7 @@ class Rules:
     grounding: bool = False
     on_long: OnLong = "error"
     on_bad_row: Literal["error", "skip"] = "error"
+    identify: bool = False
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
         """Render messages as they are trained.
@@ -227,6 +232,7 @@ class _Found:
     refused: int = 0
     dropped_long: list[TooLong] = field(default_factory=list)
     shortened: list[Shortened] = field(default_factory=list)
+    identities: Identities = field(default_factory=Identities)
 
     def refuse(self, problem: BadRow) -> None:
         self.refused += 1
@@ -242,7 +248,7 @@ class _Found:
     def add(self, later: "_Found") -> None:
         for system in later.systems:
             self.keep_system(system)
-        for name in ("kept", "lengths", "images", "supervised", "dropped_long", "shortened"):
+        for name in ("kept", "lengths", "images", "supervised", "dropped_long", "shortened", "identities"):
             getattr(self, name).extend(getattr(later, name))
         for problem in later.problems:
             self.refuse(problem)
@@ -263,6 +269,7 @@ class _Found:
             dropped_long=self.dropped_long,
             shortened=self.shortened,
             systems=tuple(self.systems),
+            identities=self.identities,
         )
 
 
@@ -288,6 +295,8 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
         found.images.append(len(rendered.images))
         found.supervised.append(rendered.supervised)
         found.keep_system(system_message(sample.messages))
+        if rules.identify:
+            found.identities.add(sample)
         if fitted.turns_dropped:
             found.shortened.append(Shortened(sample.origin, fitted.turns_dropped))
     return found

@@ -8,17 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.image_files import absolute, file_size, image_paths, upright_size
 from finetune.data.sample import BadField, BadRow, DataError, Sample
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import RowSource, read_source
+from finetune.data.sources.sources import RowSource
+from finetune.data.split import Part, read_part
 from qwenvl.images.images import ImageAccess
 
 _LOOKED_AT = 1000
 """Samples whose image files count in a fingerprint; at most twice this many."""
+
+
+class SampleSource(RowSource, Protocol):
+    """A source of samples, or the part of it to read."""
+
+    @property
+    def part(self) -> Part | None: ...
 
 
 class Samples:
@@ -45,7 +53,7 @@ class Samples:
 
     def __init__(
         self,
-        sources: Sequence[RowSource],
+        sources: Sequence[SampleSource],
         *,
         images_root: str | Path | None = None,
         access: ImageAccess | None = None,
@@ -130,12 +138,12 @@ class _Part:
     ends: "array[int] | None"
 
     @classmethod
-    def read(cls, source: RowSource, root: str | Path | None, access: ImageAccess) -> "_Part":
+    def read(cls, source: SampleSource, root: str | Path | None, access: ImageAccess) -> "_Part":
         try:
             row_format = RowFormat(source.format, source.columns or {}, source.prompt, source.box_form)
         except DataError as error:
             raise DataError(f"{source.path}: {error}") from None
-        rows = read_source(source)
+        rows = read_part(source)
         count = len(rows) if source.limit is None else min(source.limit, len(rows))
         if count < 1:
             raise DataError(f"{source.path}: holds no rows" if not len(rows) else f"{source.path}: limit is below 1")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from finetune.batches.budget import REPLY_BATCH_TOKENS
 from finetune.evaluation.task import Task
-from finetune.recipe.sections import NamedSource
+from finetune.recipe.sections import NamedSource, Part
 from finetune.replies.task_replies import Style
 
 
@@ -30,6 +30,7 @@ class EvaluationSource:
     streaming: bool = False
     encoding: str | None = None
     delimiter: str | None = None
+    part: Part | None = None
     name: str | None = None
 
 

@@ -21,7 +21,8 @@ from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import Location, read_source
+from finetune.data.sources.sources import Location
+from finetune.data.split import Part, read_part
 from finetune.errors import InputError, UserError
 from finetune.evaluation.question import Question
 from finetune.evaluation.solved_examples import SolvedExamples
@@ -49,6 +50,8 @@ class QuestionSource(Location, Protocol):
     def prompt(self) -> str | None: ...
     @property
     def box_form(self) -> str | None: ...
+    @property
+    def part(self) -> Part | None: ...
 
 
 class RowImages(Sequence[Any]):
@@ -128,7 +131,7 @@ class Questions(Sequence[Question]):
         if source.prompt is not None:
             check_prompt(task, source.prompt)
         self.prompt = source.prompt or prompt or task.prompt(style)
-        self._rows: Rows = read_source(source)
+        self._rows: Rows = read_part(source)
         self._count = len(self._rows) if source.limit is None else min(source.limit, len(self._rows))
         if self._count < 1:
             raise DataError(f"{source.path}: {'limit is below 1' if len(self._rows) else 'holds no rows'}")

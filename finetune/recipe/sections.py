@@ -184,6 +184,24 @@ PLACEHOLDERS = {"vqa": "{question}", "grounding": "{phrase}", "caption": ""}
 """What the prompt of each format must hold; the rows of other formats bring their prompts."""
 
 
+class Split(Section):
+    """Cuts what is trained on into a part to train on and one to evaluate on, whole documents at a time."""
+
+    eval: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the documents to evaluate on, such as 0.1."""
+    by: Word = "image"
+    """What a document is: rows that share an image, or rows with the same value in the column of this name."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Draws the documents; rows that are added later do not move others, and the recipe's seed does not count."""
+
+
+class Part(Split):
+    """One part of a source that is cut."""
+
+    take: Literal["train", "eval"]
+    """Which one."""
+
+
 class Source(Section):
     """A dataset, or a part of one, in one of the formats."""
 
@@ -211,6 +229,9 @@ class Source(Section):
     """Of a text file, such as gbk or cp1252; null is UTF-8, or UTF-16 and UTF-32 where the file shows that."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     """What is between the fields of a .csv, .tsv or .txt file; null is what the file shows."""
+
+    part: Part | None = None
+    """Only the part of the rows that a cut by documents makes; data.split sets it for all sources."""
 
     def findings(self) -> Iterator[Finding]:
         roles = ROLES[self.format]
@@ -281,7 +302,9 @@ NamedSources = Annotated[
     Field(min_length=1),
     BeforeValidator(
         one_as_list,
-        json_schema_input_type=NamedSource | Annotated[tuple[NamedSource, ...], Field(min_length=1)],
+        json_schema_input_type=NamedSource
+        | Annotated[tuple[NamedSource, ...], Field(min_length=1)]
+        | Literal["split"],
     ),
 ]
 
@@ -291,6 +314,8 @@ class Data(Section):
 
     train: Sources
     """The sources to train on, mixed; one source may stand without a list."""
+    split: Split | None = None
+    """Cut the sources by documents: evaluate.data: split takes the other part. Written out as `part` of each."""
     images_root: Word | None = None
     """Folder that image paths are relative to and may not leave; null takes the folder of each data file."""
     max_length: Count | None = 2048
@@ -367,7 +392,9 @@ class Evaluate(Section):
     """Evaluation during training, and replies shown before and after; null in its place does without."""
 
     data: NamedSources
-    """The sources to evaluate on; one may stand without a list, of several each has a score of its own as well."""
+    """The sources to evaluate on, one without a list or several, each scored; split is what data.split cuts off."""
+    overlap: Literal["warn", "error"] = "warn"
+    """Rows or images to evaluate on that are trained on as well: say so, or refuse to run."""
     task: TaskName | None = None
     """What replies are scored as, besides the loss; its score selects the best checkpoint. custom takes `metric`."""
     metric: MetricName | None = None

@@ -309,6 +309,7 @@ def check_broken_rows(
         "streaming": False,
         "encoding": None,
         "delimiter": None,
+        "part": None,
     }
     samples = Samples([SimpleNamespace(path=str(path), format=row_format, weight=1.0, limit=None, **settings)])
     rules = {"n_queries": 4, "max_length": 1000, "on_long": "drop", "on_bad_row": "skip", "show_progress": False}

@@ -47,7 +47,9 @@ def source(path, **given) -> SimpleNamespace:
     defaults = {"config": None, "split": None, "format": None, "columns": {}, "prompt": None, "box_form": None}
     return SimpleNamespace(
         path=str(path),
-        **defaults | {"weight": 1.0, "limit": None, "streaming": False, "encoding": None, "delimiter": None} | given,
+        **defaults
+        | {"weight": 1.0, "limit": None, "streaming": False, "encoding": None, "delimiter": None, "part": None}
+        | given,
     )
 
 

@@ -143,6 +143,7 @@ def read(tmp_path, tiny_processor, tiny_images):
         "streaming": False,
         "encoding": None,
         "delimiter": None,
+        "part": None,
     }
     samples = Samples([SimpleNamespace(**source)], images_root=tiny_images[0].parent)
     rule = {"max_length": 120, "on_long": "drop_turns"}

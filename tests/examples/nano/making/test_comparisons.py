@@ -40,6 +40,7 @@ def test_rows_are_trained_on(tmp_path, published_tokenizer):
         "streaming": False,
         "encoding": None,
         "delimiter": None,
+        "part": None,
     }
     source = SimpleNamespace(
         path=str(tmp_path / "deep" / "rows.jsonl"), format="messages", weight=1.0, limit=None, **settings

@@ -25,7 +25,15 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def read(path, **settings):
-    given = {"config": None, "split": None, "limit": None, "streaming": False, "encoding": None, "delimiter": None}
+    given = {
+        "config": None,
+        "split": None,
+        "limit": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "part": None,
+    }
     return read_source(SimpleNamespace(path=str(path), **given | settings))
 
 

@@ -30,7 +30,7 @@ def read(path, **settings):
             path=str(path),
             weight=1.0,
             limit=None,
-            **{"streaming": False, "encoding": None, "delimiter": None} | given | settings,
+            **{"streaming": False, "encoding": None, "delimiter": None, "part": None} | given | settings,
         )
     )
 
@@ -154,7 +154,7 @@ FEATURES = datasets.Features(
         "raw": datasets.Value("binary"),
     }
 )
-STAND_IN = b"\0"
+STAND_IN = b"8"
 
 
 def arrow_rows(image=lambda number: b"pixels %d" % number):

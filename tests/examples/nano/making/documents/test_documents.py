@@ -254,6 +254,7 @@ def checked(path, tokenizer):
         "streaming": False,
         "encoding": None,
         "delimiter": None,
+        "part": None,
     }
     source = SimpleNamespace(path=str(path), format="messages", weight=1.0, limit=None, **settings)
     return check_samples(Samples([source]), tokenizer, max_length=1024)
