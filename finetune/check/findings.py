@@ -6,7 +6,7 @@ from finetune.batches.budget import ChosenBudget, packing_budget
 from finetune.check.epoch_estimate import Epoch, estimate_epoch
 from finetune.check.sample_preview import Preview, choose_samples, preview
 from finetune.data.image_check import OpenedImages, open_images
-from finetune.data.reading import DataPart, look_at_data, rules_of
+from finetune.data.reading import DataPart, look_at_data, look_for_overlap, rules_of
 from finetune.data.sample import BadRow, DataError
 from finetune.errors import InputError
 from finetune.evaluation.task_evaluation import TaskEvaluation
@@ -27,6 +27,7 @@ class Findings:
         parameters: per component; None where the model cannot be set up as the recipe says.
         parts: "train" and, where there is evaluation, "eval".
         budget: tokens of one forward; None, like the epoch, where no training sample is left.
+        overlap: what is evaluated on and trained on as well, in lines.
         task: description of the evaluation's task.
         vision_cache: description of the phase that encodes the images; None where there is none.
         memory: what a run on this machine would hold; None where the model cannot be set up or no sample is left.
@@ -40,6 +41,7 @@ class Findings:
     parts: dict[str, DataPart] = field(default_factory=dict)
     budget: ChosenBudget | None = None
     epoch: Epoch | None = None
+    overlap: list[str] = field(default_factory=list)
     task: str | None = None
     vision_cache: str | None = None
     memory: RunPlan | None = None
@@ -80,6 +82,15 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
     for name, part in findings.parts.items():
         findings.refusals += [(f"{name} data", _without_rows(error)) for error in part.errors]
     training = findings.parts["train"].checked
+    whole = {
+        name: (part.samples, part.checked)
+        for name, part in findings.parts.items()
+        if part.samples is not None and part.checked is not None
+    }
+    try:
+        findings.overlap = look_for_overlap(recipe, whole)
+    except DataError as error:
+        findings.refusals.append(("eval data", str(error)))
     try:
         model = build_without_weights(recipe, base)
         findings.parameters = count_parameters(model)

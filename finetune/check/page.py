@@ -35,6 +35,7 @@ def check_page(findings: Findings) -> str:
             for name, part in findings.parts.items()
             if part.samples is not None and part.checked is not None
         ),
+        _overlap(findings),
         _parameters(findings),
         _memory(findings),
         *(_problems(findings, name) for name in findings.parts),
@@ -53,6 +54,13 @@ def _head(findings: Findings) -> str:
         return head + '<p><span class="status finished">ready to train</span></p>'
     reasons = "".join(f"<li>{show(what)}: {show(why)}</li>" for what, why in findings.refusals)
     return head + f'<div class="panel notes"><strong>A run would stop here</strong><ul>{reasons}</ul></div>'
+
+
+def _overlap(findings: Findings) -> str:
+    if not findings.overlap:
+        return ""
+    lines = "".join(f"<li>{show(line)}</li>" for line in findings.overlap)
+    return f'<div class="panel notes"><strong>Evaluated on and trained on as well</strong><ul>{lines}</ul></div>'
 
 
 def _tiles(findings: Findings) -> str:

@@ -79,6 +79,8 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
             rate = format_count(opened.opened / max(opened.seconds, 1e-9))
             speed = f"opened in {format_duration(opened.seconds)}, {rate} images/s"
             yield "", f"{opened.opened:,} images {speed}; {len(opened.problems):,} cannot be decoded"
+    for number, line in enumerate(findings.overlap):
+        yield "" if number else "overlap", one_line(line)
     if findings.task is not None:
         yield "eval task", one_line(findings.task)
 

@@ -104,8 +104,12 @@ def run(arguments: argparse.Namespace) -> None:
         sources = (source,)
     else:
         assert recipe.evaluate is not None, "task_of refuses such a recipe"
-        # A limit bounds the time that training spends on it; here all is asked.
-        sources = tuple(source.model_copy(update={"limit": None}) for source in recipe.evaluate.data)
+        # A limit bounds the time that training spends on it; here all is asked. Of a source that is cut, the limit is
+        # that of the rows to train on as well, and decides what is a document.
+        sources = tuple(
+            source.model_copy(update={"limit": None}) if source.part is None else source
+            for source in recipe.evaluate.data
+        )
         images_root = images_root or recipe.data.images_root
     shots_from = None
     if arguments.shots_from is not None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from finetune.data.epoch_draw import EpochDraws
 from finetune.data.image_files import check_image
+from finetune.data.overlap import Identities
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.samples import Samples
@@ -74,6 +75,7 @@ class Checked:
         redraws: each epoch draws its own samples by the weights. False draws once: for evaluation, and for a run that
             began when all epochs had the same draw.
         pages_left_out: pages of files that are not trained on, as `data.pages` says, over the kept samples.
+        identities: what the kept samples are made of, where the rules ask for it.
     """
 
     kept: np.ndarray
@@ -89,6 +91,7 @@ class Checked:
     systems: tuple[str | None, ...] = ()
     redraws: bool = True
     pages_left_out: int = 0
+    identities: Identities = field(default_factory=Identities, repr=False)
 
     @property
     def system(self) -> str | None:
@@ -138,6 +141,7 @@ class Rules:
             out turns at their front where that is enough (see `shortening.render_fitting`).
         on_bad_row: "error" refuses data with samples that cannot be used, "skip" leaves these out and lists them.
         box_edge: what coordinates of 1000 in boxes are: an "error", or with "clamp" 999.
+        identify: note what each sample is made of, to find those that train and evaluate (see `overlap`).
     """
 
     tokenizer: QwenVLTokenizer
@@ -148,6 +152,7 @@ class Rules:
     on_long: OnLong = "error"
     on_bad_row: Literal["error", "skip"] = "error"
     box_edge: Literal["error", "clamp"] = "error"
+    identify: bool = False
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
         """Render messages as they are trained.
@@ -258,6 +263,7 @@ class _Found:
     dropped_long: list[TooLong] = field(default_factory=list)
     shortened: list[Shortened] = field(default_factory=list)
     pages_left_out: int = 0
+    identities: Identities = field(default_factory=Identities)
 
     def refuse(self, problem: BadRow) -> None:
         self.refused += 1
@@ -273,7 +279,7 @@ class _Found:
     def add(self, later: "_Found") -> None:
         for system in later.systems:
             self.keep_system(system)
-        for name in ("kept", "lengths", "images", "supervised", "dropped_long", "shortened"):
+        for name in ("kept", "lengths", "images", "supervised", "dropped_long", "shortened", "identities"):
             getattr(self, name).extend(getattr(later, name))
         for problem in later.problems:
             self.refuse(problem)
@@ -296,6 +302,7 @@ class _Found:
             shortened=self.shortened,
             systems=tuple(self.systems),
             pages_left_out=self.pages_left_out,
+            identities=self.identities,
         )
 
 
@@ -322,6 +329,8 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
         found.supervised.append(rendered.supervised)
         found.pages_left_out += sample.pages_left_out
         found.keep_system(system_message(sample.messages))
+        if rules.identify:
+            found.identities.add(sample)
         if fitted.turns_dropped:
             found.shortened.append(Shortened(sample.origin, fitted.turns_dropped))
     return found

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
+from finetune.data.image_paths import hint, meant_path
 from finetune.data.sample import Sample
 from finetune.errors import Interrupted, UserError
 from qwenvl.images import image_decoding, pdf_pages
@@ -35,13 +36,14 @@ _DATA_URI = re.compile("data:", re.IGNORECASE)
 
 
 def absolute(source: Any, root: Path) -> Any:
-    """The source with its path, if it is one, made absolute: relative ones start at `root`. Nothing is opened."""
+    """The source with its path, if it is one, made absolute: relative ones start at `root`, and those that another
+    system wrote are read as `image_paths.meant_path` says. Nothing is opened."""
     if isinstance(source, Mapping):
         # The bytes are the image; the path is only a name.
         return dict(source)
     if not isinstance(source, str) or _is_url(source) or not source:
         return source
-    return os.path.join(root, source)  # noqa: PTH118 (Path would fold the slashes by which a URL is known)
+    return meant_path(source, root)
 
 
 def check_image(source: Any, access: ImageAccess) -> None:
@@ -231,7 +233,8 @@ def _find(path: str, access: ImageAccess) -> tuple[str, int | None, os.stat_resu
     """
     shown = _shown(path)
     if "://" in path:
-        raise UserError(f"{shown} is a kind of URL that is not read; give a path, an http(s) URL or a data URI")
+        meant = hint(path, access.root or "") if "file:" in path.lower() else ""
+        raise UserError(f"{shown} is a kind of URL that is not read; give a path, an http(s) URL or a data URI{meant}")
     if path.startswith(("//", "\\\\")):
         raise UserError(f"{shown} is a network path; mount the share and give a path on this machine")
     root = os.path.realpath(access.root or "")
@@ -244,7 +247,7 @@ def _find(path: str, access: ImageAccess) -> tuple[str, int | None, os.stat_resu
     except UnusableImage as error:
         raise UserError(f"{shown}: {error}") from None
     except FileNotFoundError:
-        raise UserError(f"there is no file {shown if page is None else _shown(path)}") from None
+        raise UserError(f"there is no file {shown if page is None else _shown(path)}{hint(path, root)}") from None
     except OSError as error:
         raise UserError(f"{shown} cannot be reached ({error.strerror})") from error
     except ValueError:  # half a surrogate pair, or a null character

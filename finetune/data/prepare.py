@@ -155,7 +155,7 @@ def prepare(recipe: Recipe, to: Path, image_size: int | None = None, say: Say = 
                 write_text(to / LEFT_OUT, "".join(lines))
                 manifest.complete = True
                 manifest.write(to)
-    _say_result(to, manifest, groups, image_size, say)
+    _say_result(to, manifest, groups, image_size, recipe, say)
     return manifest
 
 
@@ -362,6 +362,7 @@ def _say_result(
     manifest: Manifest,
     groups: Mapping[str, list[Group]],
     image_size: int | None,
+    recipe: Recipe,
     say: Say,
 ) -> None:
     shards = manifest.shards.values()
@@ -377,12 +378,12 @@ def _say_result(
             f"{JPEG_QUALITY}; all others are PNG): training on them differs from training on the originals",
         )
     say("to use it", "put this into the recipe, in place of what is there:")
-    for line in snippet(to, groups).splitlines():
+    for line in snippet(to, groups, recipe).splitlines():
         say("", line)
 
 
-def snippet(to: Path, groups: Mapping[str, list[Group]]) -> str:
-    """The part of a recipe, as YAML, that uses the prepared data."""
+def snippet(to: Path, groups: Mapping[str, list[Group]], recipe: Recipe) -> str:
+    """The part of a recipe, as YAML, that uses the prepared data; `recipe` is what it was prepared for."""
     used = {
         name: [
             {"path": str(to / group.folder), "format": "messages"}
@@ -392,5 +393,13 @@ def snippet(to: Path, groups: Mapping[str, list[Group]]) -> str:
         ]
         for name, ones in groups.items()
     }
-    sections = {"data": {"train": used["train"]}} | ({"evaluate": {"data": used["eval"]}} if "eval" in used else {})
+    sections: dict[str, dict[str, Any]] = {"data": {"train": used["train"]}}
+    if "eval" in used:
+        sections["evaluate"] = {"data": used["eval"]}
+    if any(source.part is not None for source in recipe.data.train):
+        # What was prepared is cut already, and what was not keeps its part.
+        sections["data"]["split"] = None
+        if recipe.evaluate is not None and "eval" not in used:
+            kept = [source.model_dump(mode="json", exclude_defaults=True) for source in recipe.evaluate.data]
+            sections["evaluate"] = {"data": kept}
     return write_yaml(sections)

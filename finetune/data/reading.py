@@ -1,10 +1,11 @@
 """Open and check the data of a recipe: the first step of training and of `finetune check`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.checking import Checked, Rules, look_at, refusal
+from finetune.data.overlap import find_overlap
 from finetune.data.pages import Pages
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
@@ -42,6 +43,7 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
         data.on_long,
         data.on_bad_row,
         data.box_edge,
+        identify=recipe.evaluate is not None,
     )
 
 
@@ -99,6 +101,24 @@ def look_at_data(
                 errors.append(error)
         looked_at[name] = DataPart(kept, samples, checked, errors)
     return looked_at
+
+
+def look_for_overlap(recipe: Recipe, parts: Mapping[str, tuple[Samples, Checked]]) -> list[str]:
+    """What is evaluated on and trained on as well, in lines for the user; none where there is no such.
+
+    Args:
+        parts: "train" and, where there is evaluation, "eval".
+
+    Raises:
+        DataError: there is, and the recipe says `evaluate.overlap: error`.
+    """
+    if recipe.evaluate is None or "train" not in parts or "eval" not in parts:
+        return []
+    (train, trained), (evals, asked) = parts["train"], parts["eval"]
+    lines = find_overlap(train, trained.kept, trained.identities, evals, asked.kept, asked.identities).lines()
+    if len(lines) > 1 and recipe.evaluate.overlap == "error":
+        raise DataError("; ".join(lines))
+    return lines
 
 
 def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], Samples | None, list[InputError]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from finetune.data.annotated_boxes import in_pixels
 from finetune.data.formats.document_fields import WantedFields
@@ -18,11 +18,19 @@ from finetune.data.image_files import absolute, file_size, image_paths, upright_
 from finetune.data.pages import Pages
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import FieldsSource, RowSource, open_rows
+from finetune.data.sources.sources import FieldsSource, RowSource
+from finetune.data.split import Part, read_part
 from qwenvl.images.images import ImageAccess
 
 _LOOKED_AT = 1000
 """Samples whose image files count in a fingerprint; at most twice this many."""
+
+
+class SampleSource(RowSource, Protocol):
+    """A source of samples, or the part of it to read."""
+
+    @property
+    def part(self) -> Part | None: ...
 
 
 class Samples:
@@ -51,7 +59,7 @@ class Samples:
 
     def __init__(
         self,
-        sources: Sequence[RowSource],
+        sources: Sequence[SampleSource],
         *,
         images_root: str | Path | None = None,
         access: ImageAccess | None = None,
@@ -156,7 +164,7 @@ class _Part:
 
     @classmethod
     def read(
-        cls, source: RowSource, root: str | Path | None, access: ImageAccess, no_object: str, pages: Pages | None
+        cls, source: SampleSource, root: str | Path | None, access: ImageAccess, no_object: str, pages: Pages | None
     ) -> "_Part":
         try:
             wanted = wanted_fields(source) if source.format == "fields" else None
@@ -165,7 +173,7 @@ class _Part:
             )
         except DataError as error:
             raise DataError(f"{source.path}: {error}") from None
-        rows = open_rows(source, row_format.name, root)
+        rows = read_part(source, row_format.name, root)
         count = len(rows) if source.limit is None else min(source.limit, len(rows))
         if count < 1:
             raise DataError(f"{source.path}: holds no rows" if not len(rows) else f"{source.path}: limit is below 1")

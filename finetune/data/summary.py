@@ -106,7 +106,7 @@ def describe_sources(sources: Sequence[Source], samples: Samples, checked: Check
         seed: of the run.
     """
     lines = [
-        f"{count.kept:,} of {count.total:,} {source.path} ({source.format}){count.times}"
+        f"{count.kept:,} of {count.total:,} {source.path} ({source.format}){_part(source)}{count.times}"
         for source, count in zip(sources, count_sources(samples, checked), strict=True)
     ]
     draws = checked.epochs(seed)
@@ -117,6 +117,10 @@ def describe_sources(sources: Sequence[Source], samples: Samples, checked: Check
             said += ", one of them at times from any source to make the epochs equally long"
         lines.append(said)
     return lines
+
+
+def _part(source: Source) -> str:
+    return "" if source.part is None else f", part to {source.part.take} (by {source.part.by})"
 
 
 def count_sources(samples: Samples, checked: Checked) -> list[SourceCount]:

@@ -9,7 +9,7 @@ from finetune.batches.budget import REPLY_BATCH_TOKENS
 from finetune.data.pages import Pages
 from finetune.evaluation.task import Task
 from finetune.recipe.document_fields import Prompts
-from finetune.recipe.sections import Annotations, NamedSource
+from finetune.recipe.sections import Annotations, NamedSource, Part
 from finetune.replies.task_replies import Style
 
 
@@ -30,6 +30,9 @@ class EvaluationSource:
     weight: float = 1.0
     limit: int | None = None
     streaming: bool = False
+    encoding: str | None = None
+    delimiter: str | None = None
+    part: Part | None = None
     name: str | None = None
     annotations: Annotations | None = None
     fields: tuple[str, ...] = ()

@@ -26,7 +26,8 @@ from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.samples import wanted_fields
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import FieldsSource, Location, open_rows
+from finetune.data.sources.sources import FieldsSource, Location
+from finetune.data.split import Part, read_part
 from finetune.errors import InputError, UserError
 from finetune.evaluation.question import Question, fill_images
 from finetune.evaluation.solved_examples import SolvedExamples
@@ -54,6 +55,8 @@ class QuestionSource(Location, FieldsSource, Protocol):
     def prompt(self) -> str | None: ...
     @property
     def box_form(self) -> str | None: ...
+    @property
+    def part(self) -> Part | None: ...
 
 
 class RowImages(Sequence[Any]):
@@ -143,7 +146,7 @@ class Questions(Sequence[Question]):
         self.prompt = source.prompt or prompt or task.prompt(style)
         access = ImageAccess() if access is None else access
         root = images_root if images_root is not None else access.root
-        self._rows: Rows = open_rows(source, task.format, root)
+        self._rows: Rows = read_part(source, task.format, root)
         self._count = len(self._rows) if source.limit is None else min(source.limit, len(self._rows))
         if self._count < 1:
             raise DataError(f"{source.path}: {'limit is below 1' if len(self._rows) else 'holds no rows'}")

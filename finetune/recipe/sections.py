@@ -233,17 +233,35 @@ class Annotations(Section):
             yield Finding(("questions", "layout"), "is for layout label_studio only", "remove questions")
 
 
+class Split(Section):
+    """Cuts what is trained on into a part to train on and one to evaluate on, whole documents at a time."""
+
+    eval: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the documents to evaluate on, such as 0.1."""
+    by: Word = "image"
+    """What a document is: rows that share an image, or rows with the same value in the column of this name."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Draws the documents; rows that are added later do not move others, and the recipe's seed does not count."""
+
+
+class Part(Split):
+    """One part of a source that is cut."""
+
+    take: Literal["train", "eval"]
+    """Which one."""
+
+
 class Source(Section):
     """A dataset, or a part of one, in one of the formats."""
 
     path: Word
-    """File, folder or hub dataset id; a relative path is taken from the working directory."""
+    """File, files (data/*.jsonl), folder or hub dataset id; a relative path starts at the working directory."""
     format: Literal["messages", "qwen_json", "llava", "vqa", "grounding", "caption", "fields"]
     """What a row looks like."""
     config: Word | None = None
     """Configuration of a hub dataset that has several."""
     split: Word | None = None
-    """Split of a hub dataset or of a YOLO folder, such as train or validation."""
+    """Split of a hub dataset or of a YOLO folder, such as train or validation; or the sheet of an Excel workbook."""
     columns: Annotated[dict[str, Word], AfterValidator(ReadOnlyDict)] = Field(default_factory=ReadOnlyDict)
     """Role -> name of its column, where the two differ."""
     box_form: Literal["xyxy", "xywh"] | None = None
@@ -268,6 +286,13 @@ class Source(Section):
     """Fetch a hub dataset row by row, and none beyond limit, instead of whole."""
     annotations: Annotations | None = None
     """How `path` is read, where it is the export of an annotation tool; null is a file, folder or dataset of rows."""
+    encoding: Word | None = None
+    """Of a text file, such as gbk or cp1252; null is UTF-8, or UTF-16 and UTF-32 where the file shows that."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """What is between the fields of a .csv, .tsv or .txt file; null is what the file shows."""
+
+    part: Part | None = None
+    """Only the part of the rows that a cut by documents makes; data.split sets it for all sources."""
 
     def findings(self) -> Iterator[Finding]:
         yield from self._findings_of_fields()
@@ -288,6 +313,11 @@ class Source(Section):
             )
         if self.format != "grounding" and self.box_form is not None:
             yield Finding(("box_form", "format"), f"format {self.format} has no boxes in pixels", "remove box_form")
+        if self.encoding is not None and not _is_text_encoding(self.encoding):
+            remedy = "write its common name, such as gbk, big5, shift_jis, cp1252 or utf-16"
+            yield Finding(("encoding",), f"{self.encoding!r} is no encoding that is known", remedy)
+        if self.delimiter is not None and self.delimiter in '"\r\n':
+            yield Finding(("delimiter",), "quotes and line ends are between no fields", "give the mark between fields")
         if self.prompt is not None and self.format == "fields":
             yield Finding(("prompt", "format"), "format fields may have several prompts", "write prompts")
         elif self.prompt is not None and self.format not in PLACEHOLDERS:
@@ -307,6 +337,8 @@ class Source(Section):
             "box_form",
             "config",
             "streaming",
+            "encoding",
+            "delimiter",
             *(() if annotations.layout == "yolo" else ("split",)),
         ):
             if getattr(self, key):
@@ -344,6 +376,16 @@ class Source(Section):
                 yield Finding((key, "format"), f"is of format fields, not of {self.format}", f"remove {key}")
 
 
+def _is_text_encoding(name: str) -> bool:
+    try:
+        b"a".decode(name)  # refuses codecs that are not of text, such as base64
+    except LookupError:
+        return False
+    except ValueError:  # a is no whole character in it
+        return True
+    return True
+
+
 def one_as_list(value: Any) -> Any:
     """A single source as a list of one."""
     return (value,) if isinstance(value, dict | Source) else value
@@ -375,7 +417,9 @@ NamedSources = Annotated[
     Field(min_length=1),
     BeforeValidator(
         one_as_list,
-        json_schema_input_type=NamedSource | Annotated[tuple[NamedSource, ...], Field(min_length=1)],
+        json_schema_input_type=NamedSource
+        | Annotated[tuple[NamedSource, ...], Field(min_length=1)]
+        | Literal["split"],
     ),
 ]
 
@@ -396,6 +440,8 @@ class Data(Section):
 
     train: Sources
     """The sources to train on, mixed; one source may stand without a list."""
+    split: Split | None = None
+    """Cut the sources by documents: evaluate.data: split takes the other part. Written out as `part` of each."""
     images_root: Word | None = None
     """Folder that image paths are relative to and may not leave; null takes the folder of each data file."""
     pages: Pages | None = None
@@ -488,7 +534,9 @@ class Evaluate(Section):
     """Evaluation during training, and replies shown before and after; null in its place does without."""
 
     data: NamedSources
-    """The sources to evaluate on; one may stand without a list, of several each has a score of its own as well."""
+    """The sources to evaluate on, one without a list or several, each scored; split is what data.split cuts off."""
+    overlap: Literal["warn", "error"] = "warn"
+    """Rows or images to evaluate on that are trained on as well: say so, or refuse to run."""
     task: TaskName | None = None
     """What replies are scored as, besides the loss; its score selects the best checkpoint. custom takes `metric`."""
     metric: MetricName | None = None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from finetune.data.checking import Checked
-from finetune.data.reading import read_checked
+from finetune.data.reading import look_for_overlap, read_checked
 from finetune.data.samples import Samples
 from finetune.data.summary import describe_data, describe_sources
 from finetune.evaluation.task_evaluation import TaskEvaluation
@@ -47,6 +47,8 @@ def read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say, *, show_prog
                 say("", terminal_line(line))
         for note in samples.notes:
             say("", note)
+    for number, line in enumerate(look_for_overlap(recipe, parts)):
+        say("" if number else "overlap", line)
     task = None
     if recipe.evaluate is not None and recipe.evaluate.task is not None:
         task = TaskEvaluation(recipe, processor, parts["train"][1].system)

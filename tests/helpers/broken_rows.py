@@ -300,7 +300,17 @@ def check_broken_rows(
     lines = list(broken_lines(row_format, count, seed))
     path = folder / "rows.jsonl"
     path.write_bytes(b"\n".join(line for _, _, line in lines) + b"\n")
-    settings = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
+    settings = {
+        "config": None,
+        "split": None,
+        "columns": {},
+        "prompt": None,
+        "box_form": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "part": None,
+    }
     samples = Samples([SimpleNamespace(path=str(path), format=row_format, weight=1.0, limit=None, **settings)])
     rules = {"n_queries": 4, "max_length": 1000, "on_long": "drop", "on_bad_row": "skip", "show_progress": False}
     found = check_samples(samples, tokenizer, **rules)

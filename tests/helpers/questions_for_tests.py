@@ -47,7 +47,12 @@ ROWS["refcoco+"] = ROWS["refcocog"] = ROWS["refcoco"]
 def source(path, **given) -> SimpleNamespace:
     defaults = {"config": None, "split": None, "format": None, "columns": {}, "prompt": None, "box_form": None}
     defaults |= {"fields": ["total"], "reply": "value", "missing": None, "nested": [], "prompts": None}
-    return SimpleNamespace(path=str(path), **defaults | {"weight": 1.0, "limit": None, "streaming": False} | given)
+    return SimpleNamespace(
+        path=str(path),
+        **defaults
+        | {"weight": 1.0, "limit": None, "streaming": False, "encoding": None, "delimiter": None, "part": None}
+        | given,
+    )
 
 
 def write(folder: Path, rows, name: str = "data.jsonl") -> Path:

@@ -20,6 +20,8 @@ def field(row: Mapping[str, Any], column: str) -> Any:
     """
     value = row.get(column)
     if value is None:
+        if column in row:
+            raise BadField(column, "is empty in this row")
         there = ", ".join(str(key) for key, value in row.items() if value is not None)
         raise BadField(column, f"is missing; the row has {there[:200] or 'nothing'}. Name the column under `columns`")
     return value

@@ -16,7 +16,17 @@ from qwenvl.text.chat import IGNORED, render_chat
 
 
 def source(path, row_format="messages", **settings):
-    given = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
+    given = {
+        "config": None,
+        "split": None,
+        "columns": {},
+        "prompt": None,
+        "box_form": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "part": None,
+    }
     return SimpleNamespace(path=str(path), format=row_format, **{"weight": 1.0, "limit": None} | given | settings)
 
 

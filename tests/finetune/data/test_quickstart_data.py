@@ -52,7 +52,17 @@ def test_it_is_small():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_can_be_trained_on(published_tokenizer, name):
-    settings = {"columns": {}, "prompt": None, "box_form": None, "config": None, "split": None, "streaming": False}
+    settings = {
+        "columns": {},
+        "prompt": None,
+        "box_form": None,
+        "config": None,
+        "split": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "part": None,
+    }
     source = SimpleNamespace(
         path=str(QUICKSTART / f"{name}.jsonl"), format="messages", weight=1.0, limit=None, **settings
     )

@@ -136,7 +136,15 @@ def read(tmp_path, tiny_processor, tiny_images):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
     source = {"format": "messages", "columns": {}, "prompt": None, "box_form": None, "weight": 1.0, "limit": None}
-    source |= {"path": str(file), "config": None, "split": None, "streaming": False}
+    source |= {
+        "path": str(file),
+        "config": None,
+        "split": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "part": None,
+    }
     samples = Samples([SimpleNamespace(**source)], images_root=tiny_images[0].parent)
     rule = {"max_length": 120, "on_long": "drop_turns"}
     checked = check_samples(samples, tiny_processor.tokenizer, n_queries=N_QUERIES, show_progress=False, **rule)

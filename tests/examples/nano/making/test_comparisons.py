@@ -31,7 +31,17 @@ def test_the_picture_that_has_more_is_named():
 
 def test_rows_are_trained_on(tmp_path, published_tokenizer):
     write_comparisons(6, tmp_path / "deep" / "rows.jsonl", seed=3)
-    settings = {"columns": {}, "prompt": None, "box_form": None, "config": None, "split": None, "streaming": False}
+    settings = {
+        "columns": {},
+        "prompt": None,
+        "box_form": None,
+        "config": None,
+        "split": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "part": None,
+    }
     source = SimpleNamespace(
         path=str(tmp_path / "deep" / "rows.jsonl"), format="messages", weight=1.0, limit=None, **settings
     )

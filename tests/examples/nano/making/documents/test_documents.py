@@ -245,7 +245,17 @@ def contents(folder):
 
 
 def checked(path, tokenizer):
-    settings = {"columns": {}, "prompt": None, "box_form": None, "config": None, "split": None, "streaming": False}
+    settings = {
+        "columns": {},
+        "prompt": None,
+        "box_form": None,
+        "config": None,
+        "split": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "part": None,
+    }
     source = SimpleNamespace(path=str(path), format="messages", weight=1.0, limit=None, **settings)
     return check_samples(Samples([source]), tokenizer, max_length=1024)
 

@@ -1,0 +1,201 @@
+"""Workbooks, WebDataset tars, Parquet with paths, and several files by a pattern."""
+
+import datetime
+import io
+import json
+import tarfile
+from types import SimpleNamespace
+
+import datasets
+import openpyxl
+import pytest
+from PIL import Image
+
+from finetune.data.sample import DataError
+from finetune.data.samples import Samples
+from finetune.data.sources.sources import read_source
+from finetune.errors import MissingFileError, UserError
+from finetune.recipe.sections import Source
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+def read(path, **settings):
+    given = {
+        "config": None,
+        "split": None,
+        "limit": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "part": None,
+    }
+    return read_source(SimpleNamespace(path=str(path), **given | settings))
+
+
+# --- workbooks -------------------------------------------------------------------------------------------------------
+
+
+def workbook(path, *rows, formats=(), sheets=("Sheet",)):
+    """A workbook with these rows in each of the sheets; formats by cell."""
+    book = openpyxl.Workbook()
+    book.remove(book.active)
+    for title in sheets:
+        sheet = book.create_sheet(title)
+        for row in rows:
+            sheet.append(row)
+        for cell, form in dict(formats).items():
+            sheet[cell].number_format = form
+    book.save(path)
+    return path
+
+
+def test_a_sheet_s_cells_are_what_it_shows(tmp_path):
+    rows = [["image", "question", "answers"], ["a.png", "Ä?", "007"], [None], ["b.png", "Q", 12.5], ["c.png", None, 7]]
+    rows += [["d.png", "Q", number] for number in (0.125, 1234.5, 0.075, True, 0.1 + 0.2)]
+    rows += [["e.png", "Q", datetime.datetime(2024, 5, 4)]]
+    formats = {"C4": "0.00", "C6": "0.00", "C7": "#,##0.00", "C8": "0.0%", "C11": "yyyy-mm-dd"}
+    found = read(workbook(tmp_path / "a.xlsx", *rows, formats=formats))
+    answers = ["007", "12.50", "7", "0.13", "1,234.50", "7.5%", "TRUE", "0.3", "2024-05-04"]
+    assert [row["answers"] for row in found] == answers
+    assert found[0] == {"image": "a.png", "question": "Ä?", "answers": "007"} and found[2]["question"] is None
+    assert [found.origin(number).row for number in range(3)] == [2, 4, 5]
+    assert found.folder == tmp_path
+
+
+@pytest.mark.parametrize("form", ['"$"#,##0.00', "[Red]0", "0.00E+00", "# ?/?"])
+def test_a_cell_that_shows_something_else_is_not_text(tmp_path, form):
+    file = workbook(tmp_path / "a.xlsx", ["image", "question", "answers"], ["a.png", "Q", 12.4], formats={"C2": form})
+    samples = Samples([Source(path=str(file), format="vqa")])
+    with pytest.raises(UserError, match="row 2, answers: must be text, not float"):
+        samples[0]
+    file = workbook(tmp_path / "b.xlsx", ["caption"], [datetime.datetime(2024, 5, 4)], formats={"A2": "d-mmm-yy"})
+    assert read(file)[0] == {"caption": {"date": "2024-05-04 00:00:00"}}
+
+
+def test_sheets(tmp_path):
+    file = workbook(tmp_path / "a.xlsx", ["a"], ["x"], sheets=("One", "Two"))
+    with pytest.raises(DataError, match=r"a.xlsx: has the sheets One, Two; say which one with `split`"):
+        read(file)
+    with pytest.raises(DataError, match=r"a.xlsx: has no sheet 'Three' \(split\) but One, Two"):
+        read(file, split="Three")
+    assert list(read(file, split="Two")) == [{"a": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([], "is empty; its first row must name the columns"),
+        ([["a", "a"], ["x", "y"]], "its first row must name every column, each once"),
+        ([["a", None, "b"], ["x", "y", "z"]], "cell B2 is in a column without a name"),
+        ([["a"], ["x", "y"]], "cell B2 is in a column without a name"),
+        ([["a"], ["=1+1"]], "cell A2 holds a formula without its result"),
+        ([["a"], ["#N/A"]], "cell A2 holds the error #N/A"),
+    ],
+)
+def test_a_bad_sheet_is_refused(tmp_path, rows, reason):
+    with pytest.raises(DataError) as caught:
+        read(workbook(tmp_path / "a.xlsx", *rows))
+    assert reason in str(caught.value)
+
+
+def test_no_workbook(tmp_path):
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"a.xlsx: cannot be read as an Excel workbook"):
+        read(tmp_path / "a.xlsx")
+    with pytest.raises(DataError, match=r"encoding is of text files"):
+        read(tmp_path / "a.xlsx", encoding="gbk")
+
+
+# --- tars ------------------------------------------------------------------------------------------------------------
+
+
+def png(color):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_webdataset_tars(tmp_path):
+    for shard in range(2):
+        members = []
+        for number in range(3):
+            told = {"question": f"Q{shard}{number}?", "answers": ["a", "b"], "image": "elsewhere.png"}
+            members += [(f"{number:03}.png", png("red")), (f"{number:03}.json", json.dumps(told).encode())]
+        tar(tmp_path / f"s{shard}.tar", members)
+    rows = read(tmp_path / "s*.tar")
+    assert [row["question"] for row in rows] == [f"Q{shard}{number}?" for shard in (0, 1) for number in range(3)]
+    assert rows[0]["image"]["bytes"] == png("red") and rows[0]["id"] == "000"
+    samples = Samples([Source(path=str(tmp_path / "s0.tar"), format="vqa")])
+    assert len(samples) == 3 and samples[1].messages[1]["content"] == "a"
+    assert read(tmp_path / "s0.tar").fingerprint() != rows.fingerprint()
+
+
+def test_captions_and_several_images_of_a_tar(tmp_path):
+    members = [("a.1.png", png("red")), ("a.2.png", png("blue")), ("a.txt", "Zwei Bilder ä.".encode())]
+    (row,) = read(tar(tmp_path / "a.tar", members))
+    assert row["txt"] == "Zwei Bilder ä." and [image["bytes"] for image in row["images"]] == [png("red"), png("blue")]
+
+
+def test_a_tar_whose_rows_differ_is_refused(tmp_path):
+    members = [(f"{number}.{ending}", png("red")) for number, ending in enumerate(["png"] * 6 + ["webp"])]
+    with pytest.raises(DataError, match=r"6.webp has an ending that the first rows have not \(png\)"):
+        read(tar(tmp_path / "a.tar", members))
+    (tmp_path / "b.tar").write_bytes(b"no tar")
+    with pytest.raises(DataError, match=r"b.tar: cannot be read as a WebDataset"):
+        read(tmp_path / "b.tar")
+
+
+# --- Parquet with paths, patterns ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_parquet_with_relative_image_paths(tmp_path, as_struct):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(png("red"))
+    image = {"bytes": None, "path": "a.png"} if as_struct else "a.png"
+    rows = datasets.Dataset.from_dict({"image": [image], "caption": ["red"]})
+    rows.to_parquet(tmp_path / "data" / "rows.parquet")
+    for path in ("data/rows.parquet", "data/*.parquet", "data"):
+        (sample,) = Samples([Source(path=str(tmp_path / path), format="caption")])
+        assert sample.messages[0]["content"][0]["image"] == str(tmp_path / "data" / "a.png")
+
+
+def test_files_by_a_pattern(tmp_path):
+    for number, rows in enumerate((2, 0, 3)):
+        text = "".join(json.dumps({"image": "a.png", "caption": f"{number}{row}"}) + "\n" for row in range(rows))
+        (tmp_path / f"part-{number}.jsonl").write_text(text)
+    (tmp_path / "part-9.csv").write_text("image,caption\na.png,90\n")
+    rows = read(tmp_path / "part-*")
+    assert [row["caption"] for row in rows] == ["00", "01", "20", "21", "22", "90"]
+    assert [row["caption"] for row in rows.scan(1, 5)] == ["01", "20", "21", "22"]
+    assert str(rows.origin(3)) == f"{tmp_path}/part-2.jsonl, row 2" and rows[-1]["caption"] == "90"
+    assert rows.folder == tmp_path
+    alone = read(tmp_path / "part-?.jsonl")
+    assert len(alone) == 5 and alone.fingerprint() != rows.fingerprint()
+    with pytest.raises(MissingFileError, match=r"no file is named like .*/none-\*"):
+        read(tmp_path / "none-*")
+
+
+def test_folders_by_a_pattern(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "x" / name).mkdir(parents=True)
+        (tmp_path / "x" / name / "rows.jsonl").write_text(f'{{"image": "{name}/1.png", "caption": "{name}"}}\n')
+    rows = read(tmp_path / "x" / "*" / "rows.jsonl")
+    assert [row["caption"] for row in rows] == ["a", "b"] and rows.folder == tmp_path / "x"
+    assert len(read(tmp_path / "**" / "rows.jsonl")) == 2
+    (tmp_path / "odd[1].jsonl").write_text('{"caption": "x"}\n')
+    assert len(read(tmp_path / "odd[1].jsonl")) == 1  # what is there is no pattern

@@ -1,0 +1,123 @@
+"""Rows and images that are trained on and evaluated on: found by content, named, and never by chance."""
+
+import json
+
+import datasets
+import pytest
+from PIL import Image
+
+from finetune.data import checking, overlap
+from finetune.data.checking import Rules, look_at
+from finetune.data.overlap import find_overlap
+from finetune.data.reading import look_for_overlap
+from finetune.data.sample import DataError
+from finetune.data.samples import Samples
+from finetune.recipe import parse_recipe
+from finetune.recipe.sections import Source
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    for number in range(8):
+        Image.new("RGB", (20, 10), (number, 0, 0)).save(tmp_path / f"{number}.bmp")  # all of one size
+    Image.new("RGB", (30, 10), (1, 1, 1)).save(tmp_path / "other.png")
+    return tmp_path
+
+
+def source(path, rows, **settings):
+    if path.suffix == ".parquet":
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        columns["image"] = [{"bytes": (path.parent / name).read_bytes(), "path": name} for name in columns["image"]]
+        datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(path=str(path), format="vqa", **settings)
+
+
+def row(image, question="Q", answers="a"):
+    return {"image": image, "question": question, "answers": answers}
+
+
+def looked_at(given, tokenizer):
+    samples = Samples([given])
+    rules = Rules(tokenizer, 2048, 4, identify=True)
+    return samples, look_at(samples, rules, show_progress=False, processes=1)
+
+
+def found(train, evals, tokenizer):
+    (left, trained), (right, asked) = (looked_at(given, tokenizer) for given in (train, evals))
+    return find_overlap(left, trained.kept, trained.identities, right, asked.kept, asked.identities)
+
+
+KINDS = [(".jsonl", ".jsonl"), (".parquet", ".jsonl"), (".jsonl", ".parquet"), (".parquet", ".parquet")]
+
+
+@pytest.mark.parametrize(("left", "right"), KINDS)
+def test_rows_and_images_are_found_however_they_are_stored(folder, tiny_processor, left, right):
+    (folder / "copy.bmp").write_bytes((folder / "2.bmp").read_bytes())
+    train = source(folder / f"train{left}", [row("0.bmp"), row("1.bmp", "Q1"), row("2.bmp", "Q2"), row("3.bmp")])
+    evals = [row("4.bmp"), row("1.bmp", "Q1"), row("2.bmp", "other"), row("copy.bmp", "Q2"), row("copy.bmp", "Q9")]
+    result = found(train, source(folder / f"eval{right}", evals), tiny_processor.tokenizer)
+    assert (result.total, result.rows, result.shown, result.not_compared) == (5, 2, 4, 0)
+    assert result.lines() == [
+        f"2 of 5 evaluation rows are training rows too, such as {folder}/eval{right}, row 2 "
+        f"({folder}/train{left}, row 2)",
+        f"4 of 5 evaluation rows show an image that is trained on, such as {folder}/eval{right}, row 3 "
+        f"({folder}/train{left}, row 3)",
+        "their scores tell what was learned by heart: data.split: {eval: 0.1} cuts by image",
+    ]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_what_only_looks_alike_is_not_found(folder, tiny_processor, kind):
+    """The same words on other images of the same size."""
+    train = source(folder / f"train{kind}", [row(f"{number}.bmp") for number in range(4)])
+    evals = source(folder / f"eval{kind}", [row(f"{number}.bmp") for number in range(4, 8)] + [row("other.png")])
+    assert found(train, evals, tiny_processor.tokenizer).lines() == []
+
+
+def test_the_same_file_for_both(folder, tiny_processor):
+    rows = [row(f"{number}.bmp", f"Q{number}") for number in range(8)]
+    given = source(folder / "a.jsonl", rows)
+    result = found(given, given, tiny_processor.tokenizer)
+    assert (result.total, result.rows, result.shown) == (8, 8, 8)
+    assert len(result.lines()) == 2
+
+
+def test_it_does_not_depend_on_what_is_checked_at_once(folder, tiny_processor, monkeypatch):
+    train = source(folder / "train.jsonl", [row(f"{n % 8}.bmp", f"Q{n}") for n in range(25)])
+    evals = source(folder / "eval.jsonl", [row(f"{n % 8}.bmp", f"Q{n}") for n in range(20, 30)])
+    at_once = found(train, evals, tiny_processor.tokenizer)
+    monkeypatch.setattr(checking, "CHUNK", 2)
+    assert found(train, evals, tiny_processor.tokenizer) == at_once
+    assert (at_once.rows, at_once.shown) == (5, 10)
+
+
+def test_little_is_read(folder, tiny_processor, monkeypatch):
+    """Only images of equal sizes are read, each once, and no more than the bound; none where all are shared."""
+    read = []
+    monkeypatch.setattr(overlap, "read_encoded", lambda image, access: read.append(image) or image.encode())
+    train = source(folder / "train.jsonl", [row("other.png"), row("0.bmp"), row("0.bmp", "Q2"), row("1.bmp")])
+    evals = source(folder / "eval.jsonl", [row("0.bmp"), row("2.bmp"), row("2.bmp", "Q2")])
+    result = found(train, evals, tiny_processor.tokenizer)
+    assert sorted(path.rsplit("/")[-1] for path in read) == ["0.bmp", "1.bmp", "2.bmp"]
+    assert (result.rows, result.shown) == (1, 1)
+    read.clear()
+    assert found(train, train, tiny_processor.tokenizer).rows == 4 and not read
+    monkeypatch.setattr(overlap, "MOST_BYTES", 10)
+    limited = found(train, evals, tiny_processor.tokenizer)
+    assert (limited.rows, limited.not_compared) == (1, 6)
+    assert limited.lines()[-1] == "6 images of equal sizes were not read to compare them"
+
+
+def test_a_recipe_can_ask_for_an_error(folder, tiny_processor):
+    given = source(folder / "a.jsonl", [row("0.bmp")])
+    part = {"train": looked_at(given, tiny_processor.tokenizer), "eval": looked_at(given, tiny_processor.tokenizer)}
+    text = "model: {path: x}\noutput: y\ndata: {train: {path: a, format: vqa}}\n"
+    evaluate = "evaluate: {data: {path: a, format: vqa}, overlap: %s}"
+    assert "1 of 1 evaluation row" in look_for_overlap(parse_recipe(text + evaluate % "warn"), part)[0]
+    with pytest.raises(DataError, match=r"1 of 1 evaluation row is a training row too"):
+        look_for_overlap(parse_recipe(text + evaluate % "error"), part)
+    assert look_for_overlap(parse_recipe(text), part) == []
