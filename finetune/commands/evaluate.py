@@ -43,6 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--seed", type=int, default=0, help="of --sample; 0 by default")
     asked.add_argument("--on-bad-row", choices=["error", "skip"], default="error", help="skip leaves out and lists it")
     asked.add_argument(
+        "--ignore", metavar="COLUMN", action="append", default=[], help="data.ignore of a recipe: left unread; repeat"
+    )
+    asked.add_argument(
+        "--markup-as-text",
+        metavar="MARKUP",
+        action="append",
+        default=[],
+        help="data.markup_as_text of a recipe: asked as words, such as '<image>'; repeat",
+    )
+    asked.add_argument(
         "--bad-image",
         choices=["refuse", "wrong"],
         default="refuse",
@@ -120,6 +130,8 @@ def run(arguments: argparse.Namespace) -> None:
             quantization=arguments.quantization,
             grounding=bool(recipe and recipe.data.grounding),
             on_bad_row=arguments.on_bad_row,
+            ignore=(*(recipe.data.ignore if recipe else ()), *arguments.ignore),
+            markup_as_text=(*(recipe.data.markup_as_text if recipe else ()), *arguments.markup_as_text),
             on_bad_image=arguments.bad_image,
             out=arguments.out,
             **optional,

@@ -6,6 +6,7 @@ with its file, row, field and reason, or counted; nothing is dropped silently.
 
 import contextlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,14 +14,14 @@ from typing import Any, Literal
 import numpy as np
 
 from finetune.data.image_files import check_image
+from finetune.data.markup import find_markup, grounding_problem, why_refused
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.samples import Samples
 from finetune.data.shortening import Fitted, OnLong, render_fitting
 from finetune.data.worker_processes import map_chunks
 from finetune.errors import InputError
-from qwenvl.text.chat import LabelRule
-from qwenvl.text.grounding import parse_grounding
+from qwenvl.text.chat import LabelRule, is_trained
 from qwenvl.text.tokenizer import QwenVLTokenizer
 
 CHUNK = 1000
@@ -68,6 +69,8 @@ class Checked:
         shortened: those of the kept ones that lost turns.
         systems: the system messages of the kept samples, None for the default one; at most two of them, as more than
             one is all that is asked of them.
+        unread: columns and keys of the kept samples that hold something and are not read -> samples that have them.
+        markup: kinds of markup that the kept samples train as text, as the rules allow -> samples that have them.
     """
 
     kept: np.ndarray
@@ -81,6 +84,8 @@ class Checked:
     dropped_long: list[TooLong]
     shortened: list[Shortened]
     systems: tuple[str | None, ...] = ()
+    unread: Mapping[str, int] = field(default_factory=dict)
+    markup: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -113,6 +118,7 @@ class Rules:
         on_long: "error" refuses data with longer samples, "drop" leaves these out and counts them, "drop_turns" leaves
             out turns at their front where that is enough (see `shortening.render_fitting`).
         on_bad_row: "error" refuses data with samples that cannot be used, "skip" leaves these out and lists them.
+        markup_as_text: kinds of markup that are text where no format reads them (see `markup`); others are refused.
     """
 
     tokenizer: QwenVLTokenizer
@@ -122,6 +128,7 @@ class Rules:
     grounding: bool = False
     on_long: OnLong = "error"
     on_bad_row: Literal["error", "skip"] = "error"
+    markup_as_text: frozenset[str] = frozenset()
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
         """Render messages as they are trained.
@@ -150,6 +157,7 @@ def check_samples(
     grounding: bool = False,
     on_long: OnLong = "error",
     on_bad_row: Literal["error", "skip"] = "error",
+    markup_as_text: frozenset[str] = frozenset(),
     show_progress: bool = True,
     processes: int | None = None,
 ) -> Checked:
@@ -157,7 +165,7 @@ def check_samples(
 
     Args:
         samples: all of them.
-        tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row: see `Rules`.
+        tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row, markup_as_text: see `Rules`.
         show_progress, processes: see `look_at`.
 
     Raises:
@@ -165,7 +173,7 @@ def check_samples(
             no sample is left.
         WorkerDied: a worker process was killed or crashed.
     """
-    rules = Rules(tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row)
+    rules = Rules(tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row, markup_as_text)
     checked = look_at(samples, rules, show_progress=show_progress, processes=processes)
     if error := refusal(checked, rules):
         raise error
@@ -175,9 +183,10 @@ def check_samples(
 def look_at(samples: Samples, rules: Rules, *, show_progress: bool = True, processes: int | None = None) -> Checked:
     """Render every sample, keep what can be trained on, and list the rest.
 
-    A sample cannot be used if its row does not have the form of its format, an image does not exist, nothing in it is
-    trained, or its grounding markup is malformed and would be trained as plain text. The whole row is checked, also
-    the turns that are left out for its length.
+    A sample cannot be used if its row does not have the form of its format or holds what the format does not read and
+    would change training, an image does not exist, nothing in it is trained, or markup would be trained as plain text:
+    malformed grounding markup, or that of another format. The whole row is checked, also the turns that are left out
+    for its length.
 
     Args:
         samples: all of them.
@@ -227,6 +236,8 @@ class _Found:
     refused: int = 0
     dropped_long: list[TooLong] = field(default_factory=list)
     shortened: list[Shortened] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    markup: Counter[str] = field(default_factory=Counter)
 
     def refuse(self, problem: BadRow) -> None:
         self.refused += 1
@@ -244,6 +255,8 @@ class _Found:
             self.keep_system(system)
         for name in ("kept", "lengths", "images", "supervised", "dropped_long", "shortened"):
             getattr(self, name).extend(getattr(later, name))
+        self.unread.update(later.unread)
+        self.markup.update(later.markup)
         for problem in later.problems:
             self.refuse(problem)
         self.refused += later.refused - len(later.problems)
@@ -263,6 +276,8 @@ class _Found:
             dropped_long=self.dropped_long,
             shortened=self.shortened,
             systems=tuple(self.systems),
+            unread=dict(self.unread.most_common()),
+            markup=dict(self.markup.most_common()),
         )
 
 
@@ -275,7 +290,7 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
             found.refuse(sample)
             continue
         try:
-            fitted = _check(sample, rules)
+            fitted, markup = _check(sample, rules)
         except BadField as error:
             found.refuse(BadRow(sample.origin, error.field, error.reason))
             continue
@@ -288,28 +303,50 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
         found.images.append(len(rendered.images))
         found.supervised.append(rendered.supervised)
         found.keep_system(system_message(sample.messages))
+        if sample.unread:
+            found.unread.update(sample.unread)
+        if markup:
+            found.markup.update(markup)
         if fitted.turns_dropped:
             found.shortened.append(Shortened(sample.origin, fitted.turns_dropped))
     return found
 
 
-def _check(sample: Sample, rules: Rules) -> Fitted:
+def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
+    """The sample as it is trained, and the kinds of markup in it that are text by the rules.
+
+    Raises:
+        BadField: what is wrong with it, all reasons together.
+    """
+    problems: list[BadField] = []
     for place, text in grounding_texts(sample.messages, rules.grounding):
-        if problems := parse_grounding(text).problems:
-            raise BadField(place, f"malformed grounding markup: {problems[0].reason}")
+        if reason := grounding_problem(text, rules.markup_as_text):
+            problems.append(BadField(place, f"malformed grounding markup: {reason}"))
+    found = find_markup(sample.messages, rules.grounding)
+    if refused := [look for look in found if look.kind not in rules.markup_as_text]:
+        problems.append(BadField(refused[0].place, why_refused(refused)))
+    fitted = None
     try:
         fitted = rules.fit(sample.messages)
     except InputError as error:  # what only the tokenizer finds, such as half a surrogate pair
-        raise BadField("messages", str(error)) from error
+        problems.append(BadField("messages", str(error)))
     for number, source in enumerate(image_sources(sample.messages)):
         try:
             check_image(source, sample.access)
         except InputError as error:
-            raise BadField(f"images[{number}]", str(error)) from error
+            problems.append(BadField(f"images[{number}]", str(error)))
+            break
     # By the messages: with labels "structure" something is trained in every conversation.
-    if not fitted.rendered.supervised or all(message["role"] != "assistant" for message in sample.messages):
-        raise BadField("messages", "nothing in it is trained: it has no assistant's turn")
-    return fitted
+    if all(message["role"] != "assistant" for message in sample.messages):
+        problems.append(BadField("messages", "nothing in it is trained: it has no assistant's turn"))
+    elif not any(map(is_trained, sample.messages)):
+        problems.append(BadField("messages", "nothing in it is trained: all assistant's turns are marked as context"))
+    if problems:
+        first, *others = problems
+        more = "".join(f"; and {problem.field}: {problem.reason}" for problem in others)
+        raise BadField(first.field, first.reason + more)
+    assert fitted is not None, "it was rendered, or there is a problem"
+    return fitted, [look.kind for look in found]
 
 
 def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:

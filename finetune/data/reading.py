@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.data.checking import Checked, Rules, look_at, refusal
+from finetune.data.formats.places import PLACE
+from finetune.data.markup import check_markup_names
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.errors import InputError
@@ -30,7 +32,11 @@ class DataPart:
 
 
 def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
-    """How a recipe checks and renders a sample."""
+    """How a recipe checks and renders a sample.
+
+    Raises:
+        UserError: `data.markup_as_text` names what is not looked for.
+    """
     data = recipe.data
     return Rules(
         processor.tokenizer,
@@ -40,6 +46,7 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
         data.grounding,
         data.on_long,
         data.on_bad_row,
+        check_markup_names(data.markup_as_text),
     )
 
 
@@ -94,10 +101,8 @@ def look_at_data(
 
 def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], Samples | None, list[InputError]]:
     """The sources that can be opened, their samples, and why the others cannot."""
-    root = None if recipe.data.images_root is None else Path(recipe.data.images_root)
-    access = ImageAccess(root=root, allow_urls=recipe.data.allow_urls)
     try:
-        return sources, Samples(sources, images_root=root, access=access), []
+        return sources, open_samples(recipe, sources), []
     except InputError as error:
         if len(sources) == 1:
             return [], None, [error]
@@ -105,8 +110,21 @@ def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], 
     errors: list[InputError] = []
     for source in sources:
         try:
-            Samples([source], images_root=root, access=access)
+            open_samples(recipe, [source])
             opened.append(source)
         except InputError as error:
             errors.append(error)
-    return opened, Samples(opened, images_root=root, access=access) if opened else None, errors
+    return opened, open_samples(recipe, opened) if opened else None, errors
+
+
+def open_samples(recipe: Recipe, sources: Sequence[Source]) -> Samples:
+    """The samples of sources, read as the recipe says; errors as of `Samples`."""
+    data = recipe.data
+    root = None if data.images_root is None else Path(data.images_root)
+    return Samples(
+        sources,
+        images_root=root,
+        access=ImageAccess(root=root, allow_urls=data.allow_urls),
+        ignore=data.ignore,
+        text_places=PLACE not in check_markup_names(data.markup_as_text),
+    )

@@ -37,11 +37,13 @@ class Sample:
             a URL, encoded bytes, or {"bytes", "path"}.
         origin: the row it was made from.
         access: what its image references may reach: the source's own folder, unless the recipe says another.
+        unread: the columns of its row, and keys of its turns, that hold something and are not read.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     origin: Origin
     access: ImageAccess = field(default_factory=ImageAccess)
+    unread: tuple[str, ...] = ()
 
 
 class BadField(UserError):

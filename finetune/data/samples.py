@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -33,6 +33,8 @@ class Samples:
         images_root: folder that relative image paths start at and all paths must stay in; None is the folder of each
             source's own file.
         access: everything else that images may reach, no URLs by default; its own root counts as `images_root`.
+        ignore: columns that are not read, see `RowFormat`.
+        text_places: whether `<image>` in a text may be the place of an image, see `RowFormat`.
 
     Attributes:
         ranges: for each source the indices of its samples.
@@ -49,10 +51,13 @@ class Samples:
         *,
         images_root: str | Path | None = None,
         access: ImageAccess | None = None,
+        ignore: Collection[str] = (),
+        text_places: bool = True,
     ):
         access = ImageAccess() if access is None else access
         root = images_root if images_root is not None else access.root
-        self._parts = [_Part.read(source, root, access) for source in sources]
+        how = frozenset(ignore), text_places
+        self._parts = [_Part.read(source, root, access, *how) for source in sources]
         ends = list(accumulate(len(part) for part in self._parts))
         self.ranges = [range(end - len(part), end) for end, part in zip(ends, self._parts, strict=True)]
         self.weights = [1.0 if source.weight is None else float(source.weight) for source in sources]
@@ -130,9 +135,18 @@ class _Part:
     ends: "array[int] | None"
 
     @classmethod
-    def read(cls, source: RowSource, root: str | Path | None, access: ImageAccess) -> "_Part":
+    def read(
+        cls,
+        source: RowSource,
+        root: str | Path | None,
+        access: ImageAccess,
+        ignore: frozenset[str],
+        text_places: bool,
+    ) -> "_Part":
         try:
-            row_format = RowFormat(source.format, source.columns or {}, source.prompt, source.box_form)
+            row_format = RowFormat(
+                source.format, source.columns or {}, source.prompt, source.box_form, ignore, text_places
+            )
         except DataError as error:
             raise DataError(f"{source.path}: {error}") from None
         rows = read_source(source)
@@ -180,6 +194,9 @@ class _Part:
             "columns": dict(sorted(row_format.columns.items())),
             "prompt": row_format.prompt,
             "box_form": row_format.box_form,
+            # Only where they are set: earlier runs have neither.
+            **({"ignore": sorted(row_format.ignore)} if row_format.ignore else {}),
+            **({} if row_format.text_places else {"text_places": False}),
         }
 
     def _find(self, index: int) -> tuple[int, int]:
@@ -208,11 +225,12 @@ class _Part:
     def _convert(self, given: Mapping[str, Any], row: int) -> list[Sample]:
         origin = self.rows.origin(row)
         try:
+            unread = self.row_format.unread(given)
             conversations = self.row_format.conversations(given, self._image_size)
         except BadField as error:
             raise BadRow(origin, error.field, error.reason) from None
         return [
-            Sample(tuple(self._with_absolute_paths(message) for message in conversation), origin, self.access)
+            Sample(tuple(map(self._with_absolute_paths, conversation)), origin, self.access, unread)
             for conversation in conversations
         ]
 

@@ -135,6 +135,8 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
                 shot_source=evaluation.shots_from,
                 grounding=asking.grounding,
                 on_bad_row=evaluation.on_bad_row,
+                ignore=evaluation.ignore,
+                markup_as_text=evaluation.markup_as_text,
                 # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",
             )

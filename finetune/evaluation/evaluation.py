@@ -54,6 +54,7 @@ class Evaluation:
         batch_tokens: see `replies.Decoding`.
         grounding: read markup in all texts as tokens.
         on_bad_row: what happens to a row that cannot be asked.
+        ignore, markup_as_text: as in a recipe's `data`.
         on_bad_image: what happens to an image that is missing or damaged; "wrong" counts its questions as wrong.
         out: where results go; None is `runs/evaluations/MODEL-TASK`, or in a run's own folder.
     """
@@ -77,5 +78,7 @@ class Evaluation:
     batch_tokens: int = REPLY_BATCH_TOKENS
     grounding: bool = False
     on_bad_row: Literal["error", "skip"] = "error"
+    ignore: tuple[str, ...] = ()
+    markup_as_text: tuple[str, ...] = ()
     on_bad_image: Literal["refuse", "wrong"] = "refuse"
     out: Path | None = None

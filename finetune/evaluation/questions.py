@@ -10,14 +10,17 @@ read on access, and its images only when it is rendered.
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
 from finetune.data.formats.names import CONVERSATIONS
+from finetune.data.formats.places import PLACE
 from finetune.data.formats.row_format import COLUMNS, RowFormat
+from finetune.data.formats.unread import unread_names
 from finetune.data.image_files import absolute, check_image, upright_size
+from finetune.data.markup import check_markup_names, find_markup, why_refused
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.sources.rows import Rows
@@ -84,6 +87,7 @@ class Questions(Sequence[Question]):
             with the question, see `solved_examples`.
         grounding: read markup in all texts as tokens, as `data.grounding` of a recipe does.
         on_bad_row: "error" reports all bad rows together; "skip" leaves them out and lists them.
+        ignore, markup_as_text: as in a recipe's `data`: columns that are not read, and markup that is asked as text.
         look_for_images: treat a row whose image file is missing as a bad row; False leaves that to the reader of the
             image.
 
@@ -118,12 +122,15 @@ class Questions(Sequence[Question]):
         shot_source: QuestionSource | None = None,
         grounding: bool = False,
         on_bad_row: Literal["error", "skip"] = "error",
+        ignore: Collection[str] = (),
+        markup_as_text: Sequence[str] = (),
         look_for_images: bool = True,
     ):
         if shots and style == "chat":
             raise UserError("solved examples are for base models: set shots to 0, or style to base")
         self.task, self.style = task, style
         self._look_for_images = look_for_images
+        self._ignore, self._markup_as_text = frozenset(ignore), check_markup_names(markup_as_text)
         self.name, self.columns = str(source.path), _columns(source, task)
         if source.prompt is not None:
             check_prompt(task, source.prompt)
@@ -145,6 +152,7 @@ class Questions(Sequence[Question]):
             grounding=grounding,
             image_size=self._image_size,
             system=system,
+            text_places=PLACE not in self._markup_as_text,
         )
         self._read_all(on_bad_row)
         self._shots, self._examples = shots, self
@@ -158,6 +166,8 @@ class Questions(Sequence[Question]):
                 style=style,
                 grounding=grounding,
                 on_bad_row=on_bad_row,
+                ignore=ignore,
+                markup_as_text=markup_as_text,
             )
         self._solved = SolvedExamples(self, self._examples, shots) if shots else None
 
@@ -220,6 +230,9 @@ class Questions(Sequence[Question]):
                 self._examples.fingerprint() if self._examples is not self else "",
                 "other documents" if self._shots else "",
             ],
+            # Only where they are set: earlier evaluations have neither.
+            **({"ignore": sorted(self._ignore)} if self._ignore else {}),
+            **({"markup_as_text": sorted(self._markup_as_text)} if self._markup_as_text else {}),
         }
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
@@ -264,7 +277,15 @@ class Questions(Sequence[Question]):
         self._leave_out(bad, hidden, on_bad_row)
 
     def _checked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
+        try:
+            unread_names(given, self.task.format, self.columns, self._ignore)
+        except BadField as error:
+            raise BadRow(self._rows.origin(row), error.field, error.reason) from None
         asked = self._asked(given, row)
+        for question in asked:
+            found = find_markup(question.messages, self._reader.grounding)
+            if refused := [look for look in found if look.kind not in self._markup_as_text]:
+                raise BadRow(self._rows.origin(row), refused[0].place, why_refused(refused))
         for number, source in enumerate(asked[0].sources if self._look_for_images else ()):
             try:
                 check_image(absolute(source, self._root), self.access)
@@ -335,6 +356,8 @@ class Questions(Sequence[Question]):
         return asked[item]
 
     def _asked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
+        if not self._ignore.isdisjoint(given):
+            given = {column: value for column, value in given.items() if column not in self._ignore}
         try:
             self._reader.group(given)
             return self._reader.questions(given)

@@ -115,6 +115,8 @@ class TaskEvaluation:
                 style="chat",
                 grounding=data.grounding,
                 on_bad_row=data.on_bad_row,
+                ignore=data.ignore,
+                markup_as_text=data.markup_as_text,
             )
             for source in evaluate.data
         ]

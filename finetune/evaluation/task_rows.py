@@ -23,10 +23,14 @@ from finetune.metrics.choices import LETTERS, choice_letter
 from finetune.metrics.text_form import composed
 from finetune.replies.task_replies import Style
 from qwenvl.text.boxes import Box
+from qwenvl.text.chat import is_trained
 from qwenvl.text.grounding import strip_markup
 
 ImageSize = Callable[[Any], tuple[int, int]]
 _PLACES = re.compile(r"\{(question|phrase|options|hint)\}")
+# The column that problems of a conversation are reported under.
+_TURNS = dict.fromkeys(("qwen_json", "llava"), "conversations") | {"messages": "messages", "texts": "texts"}
+_TURNS["swift"] = "response"
 _NO_HINT = "N/A"  # as in the published prompt of multiple choice
 
 
@@ -67,6 +71,7 @@ class RowReader:
         image_size: gives the width and height of an image source of a row; raises ValueError if it cannot.
         system: a system message before what is asked, of style chat; None is the default one. Conversations have
             their own.
+        text_places: whether `<image>` in a conversation's texts may be the place of an image.
     """
 
     task: Task
@@ -77,6 +82,7 @@ class RowReader:
     grounding: bool
     image_size: ImageSize
     system: str | None = None
+    text_places: bool = True
 
     def questions(self, row: Mapping[str, Any]) -> list[Asked]:
         """The questions of a row, at least one.
@@ -253,12 +259,15 @@ class RowReader:
     # ---- conversations
 
     def _conversation(self, row: Mapping[str, Any]) -> Asked:
-        [conversation] = RowFormat(self.task.format, self.columns).conversations(row, self.image_size)
-        name = self.columns["conversations" if self.task.format != "messages" else "messages"]
+        row_format = RowFormat(self.task.format, self.columns, text_places=self.text_places)
+        [conversation] = row_format.conversations(row, self.image_size)
+        name = self.columns[_TURNS[self.task.format]]
         parts = split_last_reply(conversation)
         if parts is None:
             raise BadField(name, "does not end with an assistant's reply, which is the gold answer")
         messages, answer = parts
+        if not is_trained(conversation[-1]):
+            raise BadField(name, "its last reply, which is the gold answer, is marked as not to be learned")
         if not answer.strip():
             raise BadField(name, "its last reply, which is the gold answer, is blank")
         if not any(message["role"] == "user" for message in messages):
