@@ -1,8 +1,8 @@
 """Text that looks like the markup of another format, or like a control token, and would be trained as words.
 
 Which format reads `<image>` or `<img src="a.png">` is a matter of the recipe: in the wrong one, the letters are
-trained and the image is not. The names of what was found are those that `data.markup_as_text` takes: `<image>`, `<img>`,
-`<|im_end|>`, `[IMG]`, `<box>`, ...
+trained and the image is not. The names of what was found are those that `data.markup_as_text` takes: `<image>`,
+`<img>`, `<|im_end|>`, `[IMG]`, `<box>`, ...
 """
 
 import re

@@ -98,7 +98,10 @@ def unread_names(
         if column.lower() in LOSSES and value == 1:
             continue  # what every row is trained with
         if column.lower() in _ROW:
-            if column.lower() in _NAMES_OF_IMAGES and row.get(columns.get("image", columns.get("images"))) is not None:
+            if (
+                column.lower() in _NAMES_OF_IMAGES
+                and row.get(columns.get("image") or columns.get("images", "image")) is not None
+            ):
                 names.append(column)  # the file that the image was
                 continue
             raise BadField(column, _refusal(column, row_format, columns, column))
