@@ -53,6 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--seed", type=int, default=0, help="of --sample; 0 by default")
     asked.add_argument("--on-bad-row", choices=["error", "skip"], default="error", help="skip leaves out and lists it")
     asked.add_argument(
+        "--ignore", metavar="COLUMN", action="append", default=[], help="data.ignore of a recipe: left unread; repeat"
+    )
+    asked.add_argument(
+        "--markup-as-text",
+        metavar="MARKUP",
+        action="append",
+        default=[],
+        help="data.markup_as_text of a recipe: asked as words, such as '<image>'; repeat",
+    )
+    asked.add_argument(
         "--bad-image",
         choices=["refuse", "wrong"],
         default="refuse",
@@ -154,6 +164,8 @@ def run(arguments: argparse.Namespace) -> None:
             box_edge="error" if recipe is None else recipe.data.box_edge,
             pages=pages_asked(arguments, recipe),
             on_bad_row=arguments.on_bad_row,
+            ignore=(*(recipe.data.ignore if recipe else ()), *arguments.ignore),
+            markup_as_text=(*(recipe.data.markup_as_text if recipe else ()), *arguments.markup_as_text),
             on_bad_image=arguments.bad_image,
             out=arguments.out,
             **optional,

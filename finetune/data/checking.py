@@ -6,6 +6,7 @@ with its file, row, field and reason, or counted; nothing is dropped silently.
 
 import contextlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import numpy as np
 
 from finetune.data.epoch_draw import EpochDraws
 from finetune.data.image_files import check_image
+from finetune.data.markup import find_markup, grounding_problems, why_refused
 from finetune.data.overlap import Identities
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
@@ -21,8 +23,8 @@ from finetune.data.samples import Samples
 from finetune.data.shortening import Fitted, OnLong, render_fitting
 from finetune.data.worker_processes import map_chunks
 from finetune.errors import InputError
-from qwenvl.text.chat import LabelRule
-from qwenvl.text.grounding import clamp_to_edge, parse_grounding
+from qwenvl.text.chat import LabelRule, is_trained
+from qwenvl.text.grounding import clamp_to_edge
 from qwenvl.text.tokenizer import QwenVLTokenizer
 
 CHUNK = 1000
@@ -76,6 +78,8 @@ class Checked:
             began when all epochs had the same draw.
         pages_left_out: pages of files that are not trained on, as `data.pages` says, over the kept samples.
         identities: what the kept samples are made of, where the rules ask for it.
+        unread: columns and keys of the kept samples that hold something and are not read -> samples that have them.
+        markup: kinds of markup that the kept samples train as text, as the rules allow -> samples that have them.
     """
 
     kept: np.ndarray
@@ -92,6 +96,8 @@ class Checked:
     redraws: bool = True
     pages_left_out: int = 0
     identities: Identities = field(default_factory=Identities, repr=False)
+    unread: Mapping[str, int] = field(default_factory=dict)
+    markup: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def system(self) -> str | None:
@@ -142,6 +148,7 @@ class Rules:
         on_bad_row: "error" refuses data with samples that cannot be used, "skip" leaves these out and lists them.
         box_edge: what coordinates of 1000 in boxes are: an "error", or with "clamp" 999.
         identify: note what each sample is made of, to find those that train and evaluate (see `overlap`).
+        markup_as_text: kinds of markup that are text where no format reads them (see `markup`); others are refused.
     """
 
     tokenizer: QwenVLTokenizer
@@ -153,6 +160,7 @@ class Rules:
     on_bad_row: Literal["error", "skip"] = "error"
     box_edge: Literal["error", "clamp"] = "error"
     identify: bool = False
+    markup_as_text: frozenset[str] = frozenset()
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
         """Render messages as they are trained.
@@ -185,6 +193,7 @@ def check_samples(
     grounding: bool = False,
     on_long: OnLong = "error",
     on_bad_row: Literal["error", "skip"] = "error",
+    markup_as_text: frozenset[str] = frozenset(),
     show_progress: bool = True,
     processes: int | None = None,
 ) -> Checked:
@@ -192,7 +201,7 @@ def check_samples(
 
     Args:
         samples: all of them.
-        tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row: see `Rules`.
+        tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row, markup_as_text: see `Rules`.
         show_progress, processes: see `look_at`.
 
     Raises:
@@ -200,7 +209,9 @@ def check_samples(
             no sample is left.
         WorkerDied: a worker process was killed or crashed.
     """
-    rules = Rules(tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row)
+    rules = Rules(
+        tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row, markup_as_text=markup_as_text
+    )
     checked = look_at(samples, rules, show_progress=show_progress, processes=processes)
     if error := refusal(checked, rules):
         raise error
@@ -210,9 +221,10 @@ def check_samples(
 def look_at(samples: Samples, rules: Rules, *, show_progress: bool = True, processes: int | None = None) -> Checked:
     """Render every sample, keep what can be trained on, and list the rest.
 
-    A sample cannot be used if its row does not have the form of its format, an image does not exist, nothing in it is
-    trained, or its grounding markup is malformed and would be trained as plain text. The whole row is checked, also
-    the turns that are left out for its length.
+    A sample cannot be used if its row does not have the form of its format or holds what the format does not read and
+    would change training, an image does not exist, nothing in it is trained, or markup would be trained as plain text:
+    malformed grounding markup, or that of another format. The whole row is checked, also the turns that are left out
+    for its length.
 
     Args:
         samples: all of them.
@@ -264,6 +276,8 @@ class _Found:
     shortened: list[Shortened] = field(default_factory=list)
     pages_left_out: int = 0
     identities: Identities = field(default_factory=Identities)
+    unread: Counter[str] = field(default_factory=Counter)
+    markup: Counter[str] = field(default_factory=Counter)
 
     def refuse(self, problem: BadRow) -> None:
         self.refused += 1
@@ -281,6 +295,8 @@ class _Found:
             self.keep_system(system)
         for name in ("kept", "lengths", "images", "supervised", "dropped_long", "shortened", "identities"):
             getattr(self, name).extend(getattr(later, name))
+        self.unread.update(later.unread)
+        self.markup.update(later.markup)
         for problem in later.problems:
             self.refuse(problem)
         self.refused += later.refused - len(later.problems)
@@ -303,6 +319,8 @@ class _Found:
             systems=tuple(self.systems),
             pages_left_out=self.pages_left_out,
             identities=self.identities,
+            unread=dict(self.unread.most_common()),
+            markup=dict(self.markup.most_common()),
         )
 
 
@@ -315,7 +333,7 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
             found.refuse(sample)
             continue
         try:
-            fitted = _check(sample, rules)
+            fitted, markup = _check(sample, rules)
         except BadField as error:
             found.refuse(BadRow(sample.origin, error.field, error.reason))
             continue
@@ -331,44 +349,69 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
         found.keep_system(system_message(sample.messages))
         if rules.identify:
             found.identities.add(sample)
+        if sample.unread:
+            found.unread.update(sample.unread)
+        if markup:
+            found.markup.update(markup)
         if fitted.turns_dropped:
             found.shortened.append(Shortened(sample.origin, fitted.turns_dropped))
     return found
 
 
-def _check(sample: Sample, rules: Rules) -> Fitted:
-    malformed: list[tuple[str, str]] = []
-    for place, text in grounding_texts(rules.read(sample.messages), rules.grounding):
-        malformed += [(place, problem.reason) for problem in parse_grounding(text).problems]
-    if malformed:
-        raise BadField(malformed[0][0], _malformed(sample, malformed, rules))
+def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
+    """The sample as it is trained, and the kinds of markup in it that are text by the rules.
+
+    Raises:
+        BadField: what is wrong with it, all reasons together.
+    """
+    problems: list[BadField] = []
+    if malformed := _malformed(rules.read(sample.messages), rules):
+        problems.append(BadField(malformed[0][0], _why_malformed(sample, malformed, rules)))
+    found = find_markup(sample.messages, rules.grounding)
+    if refused := [look for look in found if look.kind not in rules.markup_as_text]:
+        problems.append(BadField(refused[0].place, why_refused(refused)))
+    fitted = None
     try:
         fitted = rules.fit(sample.messages)
     except InputError as error:  # what only the tokenizer finds, such as half a surrogate pair
-        raise BadField("messages", str(error)) from error
+        problems.append(BadField("messages", str(error)))
     for number, source in enumerate(image_sources(sample.messages)):
         try:
             check_image(source, sample.access)
         except InputError as error:
-            raise BadField(f"images[{number}]", str(error)) from error
+            problems.append(BadField(f"images[{number}]", str(error)))
+            break
     # By the messages: with labels "structure" something is trained in every conversation.
-    if not fitted.rendered.supervised or all(message["role"] != "assistant" for message in sample.messages):
-        raise BadField("messages", "nothing in it is trained: it has no assistant's turn")
-    return fitted
+    if all(message["role"] != "assistant" for message in sample.messages):
+        problems.append(BadField("messages", "nothing in it is trained: it has no assistant's turn"))
+    elif not any(map(is_trained, sample.messages)):
+        problems.append(BadField("messages", "nothing in it is trained: all assistant's turns are marked as context"))
+    if problems:
+        first, *others = problems
+        more = "".join(f"; and {problem.field}: {problem.reason}" for problem in others)
+        raise BadField(first.field, first.reason + more)
+    assert fitted is not None, "it was rendered, or there is a problem"
+    return fitted, [look.kind for look in found]
 
 
-def _malformed(sample: Sample, problems: Sequence[tuple[str, str]], rules: Rules) -> str:
-    """Everything that is wrong with the markup of a sample, and what else is, in one reason."""
+def _malformed(messages: Sequence[Mapping[str, Any]], rules: Rules) -> list[tuple[str, str]]:
+    """(place, reason) of all grounding markup that the rules do not let be text."""
+    return [
+        (place, reason)
+        for place, text in grounding_texts(messages, rules.grounding)
+        for reason in grounding_problems(text, rules.markup_as_text)
+    ]
+
+
+def _why_malformed(sample: Sample, problems: Sequence[tuple[str, str]], rules: Rules) -> str:
+    """Everything that is wrong with the markup of a sample, in one reason."""
     first = problems[0][0]
     said = [reason if place == first else f"{place}: {reason}" for place, reason in problems[:_SHOWN_REASONS]]
     said += [f"and {len(problems) - _SHOWN_REASONS} more"] if len(problems) > _SHOWN_REASONS else []
-    if all(message["role"] != "assistant" for message in sample.messages):
-        said.append("nothing in it is trained: it has no assistant's turn")
     remedy = ""
     if rules.box_edge == "error":
-        texts = grounding_texts(boxes_inside(sample.messages, rules.grounding), rules.grounding)
-        left = sum(len(parse_grounding(text).problems) for _, text in texts)
-        remedy = " (data.box_edge: clamp takes 1000 as 999)" if left < len(problems) else ""
+        left = _malformed(boxes_inside(sample.messages, rules.grounding), rules)
+        remedy = " (data.box_edge: clamp takes 1000 as 999)" if len(left) < len(problems) else ""
     return f"malformed grounding markup: {'; '.join(said)}{remedy}"
 
 

@@ -214,11 +214,15 @@ def _groups(name: str, samples: Samples, checked: Checked, names: Sequence[str] 
 def _made_from(recipe: Recipe, image_size: int | None, parts: Mapping[str, tuple[Samples, Checked]]) -> dict[str, Any]:
     data = recipe.data
     settings = ("max_length", "labels", "grounding", "on_long", "on_bad_row", "images_root", "allow_urls")
+    set_only = ("ignore", "markup_as_text")  # earlier calls know neither
     sources = {"train": data.train, "eval": () if recipe.evaluate is None else recipe.evaluate.data}
     return {
         "image_size": image_size,
         "shard_rows": SHARD_ROWS,
-        "data": {key: getattr(data, key) for key in settings},
+        "data": {
+            **{key: getattr(data, key) for key in settings},
+            **{key: list(value) for key in set_only if (value := getattr(data, key))},
+        },
         "sources": {
             name: [{"path": source.path, "weight": source.weight} for source in sources[name]] for name in parts
         },

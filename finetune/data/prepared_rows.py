@@ -39,7 +39,9 @@ def schema() -> pa.Schema:
     part = {"type": text, "text": text, "grounding": flag, "numbered": flag}
     features = datasets.Features(
         {
-            "messages": datasets.List({"role": text, "content": datasets.List(part), "grounding": flag}),
+            "messages": datasets.List(
+                {"role": text, "content": datasets.List(part), "grounding": flag, "train": flag}
+            ),
             "images": datasets.List(datasets.Image()),
             "origin": {name: datasets.Value(str(kind)) for name, kind in ORIGIN.items()},
         }
@@ -69,7 +71,8 @@ def make_row(sample: Sample, image_size: int | None) -> dict[str, Any]:
                 except InputError as error:
                     raise BadRow(sample.origin, name, str(error)) from error
         parts = [{key: value for key, value in part.items() if key != "image"} for part in parts]
-        messages.append({"role": message["role"], "content": parts, "grounding": message.get("grounding")})
+        flags = {key: message.get(key) for key in ("grounding", "train")}
+        messages.append({"role": message["role"], "content": parts, **flags})
     origin = {"file": sample.origin.file, "row": sample.origin.row}
     return {"messages": messages, "images": images, "origin": origin}
 

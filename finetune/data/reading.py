@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.checking import Checked, Rules, look_at, refusal
+from finetune.data.formats.places import PLACE
+from finetune.data.markup import check_markup_names
 from finetune.data.overlap import find_overlap
 from finetune.data.pages import Pages
 from finetune.data.sample import DataError
@@ -32,7 +34,11 @@ class DataPart:
 
 
 def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
-    """How a recipe checks and renders a sample."""
+    """How a recipe checks and renders a sample.
+
+    Raises:
+        UserError: `data.markup_as_text` names what is not looked for.
+    """
     data = recipe.data
     return Rules(
         processor.tokenizer,
@@ -44,6 +50,7 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
         data.on_bad_row,
         data.box_edge,
         identify=recipe.evaluate is not None,
+        markup_as_text=check_markup_names(data.markup_as_text),
     )
 
 
@@ -123,11 +130,8 @@ def look_for_overlap(recipe: Recipe, parts: Mapping[str, tuple[Samples, Checked]
 
 def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], Samples | None, list[InputError]]:
     """The sources that can be opened, their samples, and why the others cannot."""
-    root = None if recipe.data.images_root is None else Path(recipe.data.images_root)
-    access, pages = ImageAccess(root=root, allow_urls=recipe.data.allow_urls), pages_of(recipe)
-    no_object = recipe.data.no_object
     try:
-        return sources, Samples(sources, images_root=root, access=access, no_object=no_object, pages=pages), []
+        return sources, open_samples(recipe, sources), []
     except InputError as error:
         if len(sources) == 1:
             return [], None, [error]
@@ -135,10 +139,23 @@ def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], 
     errors: list[InputError] = []
     for source in sources:
         try:
-            Samples([source], images_root=root, access=access, no_object=no_object, pages=pages)
+            open_samples(recipe, [source])
             opened.append(source)
         except InputError as error:
             errors.append(error)
-    if not opened:
-        return opened, None, errors
-    return opened, Samples(opened, images_root=root, access=access, no_object=no_object, pages=pages), errors
+    return opened, open_samples(recipe, opened) if opened else None, errors
+
+
+def open_samples(recipe: Recipe, sources: Sequence[Source]) -> Samples:
+    """The samples of sources, read as the recipe says; errors as of `Samples`."""
+    data = recipe.data
+    root = None if data.images_root is None else Path(data.images_root)
+    return Samples(
+        sources,
+        images_root=root,
+        access=ImageAccess(root=root, allow_urls=data.allow_urls),
+        no_object=data.no_object,
+        pages=pages_of(recipe),
+        ignore=data.ignore,
+        text_places=PLACE not in check_markup_names(data.markup_as_text),
+    )

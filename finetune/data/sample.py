@@ -38,12 +38,14 @@ class Sample:
         origin: the row it was made from.
         access: what its image references may reach: the source's own folder, unless the recipe says another.
         pages_left_out: pages of its files that are not among its images, as `data.pages` says.
+        unread: the columns of its row, and keys of its turns, that hold something and are not read.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     origin: Origin
     access: ImageAccess = field(default_factory=ImageAccess)
     pages_left_out: int = 0
+    unread: tuple[str, ...] = ()
 
 
 class BadField(UserError):

@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -47,6 +47,8 @@ class Samples:
         access: everything else that images may reach, no URLs by default; its own root counts as `images_root`.
         no_object: the reply of rows of format `grounding` that have no box.
         pages: how files of several pages become several images; None refuses them unless a page is named.
+        ignore: columns that are not read, see `RowFormat`.
+        text_places: whether `<image>` in a text may be the place of an image, see `RowFormat`.
 
     Attributes:
         ranges: for each source the indices of its samples.
@@ -65,11 +67,14 @@ class Samples:
         access: ImageAccess | None = None,
         no_object: str = NO_OBJECT,
         pages: Pages | None = None,
+        ignore: Collection[str] = (),
+        text_places: bool = True,
     ):
         access = ImageAccess() if access is None else access
         access = access if pages is None else replace(access, dpi=pages.dpi)
         root = images_root if images_root is not None else access.root
-        self._parts = [_Part.read(source, root, access, no_object, pages) for source in sources]
+        how = (no_object, pages, frozenset(ignore), text_places)
+        self._parts = [_Part.read(source, root, access, *how) for source in sources]
         ends = list(accumulate(len(part) for part in self._parts))
         self.ranges = [range(end - len(part), end) for end, part in zip(ends, self._parts, strict=True)]
         self.weights = [1.0 if source.weight is None else float(source.weight) for source in sources]
@@ -164,12 +169,25 @@ class _Part:
 
     @classmethod
     def read(
-        cls, source: SampleSource, root: str | Path | None, access: ImageAccess, no_object: str, pages: Pages | None
+        cls,
+        source: SampleSource,
+        root: str | Path | None,
+        access: ImageAccess,
+        no_object: str,
+        pages: Pages | None,
+        ignore: frozenset[str],
+        text_places: bool,
     ) -> "_Part":
         try:
-            wanted = wanted_fields(source) if source.format == "fields" else None
             row_format = RowFormat(
-                source.format, source.columns or {}, source.prompt, source.box_form, no_object, wanted
+                source.format,
+                source.columns or {},
+                source.prompt,
+                source.box_form,
+                no_object,
+                wanted_fields(source) if source.format == "fields" else None,
+                ignore,
+                text_places,
             )
         except DataError as error:
             raise DataError(f"{source.path}: {error}") from None
@@ -224,6 +242,9 @@ class _Part:
             "prompt": row_format.prompt,
             "box_form": row_format.box_form,
             **replies,
+            # Only where they are set: earlier runs have neither.
+            **({"ignore": sorted(row_format.ignore)} if row_format.ignore else {}),
+            **({} if row_format.text_places else {"text_places": False}),
         }
 
     def _find(self, index: int) -> tuple[int, int]:
@@ -252,18 +273,20 @@ class _Part:
     def _convert(self, given: Mapping[str, Any], row: int) -> list[Sample]:
         origin = self.rows.origin(row)
         try:
+            # First, as it takes out what an annotation export says beside the columns.
             given, image_size = in_pixels(given, self._image_size)
+            unread = self.row_format.unread(given)
             conversations = self.row_format.conversations(given, image_size, row)
-            return [self._sample(conversation, origin) for conversation in conversations]
+            return [self._sample(conversation, origin, unread) for conversation in conversations]
         except BadField as error:
             raise BadRow(origin, error.field, error.reason) from None
 
-    def _sample(self, conversation: Sequence[Mapping[str, Any]], origin: Origin) -> Sample:
-        messages = tuple(self._with_absolute_paths(message) for message in conversation)
+    def _sample(self, conversation: Sequence[Mapping[str, Any]], origin: Origin, unread: tuple[str, ...]) -> Sample:
+        messages = tuple(map(self._with_absolute_paths, conversation))
         if self.pages is None:
-            return Sample(messages, origin, self.access)
+            return Sample(messages, origin, self.access, unread=unread)
         expanded = self.pages.expand(messages, self.access)
-        return Sample(expanded.messages, origin, self.access, expanded.left_out)
+        return Sample(expanded.messages, origin, self.access, expanded.left_out, unread)
 
     def _image_size(self, source: Any) -> tuple[int, int]:
         return upright_size(absolute(source, self.root), self.access)

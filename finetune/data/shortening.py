@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qwenvl.text.chat import LabelRule, Rendered, render_chat
+from qwenvl.text.chat import LabelRule, Rendered, is_trained, render_chat
 from qwenvl.text.tokenizer import QwenVLTokenizer
 
 OnLong = Literal["error", "drop", "drop_turns"]
@@ -77,11 +77,11 @@ def render_fitting(
 def turn_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Where a conversation's turns begin, as indices of messages: one or more of the user, and the replies to them.
 
-    A reply before the first user message is a turn of its own. User messages at the end without a reply belong to the
-    turn before them, as nothing in them is trained.
+    A reply before the first user message is a turn of its own. What stands after the last trained reply belongs to the
+    turn before it, as nothing in it is trained.
     """
     roles = [message["role"] for message in messages]
     first = 1 if roles[0] == "system" else 0
-    last_reply = max((index for index, role in enumerate(roles) if role == "assistant"), default=first)
+    last_reply = max((index for index, message in enumerate(messages) if is_trained(message)), default=first)
     later = range(first + 1, last_reply)
     return [first, *(index for index in later if roles[index] == "user" and roles[index - 1] != "user")]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from finetune.data.formats import fields
+from finetune.data.formats.llava import column_of_images
 from finetune.data.formats.row_format import COLUMNS, RowFormat
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin
@@ -118,8 +119,13 @@ class _Images:
     """Keys of a row by its images: paths, or the content of those that are in the data."""
 
     def __init__(self, row_format: str, columns: Mapping[str, str]):
-        self.column = columns.get("image", "image") if "image" in COLUMNS[row_format] else None
-        self.row_format = RowFormat(row_format, columns) if self.column is None else None
+        self.columns = {"image": "image", **columns}
+        # Whether `<image>` is a place or text, the row itself says here: its images are the same either way.
+        self.row_formats = [
+            RowFormat(row_format, columns, text_places=text_places)
+            for text_places in (True, False)
+            if "image" not in COLUMNS[row_format]
+        ]
 
     def keys(self, row: Mapping[str, Any], rows: Rows, number: int) -> list[bytes]:
         try:
@@ -133,17 +139,25 @@ class _Images:
         return [_image_key(image) for image in images]
 
     def _images(self, row: Mapping[str, Any]) -> list[Any]:
-        if self.column is not None:
-            return fields.images(row, self.column)
-        assert self.row_format is not None, "the constructor makes it where there is no such column"
-        return [
-            part["image"]
-            for conversation in self.row_format.conversations(row, lambda _: (1 << 20, 1 << 20))
-            for message in conversation
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if part["type"] == "image"
-        ]
+        if not self.row_formats:
+            return fields.images(row, column_of_images(row, self.columns))
+        for row_format in self.row_formats[:-1]:
+            try:
+                return _images_of(row_format, row)
+            except BadField:
+                continue
+        return _images_of(self.row_formats[-1], row)
+
+
+def _images_of(row_format: RowFormat, row: Mapping[str, Any]) -> list[Any]:
+    return [
+        part["image"]
+        for conversation in row_format.conversations(row, lambda _: (1 << 20, 1 << 20))
+        for message in conversation
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
 
 
 def _by(source: CutSource, part: Part, row_format: str) -> _Column | _Images:

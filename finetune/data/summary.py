@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -17,10 +17,12 @@ from finetune.recipe.sections import Source
 # In the text of a problem, what is of one row only: quoted data, and numbers.
 _DETAIL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d[\d,.]*""")
 _LONGEST_KIND = 160  # characters
+_SHOWN_NAMES = 12  # columns that are named
+_LONGEST_NAME = 60  # characters
 
 
 def describe_data(checked: Checked) -> str:
-    """One line: rows, tokens, images, trained share, and how full the packs are."""
+    """One line: rows, tokens, images, trained share, what was left out, and what of the rows is not read."""
     lengths = checked.lengths
     text = (
         f"{len(checked.kept):,} of {checked.total:,} rows, {int(lengths.sum()):,} tokens "
@@ -37,7 +39,22 @@ def describe_data(checked: Checked) -> str:
         text += f"; shortened: {len(checked.shortened):,}, by {turns:,} turns at the front"
     if checked.pages_left_out:
         text += f"; {checked.pages_left_out:,} pages beyond data.pages.first left out"
+    if checked.markup:
+        text += f"; markup trained as text: {_counts(checked.markup)}"
+    if checked.unread:
+        text += f"; not read: {_counts(checked.unread)}"
     return text
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """`notes (12 rows), score (3 rows)`, the most frequent first; data may have any number of columns."""
+    shown = [f"{_short(name)} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in counts.items()]
+    more = f" and {len(shown) - _SHOWN_NAMES:,} more" if len(shown) > _SHOWN_NAMES else ""
+    return ", ".join(shown[:_SHOWN_NAMES]) + more
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
 
 
 def lines_left_out(checked: Checked) -> Iterator[str]:

@@ -136,6 +136,8 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
                 grounding=asking.grounding,
                 box_edge=evaluation.box_edge,
                 on_bad_row=evaluation.on_bad_row,
+                ignore=evaluation.ignore,
+                markup_as_text=evaluation.markup_as_text,
                 # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",
                 pages=evaluation.pages,

@@ -66,6 +66,7 @@ class Evaluation:
         grounding, box_edge: read markup in all texts as tokens, and coordinates of 1000, see `Questions`.
         pages: how files of several pages become several images; None refuses them unless a page is named.
         on_bad_row: what happens to a row that cannot be asked.
+        ignore, markup_as_text: as in a recipe's `data`.
         on_bad_image: what happens to an image that is missing or damaged; "wrong" counts its questions as wrong.
         out: where results go; None is `runs/evaluations/MODEL-TASK`, or in a run's own folder.
     """
@@ -91,5 +92,7 @@ class Evaluation:
     box_edge: Literal["error", "clamp"] = "error"
     pages: Pages | None = None
     on_bad_row: Literal["error", "skip"] = "error"
+    ignore: tuple[str, ...] = ()
+    markup_as_text: tuple[str, ...] = ()
     on_bad_image: Literal["refuse", "wrong"] = "refuse"
     out: Path | None = None

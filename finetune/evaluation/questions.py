@@ -10,17 +10,19 @@ read on access, and its images only when it is rendered.
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
 from finetune.data.annotated_boxes import in_pixels
 from finetune.data.formats.document_fields import WantedFields
-from finetune.data.formats.grounding import LATER_COLUMNS
 from finetune.data.formats.names import CONVERSATIONS, FIELDS
-from finetune.data.formats.row_format import COLUMNS, RowFormat
+from finetune.data.formats.places import PLACE
+from finetune.data.formats.row_format import COLUMNS, LATER_COLUMNS, RowFormat
+from finetune.data.formats.unread import unread_names
 from finetune.data.image_files import absolute, check_image, upright_size
+from finetune.data.markup import check_markup_names, find_markup, why_refused
 from finetune.data.pages import Pages
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
@@ -95,6 +97,7 @@ class Questions(Sequence[Question]):
         on_bad_row: "error" reports all bad rows together; "skip" leaves them out and lists them.
         pages: how files of several pages become several images; None refuses them unless a page is named. Where
             boxes are asked for, a page is named in any case.
+        ignore, markup_as_text: as in a recipe's `data`: columns that are not read, and markup that is asked as text.
         look_for_images: treat a row whose image file is missing as a bad row; False leaves that to the reader of the
             image.
 
@@ -131,6 +134,8 @@ class Questions(Sequence[Question]):
         grounding: bool = False,
         box_edge: Literal["error", "clamp"] = "error",
         on_bad_row: Literal["error", "skip"] = "error",
+        ignore: Collection[str] = (),
+        markup_as_text: Sequence[str] = (),
         look_for_images: bool = True,
         pages: Pages | None = None,
     ):
@@ -139,6 +144,7 @@ class Questions(Sequence[Question]):
         self.task, self.style = task, style
         self._look_for_images = look_for_images
         self._pages = None if task.is_grounding else pages
+        self._ignore, self._markup_as_text = frozenset(ignore), check_markup_names(markup_as_text)
         wanted = _wanted(source) if task.format == FIELDS else None
         self.name, self.columns = str(source.path), _columns(source, task, wanted)
         if source.prompt is not None:
@@ -163,6 +169,7 @@ class Questions(Sequence[Question]):
             image_size=self._image_size,
             system=system,
             wanted=wanted,
+            text_places=PLACE not in self._markup_as_text,
         )
         self._read_all(on_bad_row)
         self._shots, self._examples = shots, self
@@ -178,6 +185,8 @@ class Questions(Sequence[Question]):
                 box_edge=box_edge,
                 on_bad_row=on_bad_row,
                 pages=pages,
+                ignore=ignore,
+                markup_as_text=markup_as_text,
             )
         self._solved = SolvedExamples(self, self._examples, shots) if shots else None
 
@@ -247,6 +256,9 @@ class Questions(Sequence[Question]):
                 self._examples.fingerprint() if self._examples is not self else "",
                 "other documents" if self._shots else "",
             ],
+            # Only where they are set: earlier evaluations have neither.
+            **({"ignore": sorted(self._ignore)} if self._ignore else {}),
+            **({"markup_as_text": sorted(self._markup_as_text)} if self._markup_as_text else {}),
         }
         if reader.wanted is not None:
             asked["fields"] = asdict(reader.wanted)
@@ -257,7 +269,7 @@ class Questions(Sequence[Question]):
     @property
     def _reads_images(self) -> bool:
         """Whether the images of a row are looked at for its questions: for their sizes, or their pages."""
-        return self.task.is_grounding or self._pages is not None
+        return self.task.is_grounding or self.task.format == "swift" or self._pages is not None
 
     # ---- all rows, once
 
@@ -302,7 +314,15 @@ class Questions(Sequence[Question]):
         self._leave_out(bad, hidden, on_bad_row)
 
     def _checked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
+        try:
+            unread_names(given, self.task.format, self.columns, self._ignore)
+        except BadField as error:
+            raise BadRow(self._rows.origin(row), error.field, error.reason) from None
         asked = self._asked(given, row)
+        for question in asked:
+            found = find_markup(question.messages, self._reader.grounding)
+            if refused := [look for look in found if look.kind not in self._markup_as_text]:
+                raise BadRow(self._rows.origin(row), refused[0].place, why_refused(refused))
         for number, source in enumerate(asked[0].sources if self._look_for_images else ()):
             try:
                 check_image(absolute(source, self._root), self.access)
@@ -374,8 +394,10 @@ class Questions(Sequence[Question]):
 
     def _asked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
         try:
-            self._reader.group(given)
             given, _ = in_pixels(given, self._image_size)
+            if not self._ignore.isdisjoint(given):
+                given = {column: value for column, value in given.items() if column not in self._ignore}
+            self._reader.group(given)
             asked = self._reader.questions(given)
             return asked if self._pages is None else [self._with_pages(one, self._pages) for one in asked]
         except BadField as error:
@@ -418,7 +440,7 @@ def _columns(source: QuestionSource, task: Task, wanted: WantedFields | None = N
 
 def _known_columns(task: Task, columns: Mapping[str, str]) -> dict[str, str]:
     """As `RowFormat.known_columns`, with the roles that only evaluation has."""
-    later = LATER_COLUMNS if task.format == "grounding" and not task.is_detection else ()
+    later = () if task.is_detection else LATER_COLUMNS.get(task.format, ())
     return {role: name for role, name in sorted(columns.items()) if role not in later or role != name}
 
 

@@ -127,6 +127,8 @@ class TaskEvaluation:
                 box_edge=data.box_edge,
                 on_bad_row=data.on_bad_row,
                 pages=pages_of(recipe),
+                ignore=data.ignore,
+                markup_as_text=data.markup_as_text,
             )
             for source in evaluate.data
         ]

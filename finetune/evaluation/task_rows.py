@@ -35,10 +35,14 @@ from finetune.metrics.document_fields import FieldsAsked
 from finetune.metrics.text_form import composed
 from finetune.replies.task_replies import Style
 from qwenvl.text.boxes import Box, box_markup
+from qwenvl.text.chat import is_trained
 from qwenvl.text.grounding import clamp_to_edge, parse_grounding, strip_markup
 
 ImageSize = Callable[[Any], tuple[int, int]]
 _PLACES = re.compile(r"\{(question|phrase|options|hint)\}")
+# The column that problems of a conversation are reported under.
+_TURNS = dict.fromkeys(("qwen_json", "llava"), "conversations") | {"messages": "messages", "texts": "texts"}
+_TURNS["swift"] = "response"
 _NO_HINT = "N/A"  # as in the published prompt of multiple choice
 
 
@@ -87,6 +91,7 @@ class RowReader:
         system: a system message before what is asked, of style chat; None is the default one. Conversations have
             their own.
         wanted: of format fields, which fields are asked for.
+        text_places: whether `<image>` in a conversation's texts may be the place of an image.
     """
 
     task: Task
@@ -99,6 +104,7 @@ class RowReader:
     system: str | None = None
     box_edge: Literal["error", "clamp"] = "error"
     wanted: WantedFields | None = None
+    text_places: bool = True
 
     def questions(self, row: Mapping[str, Any]) -> list[Asked]:
         """The questions of a row, at least one.
@@ -325,12 +331,15 @@ class RowReader:
     # ---- conversations
 
     def _conversation(self, row: Mapping[str, Any]) -> Asked:
-        [conversation] = RowFormat(self.task.format, self.columns).conversations(row, self.image_size)
-        name = self.columns["conversations" if self.task.format != "messages" else "messages"]
+        row_format = RowFormat(self.task.format, self.columns, text_places=self.text_places)
+        [conversation] = row_format.conversations(row, self.image_size)
+        name = self.columns[_TURNS[self.task.format]]
         parts = split_last_reply(conversation)
         if parts is None:
             raise BadField(name, "does not end with an assistant's reply, which is the gold answer")
         messages, answer = parts
+        if not is_trained(conversation[-1]):
+            raise BadField(name, "its last reply, which is the gold answer, is marked as not to be learned")
         if self.box_edge == "clamp":
             messages, answer = boxes_inside(messages, self.grounding), clamp_to_edge(answer)
         if not answer.strip():

@@ -172,9 +172,11 @@ class Freeze(Section):
 
 
 ROLES = {
-    "messages": ("messages", "images", "prompt", "completion"),
-    "qwen_json": ("conversations",),
-    "llava": ("image", "conversations"),
+    "messages": ("messages", "images", "prompt", "completion", "system"),
+    "qwen_json": ("conversations", "system"),
+    "llava": ("image", "conversations", "system"),
+    "swift": ("query", "response", "history", "system", "images", "objects", "messages"),
+    "texts": ("images", "texts", "system"),
     "vqa": ("image", "question", "answers"),
     "grounding": ("image", "phrase", "box", "boxes", "labels"),
     "caption": ("image", "caption"),
@@ -256,7 +258,7 @@ class Source(Section):
 
     path: Word
     """File, files (data/*.jsonl), folder or hub dataset id; a relative path starts at the working directory."""
-    format: Literal["messages", "qwen_json", "llava", "vqa", "grounding", "caption", "fields"]
+    format: Literal["messages", "qwen_json", "llava", "swift", "texts", "vqa", "grounding", "caption", "fields"]
     """What a row looks like."""
     config: Word | None = None
     """Configuration of a hub dataset that has several."""
@@ -452,6 +454,10 @@ class Data(Section):
     """A conversation beyond max_length: refuse the data, leave it out, or only its first turns. Both are counted."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be read: refuse the data, or leave it out and report it."""
+    ignore: Words = ()
+    """Columns (or keys of turns, as messages.name) that are left unread though they would change training."""
+    markup_as_text: Words = ()
+    """Markup that is trained as words where no format reads it, such as <image>, <box> or <|im_end|>; else refused."""
     tokens_per_batch: Count | Literal["auto"] | None = None
     """Most tokens of one packed forward; auto takes what fits into the memory, null max_length or the longest row."""
     packing: bool = True

@@ -89,7 +89,8 @@ def render_chat(
         messages: `{"role": "system" | "user" | "assistant", "content": text | [parts]}`. Parts are
             `{"type": "text", "text": ...}` and `{"type": "image", "image": source}`. A message (or one text part)
             with `"grounding": True` is grounding text. An image part with `"numbered": False` gets no "Picture k:".
-            Without a system message the default one is written.
+            An assistant's message with `"train": False` is context: it is written, and not trained. Without a system
+            message the default one is written.
         tokenizer: for the ids.
         labels: which tokens are trained. "assistant": assistant text and its `<|im_end|>`. "structure", as in the
             published training script: also every `<|im_start|>`, `<|im_end|>` and the newline after it.
@@ -115,9 +116,9 @@ def render_chat(
         writer.control(tokenizer.im_start_id, train=every_frame)
         writer.text(turn.role, train=False)
         writer.text("\n", train=False)
-        writer.pieces(turn.pieces, train=turn.role == "assistant")
+        writer.pieces(turn.pieces, train=turn.trained)
         if turn.closed:
-            writer.control(tokenizer.im_end_id, train=every_frame or turn.role == "assistant")
+            writer.control(tokenizer.im_end_id, train=every_frame or turn.trained)
             writer.text("\n", train=every_frame)
     return writer.rendered
 
@@ -152,11 +153,12 @@ def render_prompt(
 
 @dataclass(frozen=True)
 class Turn:
-    """One message as pieces; `closed` unless it is the open one at the end."""
+    """One message as pieces; `closed` unless it is the open one at the end; whether its text is `trained`."""
 
     role: str
     pieces: list[Piece]
     closed: bool = True
+    trained: bool = False
 
 
 def read_turns(
@@ -187,7 +189,7 @@ def read_turns(
         pieces = _pieces(message["content"], place, is_grounding, numbered, counter, open_box=is_open)
         if message["role"] != "user" and any(isinstance(piece, ImageSlot) for piece in pieces):
             raise InputError(f"{place}: only a user's message can hold images")
-        yield Turn(message["role"], pieces, closed=not is_open)
+        yield Turn(message["role"], pieces, closed=not is_open, trained=is_trained(message))
     if add_generation_prompt:
         yield Turn("assistant", [], closed=False)
 
@@ -197,6 +199,11 @@ def read_prompt(
 ) -> list[Piece]:
     """A raw prompt's pieces; arguments and errors as in `render_prompt`, and `open_box`: it may end in an open one."""
     return _pieces(content, "prompt", grounding, numbered, _ImageCounter(), open_box=open_box)
+
+
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether the text of a message is trained: it is the assistant's, and not marked `"train": False`."""
+    return message["role"] == "assistant" and message.get("train") is not False
 
 
 def picture_prefix(number: int) -> str:
@@ -213,6 +220,11 @@ def _check_message(message: Any, index: int) -> None:
         raise InputError(f"message {index}: a system message can only be the first")
     if message.get("content") is None:
         raise InputError(f"message {index} ({message['role']}) has no content")
+    train = message.get("train")
+    if train is not None and not isinstance(train, bool):
+        raise InputError(f"message {index} ({message['role']}): train must be true or false, not {train!r}"[:200])
+    if train and message["role"] != "assistant":
+        raise InputError(f"message {index} ({message['role']}): train is true, and only the assistant's are trained")
 
 
 @dataclass

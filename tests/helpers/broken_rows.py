@@ -58,6 +58,24 @@ GOOD = {
             ],
         }
     ],
+    "swift": [
+        {
+            "query": "<image>What?",
+            "response": "A cat.",
+            "history": [["Hi <image>", "Hello"]],
+            "system": "Be short.",
+            "images": ["a.png", "b.jpg"],
+        },
+        {
+            "query": "<image>Where is <ref-object>?",
+            "response": "<bbox>",
+            "images": ["b.jpg"],
+            "objects": {"ref": ["a dog"], "bbox": [[1, 2, 30.5, 40]], "bbox_type": "real"},
+        },
+    ],
+    "texts": [
+        {"images": ["a.png"], "texts": [{"user": "What?", "assistant": "A cat."}, {"user": "Why?", "assistant": "x"}]}
+    ],
     "vqa": [
         {"image": "a.png", "question": "What?", "answers": ["x", "y", "y"]},
         {"image": "a.png", "question": ["What?", "Why?"], "answers": ["x", ["y", "z"]]},
@@ -78,7 +96,25 @@ VALUES = [
     *([], {}, [None], [[]], {"a": None}, ["x"], [1, 2, 3, 4], [3, 3, 1, 1], {"bytes": "x"}, {"path": "a.png"}),
     *({"bytes": None, "path": None}, {"role": "user", "content": "x"}, {"type": "image"}, {"url": "a.png"}),
 ]
-KEYS = ["role", "content", "type", "text", "image", "images", "from", "value", "grounding", "weight", "path", "index"]
+KEYS = [
+    "loss",
+    "train",
+    "tools",
+    "history",
+    "objects",
+    "role",
+    "content",
+    "type",
+    "text",
+    "image",
+    "images",
+    "from",
+    "value",
+    "grounding",
+    "weight",
+    "path",
+    "index",
+]
 
 
 def damage(draw, value):
@@ -183,6 +219,15 @@ def twice(draw, row, name):
 
 TEXTS = {
     "control_tokens": ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<img>", "</img>", "<imgpad>", "<|extra_0|>"],
+    "markup_of_others": [
+        "<image>",
+        "<IMG>",
+        '<img src="a.png">',
+        "<|vision_start|>",
+        "<bbox>",
+        "[IMG]",
+        "<box>(1,2),(3,4)</box>",
+    ],
     "malformed_markup": [
         "<box>(1,2),(3,4000)</box>",
         "<box>",
@@ -234,6 +279,12 @@ KINDS: dict[str, Callable[[random.Random, Row], bytes]] = {
     "empty_lists": lambda draw, row: dumped({k: [] if isinstance(v, list) else v for k, v in row.items()}),
     # The conversation.
     "no_replies": lambda draw, row: dumped(turns(row, lambda given: given[:-1])),
+    "marked_turns": lambda draw, row: dumped(
+        turns(
+            row,
+            lambda given: [{**t, draw.choice(["loss", "train", "weight"]): draw.choice(VALUES[:9])} for t in given],
+        )
+    ),
     "doubled_turns": lambda draw, row: dumped(turns(row, lambda given: [turn for turn in given for _ in "12"])),
     "reversed_turns": lambda draw, row: dumped(turns(row, lambda given: given[::-1])),
     "unknown_roles": lambda draw, row: dumped(
@@ -320,6 +371,9 @@ def check_broken_rows(
     fates["reported"] = {problem.origin.row for problem in found.problems}
     fates["too_long"] = {long.origin.row for long in found.dropped_long} - fates["accepted"]
     assert fates["accepted"] | fates["reported"] | fates["too_long"] == set(range(1, count + 1))
+    if row_format in ("vqa", "caption", "grounding"):
+        # Of a row that makes several samples, one may hold what is refused.
+        fates = {fate: rows - fates["reported"] if fate != "reported" else rows for fate, rows in fates.items()}
     assert not fates["reported"] & (fates["accepted"] | fates["too_long"])
     for problem in found.problems:
         assert isinstance(problem, BadRow)

@@ -3,5 +3,5 @@
 FIELDS = "fields"
 """The format whose rows are documents with a column a field; its sources have prompts of their own."""
 
-CONVERSATIONS = ("messages", "qwen_json", "llava")
+CONVERSATIONS = ("messages", "qwen_json", "llava", "swift", "texts")
 """Formats whose rows are whole conversations; in evaluation, the last reply is the gold answer."""

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.data.formats import caption, document_fields, grounding, llava, messages, qwen_json, vqa
+from finetune.data.formats import caption, document_fields, grounding, llava, messages, qwen_json, swift, texts, vqa
 from finetune.data.formats.document_fields import WantedFields
 from finetune.data.formats.grounding import NO_OBJECT, BoxForm, ImageSize
 from finetune.data.formats.messages import Message
+from finetune.data.formats.unread import unread_names
 from finetune.data.sample import DataError
 
 # Each format is the module of its name; these are its settings that a recipe can name.
@@ -15,6 +16,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": messages.COLUMNS,
     "qwen_json": qwen_json.COLUMNS,
     "llava": llava.COLUMNS,
+    "swift": swift.COLUMNS,
+    "texts": texts.COLUMNS,
     "vqa": vqa.COLUMNS,
     "grounding": grounding.COLUMNS,
     "caption": caption.COLUMNS,
@@ -25,6 +28,11 @@ PROMPTS: dict[str, str] = {
     "grounding": grounding.DEFAULT_PROMPT,
     "caption": caption.DEFAULT_PROMPT,
 }
+LATER_COLUMNS: dict[str, tuple[str, ...]] = {
+    "grounding": grounding.LATER_COLUMNS,
+    **dict.fromkeys(("messages", "qwen_json", "llava"), ("system",)),
+}
+"""Columns that formats got after there were runs: with their own names they are in no fingerprint."""
 PLACEHOLDERS = {"vqa": vqa.PLACEHOLDER}
 """What a prompt must hold. That of `grounding` may hold {phrase}, see there."""
 
@@ -41,6 +49,8 @@ class RowFormat:
         box_form: of `grounding`: "xyxy" or "xywh", pixels; None is "xyxy".
         no_object: of `grounding`: the reply where a row has no box.
         wanted: of `fields`: which fields, and how they are asked for. Each is a column as well.
+        ignore: columns (and keys of turns, as `messages.name`) that are not read, as if the rows did not have them.
+        text_places: whether `<image>` in a user's text may be the place of an image (`messages`, `swift`, `texts`).
 
     Raises:
         DataError: an unknown format, column or box form, or a prompt that lacks its placeholder or has no use.
@@ -52,6 +62,8 @@ class RowFormat:
     box_form: BoxForm | None = None
     no_object: str = NO_OBJECT
     wanted: WantedFields | None = None
+    ignore: frozenset[str] = frozenset()
+    text_places: bool = True
 
     def __post_init__(self) -> None:
         if self.name not in COLUMNS:
@@ -80,7 +92,7 @@ class RowFormat:
     def known_columns(self) -> dict[str, str]:
         """The columns for a fingerprint: those that a format got later only where they have another name, so that
         data has the fingerprint that it had before."""
-        later = grounding.LATER_COLUMNS if self.name == "grounding" else ()
+        later = LATER_COLUMNS.get(self.name, ())
         return {role: name for role, name in sorted(self.columns.items()) if role not in later or role != name}
 
     @property
@@ -97,27 +109,41 @@ class RowFormat:
     @property
     def reads_image_size(self) -> bool:
         """Whether the image must be opened for its size."""
-        return self.name == "grounding"
+        return self.name in ("grounding", "swift")
+
+    def unread(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The columns of a row, and keys of its turns, that hold something and are not read (see `unread`).
+
+        Raises:
+            BadField: one that would change training, and that is not ignored.
+        """
+        return unread_names(row, self.name, self.columns, self.ignore)
 
     def conversations(self, row: Mapping[str, Any], image_size: ImageSize, number: int = 0) -> list[list[Message]]:
         """The conversations of a row, at least one. Image sources are as in the row.
 
         Args:
             row: column -> value.
-            image_size: reads an image's size, for `grounding`.
+            image_size: reads an image's size, for boxes in pixels.
             number: of the row; draws the phrasing of `fields`.
 
         Raises:
             BadField: the row does not fit the format.
         """
         prompt = self.prompt or PROMPTS.get(self.name, "")
+        if not self.ignore.isdisjoint(row):
+            row = {column: value for column, value in row.items() if column not in self.ignore}
         match self.name:
             case "messages":
-                return messages.messages(row, self.columns)
+                return messages.messages(row, self.columns, text_places=self.text_places)
             case "qwen_json":
                 return qwen_json.qwen_json(row, self.columns)
             case "llava":
                 return llava.llava(row, self.columns)
+            case "swift":
+                return swift.swift(row, self.columns, image_size, text_places=self.text_places)
+            case "texts":
+                return texts.texts(row, self.columns, text_places=self.text_places)
             case "vqa":
                 return vqa.vqa(row, self.columns, prompt)
             case "grounding":

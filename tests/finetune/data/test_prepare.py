@@ -65,10 +65,11 @@ def mixed_sources(folder, weights):
     uri = "data:image/png;base64," + base64.b64encode(encode(pixels[:7, :5])).decode()
     user = {
         "role": "user",
-        "content": [{"type": "image", "numbered": False}, {"type": "text", "text": "<ref>a</ref>"}],
+        "content": [{"type": "image", "numbered": False}, {"type": "text", "text": "<ref>a</ref>", "grounding": True}],
     }
     boxed = {"role": "assistant", "content": "<box>(1,2),(3,4)</box>", "grounding": True}
     texts = [{"role": "system", "content": "Be short."}, {"role": "user", "content": ""}]
+    texts += [{"role": "assistant", "content": "Not so.", "train": False}, {"role": "user", "content": "Again."}]
     texts += [{"role": "assistant", "content": [{"type": "text", "text": "A", "grounding": False}]}]
     turns = [
         {"from": "user", "value": "Picture 1: <img>b.jpg</img>\n<ref>it</ref>"},

@@ -101,7 +101,7 @@ def test_the_hub_example(monkeypatch):
 
 def test_every_format_and_kind_of_file_has_an_example():
     sources = [source for section in SECTIONS for source in sources_of(section)]
-    formats = {"messages", "qwen_json", "llava", "vqa", "grounding", "caption", "fields"}
+    formats = {"messages", "qwen_json", "llava", "swift", "texts", "vqa", "grounding", "caption", "fields"}
     assert {source.format for source in sources} == formats
     kinds = {Path(source.path).suffix for source in sources if Path(source.path).is_file()}
     assert kinds == {".json", ".jsonl", ".parquet", ".csv", ".xml"}
@@ -147,6 +147,12 @@ MISTAKES = {
     ),
     "column has another name": lambda: rows({"image": "receipt.png", "query": "?", "answers": "x"}, format="vqa"),
     "answers are hidden, as in public test splits": lambda: rows({**VQA, "answers": [""]}, format="vqa"),
+    "an image in a column that the format does not read": lambda: rows(
+        {"image": "a.png", "conversations": [{"from": "user", "value": "Hi"}]}, format="qwen_json"
+    ),
+    "boxes in texts, without `data.grounding`": lambda: rows(
+        {"messages": [ASKED, {**TOLD, "content": "<box>(1,2),(3,4)</box>"}]}
+    ),
     "LLaVA's roles in format `qwen_json`": lambda: rows(
         {"conversations": [{"from": "human", "value": "Hi"}]}, format="qwen_json"
     ),

@@ -154,8 +154,7 @@ def place(*parts):
             "messages[1].content",
             "is blank",
         ),
-        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "messages[1].weight", "no weight"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "messages[1].tool_calls", "no tool calls"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "messages[1].weight", "must be 0 or 1"),
         ({"messages": [{**USER, "grounding": "yes"}]}, "messages[0].grounding", "true or false"),
         ({"messages": [place({"type": "text", "text": 3})]}, "messages[0].content[0].text", "must be text, not int"),
         ({"messages": [place({"type": "video"})]}, "messages[0].content[0].type", "not 'video'"),
@@ -195,7 +194,6 @@ def place(*parts):
         ({"messages": [USER, ASSISTANT], "images": [{"height": 3}]}, "images[0]", "it has keys ['height']"),
         ({"prompt": "Hi"}, "completion", "is missing"),
         ({"prompt": " ", "completion": "Hello"}, "prompt", "is blank"),
-        ({"prompt": [USER, ASSISTANT, USER], "completion": "Hello"}, "prompt", "would be trained too"),
         ({"prompt": "Hi", "completion": [USER]}, "completion", "begin with the assistant"),
     ],
 )
@@ -332,7 +330,7 @@ def test_llava_refuses(row, field, reason):
     [
         (
             {"name": "csv"},
-            "must be one of messages, qwen_json, llava, vqa, grounding, caption, fields, not 'csv'",
+            "must be one of messages, qwen_json, llava, swift, texts, vqa, grounding, caption, fields, not 'csv'",
         ),
         ({"name": "vqa", "columns": {"query": "question"}}, "columns of format vqa are image, question, answers, not"),
         ({"name": "messages", "prompt": "Hi"}, "format messages has no prompt"),
