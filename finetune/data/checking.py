@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from finetune.data.image_files import check_image
+from finetune.data.row_digest import row_digest
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.samples import Samples
@@ -68,6 +69,8 @@ class Checked:
         shortened: those of the kept ones that lost turns.
         systems: the system messages of the kept samples, None for the default one; at most two of them, as more than
             one is all that is asked of them.
+        digests: (total,) uint64, of all samples in order, see `row_digest`; 0 for refused ones.
+        embedded: whether there are images inside the rows, which the digests leave out.
     """
 
     kept: np.ndarray
@@ -81,6 +84,8 @@ class Checked:
     dropped_long: list[TooLong]
     shortened: list[Shortened]
     systems: tuple[str | None, ...] = ()
+    digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    embedded: bool = False
 
     @property
     def total(self) -> int:
@@ -222,6 +227,8 @@ class _Found:
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
     images: "array[int]" = field(default_factory=lambda: array("q"))
     supervised: "array[int]" = field(default_factory=lambda: array("q"))
+    digests: "array[int]" = field(default_factory=lambda: array("Q"))
+    embedded: bool = False
     systems: list[str | None] = field(default_factory=list)
     problems: list[BadRow] = field(default_factory=list)
     refused: int = 0
@@ -242,7 +249,8 @@ class _Found:
     def add(self, later: "_Found") -> None:
         for system in later.systems:
             self.keep_system(system)
-        for name in ("kept", "lengths", "images", "supervised", "dropped_long", "shortened"):
+        self.embedded |= later.embedded
+        for name in ("kept", "lengths", "images", "supervised", "digests", "dropped_long", "shortened"):
             getattr(self, name).extend(getattr(later, name))
         for problem in later.problems:
             self.refuse(problem)
@@ -263,6 +271,8 @@ class _Found:
             dropped_long=self.dropped_long,
             shortened=self.shortened,
             systems=tuple(self.systems),
+            digests=np.array(self.digests, np.uint64),
+            embedded=self.embedded,
         )
 
 
@@ -273,12 +283,17 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
     for index, sample in zip(chunk, samples.scan(chunk.start, chunk.stop), strict=True):
         if isinstance(sample, BadRow):
             found.refuse(sample)
+            found.digests.append(0)
             continue
         try:
             fitted = _check(sample, rules)
         except BadField as error:
             found.refuse(BadRow(sample.origin, error.field, error.reason))
+            found.digests.append(0)
             continue
+        digest, embedded = row_digest(sample)
+        found.digests.append(digest)
+        found.embedded |= embedded
         rendered = fitted.rendered
         if rules.max_length is not None and len(rendered.ids) > rules.max_length:
             found.dropped_long.append(TooLong(sample.origin, len(rendered.ids)))
