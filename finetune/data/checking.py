@@ -24,6 +24,9 @@ from qwenvl.text.chat import LabelRule
 from qwenvl.text.grounding import parse_grounding
 from qwenvl.text.tokenizer import QwenVLTokenizer
 
+MOST_IMAGES = 1000
+"""Images of a row: 258,000 tokens. A row of many more would take minutes to look at, and no model could read it."""
+
 CHUNK = 1000
 """Samples checked at once. Chunks are independent of one another, so several processes can check them."""
 
@@ -309,6 +312,8 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
 
 
 def _check(sample: Sample, rules: Rules) -> Fitted:
+    if (count := sum(1 for _ in image_sources(sample.messages))) > MOST_IMAGES:
+        raise BadField("images", too_many_images(count))
     for place, text in grounding_texts(sample.messages, rules.grounding):
         if problems := parse_grounding(text).problems:
             raise BadField(place, f"malformed grounding markup: {problems[0].reason}")
@@ -325,6 +330,11 @@ def _check(sample: Sample, rules: Rules) -> Fitted:
     if not fitted.rendered.supervised or all(message["role"] != "assistant" for message in sample.messages):
         raise BadField("messages", "nothing in it is trained: it has no assistant's turn")
     return fitted
+
+
+def too_many_images(count: int) -> str:
+    """The reason against a row of more than `MOST_IMAGES` images."""
+    return f"there are {count:,} in one row, and {MOST_IMAGES:,} are the most that are looked at; divide the row"
 
 
 def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:

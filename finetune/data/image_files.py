@@ -5,6 +5,7 @@ here to find a bad reference before training, at the cost of looking at the file
 """
 
 import base64
+import contextlib
 import io
 import os
 import re
@@ -18,11 +19,13 @@ from PIL import ExifTags, Image
 
 from finetune.data.sample import Sample
 from finetune.errors import Interrupted, UserError
+from qwenvl.images.image_decoding import refuses_cost
 from qwenvl.images.image_urls import UrlError, fetch
 from qwenvl.images.images import ImageAccess, load_image
 
 # Only formats whose header Pillow reads in this process, and that `load_image` decodes.
 _HEADER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_HEADER_BYTES = 1 << 16  # the header of most images is in them
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _URL = re.compile("https?:", re.IGNORECASE)
 _DATA_URI = re.compile("data:", re.IGNORECASE)
@@ -131,9 +134,20 @@ def _header_size(source: Any, access: ImageAccess) -> tuple[int, int] | None:
     """The size by the file's header alone; None where it does not say it."""
     if isinstance(source, str) and _is_url(source):
         return None
-    with _open(source, access) as file, warnings.catch_warnings():
+    with _open(source, access) as file:
+        data = file.read(_HEADER_BYTES)
+        if len(data) == _HEADER_BYTES and not data.startswith(b"RIFF"):  # WebP's decoder takes the whole file
+            with contextlib.suppress(Exception):  # the header may be longer
+                return _size_of(data)
+        return _size_of(data + file.read(access.max_bytes))
+
+
+def _size_of(data: bytes) -> tuple[int, int] | None:
+    if refuses_cost(data):
+        return None  # decoding says why
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is the limit here
-        image = Image.open(file, formats=_HEADER_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_HEADER_FORMATS)
         # A PNG may have its EXIF after the pixels.
         if image.format == "PNG" and "exif" not in image.info:
             return None

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
+from finetune.data.checking import MOST_IMAGES, too_many_images
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.formats.row_format import COLUMNS, RowFormat
 from finetune.data.image_files import absolute, check_image, upright_size
@@ -265,6 +266,8 @@ class Questions(Sequence[Question]):
 
     def _checked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
         asked = self._asked(given, row)
+        if len(asked[0].sources) > MOST_IMAGES:
+            raise BadRow(self._rows.origin(row), "images", too_many_images(len(asked[0].sources)))
         for number, source in enumerate(asked[0].sources if self._look_for_images else ()):
             try:
                 check_image(absolute(source, self._root), self.access)

@@ -21,6 +21,7 @@ from PIL import (
 )
 
 from qwenvl.errors import InputError
+from qwenvl.images.image_bounds import exif_is_costly, too_costly
 from qwenvl.images.image_color import to_rgb
 
 # Pillow's name of a format, the first bytes of its files, and its decoder. Decoders are called directly, not through
@@ -97,6 +98,8 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
             f"its content is not an image this project reads but {what}", f"give one of {', '.join(_FORMATS)}"
         )
     name, decoder = found
+    if reason := too_costly(name, data):
+        raise UnusableImage(reason, "save it again with an image program, or drop it from the data")
     with _decoding(name, max_pixels):
         image = decoder(io.BytesIO(data))
         check_pixels(image.size, max_pixels)
@@ -106,6 +109,12 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     # The orientation and the transparent colour are applied: nobody may find and apply them again.
     result.info = {}
     return result
+
+
+def refuses_cost(data: bytes) -> bool:
+    """Whether `decode` refuses an image for the time that it would take, so that nothing of it should be read."""
+    found = next((name for name, signature, _ in _DECODERS if signature.match(data)), None)
+    return found is not None and too_costly(found, data) is not None
 
 
 def rgb_from_image(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -159,10 +168,13 @@ def _correct_header(image: ImageFile.ImageFile) -> int | None:
 
 
 def _upright_rgb(image: Image.Image, white: int | None) -> Image.Image:
+    orientation = None
+    exif = image.info.get("exif")
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if not (isinstance(exif, bytes) and exif_is_costly(exif)):
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF can raise any exception, and the pixels are usable without it
-        orientation = None
+        pass
     try:
         result = to_rgb(image, white=white)
     except Exception as error:
