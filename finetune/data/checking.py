@@ -8,6 +8,7 @@ import contextlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from finetune.data.samples import Samples
 from finetune.data.shortening import Fitted, OnLong, render_fitting
 from finetune.data.worker_processes import map_chunks
 from finetune.errors import InputError
+from qwenvl.images.images import ImageAccess
 from qwenvl.text.chat import LabelRule
 from qwenvl.text.grounding import parse_grounding
 from qwenvl.text.tokenizer import QwenVLTokenizer
@@ -73,6 +75,8 @@ class Checked:
         systems: the system messages of the kept samples, None for the default one; at most two of them, as more than
             one is all that is asked of them.
         digests: (total,) uint64, of all samples in order, see `row_digest`; 0 for refused ones.
+        image_keys: (images of all kept samples,) uint64, in their order: equal for images of one path, 0 for images
+            that have none.
         embedded: whether there are images inside the rows, which the digests leave out.
     """
 
@@ -88,6 +92,7 @@ class Checked:
     shortened: list[Shortened]
     systems: tuple[str | None, ...] = ()
     digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    image_keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     embedded: bool = False
 
     @property
@@ -231,6 +236,7 @@ class _Found:
     images: "array[int]" = field(default_factory=lambda: array("q"))
     supervised: "array[int]" = field(default_factory=lambda: array("q"))
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
+    image_keys: "array[int]" = field(default_factory=lambda: array("Q"))
     embedded: bool = False
     systems: list[str | None] = field(default_factory=list)
     problems: list[BadRow] = field(default_factory=list)
@@ -253,7 +259,7 @@ class _Found:
         for system in later.systems:
             self.keep_system(system)
         self.embedded |= later.embedded
-        for name in ("kept", "lengths", "images", "supervised", "digests", "dropped_long", "shortened"):
+        for name in ("kept", "lengths", "images", "supervised", "digests", "image_keys", "dropped_long", "shortened"):
             getattr(self, name).extend(getattr(later, name))
         for problem in later.problems:
             self.refuse(problem)
@@ -275,6 +281,7 @@ class _Found:
             shortened=self.shortened,
             systems=tuple(self.systems),
             digests=np.array(self.digests, np.uint64),
+            image_keys=np.array(self.image_keys, np.uint64),
             embedded=self.embedded,
         )
 
@@ -305,6 +312,7 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
         found.lengths.append(len(rendered.ids))
         found.images.append(len(rendered.images))
         found.supervised.append(rendered.supervised)
+        found.image_keys.extend(_image_key(source, sample.access) for source in rendered.images)
         found.keep_system(system_message(sample.messages))
         if fitted.turns_dropped:
             found.shortened.append(Shortened(sample.origin, fitted.turns_dropped))
@@ -330,6 +338,16 @@ def _check(sample: Sample, rules: Rules) -> Fitted:
     if not fitted.rendered.supervised or all(message["role"] != "assistant" for message in sample.messages):
         raise BadField("messages", "nothing in it is trained: it has no assistant's turn")
     return fitted
+
+
+def _image_key(source: Any, access: ImageAccess) -> int:
+    """64 bits of a digest of an image's path; 0 where it has none."""
+    if isinstance(source, Mapping) and source.get("bytes") is None:
+        source = source.get("path")
+    if not isinstance(source, str):
+        return 0
+    text = f"{access.root}\n{source}".encode(errors="surrogatepass")
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") or 1
 
 
 def too_many_images(count: int) -> str:

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 
 from finetune.data.sample import Sample
 from finetune.errors import Interrupted, UserError
-from qwenvl.images.image_decoding import refuses_cost
+from qwenvl.images.image_decoding import check_kind, refuses_cost
 from qwenvl.images.image_urls import UrlError, fetch
 from qwenvl.images.images import ImageAccess, load_image
 
@@ -61,6 +61,23 @@ def check_image(source: Any, access: ImageAccess) -> None:
             raise UserError(f"{_shown(source)} is a URL; download it, or allow URLs (data.allow_urls)")
         return
     _find(source, access)
+
+
+def is_url(source: Any) -> bool:
+    """Whether an image is on the web."""
+    return isinstance(source, str) and bool(_URL.match(source))
+
+
+def check_header(source: Any, access: ImageAccess) -> None:
+    """Read the first bytes of an image: whether it is of a kind that is decoded, and nothing in its header is refused.
+
+    Raises:
+        UserError, UnusableImage: it cannot be read, or is not such an image.
+    """
+    if isinstance(source, str) and _is_url(source):
+        return
+    with _open(source, access) as file:
+        check_kind(file.read(_HEADER_BYTES))
 
 
 def image_paths(sample: Sample) -> Iterator[str]:

@@ -280,6 +280,8 @@ class Data(Section):
     """A conversation beyond max_length: refuse the data, leave it out, or only its first turns. Both are counted."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be read: refuse the data, or leave it out and report it."""
+    check_images: Literal["auto", "all", "headers"] = "auto"
+    """Before step 1, decode all images, or read only headers; auto decodes all where that takes under ten minutes."""
     tokens_per_batch: Count | Literal["auto"] | None = None
     """Most tokens of one packed forward; auto takes what fits into the memory, null max_length or the longest row."""
     packing: bool = True

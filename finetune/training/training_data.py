@@ -1,5 +1,6 @@
 """The data of a run: samples to train on, samples to evaluate, and the questions of a task."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +42,8 @@ def read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say, *, show_prog
     Raises:
         InputError: rows that cannot be trained on, or a task that cannot be asked.
     """
-    parts = read_checked(recipe, processor, show_progress=show_progress)
+    opens_images = os.environ.get("LOCAL_RANK", "0") == "0"
+    parts = read_checked(recipe, processor, show_progress=show_progress, opens_images=opens_images, say=say)
     for name, (_, checked) in parts.items():
         say(f"{name} data", describe_data(checked))
     task = None

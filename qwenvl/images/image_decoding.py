@@ -89,6 +89,27 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     Raises:
         UnusableImage: not an image of a supported format, damaged, or beyond `max_pixels`.
     """
+    name, decoder = check_kind(data)
+    with _decoding(name, max_pixels):
+        image = decoder(io.BytesIO(data))
+        check_pixels(image.size, max_pixels)
+        white = _correct_header(image)
+        image.load()
+    result = _upright_rgb(image, white)
+    # The orientation and the transparent colour are applied: nobody may find and apply them again.
+    result.info = {}
+    return result
+
+
+def check_kind(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
+    """The kind of an image by its first bytes, and its decoder.
+
+    Args:
+        data: the encoded image, or its beginning.
+
+    Raises:
+        UnusableImage: it is not an image of a supported format, or would take too long to decode.
+    """
     if not data:
         raise UnusableImage("it is empty (0 bytes)", "replace it, or drop it from the data")
     found = next(((name, decoder) for name, signature, decoder in _DECODERS if signature.match(data)), None)
@@ -100,15 +121,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     name, decoder = found
     if reason := too_costly(name, data):
         raise UnusableImage(reason, "save it again with an image program, or drop it from the data")
-    with _decoding(name, max_pixels):
-        image = decoder(io.BytesIO(data))
-        check_pixels(image.size, max_pixels)
-        white = _correct_header(image)
-        image.load()
-    result = _upright_rgb(image, white)
-    # The orientation and the transparent colour are applied: nobody may find and apply them again.
-    result.info = {}
-    return result
+    return name, decoder
 
 
 def refuses_cost(data: bytes) -> bool:

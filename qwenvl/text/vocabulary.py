@@ -114,7 +114,7 @@ class Vocabulary:
                 ) from None
             if (run := long_run_of_marks(text)) is not None:
                 raise InputError(
-                    f"the text has more than {MOST_MARKS} combining marks in a row, from character {run} on: no "
+                    f"the text has more than {MOST_MARKS} combining marks in a row, near character {run}: no "
                     "writing has more than a few on a letter, and they would take minutes to sort. Remove them"
                 )
             text = unicodedata.normalize("NFC", text)
