@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from finetune.batches.budget import ChosenBudget, packing_budget
 from finetune.check.epoch_estimate import Epoch, estimate_epoch
 from finetune.check.sample_preview import Preview, choose_samples, preview
-from finetune.data.image_check import OpenedImages, open_images
+from finetune.data.image_check import OpenedImages
 from finetune.data.reading import DataPart, look_at_data, look_for_overlap, rules_of
 from finetune.data.sample import BadRow, DataError
 from finetune.errors import InputError
@@ -55,7 +55,8 @@ class Findings:
         refused = [problem for error in part.errors if isinstance(error, DataError) for problem in error.problems]
         # Rows that are refused are in both lists; those that are skipped only in the second.
         found = dict.fromkeys([*refused, *(part.checked.problems if part.checked is not None else ())])
-        return [*found, *(self.opened[name].problems if name in self.opened else ())]
+        found |= dict.fromkeys(self.opened[name].problems if name in self.opened else ())
+        return [*found]
 
     def skipped(self, name: str) -> int:
         """How many rows of a part are left out because of a problem."""
@@ -69,7 +70,7 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
     Args:
         recipe: the resolved recipe.
         samples: how many to prepare for display.
-        images: open every image too.
+        images: decode every image, whatever `data.check_images` says.
         processes: see `checking.look_at`.
 
     Raises:
@@ -78,7 +79,9 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
     """
     findings = Findings(recipe, find_base(recipe.model))
     base, rules = findings.base, rules_of(recipe, findings.base.processor)
-    findings.parts = look_at_data(recipe, base.processor, processes=processes)
+    mode = "all" if images else recipe.data.check_images
+    findings.parts = look_at_data(recipe, base.processor, processes=processes, check_images=mode)
+    findings.opened = {name: part.opened for name, part in findings.parts.items() if part.opened is not None}
     for name, part in findings.parts.items():
         findings.refusals += [(f"{name} data", _without_rows(error)) for error in part.errors]
     training = findings.parts["train"].checked
@@ -123,13 +126,6 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         findings.vision_cache = describe_phase(
             recipe, QwenVLConfig.from_pretrained(base.path), base.processor, findings.parts, task, processes
         )
-    if images:
-        for name, part in findings.parts.items():
-            if part.samples is not None and part.checked is not None:
-                opened = open_images(part.samples, part.checked, rules, processes=processes)
-                findings.opened[name] = opened
-                if opened.problems:
-                    findings.refusals.append((f"{name} data", f"{len(opened.problems):,} images cannot be decoded"))
     for name, index in choose_samples(findings.parts, samples, recipe.seed):
         chosen = findings.parts[name].samples
         assert chosen is not None, "samples are chosen from parts that were opened"

@@ -78,7 +78,10 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
             opened = findings.opened[name]
             rate = format_count(opened.opened / max(opened.seconds, 1e-9))
             speed = f"opened in {format_duration(opened.seconds)}, {rate} images/s"
-            yield "", f"{opened.opened:,} images {speed}; {len(opened.problems):,} cannot be decoded"
+            before = f" and {opened.remembered:,} decoded before" if opened.remembered else ""
+            yield "", f"{opened.opened:,} images{before} {speed}; {len(opened.problems):,} cannot be decoded"
+            if opened.note:
+                yield "", opened.note
     for number, line in enumerate(findings.overlap):
         yield "" if number else "overlap", one_line(line)
     if findings.task is not None:

@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -17,15 +18,20 @@ from finetune.data.epoch_draw import EpochDraws
 from finetune.data.image_files import check_image
 from finetune.data.markup import find_markup, grounding_problems, why_refused
 from finetune.data.overlap import Identities
+from finetune.data.row_digest import row_digest
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.samples import Samples
 from finetune.data.shortening import Fitted, OnLong, render_fitting
 from finetune.data.worker_processes import map_chunks
 from finetune.errors import InputError
+from qwenvl.images.images import ImageAccess
 from qwenvl.text.chat import LabelRule, is_trained
 from qwenvl.text.grounding import clamp_to_edge
 from qwenvl.text.tokenizer import QwenVLTokenizer
+
+MOST_IMAGES = 1000
+"""Images of a row: 258,000 tokens. A row of many more would take minutes to look at, and no model could read it."""
 
 CHUNK = 1000
 """Samples checked at once. Chunks are independent of one another, so several processes can check them."""
@@ -80,6 +86,10 @@ class Checked:
         identities: what the kept samples are made of, where the rules ask for it.
         unread: columns and keys of the kept samples that hold something and are not read -> samples that have them.
         markup: kinds of markup that the kept samples train as text, as the rules allow -> samples that have them.
+        digests: (total,) uint64, of all samples in order, see `row_digest`; 0 for refused ones.
+        image_keys: (images of all kept samples,) uint64, in their order: equal for images of one path, 0 for images
+            that have none.
+        embedded: whether there are images inside the rows, which the digests leave out.
     """
 
     kept: np.ndarray
@@ -98,6 +108,9 @@ class Checked:
     identities: Identities = field(default_factory=Identities, repr=False)
     unread: Mapping[str, int] = field(default_factory=dict)
     markup: Mapping[str, int] = field(default_factory=dict)
+    digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    image_keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    embedded: bool = False
 
     @property
     def system(self) -> str | None:
@@ -269,6 +282,9 @@ class _Found:
     lengths: "array[int]" = field(default_factory=lambda: array("q"))
     images: "array[int]" = field(default_factory=lambda: array("q"))
     supervised: "array[int]" = field(default_factory=lambda: array("q"))
+    digests: "array[int]" = field(default_factory=lambda: array("Q"))
+    image_keys: "array[int]" = field(default_factory=lambda: array("Q"))
+    embedded: bool = False
     systems: list[str | None] = field(default_factory=list)
     problems: list[BadRow] = field(default_factory=list)
     refused: int = 0
@@ -293,8 +309,10 @@ class _Found:
     def add(self, later: "_Found") -> None:
         for system in later.systems:
             self.keep_system(system)
-        for name in ("kept", "lengths", "images", "supervised", "dropped_long", "shortened", "identities"):
+        self.embedded |= later.embedded
+        for name in ("kept", "lengths", "images", "supervised", "digests", "image_keys", "dropped_long", "shortened"):
             getattr(self, name).extend(getattr(later, name))
+        self.identities.extend(later.identities)
         self.unread.update(later.unread)
         self.markup.update(later.markup)
         for problem in later.problems:
@@ -321,6 +339,9 @@ class _Found:
             identities=self.identities,
             unread=dict(self.unread.most_common()),
             markup=dict(self.markup.most_common()),
+            digests=np.array(self.digests, np.uint64),
+            image_keys=np.array(self.image_keys, np.uint64),
+            embedded=self.embedded,
         )
 
 
@@ -331,12 +352,17 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
     for index, sample in zip(chunk, samples.scan(chunk.start, chunk.stop), strict=True):
         if isinstance(sample, BadRow):
             found.refuse(sample)
+            found.digests.append(0)
             continue
         try:
             fitted, markup = _check(sample, rules)
         except BadField as error:
             found.refuse(BadRow(sample.origin, error.field, error.reason))
+            found.digests.append(0)
             continue
+        digest, embedded = row_digest(sample)
+        found.digests.append(digest)
+        found.embedded |= embedded
         rendered = fitted.rendered
         if rules.max_length is not None and len(rendered.ids) > rules.max_length:
             found.dropped_long.append(TooLong(sample.origin, len(rendered.ids)))
@@ -346,6 +372,7 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
         found.images.append(len(rendered.images))
         found.supervised.append(rendered.supervised)
         found.pages_left_out += sample.pages_left_out
+        found.image_keys.extend(_image_key(source, sample.access) for source in rendered.images)
         found.keep_system(system_message(sample.messages))
         if rules.identify:
             found.identities.add(sample)
@@ -364,6 +391,8 @@ def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
     Raises:
         BadField: what is wrong with it, all reasons together.
     """
+    if (count := sum(1 for _ in image_sources(sample.messages))) > MOST_IMAGES:
+        raise BadField("images", too_many_images(count))
     problems: list[BadField] = []
     if malformed := _malformed(rules.read(sample.messages), rules):
         problems.append(BadField(malformed[0][0], _why_malformed(sample, malformed, rules)))
@@ -437,6 +466,21 @@ def boxes_inside(messages: Sequence[Mapping[str, Any]], everywhere: bool) -> lis
             message = {**message, "content": clamp_to_edge(content)}
         inside.append(message)
     return inside
+
+
+def _image_key(source: Any, access: ImageAccess) -> int:
+    """64 bits of a digest of an image's path; 0 where it has none."""
+    if isinstance(source, Mapping) and source.get("bytes") is None:
+        source = source.get("path")
+    if not isinstance(source, str):
+        return 0
+    text = f"{access.root}\n{source}".encode(errors="surrogatepass")
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") or 1
+
+
+def too_many_images(count: int) -> str:
+    """The reason against a row of more than `MOST_IMAGES` images."""
+    return f"there are {count:,} in one row, and {MOST_IMAGES:,} are the most that are looked at; divide the row"
 
 
 def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:

@@ -4,6 +4,7 @@ Training opens images with `qwenvl.load_image`, which alone decides what may be 
 here to find a bad reference before training, at the cost of looking at the file's entry.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -20,6 +21,7 @@ from finetune.data.image_paths import hint, meant_path
 from finetune.data.sample import Sample
 from finetune.errors import Interrupted, UserError
 from qwenvl.images import image_decoding, pdf_pages
+from qwenvl.images.image_decoding import check_kind, refuses_cost
 from qwenvl.images.image_urls import UrlError, fetch
 from qwenvl.images.images import ImageAccess, ImageError, data_uri_bytes, load_image
 from qwenvl.images.page_references import choose_page, find_page, split_page
@@ -27,6 +29,7 @@ from qwenvl.images.unusable_image import UnusableImage
 
 # Only formats whose header Pillow reads in this process, and that `load_image` decodes.
 _HEADER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_HEADER_BYTES = 1 << 16  # the header of most images is in them
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # Files that usually have several pages or frames: these are counted where a path is checked. A PNG or WebP that is an
 # animation is found when it is decoded.
@@ -118,6 +121,23 @@ def _pages_of_file(target: str, size: int, changed: int, max_pixels: int) -> int
         return image_decoding.count_pages(file, max_pixels)
 
 
+def is_url(source: Any) -> bool:
+    """Whether an image is on the web."""
+    return isinstance(source, str) and bool(_URL.match(source))
+
+
+def check_header(source: Any, access: ImageAccess) -> None:
+    """Read the first bytes of an image: whether it is of a kind that is decoded, and nothing in its header is refused.
+
+    Raises:
+        UserError, UnusableImage: it cannot be read, or is not such an image.
+    """
+    if isinstance(source, str) and _is_url(source):
+        return
+    with _open(source, access) as file:
+        check_kind(file.read(_HEADER_BYTES))
+
+
 def image_paths(sample: Sample) -> Iterator[str]:
     """The paths of a sample's images that are files of their own."""
     for message in sample.messages:
@@ -205,9 +225,20 @@ def _header_size(source: Any, access: ImageAccess) -> tuple[int, int] | None:
         return None
     if named_page(source, access) is not None:
         return None
-    with _open(source, access) as file, warnings.catch_warnings():
+    with _open(source, access) as file:
+        data = file.read(_HEADER_BYTES)
+        if len(data) == _HEADER_BYTES and not data.startswith(b"RIFF"):  # WebP's decoder takes the whole file
+            with contextlib.suppress(Exception):  # the header may be longer
+                return _size_of(data)
+        return _size_of(data + file.read(access.max_bytes))
+
+
+def _size_of(data: bytes) -> tuple[int, int] | None:
+    if refuses_cost(data):
+        return None  # decoding says why
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is the limit here
-        image = Image.open(file, formats=_HEADER_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_HEADER_FORMATS)
         # A PNG may have its EXIF after the pixels.
         if image.format == "PNG" and "exif" not in image.info:
             return None

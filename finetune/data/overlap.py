@@ -61,6 +61,23 @@ class Identities:
         for name in ("words", "images", "paths", "sizes"):
             getattr(self, name).extend(getattr(later, name))
 
+    def only(self, stays: np.ndarray) -> "Identities":
+        """Those of some of the samples.
+
+        Args:
+            stays: (samples,) bool; of any length where nothing was noted.
+        """
+        if not self.words:
+            return self
+        counts = np.array(self.images, np.int64)
+        of_images = np.repeat(stays, counts)
+        return Identities(
+            array("Q", np.array(self.words, np.uint64)[stays].tolist()),
+            array("q", counts[stays].tolist()),
+            array("Q", np.array(self.paths, np.uint64)[of_images].tolist()),
+            array("q", np.array(self.sizes, np.int64)[of_images].tolist()),
+        )
+
     def _add_image(self, source: Any) -> None:
         if isinstance(source, str):
             self.paths.append(_number(source.encode(errors="surrogatepass")))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finetune.data.checking import Checked, Rules, look_at, refusal
 from finetune.data.formats.places import PLACE
+from finetune.data.image_check import CheckImages, OpenedImages, open_images, without
 from finetune.data.markup import check_markup_names
 from finetune.data.overlap import find_overlap
 from finetune.data.pages import Pages
@@ -13,6 +14,7 @@ from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.errors import InputError
 from finetune.recipe import Recipe, Source
+from finetune.terminal import Say, say_nothing
 from qwenvl import ImageAccess, QwenVLProcessor
 
 
@@ -25,12 +27,14 @@ class DataPart:
         samples: of these sources; None where there are none.
         checked: what was found in them; None with `samples`.
         errors: why a run would not train on this; empty where it would.
+        opened: the result of opening the images; None where they were not opened.
     """
 
     sources: Sequence[Source]
     samples: Samples | None
     checked: Checked | None
     errors: Sequence[InputError]
+    opened: OpenedImages | None = None
 
 
 def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
@@ -61,18 +65,32 @@ def pages_of(recipe: Recipe) -> Pages | None:
 
 
 def read_checked(
-    recipe: Recipe, processor: QwenVLProcessor, *, show_progress: bool = True, processes: int | None = None
+    recipe: Recipe,
+    processor: QwenVLProcessor,
+    *,
+    show_progress: bool = True,
+    processes: int | None = None,
+    opens_images: bool = True,
+    say: Say = say_nothing,
 ) -> dict[str, tuple[Samples, Checked]]:
     """The samples of "train" and, where there is evaluation, of "eval", all of them checked.
 
     Args:
         show_progress, processes: see `checking.look_at`.
+        opens_images: False in processes of a run beside the first of a machine: what it finds stops all of them.
+        say: prints what was left unopened.
 
     Raises:
         MissingFileError, DataError: why a run would not train on this, for both parts together.
         WorkerDied: a worker process was killed or crashed.
     """
-    parts = look_at_data(recipe, processor, show_progress=show_progress, processes=processes)
+    # What is left out must be the same in all processes.
+    opens_images = opens_images or recipe.data.on_bad_row == "skip"
+    mode = recipe.data.check_images if opens_images else None
+    parts = look_at_data(recipe, processor, show_progress=show_progress, processes=processes, check_images=mode)
+    for part in parts.values():
+        if part.opened is not None and part.opened.note:
+            say("images", part.opened.note)
     errors = [(name, error) for name, part in parts.items() for error in part.errors]
     if len(errors) == 1:
         raise errors[0][1]
@@ -86,9 +104,18 @@ def read_checked(
 
 
 def look_at_data(
-    recipe: Recipe, processor: QwenVLProcessor, *, show_progress: bool = True, processes: int | None = None
+    recipe: Recipe,
+    processor: QwenVLProcessor,
+    *,
+    show_progress: bool = True,
+    processes: int | None = None,
+    check_images: CheckImages | None = "auto",
 ) -> dict[str, DataPart]:
     """As `read_checked`, but errors are returned, and the other sources are checked where one cannot be opened.
+
+    Args:
+        check_images: how images are opened, see `image_check.open_images`; None does not. Where bad rows are skipped,
+            only "all" opens images: others are left out when they are met.
 
     Raises:
         WorkerDied: a worker process was killed or crashed.
@@ -100,13 +127,23 @@ def look_at_data(
     looked_at = {}
     for name, sources in parts.items():
         kept, samples, errors = _open(recipe, sources)
-        checked = None
+        checked = opened = None
         if samples is not None:
             checked = look_at(samples, rules, show_progress=show_progress, processes=processes)
             checked = replace(checked, redraws=name == "train")
             if error := refusal(checked, rules):
                 errors.append(error)
-        looked_at[name] = DataPart(kept, samples, checked, errors)
+            if check_images == "all" or (check_images is not None and rules.on_bad_row == "error" and not errors):
+                opened = open_images(
+                    samples, checked, rules, check_images, show_progress=show_progress, processes=processes
+                )
+                if rules.on_bad_row == "skip":
+                    checked = without(checked, opened)
+                elif opened.problems:
+                    errors.append(DataError(_undecodable(opened, checked), opened.problems))
+                if not len(checked.kept) and not errors:
+                    errors.append(DataError("no image of its samples can be decoded:", checked.problems))
+        looked_at[name] = DataPart(kept, samples, checked, errors, opened)
     return looked_at
 
 
@@ -126,6 +163,13 @@ def look_for_overlap(recipe: Recipe, parts: Mapping[str, tuple[Samples, Checked]
     if len(lines) > 1 and recipe.evaluate.overlap == "error":
         raise DataError("; ".join(lines))
     return lines
+
+
+def _undecodable(opened: OpenedImages, checked: Checked) -> str:
+    return (
+        f"of {checked.total:,} samples, {len(opened.samples):,} have images that cannot be decoded (mend them or take "
+        "their rows out, or leave them out with on_bad_row: skip):"
+    )
 
 
 def _open(recipe: Recipe, sources: Sequence[Source]) -> tuple[Sequence[Source], Samples | None, list[InputError]]:

@@ -22,7 +22,7 @@ from finetune.data.sources.sources import FieldsSource, RowSource
 from finetune.data.split import Part, read_part
 from qwenvl.images.images import ImageAccess
 
-_LOOKED_AT = 1000
+LOOKED_AT = 1000
 """Samples whose image files count in a fingerprint; at most twice this many."""
 
 
@@ -130,7 +130,7 @@ class Samples:
     def _image_sizes(self) -> list[int]:
         """Bytes of the image files of some samples, -1 for one that cannot be looked at."""
         sizes = []
-        for index in range(0, len(self), max(1, len(self) // _LOOKED_AT)):
+        for index in range(0, len(self), max(1, len(self) // LOOKED_AT)):
             for sample in self.scan(index, index + 1):
                 sizes += [] if isinstance(sample, BadRow) else [file_size(source) for source in image_paths(sample)]
         return sizes

@@ -58,5 +58,6 @@ def shown_samples(samples: Samples, checked: Checked, count: int) -> list[int]:
     def document(index: int) -> Hashable | None:
         return document_of(list(image_sources(samples[index].messages)))
 
-    sources = [checked.kept[checked.source == number].tolist() for number in range(len(samples.ranges))]
+    there = checked.supervised > 0  # not the empty places of rows that are gone since the run began
+    sources = [checked.kept[there & (checked.source == number)].tolist() for number in range(len(samples.ranges))]
     return choose_shown(sources, document, count)

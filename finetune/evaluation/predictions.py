@@ -68,9 +68,11 @@ def write_predictions(
         collator.tokenizer,
         collator.image_processor,
         decoding,
+        on_bad_image="wrong" if collator.rules.on_bad_row == "skip" else "refuse",
         vision_cache=collator.vision_cache,
     )
-    replies = {reply.index: reply.text for reply in made}
+    # A row that is left out because its image cannot be read has no reply to show.
+    replies = {reply.index: reply.text for reply in made if reply.unreadable is None}
     records = [
         {
             "when": when,
@@ -81,6 +83,7 @@ def write_predictions(
             "prediction": replies[index],
         }
         for index, ((sample, question, target), prompt) in enumerate(zip(asked, prompts, strict=True))
+        if index in replies
     ]
     replace_records(run / PREDICTIONS, when, records)
 

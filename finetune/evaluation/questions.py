@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
 from finetune.data.annotated_boxes import in_pixels
+from finetune.data.checking import MOST_IMAGES, too_many_images
 from finetune.data.formats.document_fields import WantedFields
 from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.data.formats.places import PLACE
@@ -319,6 +320,8 @@ class Questions(Sequence[Question]):
         except BadField as error:
             raise BadRow(self._rows.origin(row), error.field, error.reason) from None
         asked = self._asked(given, row)
+        if len(asked[0].sources) > MOST_IMAGES:
+            raise BadRow(self._rows.origin(row), "images", too_many_images(len(asked[0].sources)))
         for question in asked:
             found = find_markup(question.messages, self._reader.grounding)
             if refused := [look for look in found if look.kind not in self._markup_as_text]:

@@ -36,6 +36,7 @@ from finetune.quantities import format_loss
 from finetune.recipe import Recipe
 from finetune.recipe.sections import source_names
 from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies
+from finetune.run.left_out import LeftOut
 from qwenvl import ImageAccess, QwenVLProcessor
 from qwenvl.text.chat import render_prompt
 
@@ -50,7 +51,7 @@ class TaskScore:
     Attributes:
         step: optimizer steps done.
         metric: of the task.
-        records: one for each question, with its score.
+        records: one for each question, with its score; none for questions that were left out.
         scored: their scores together.
     """
 
@@ -160,8 +161,11 @@ class TaskEvaluation:
     def write_predictions(self, score: TaskScore, count: int, run: Path, when: str) -> None:
         """Write some replies of a score for the run's report; see `evaluation.predictions` and `shown_rows`."""
         records = []
+        by_number = {record["number"]: record for record in score.records}
         for number in self._shown(count):
-            question, record = self.questions[number], score.records[number]
+            if number not in by_number:  # left out: its image cannot be read
+                continue
+            question, record = self.questions[number], by_number[number]
             answers = list(dict.fromkeys(record["answers"]))
             records.append(
                 {
@@ -195,15 +199,23 @@ class TaskScorer:
         asked: the task and its questions.
         stop_ids: ids that end a reply: those of the model before Transformers' trainer changes its generation config.
         vision_cache: has the features of the images that were encoded before training; None reads every image.
+        left_out: notes questions whose images cannot be read, or refuses them; None refuses them.
 
     Attributes:
         last: the latest score, with its step.
     """
 
-    def __init__(self, asked: TaskEvaluation, stop_ids: tuple[int, ...], vision_cache: VisionCache | None = None):
+    def __init__(
+        self,
+        asked: TaskEvaluation,
+        stop_ids: tuple[int, ...],
+        vision_cache: VisionCache | None = None,
+        left_out: LeftOut | None = None,
+    ):
         self.asked = asked
         self.stop_ids = stop_ids
         self.vision_cache = vision_cache
+        self.left_out = left_out or LeftOut(None, "error")
         self.last: TaskScore | None = None
 
     def evaluate(
@@ -232,13 +244,22 @@ class TaskScorer:
             replies = gather_object(replies)
         replies = sorted(replies, key=lambda reply: reply.index)
         # After the gathering, so that all processes raise together and none waits for another.
-        if bad := [reply.unreadable for reply in replies if reply.unreadable]:
-            lines = "\n  ".join(bad)
+        bad = [reply for reply in replies if reply.unreadable]
+        if bad and (self.left_out.on_bad_row == "error" or len(bad) == len(replies)):
+            lines = "\n  ".join(str(reply.unreadable) for reply in bad)
             raise UserError(f"evaluate.data: {len(bad)} of the sampled questions are on damaged images:\n  {lines}")
+        questions: Sequence[Question] = self.asked.questions
+        if bad:
+            for reply in bad if accelerator.is_main_process else ():
+                origin = str(self.asked.questions[reply.index].origin)
+                self.left_out.meet("questions", reply.index, origin, str(reply.unreadable))
+            replies = [reply for reply in replies if not reply.unreadable]
+            questions = [self.asked.questions[reply.index] for reply in replies]
         records = [
-            record_of(self.asked.task, reply.index, self.asked.questions[reply.index], reply) for reply in replies
+            record_of(self.asked.task, reply.index, question, reply)
+            for reply, question in zip(replies, questions, strict=True)
         ]
-        scored = score_records(self.asked.task, self.asked.questions, records)
+        scored = score_records(self.asked.task, questions, records)
         if both := scored.sources.keys() & scored.groups.keys():
             named = ", ".join(sorted(both))
             raise UserError(f"evaluate.data: {named} is the name of a source and of a group: rename the source")

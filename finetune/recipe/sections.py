@@ -458,6 +458,8 @@ class Data(Section):
     """Columns (or keys of turns, as messages.name) that are left unread though they would change training."""
     markup_as_text: Words = ()
     """Markup that is trained as words where no format reads it, such as <image>, <box> or <|im_end|>; else refused."""
+    check_images: Literal["auto", "all", "headers"] = "auto"
+    """Before step 1, decode all images, or read only headers; auto decodes all where that takes under ten minutes."""
     tokens_per_batch: Count | Literal["auto"] | None = None
     """Most tokens of one packed forward; auto takes what fits into the memory, null max_length or the longest row."""
     packing: bool = True

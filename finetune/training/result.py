@@ -61,6 +61,9 @@ def report_result(
     )
     for label, text in lines.items():
         say(label, text)
+    if counts := trainer.left_out.counts():
+        said = ", ".join(f"{count:,} of {name}" for name, count in counts.items())
+        say("left out", f"{said}, whose images or rows could not be read: {trainer.left_out.file} lists them")
     if task is not None:
         say(*score_line((run.read_run() or {})["score"]))
     is_adapter = result == run.adapter

@@ -23,6 +23,7 @@ from finetune.memory.weights import weights_dtype
 from finetune.model.adapters import TrainableModel, trains_vision, without_adapter
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
+from finetune.run.left_out import LeftOut
 from finetune.terminal import Say, say
 from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, preprocessing_of
 from finetune.vision_cache.encoding import encode_images
@@ -37,6 +38,7 @@ def cache_images(
     samples: Mapping[str, Samples],
     checked: Mapping[str, Checked],
     task: TaskEvaluation | None,
+    left_out: LeftOut | None = None,
     say: Say = say,
 ) -> VisionCache | None:
     """Encode the images of a run, and remove the vision side from the model if nothing needs it any more.
@@ -48,6 +50,7 @@ def cache_images(
         model: with what shall be trained requiring gradients.
         samples, checked: for "train" and, if the recipe evaluates, "eval".
         task: asks about images of its own, which are encoded too.
+        left_out: notes samples whose images cannot be decoded, where the recipe skips them; None refuses them.
         say: prints a labelled line.
 
     Returns:
@@ -67,7 +70,7 @@ def cache_images(
     if not len(images):
         return None
     with trained_parameters_on_host(model) if isinstance(model, PeftModel) else contextlib.nullcontext():
-        cache = encode_images(base, images, processor.image_processor, recipe.data, say)
+        cache = encode_images(base, images, processor.image_processor, recipe.data, say, left_out)
         if note := _note_unused_samples(recipe, checked["train"]):
             say("", note)
         if cache.complete and isinstance(model, PeftModel):

@@ -30,9 +30,18 @@ Entry = tuple[int, int]
 class ImageLists(Protocol):
     """A list of images for each sample or question, made when it is asked for."""
 
+    @property
+    def name(self) -> str:
+        """Of the part of the data: "train", "eval" or "questions"."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> list[ImageRequest]: ...
+
+    def sample(self, index: int, /) -> tuple[int, str]:
+        """Number in its part of the data of the sample or question with this index, and its file and row."""
+        ...
 
 
 class SampleImages:
@@ -41,9 +50,11 @@ class SampleImages:
     Args:
         samples, checked, rules: see `checking.look_at`.
         indices: of the kept samples, in any order and number.
+        name: of the part of the data.
     """
 
-    def __init__(self, samples: Samples, checked: Checked, rules: Rules, indices: Sequence[int]):
+    def __init__(self, samples: Samples, checked: Checked, rules: Rules, indices: Sequence[int], name: str = "train"):
+        self.name = name
         places = np.searchsorted(checked.kept, np.unique(np.asarray(indices, np.int64)))
         places = places[checked.images[places] > 0]
         self._samples, self._rules = samples, rules
@@ -62,9 +73,15 @@ class SampleImages:
             for number, source in enumerate(sources, start=1)
         ]
 
+    def sample(self, index: int) -> tuple[int, str]:
+        number = int(self._indices[index])
+        return number, str(self._samples[number].origin)
+
 
 class QuestionImages:
     """The images of questions."""
+
+    name = "questions"
 
     def __init__(self, questions: Sequence[Question]):
         self._questions = questions
@@ -75,6 +92,9 @@ class QuestionImages:
     def __getitem__(self, index: int) -> list[ImageRequest]:
         question = self._questions[index]
         return [ImageRequest(source, question.access, str(question.origin)) for source in question.images]
+
+    def sample(self, index: int) -> tuple[int, str]:
+        return index, str(self._questions[index].origin)
 
 
 class RunImages:
@@ -88,8 +108,17 @@ class RunImages:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> list[ImageRequest]:
+        part, index = self._find(index)
+        return part[index]
+
+    def sample(self, index: int) -> tuple[str, int, str]:
+        """Name of the part, number in it, and file and row of the sample or question with this index."""
+        part, index = self._find(index)
+        return part.name, *part.sample(index)
+
+    def _find(self, index: int) -> tuple[ImageLists, int]:
         part = bisect_right(self._ends, index)
-        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+        return self._parts[part], index - (self._ends[part - 1] if part else 0)
 
     def request(self, entry: Entry) -> ImageRequest:
         """One image."""
@@ -117,7 +146,7 @@ def images_of_run(
             indices = checked[name].weighted_indices(recipe.seed)[: recipe.evaluate.limit] + shown
         else:
             indices = drawn_in_run(recipe, checked[name])
-        parts.append(SampleImages(part, checked[name], rules, indices))
+        parts.append(SampleImages(part, checked[name], rules, indices, name))
     return RunImages([*parts, QuestionImages(questions)])
 
 

@@ -22,6 +22,7 @@ from PIL import (
 )
 
 from qwenvl.images import pdf_pages
+from qwenvl.images.image_bounds import exif_is_costly, too_costly
 from qwenvl.images.image_color import to_rgb
 from qwenvl.images.page_references import choose_page
 from qwenvl.images.tiff_pages import tiff_pages
@@ -88,18 +89,9 @@ def decode(data: bytes, max_pixels: int, *, page: int | None = None, dpi: int = 
         UnusableImage: not an image of a supported format, damaged, encrypted, or beyond `max_pixels`; several pages
             or frames and none named, or no such page.
     """
-    if not data:
-        raise UnusableImage("it is empty (0 bytes)", "replace it, or drop it from the data")
     if pdf_pages.SIGNATURE.match(data):
         return pdf_pages.render_pdf_page(data, page, dpi=dpi, check_size=lambda size: check_pixels(size, max_pixels))
-    found = _find_decoder(data)
-    if found is None:
-        what = next((what for signature, what in _OTHER_CONTENT if signature.match(data)), "of an unknown kind")
-        raise UnusableImage(
-            f"its content is not an image this project reads but {what}",
-            f"give one of {', '.join(_FORMATS)}, or a PDF",
-        )
-    name, decoder = found
+    name, decoder = _checked_decoder(data)
     with _decoding(name, max_pixels):
         image = decoder(io.BytesIO(data))
         check_pixels(image.size, max_pixels)
@@ -112,6 +104,25 @@ def decode(data: bytes, max_pixels: int, *, page: int | None = None, dpi: int = 
     # The orientation and the transparent colour are applied: nobody may find and apply them again.
     result.info = {}
     return result
+
+
+def check_kind(data: bytes) -> None:
+    """Check by its first bytes that an image is of a kind that is decoded.
+
+    Args:
+        data: the encoded image or PDF, or its beginning.
+
+    Raises:
+        UnusableImage: it is not of a supported format, or would take too long to decode.
+    """
+    if not pdf_pages.SIGNATURE.match(data):
+        _checked_decoder(data)
+
+
+def refuses_cost(data: bytes) -> bool:
+    """Whether `decode` refuses an image for the time that it would take, so that nothing of it should be read."""
+    found = _find_decoder(data)
+    return found is not None and too_costly(found[0], data) is not None
 
 
 def count_pages(file: BinaryIO, max_pixels: int) -> int:
@@ -130,8 +141,27 @@ def count_pages(file: BinaryIO, max_pixels: int) -> int:
         return 1
     if found[0] == "TIFF":
         return len(tiff_pages(file))
+    data = file.read()
+    if too_costly(found[0], data):
+        return 1
     with _decoding(found[0], max_pixels):
-        return getattr(found[1](file), "n_frames", 1)
+        return getattr(found[1](io.BytesIO(data)), "n_frames", 1)
+
+
+def _checked_decoder(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
+    """As `_find_decoder`; raises `UnusableImage` as `check_kind`."""
+    if not data:
+        raise UnusableImage("it is empty (0 bytes)", "replace it, or drop it from the data")
+    found = _find_decoder(data)
+    if found is None:
+        what = next((what for signature, what in _OTHER_CONTENT if signature.match(data)), "of an unknown kind")
+        raise UnusableImage(
+            f"its content is not an image this project reads but {what}",
+            f"give one of {', '.join(_FORMATS)}, or a PDF",
+        )
+    if reason := too_costly(found[0], data):
+        raise UnusableImage(reason, "save it again with an image program, or drop it from the data")
+    return found
 
 
 def _find_decoder(data: bytes) -> tuple[str, type[ImageFile.ImageFile]] | None:
@@ -203,10 +233,13 @@ def _correct_header(image: ImageFile.ImageFile) -> int | None:
 
 
 def _upright_rgb(image: Image.Image, white: int | None) -> Image.Image:
+    orientation = None
+    exif = image.info.get("exif")
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if not (isinstance(exif, bytes) and exif_is_costly(exif)):
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF can raise any exception, and the pixels are usable without it
-        orientation = None
+        pass
     try:
         result = to_rgb(image, white=white)
     except Exception as error:

@@ -6,7 +6,7 @@ import binascii
 import itertools
 import unicodedata
 from collections.abc import Collection, Iterable
-from functools import cached_property
+from functools import cache, cached_property
 
 import tiktoken
 
@@ -31,6 +31,37 @@ _PRINTABLE_BYTES = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _spare_characters = itertools.count(0x100)
 _BYTE_ALPHABET = {byte: byte if byte in _PRINTABLE_BYTES else next(_spare_characters) for byte in range(256)}
 _ORDINARY = "␛"
+
+
+MOST_MARKS = 256
+"""Combining marks in a row. Normalisation sorts each run of them, in quadratic time. The Stream-Safe Text Format of
+Unicode Standard Annex #15 allows 30; stacked Vietnamese, Hebrew or Tibetan signs, and most pranks, are below that."""
+
+
+@cache
+def _marks() -> frozenset[str]:
+    """The characters that are, decomposed, nothing but combining marks.
+
+    Among them are three signs of Tibetan that count as letters and decompose into two marks each.
+    """
+    decomposed = ((chr(code), unicodedata.normalize("NFD", chr(code))) for code in range(0x300, 0x20000))
+    return frozenset(character for character, parts in decomposed if unicodedata.combining(parts[0]))
+
+
+def long_run_of_marks(text: str) -> int | None:
+    """Where a run of more than `MOST_MARKS` combining marks begins; None where there is none."""
+    # Such a run has one of these characters.
+    if len(text) <= MOST_MARKS or text.isascii() or (marks := _marks()).isdisjoint(text[::MOST_MARKS]):
+        return None
+    for place in range(0, len(text), MOST_MARKS):
+        start = end = place
+        while end < len(text) and end - start <= MOST_MARKS and text[end] in marks:
+            end += 1
+        while end > place and start > 0 and end - start <= MOST_MARKS and text[start - 1] in marks:
+            start -= 1
+        if end - start > MOST_MARKS:
+            return start
+    return None
 
 
 class Vocabulary:
@@ -81,6 +112,11 @@ class Vocabulary:
                     "which no encoding can write. Read its file as UTF-8, or repair it: "
                     "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
                 ) from None
+            if (run := long_run_of_marks(text)) is not None:
+                raise InputError(
+                    f"the text has more than {MOST_MARKS} combining marks in a row, near character {run}: no "
+                    "writing has more than a few on a letter, and they would take minutes to sort. Remove them"
+                )
             text = unicodedata.normalize("NFC", text)
         try:  # not encode_ordinary, which panics where this raises
             ids = self._encoding.encode(text, allowed_special=frozenset(tokens), disallowed_special=())

@@ -205,9 +205,8 @@ def test_images_are_opened_when_asked(show, tmp_path):
         (tmp_path / name).write_bytes(data)
     rows = [chat(images=["good.png"]), chat(images=["good.png", "cut.png"]), chat(images=["text.png"])]
     settings = {"data__train": [write(tmp_path / "t.jsonl", rows)], "data__images_root": str(tmp_path)}
-    assert not show(**settings).refused, "all are there"
     shown = show(**settings, images=True)
-    assert "train data: 2 images cannot be decoded" in shown.refused
+    assert "train data: of 3 samples, 2 have images that cannot be decoded" in shown.refused
     assert "3 images opened in 0s, " in shown.text and "; 2 cannot be decoded" in shown.text
     assert re.search(r"t\.jsonl, row 2, images\[1\]: cannot be decoded: ", shown.text)
     assert re.search(r"t\.jsonl, row 3, images\[0\]: cannot be decoded: ", shown.text)
