@@ -4,10 +4,12 @@ import json
 
 import datasets
 import pytest
+from files_of_pages import pdf
 from PIL import Image
 
 from finetune.data import checking, overlap
 from finetune.data.checking import Rules, look_at
+from finetune.data.image_check import OpenedImages, without
 from finetune.data.overlap import find_overlap
 from finetune.data.reading import look_for_overlap
 from finetune.data.sample import DataError
@@ -121,3 +123,23 @@ def test_a_recipe_can_ask_for_an_error(folder, tiny_processor):
     with pytest.raises(DataError, match=r"1 of 1 evaluation row is a training row too"):
         look_for_overlap(parse_recipe(text + evaluate % "error"), part)
     assert look_for_overlap(parse_recipe(text), part) == []
+
+
+def test_what_is_left_out_later_is_not_compared(folder, tiny_processor):
+    rows = [row("0.bmp"), row("1.bmp"), row("2.bmp", "Q2")]
+    samples, checked = looked_at(source(folder / "train.jsonl", rows), tiny_processor.tokenizer)
+    opened = OpenedImages(3, 1.0, [], samples=(1,))
+    left = without(checked, opened)
+    _, alone = looked_at(source(folder / "less.jsonl", [rows[0], rows[2]]), tiny_processor.tokenizer)
+    assert left.kept.tolist() == [0, 2] and left.identities == alone.identities
+    evals, asked = looked_at(source(folder / "eval.jsonl", [row("1.bmp"), rows[2]]), tiny_processor.tokenizer)
+    shared = find_overlap(samples, left.kept, left.identities, evals, asked.kept, asked.identities)
+    assert (shared.rows, shared.shown) == (1, 1)
+
+
+def test_pages_of_one_file_are_different_images(folder, tiny_processor):
+    (folder / "a.pdf").write_bytes(pdf())
+    train = source(folder / "train.jsonl", [row("a.pdf#1", "Q1"), row("a.pdf#2", "Q2")])
+    (folder / "b.pdf").write_bytes(pdf())
+    evals = source(folder / "eval.jsonl", [row("a.pdf#3", "Q3"), row("b.pdf#2", "Q4")])
+    assert found(train, evals, tiny_processor.tokenizer).shown == 1

@@ -39,6 +39,7 @@ def folder(tmp_path):
 def samples(folder, *rows, row_format="vqa", pages=None, **given):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
+    settings |= {"encoding": None, "delimiter": None, "part": None}
     source = SimpleNamespace(path=str(folder / "rows.jsonl"), format=row_format, weight=1.0, limit=None, **settings)
     return Samples([source], pages=pages, **given)
 
@@ -99,6 +100,7 @@ def test_images_inside_rows(folder, monkeypatch):
     )
     data.to_parquet(folder / "rows.parquet")
     settings = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
+    settings |= {"encoding": None, "delimiter": None, "part": None}
     source = SimpleNamespace(path=str(folder / "rows.parquet"), format="vqa", weight=1.0, limit=None, **settings)
     read = Samples([source], pages=ALL)
     for sample in (read[0], next(iter(read.scan(0, 1)))):

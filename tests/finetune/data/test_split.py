@@ -109,6 +109,34 @@ def test_pages_and_other_spellings_are_one_document(tmp_path):
         assert sum(sample.origin.row <= 3 for sample in train) in (0, 3)
 
 
+@pytest.mark.parametrize("row_format", ["messages", "llava"])
+def test_an_image_is_found_wherever_a_format_reads_it(tmp_path, row_format):
+    rows = []
+    for number in range(120):
+        row = {"images": [f"{number % 40}.png"]}
+        if row_format == "llava":
+            turns = [{"from": "human", "value": f"<image>Q{number}"}, {"from": "gpt", "value": "a"}]
+            rows.append({**row, "conversations": turns})
+        else:
+            # Every other row has the mark twice: as text, it is no place.
+            asked = f"Q{number} <image>" + (" <image>" if number >= 80 else "")
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "a"}]
+            rows.append({**row, "messages": turns})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = TEXT.replace("format: vqa", f"format: {row_format}") % (
+        tmp_path / "a.jsonl",
+        "{eval: 0.3}",
+        "{data: split}",
+    )
+    recipe = parse_recipe(text)
+    numbers = [
+        {sample.origin.row for sample in Samples(sources, text_places=False).scan(0, count)}
+        for sources, count in ((part, len(Samples(part))) for part in (recipe.data.train, recipe.evaluate.data))
+    ]
+    assert all(numbers) and sum(map(len, numbers)) == 120
+    assert not {(row - 1) % 40 for row in numbers[0]} & {(row - 1) % 40 for row in numbers[1]}
+
+
 def test_a_cut_by_a_column(tmp_path):
     write(tmp_path / "a.jsonl", range(40))
     train, evals = parts(recipe_of(tmp_path / "a.jsonl", split="{eval: 0.5, by: doc}"))

@@ -3,6 +3,7 @@
 import pytest
 from formats_for_tests import ASSISTANT, USER, one
 
+from finetune.data.formats.document_fields import WantedFields
 from finetune.data.formats.row_format import COLUMNS, RowFormat
 from finetune.data.sample import BadField
 
@@ -16,10 +17,13 @@ ROWS = {
     "vqa": {"image": "a.png", "question": "Q", "answer": "A"},
     "grounding": {"image": "a.png", "phrase": "x", "box": [0, 0, 1, 1]},
     "caption": {"image": "a.png", "caption": "x"},
+    "fields": {"image": "a.png", "total": "x"},
 }
 
 
 def unread(name, row, **settings):
+    if name == "fields":
+        settings["wanted"] = WantedFields(("total",))
     return RowFormat(name, **settings).unread(row)
 
 
@@ -36,10 +40,16 @@ def test_other_columns_are_named(name):
     assert unread(name, {**ROWS[name], "notes": "x"}, ignore=frozenset({"notes"})) == ()
 
 
+def test_columns_of_documents_that_are_no_fields_are_named_whatever_they_are_called():
+    row = {**ROWS["fields"], "weight": "3 kg", "history": "none", "image_list": "x", "tools": "saw"}
+    assert unread("fields", row) == ("history", "image_list", "tools", "weight")
+    assert unread("fields", row, ignore=frozenset({"weight", "tools"})) == ("history", "image_list")
+
+
 @pytest.mark.parametrize(
     "column", ["image_list", "tools", "videos", "sys_prompt", "weight", "assistant_masks", "dialog"]
 )
-@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("name", [name for name in COLUMNS if name != "fields"])
 def test_what_would_change_training_is_refused(name, column):
     row = {**ROWS[name], column: ["x"]}
     with pytest.raises(BadField, match=rf"data.ignore: \[{column}\]") as caught:

@@ -22,6 +22,7 @@ from exports_for_tests import (
 from PIL import Image
 
 from finetune.data.sample import BadRow, DataError
+from finetune.data.samples import Samples
 from finetune.data.sources.exports.labelled import around_ellipse, around_turned
 from finetune.errors import MissingFileError
 from finetune.recipe.sections import LAYOUTS, Source
@@ -518,3 +519,14 @@ def test_numbers_of_classes_are_read_from_yaml():
     with pytest.raises(ValueError):
         Source(path="x", format="grounding", annotations={"layout": "yolo", "classes": {True: "x"}})
     assert Path(source.path) == Path("x")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_of_an_export_is_named_as_unread(tmp_path, layout):
+    assert {sample.unread for sample in read(tmp_path, layout)} == {()}
+
+
+def test_an_export_has_no_encoding_of_its_own(tmp_path):
+    with pytest.raises(DataError, match=r"encoding is of text files; remove it"):
+        source = Source(path=str(write_export(tmp_path, "coco")), format="grounding", annotations={"layout": "coco"})
+        Samples([source.model_copy(update={"encoding": "gbk"})])
