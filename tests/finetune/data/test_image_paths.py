@@ -41,6 +41,7 @@ def test_what_is_there_is_what_is_meant(root, name):
         ("50%25%20off.png", "50% off.png"),
         ("%E5%9B%B3/1.png", "図/1.png"),
         ("scans%5Cdeep%5Cx.jpeg", "scans/deep/x.jpeg"),
+        ("scans\\deep\\x.jpeg#1", "scans/deep/x.jpeg#1"),
         ("file:ROOT/scans/deep/x.jpeg", "scans/deep/x.jpeg"),
         ("file://ROOT/scans/deep/x.jpeg", "scans/deep/x.jpeg"),
         ("FILE://localhostROOT/a%20b%20(1).png", "a b (1).png"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from types import SimpleNamespace
 
 import datasets
@@ -12,6 +13,7 @@ from PIL import Image
 from questions_for_tests import ask
 
 from finetune.batches.image_request import image_key
+from finetune.data.image_check import _stamp
 from finetune.data.image_files import check_image, count_pages, file_size, read_encoded, upright_size
 from finetune.data.pages import Pages
 from finetune.data.prepared_rows import make_row
@@ -172,3 +174,11 @@ def test_examples_of_the_same_document_are_not_shown(folder):
     rows.append({"image": "one.pdf", "question": "Q3", "answers": ["A"]})
     questions = ask(folder, "docvqa", *rows, style="base", shots=1)
     assert [shot.text for shot in questions[0].shots] == ["Q3"]
+
+
+def test_pages_are_remembered_apart(folder):
+    os.utime(folder / "file.pdf", (1, 1))
+    inside = [{"bytes": pdf(), "path": None, "page": page} for page in (1, 2)]
+    stamps = [_stamp(source, ImageAccess(root=folder)) for source in ("file.pdf#1", "file.pdf#2", *inside)]
+    assert len(set(stamps)) == 4 and None not in stamps
+    assert _stamp("file.pdf#1", ImageAccess(root=folder, dpi=72)) not in stamps

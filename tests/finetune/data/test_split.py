@@ -118,7 +118,7 @@ def test_an_image_is_found_wherever_a_format_reads_it(tmp_path, row_format):
             turns = [{"from": "human", "value": f"<image>Q{number}"}, {"from": "gpt", "value": "a"}]
             rows.append({**row, "conversations": turns})
         else:
-            # Every other row has the mark twice: as text, it is no place.
+            # The later rows have the mark twice: where it is text, it is no place.
             asked = f"Q{number} <image>" + (" <image>" if number >= 80 else "")
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "a"}]
             rows.append({**row, "messages": turns})
