@@ -167,7 +167,8 @@ def _folder_errors(to: Path) -> AbstractContextManager[None]:
 
 
 def _read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say) -> dict[str, tuple[Samples, Checked]]:
-    parts = read_checked(recipe, processor)
+    # Each image is decoded when it is written.
+    parts = read_checked(recipe, processor, opens_images=False)
     for name, (samples, checked) in parts.items():
         say(f"{name} data", describe_data(checked))
         for note in samples.notes:

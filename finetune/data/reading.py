@@ -77,7 +77,8 @@ def read_checked(
 
     Args:
         show_progress, processes: see `checking.look_at`.
-        opens_images: False in processes of a run beside the first of a machine: what it finds stops all of them.
+        opens_images: False in processes of a run beside the first of a machine, where what it finds stops all of them,
+            and where each image is decoded anyway.
         say: prints what was left unopened.
 
     Raises:
