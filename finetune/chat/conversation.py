@@ -72,6 +72,8 @@ class Conversation:
         style: "chat" for ChatML with all turns so far; "base" for raw text, each prompt by itself.
         system: the system message; None for the default one.
         prompt: the template that each question is put into, in place of its `PLACEHOLDERS`; None asks it as it is.
+        markup_is_text: well-formed `<ref>`, `<box>` and `<quad>` in messages are text, as the model was trained;
+            otherwise tokens.
         max_new_tokens: most tokens of a reply.
         temperature: 0 always takes the likeliest token; above 0, tokens are sampled.
         messages: the turns so far, as `qwenvl.text.chat.render_chat` takes them, without the system message.
@@ -85,6 +87,7 @@ class Conversation:
     style: Style = "chat"
     system: str | None = None
     prompt: str | None = None
+    markup_is_text: bool = False
     max_new_tokens: int = 512
     temperature: float = 0.0
     messages: list[Message] = field(default_factory=list)
@@ -125,7 +128,8 @@ class Conversation:
         """Add a message and reply to it. A turn without a reply is dropped; its images stay for the next message.
 
         Args:
-            text: the question, which `prompt` is put around; well-formed `<ref>`, `<box>` and `<quad>` become tokens.
+            text: the question, which `prompt` is put around; well-formed `<ref>`, `<box>` and `<quad>` become tokens
+                unless `markup_is_text`.
             on_text: called with the pieces of the reply, in whole characters; bytes that are not UTF-8 become U+FFFD.
 
         Returns:
@@ -147,7 +151,7 @@ class Conversation:
             )
         answer = self._generate(prompt, images, min(room, self.max_new_tokens), on_text)
         if answer.text.strip():
-            reply = {"role": "assistant", "content": answer.text, **_grounding_flag(answer.text)}
+            reply = {"role": "assistant", "content": answer.text, **self._grounding_flag(answer.text)}
             self.messages, self.images, self.waiting = [*messages, reply], images, []
         return answer
 
@@ -161,9 +165,13 @@ class Conversation:
 
     def _user_message(self, text: str) -> Message:
         if not self.waiting:
-            return {"role": "user", "content": text, **_grounding_flag(text)}
+            return {"role": "user", "content": text, **self._grounding_flag(text)}
         parts = [{"type": "image", "image": str(image.path)} for image in self.waiting]
-        return {"role": "user", "content": [*parts, {"type": "text", "text": text}], **_grounding_flag(text)}
+        return {"role": "user", "content": [*parts, {"type": "text", "text": text}], **self._grounding_flag(text)}
+
+    def _grounding_flag(self, text: str) -> dict[str, bool]:
+        """The key that turns a message's markup into tokens, if it has any and they are not to be text."""
+        return {"grounding": True} if has_markup(text) and not self.markup_is_text else {}
 
     def _render(self, messages: Sequence[Message]) -> Rendered:
         n_queries = self._base.config.n_queries
@@ -263,6 +271,6 @@ class _Stream(BaseStreamer):
             self.on_text(text)
 
 
-def _grounding_flag(text: str) -> dict[str, bool]:
-    """The key that turns a message's markup into tokens, if it has any."""
-    return {"grounding": True} if any(is_tag for _, is_tag in split_markup(text)) else {}
+def has_markup(text: str) -> bool:
+    """Whether a text has well-formed grounding markup."""
+    return any(is_tag for _, is_tag in split_markup(text))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from finetune.chat.conversation import PLACEHOLDERS, Answer, ChatImage, Conversation, in_prompt
+from finetune.chat.conversation import PLACEHOLDERS, Answer, ChatImage, Conversation, has_markup, in_prompt
 from finetune.chat.conversation_rows import append_row
 from finetune.errors import Failed, InputError, UserError
 from finetune.files.path_errors import path_errors
@@ -87,6 +87,14 @@ def chat(
     if template is not None:
         by = "as it was trained; --prompt plain asks as typed" if prompt in (None, "trained") else "--prompt"
         tell(f"each message is put into the prompt {template!r} ({by})")
+    elif prompt is None and use.record.only_prompt is None and (templates := use.record.templates):
+        others = "" if all(use.record.prompts.values()) else " and on rows with prompts of their own"
+        tell(
+            f"messages are asked as typed: it was trained with {' and '.join(map(repr, templates))}{others}; --prompt "
+            "TEXT puts them into one of these"
+        )
+    if use.style == "chat" and system is None and use.record.system is not None:
+        tell(f"after the system message {use.record.system!r} (as it was trained; --system TEXT gives another)")
     loaded = load_model(
         use.source.base,
         adapter=use.source.adapter,
@@ -110,11 +118,13 @@ def chat(
 
 def open_conversation(use: ModelUse, loaded: torch.nn.Module) -> Conversation:
     """An empty conversation with `loaded`, a model that was loaded as `use` says."""
-    base, system = use.source.base, use.record.system
-    if without_adapter(loaded).config.visual is None:
-        return Conversation(loaded, QwenVLTokenizer.from_pretrained(base), None, use.style, system)
-    processor = load_processor(base)
-    return Conversation(loaded, processor.tokenizer, processor.image_processor, use.style, system)
+    base, record = use.source.base, use.record
+    tokenizer, image_processor = QwenVLTokenizer.from_pretrained(base), None
+    if without_adapter(loaded).config.visual is not None:
+        image_processor = load_processor(base).image_processor
+    return Conversation(
+        loaded, tokenizer, image_processor, use.style, record.system, markup_is_text=record.markup_is_text
+    )
 
 
 def _template(prompt: str | None, use: ModelUse) -> str | None:
@@ -129,8 +139,8 @@ def _template(prompt: str | None, use: ModelUse) -> str | None:
     if prompt == "plain":
         return None
     if prompt == "trained" and trained is None:
-        several = [template for templates in use.record.prompts.values() for template in templates]
-        known = f"it was trained on several: {', '.join(map(repr, several))}" if several else "its record has none"
+        several = ", ".join(map(repr, use.record.templates))
+        known = f"it was trained on several: {several}" if several else "its record has none"
         raise UserError(f"--prompt trained: {use.name} has no single prompt that it was trained with: {known}")
     template = trained if prompt == "trained" else prompt
     if template is None or not any(placeholder in template for placeholder in PLACEHOLDERS):
@@ -160,6 +170,7 @@ class TerminalChat:
             Failed: the device's memory does not hold prompt and reply.
             KeyboardInterrupt: Ctrl-C.
         """
+        self._tell_of_markup(text)
         try:
             answer = self.conversation.ask(text)
         except torch.OutOfMemoryError as error:
@@ -228,12 +239,17 @@ class TerminalChat:
             tell(f"There is no {command}. /help lists the commands; to send it, put a space before it.")
 
     def _ask(self, text: str) -> None:
+        self._tell_of_markup(text)
         answer = self.conversation.ask(text, _print_piece)
         print(flush=True)
         self._tell_about(answer)
         if not answer.text.strip():
             tell("(no reply; the message is forgotten)")
         self._show_regions(answer.text, draw=True)
+
+    def _tell_of_markup(self, text: str) -> None:
+        if self.conversation.markup_is_text and has_markup(text):
+            tell("(<ref>, <box> and <quad> in messages are text to this model, as in its training)")
 
     def _tell_about(self, answer: Answer) -> None:
         """Tell what the reader of a reply should know."""

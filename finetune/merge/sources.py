@@ -17,7 +17,7 @@ from qwenvl.checkpoint.gptq import is_gptq
 from qwenvl.checkpoint.identity import BaseIdentity, differences
 from qwenvl.checkpoint.record import ChatFormat, ModelRecord, read_record, trained_as
 from qwenvl.loading import DTYPES, ModelSource, find_source
-from qwenvl.model.quantization import DEFAULT_PARTS, PARTS
+from qwenvl.model.quantization import PARTS
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def find_sources(path: Path, base: str | None, style: Style | None = None) -> So
         raise UserError(unknown_style(adapter, ModelSource(base, str(adapter))))
     model = _model_section(run)
     trained_in = DTYPES.get(str(model.get("dtype")))
-    parts = record.quantize or _parts_in_4bit(model)
-    return Sources(adapter, base, run, identity, noted is not None, record, parts, trained_in)
+    return Sources(adapter, base, run, identity, noted is not None, record, record.quantize, trained_in)
 
 
 def _refuse_parts(parts: Any, file: Path) -> None:
@@ -113,12 +112,6 @@ def _without_quantization(base: str) -> str:
             f"16-bit checkpoint that it was made from{f' ({noted})' if noted else ''} with --base"
         )
     return noted
-
-
-def _parts_in_4bit(model: dict[str, Any]) -> tuple[str, ...]:
-    if model.get("quantization", "none") == "none":
-        return ()
-    return tuple(model.get("quantize") or DEFAULT_PARTS)
 
 
 def _model_section(run: Path | None) -> dict[str, Any]:

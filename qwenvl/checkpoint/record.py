@@ -27,6 +27,8 @@ VERSION = 1
 BASE_FILE = "base.json"
 """What was written in place of the record before there was one: the base, its fingerprint and the 4-bit parts."""
 
+OF_A_RUN = "it is the result of a run, which trains ChatML"
+
 ChatFormat = Literal["chatml", "raw"]
 """How a model is asked: in ChatML, or in raw text that it continues; the words of the published generation configs."""
 
@@ -93,13 +95,26 @@ class ModelRecord:
         templates = [template for of_format in self.prompts.values() for template in of_format or ("",)]
         return templates[0] if len(templates) == 1 and templates[0] else None
 
+    @property
+    def templates(self) -> list[str]:
+        """All templates of training, each once."""
+        return list(dict.fromkeys(template for of_format in self.prompts.values() for template in of_format))
+
+    @property
+    def markup_is_text(self) -> bool:
+        """Whether `<ref>`, `<box>` and `<quad>` in texts were text in training; False where no training is recorded.
+
+        Rows of format `grounding` have them as tokens, whatever `grounding` says of texts.
+        """
+        return self.labels is not None and not self.grounding and "grounding" not in self.prompts
+
 
 def trained_as(base: str | Path, adapter: str | Path | None = None) -> ModelRecord:
     """Find what a checkpoint, or an adapter on it, was trained as.
 
-    In this order: the record; what was written before there were records; `chat_format` of the published generation
-    config; and what follows from where the folder is. Of an adapter of another program only its base is known: on a
-    chat model it is taken for a chat adapter, on a base model nothing says what it learned.
+    In this order: the record; what was written before there were records, in the folder or its run's; `chat_format` of
+    the published generation config; and what follows from where the folder is. Of an adapter of another program only
+    its base is known: on a chat model it is taken for a chat adapter, on a base model nothing says what it learned.
 
     Args:
         base: checkpoint folder or hub id.
@@ -108,14 +123,14 @@ def trained_as(base: str | Path, adapter: str | Path | None = None) -> ModelReco
     Raises:
         InputError: a record that is damaged or of a later version, or a damaged generation config.
     """
-    if adapter is not None and (record := read_record(adapter)) is not None:
+    if adapter is not None and (record := _record_of_adapter(Path(adapter))) is not None:
         return record
     found = read_record(base) or ModelRecord()
     if found.chat_format is None:
         chat_format, read_from = _published_chat_format(base)
-        if Path(base).name == "model" and (Path(base).parent / "run.json").is_file():
+        if _run_file(Path(base), "model") is not None:
             # The generation config is the base's; this toolkit trains ChatML.
-            chat_format, read_from = "chatml", "it is the result of a run, which trains ChatML"
+            chat_format, read_from = "chatml", OF_A_RUN
         found = replace(found, chat_format=chat_format, read_from=read_from)
     if adapter is None:
         return found
@@ -170,6 +185,39 @@ def write_record(folder: str | Path, record: ModelRecord) -> None:
     if record.prompts:
         content["prompts"] = {name: list(templates) for name, templates in record.prompts.items()}
     (Path(folder) / RECORD).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _run_file(result: Path, name: str) -> Path | None:
+    """`run.json` of the run that a folder of this name is the result of; None where it is not in a run's folder."""
+    file = result.resolve().parent / "run.json"
+    return file if result.resolve().name == name and file.is_file() else None
+
+
+def _record_of_adapter(adapter: Path) -> ModelRecord | None:
+    """An adapter's record; of one in a run's folder from before there were records, also what `run.json` says."""
+    record = read_record(adapter)
+    run_file = _run_file(adapter, "adapter")
+    if run_file is None or (record is not None and (record.read_from == RECORD or record.quantize)):
+        return record
+    record = record or ModelRecord(chat_format="chatml", read_from=OF_A_RUN)
+    return replace(record, quantize=_parts_of_run(run_file))
+
+
+def _parts_of_run(run_file: Path) -> tuple[str, ...]:
+    """The parts of the base that were in 4 bits in a run.
+
+    Raises:
+        InputError: its `run.json` is damaged.
+    """
+    model: Any = read_json(run_file)
+    for key in ("identity", "recipe", "model"):
+        model = model.get(key) if isinstance(model, dict) else None
+    if not isinstance(model, dict) or model.get("quantization", "none") == "none":
+        return ()
+    parts = model.get("quantize") or ["language"]
+    if not isinstance(parts, list) or not all(part in PARTS for part in parts):
+        raise InputError(f"{run_file}: quantize is {parts!r}, but the parts are {', '.join(PARTS)}: restore the file")
+    return tuple(parts)
 
 
 def _published_chat_format(base: str | Path) -> tuple[ChatFormat | None, str]:

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,6 +182,27 @@ def test_markup_that_is_typed_is_markup(conversation, monkeypatch):
     conversation.ask("Is <box> a tag?")
     assert conversation.messages[0]["grounding"] is True and "grounding" not in conversation.messages[2]
     assert asked[-1][0].count(conversation.tokenizer.control_tokens["<box>"]) == 1
+
+
+def test_markup_is_text_to_a_model_that_was_trained_on_it_as_text(model, monkeypatch, capsys):
+    use = find_use(str(TINY))
+    question = "Is <ref>the dog</ref> asleep?"
+    tokens = {}
+    for name, fields in {
+        "text": {"labels": "assistant", "prompts": {"messages": ()}},
+        "tokens": {"labels": "assistant", "grounding": True},
+        "rows of boxes": {"labels": "assistant", "prompts": {"grounding": ("<ref>{phrase}</ref>",)}},
+        "nothing recorded": {},
+    }.items():
+        conversation = open_conversation(replace(use, record=ModelRecord(chat_format="chatml", **fields)), model)
+        asked = scripted(conversation, monkeypatch, "Yes.", "<ref>the dog</ref>")
+        TerminalChat(conversation, None).once(question)
+        said = "in messages are text to this model" in capsys.readouterr().err
+        tokens[name] = asked[-1][0].count(conversation.tokenizer.control_tokens["<ref>"]), said
+        conversation.ask("Who?")
+        assert ("grounding" in conversation.messages[-1]) is not said
+    assert tokens.pop("text") == (0, True)
+    assert set(tokens.values()) == {(1, False)}
 
 
 def test_a_base_model_completes_raw_prompts(model, monkeypatch):
@@ -404,8 +426,9 @@ def test_a_question_is_put_into_the_prompt_of_training(tuned, asked, capsys):
     said = said_by(capsys, folder)
     assert "put into the prompt '{question} Answer in one word.' (as it was trained; --prompt plain" in said
     assert asked[-1].startswith("<|im_start|>system\nRead the receipt.<|im_end|>")
+    assert "after the system message 'Read the receipt.' (as it was trained; --system" in said
     assert "user\nWhat is the total? Answer in one word.<|im_end|>" in asked[-1]
-    said_by(capsys, folder, prompt="plain", system="Be brief.")
+    assert "system message" not in said_by(capsys, folder, prompt="plain", system="Be brief.")
     assert "system\nBe brief.<|im_end|>" in asked[-1] and "user\nWhat is the total?<|im_end|>" in asked[-1]
     said_by(capsys, folder, prompt="Q: {question}")
     assert "user\nQ: What is the total?<|im_end|>" in asked[-1]
@@ -423,7 +446,11 @@ def test_a_question_is_put_into_the_prompt_of_training(tuned, asked, capsys):
 )
 def test_without_one_prompt_of_training_a_question_is_asked_as_typed(tuned, asked, capsys, prompts):
     folder = tuned(prompts=prompts)
-    assert "put into the prompt" not in said_by(capsys, folder)
+    said = said_by(capsys, folder)
+    assert "put into the prompt" not in said
+    templates = [template for of_format in prompts.values() for template in of_format]
+    assert ("asked as typed: it was trained with" in said) is (len(prompts) > 1 or len(templates) > 1)
+    assert ("rows with prompts of their own" in said) is ("messages" in prompts)
     assert "user\nWhat is the total?<|im_end|>" in asked[-1]
     if prompts != {"vqa": ("{question}",)}:
         with pytest.raises(UserError, match=r"--prompt.*(no single prompt|there is no \{question\})"):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qwenvl.checkpoint.identity import BaseIdentity
-from qwenvl.checkpoint.record import RECORD, BaseNote, ModelRecord, read_record, trained_as, write_record
+from qwenvl.checkpoint.record import OF_A_RUN, RECORD, BaseNote, ModelRecord, read_record, trained_as, write_record
 from qwenvl.errors import InputError
 
 WHOLE = ModelRecord(
@@ -85,3 +85,33 @@ def test_a_checkpoint_s_record_goes_before_its_generation_config(tmp_path):
     # A record that does not say it leaves it to the published file.
     write_record(tmp_path, ModelRecord(system="Hi."))
     assert (trained_as(tmp_path).chat_format, trained_as(tmp_path).system) == ("raw", "Hi.")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"quantization": "nf4", "quantize": ["language", "head"]}, ("language", "head")),
+        ({"quantization": "nf4"}, ("language",)),
+        ({"quantization": "none", "quantize": ["language"]}, ()),
+    ],
+)
+def test_an_adapter_without_a_record_is_what_its_run_trained(tmp_path, model, expected):
+    base, adapter = tmp_path / "base", tmp_path / "run" / "adapter"
+    base.mkdir()
+    adapter.mkdir(parents=True)
+    (base / "generation_config.json").write_text('{"chat_format": "raw"}')
+    assert trained_as(base, adapter).chat_format is None
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"identity": {"recipe": {"model": model}}}))
+    found = trained_as(base, adapter)
+    assert (found.chat_format, found.quantize, found.read_from) == ("chatml", expected, OF_A_RUN)
+    write_record(adapter, ModelRecord(chat_format="raw"))  # a record says it all
+    assert (trained_as(base, adapter).chat_format, trained_as(base, adapter).quantize) == ("raw", ())
+
+
+def test_the_parts_of_a_run_that_are_none_are_refused(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "run.json").write_text(
+        '{"identity": {"recipe": {"model": {"quantization": "nf4", "quantize": ["all"]}}}}'
+    )
+    with pytest.raises(InputError, match=r"run\.json: quantize is \['all'\], but the parts are"):
+        trained_as(tmp_path, tmp_path / "adapter")
