@@ -18,8 +18,9 @@ THINNED = 5
 
 @pytest.fixture(scope="module")
 def good_adapter(tmp_path_factory):
+    # Without a record, whose base would be taken where adapter_config.json names one that is nowhere.
     folder = tmp_path_factory.mktemp("good") / "adapter"
-    make_adapter(folder)
+    make_adapter(folder, own=False)
     return folder
 
 
