@@ -21,7 +21,7 @@ from qwenvl.checkpoint.adapter_config import (
 )
 from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG, read_adapter_settings, require_whole_adapter
 from qwenvl.checkpoint.checkpoint_files import find_file
-from qwenvl.checkpoint.record import BASE_FILE, RECORD, read_record, trained_as
+from qwenvl.checkpoint.record import BASE_FILE, RECORD, ModelRecord, read_record, trained_as
 from qwenvl.errors import InputError, MissingFileError
 from qwenvl.loading_errors import adapter_errors, checkpoint_errors, first_line
 from qwenvl.model.configuration import QwenVLConfig
@@ -96,6 +96,7 @@ def load_model(
     # Before its base is loaded, which may take minutes.
     adapter_reading = None if source.adapter is None else _read_adapter(source.adapter)
     record = trained_as(source.base, source.adapter)
+    refuse_other_record(source, record)
     parts = find_parts(source.base, quantization, quantize, trained=record.quantize if source.adapter else ())
     kind = WithoutEmbeddings if embeddings_on_cpu else QwenVLForConditionalGeneration
     with checkpoint_errors(source.base):
@@ -152,6 +153,21 @@ def find_parts(
     return wanted
 
 
+def refuse_other_record(source: ModelSource, record: ModelRecord) -> None:
+    """Check that the record of a checkpoint is about its own weights, in 4 bits or not.
+
+    Raises:
+        InputError: it names other parts than those that are in 4 bits: it is of another folder.
+    """
+    stored = quantized_parts(QwenVLConfig.from_pretrained(source.base), source.base)
+    if source.adapter is None and record.quantize and record.quantize != stored:
+        there = f"{', '.join(stored)} in 4 bits" if stored else "no 4-bit weights"
+        raise InputError(
+            f"{Path(source.base) / RECORD}: quantize names {', '.join(record.quantize)}, and the folder holds "
+            f"{there}: the record is of another folder. Restore the folder's own, or delete the file"
+        )
+
+
 def _load_4bit(
     kind: type[QwenVLForConditionalGeneration],
     base: str,
@@ -181,13 +197,17 @@ def _puts_head_on_cpu(device_map: DeviceMap) -> bool:
 
 
 def load_processor(path: str | Path) -> QwenVLProcessor:
-    """Load the processor of a hub id, a checkpoint, or the base of an adapter or run.
+    """Load the processor of a hub id, a checkpoint, or the base of an adapter or run, with the system message that the
+    model was trained under, for conversations that bring none.
 
     Raises:
         MissingFileError: nothing to load at `path`.
         InputError: a text-only or a damaged checkpoint.
     """
-    return QwenVLProcessor.from_pretrained(find_source(path).base)
+    source = find_source(path)
+    processor = QwenVLProcessor.from_pretrained(source.base)
+    processor.system = trained_as(source.base, source.adapter).system
+    return processor
 
 
 def require_loadable(path: str | Path, *, adapter: str | Path | None = None) -> ModelSource:

@@ -29,6 +29,10 @@ class QwenVLProcessor(ProcessorMixin):
         tokenizer: text to ids.
         n_queries: positions of an image between `<img>` and `</img>`.
         chat_template: for other programs only; conversations are rendered by `qwenvl.text.chat`.
+
+    Attributes:
+        system: the system message of conversations that bring none; None for the default one. `load_processor` sets it
+            to that of the model's training.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class QwenVLProcessor(ProcessorMixin):
         chat_template: str | None = None,
     ):
         self.n_queries = n_queries
+        self.system: str | None = None
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_pad_id
         self.image_placeholder = IMAGE_PLACEHOLDER
@@ -198,6 +203,7 @@ class QwenVLProcessor(ProcessorMixin):
         """
         check_template_arguments(chat_template, self.chat_template, tools, documents)
         conversations, is_batch = conversation_batch(conversation)
+        conversations = [self._with_system(messages) for messages in conversations]
         how: TurnOptions = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
@@ -215,6 +221,13 @@ class QwenVLProcessor(ProcessorMixin):
             options["return_tensors"] = return_tensors
         batch = self._batch(rendered, assistant_masks=return_assistant_tokens_mask, **options)
         return batch if return_dict else batch["input_ids"]
+
+    def _with_system(self, messages: Any) -> Any:
+        """A conversation with the processor's system message before it; one that is malformed is left as it is."""
+        first = messages[0] if isinstance(messages, Sequence) and messages else None
+        if self.system is None or not isinstance(first, Mapping) or first.get("role") == "system":
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
 
     def _batch(
         self,

@@ -60,7 +60,7 @@ def chat(
     processor: QwenVLProcessor,
     query: str | Query,
     history: Sequence[Sequence[Any]] | None = None,
-    system: str = DEFAULT_SYSTEM,
+    system: str | None = None,
     *,
     access: ImageAccess | None = None,
     **options: Any,
@@ -73,7 +73,7 @@ def chat(
         query: text, or of `from_list_format`.
         history: as this function returned it; None begins a conversation. Pairs in which the question is a string, as
             the published code kept them, are text without images.
-        system: the system message.
+        system: the system message; None for the processor's own (that of the model's training), else the default one.
         access: what paths and URLs of images may reach; by default any path and no URL.
         options: of `model.generate`, `generation_config` among them. What is not given comes from
             `model.generation_config`: whether and how tokens are sampled, and how many.
@@ -100,7 +100,7 @@ def chat_stream(
     processor: QwenVLProcessor,
     query: str | Query,
     history: Sequence[Sequence[Any]] | None = None,
-    system: str = DEFAULT_SYSTEM,
+    system: str | None = None,
     *,
     access: ImageAccess | None = None,
     **options: Any,
@@ -208,7 +208,7 @@ def _prepare(
     processor: QwenVLProcessor,
     query: str | Query,
     history: Sequence[Sequence[Any]] | None,
-    system: str,
+    system: str | None,
     access: ImageAccess | None,
     options: Mapping[str, Any],
 ) -> tuple[BatchFeature, dict[str, Any]]:
@@ -221,6 +221,8 @@ def _prepare(
     for name in options:
         if name in _REFUSED:
             raise InputError(f"{name} is no option of this chat: {_REFUSED[name]}")
+    if system is None:
+        system = DEFAULT_SYSTEM if processor.system is None else processor.system
     inputs = processor.apply_chat_template(
         as_messages(query, history, system),
         tokenize=True,

@@ -18,6 +18,7 @@ HF_HOME = os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="qwenvl-tests-")  # wh
 import numpy as np
 import pytest
 import torch
+from gptq_for_tests import write_int4, write_unpacked
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -35,6 +36,18 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def tiny_folder() -> Path:
     return Path(__file__).parent.parent / "examples" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def int4(tmp_path_factory) -> Path:
+    """The tiny checkpoint packed by GPTQ; not to be changed."""
+    return write_int4(tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory) -> Path:
+    """What `int4` stands for, in 16 bits; not to be changed."""
+    return write_unpacked(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,9 @@ def _locate(base: str, config: QwenVLConfig, say: Say) -> dict[str, StoredTensor
     stored = require_whole(base, config)
     size = format_bytes(sum(tensor.nbytes for tensor in stored.values()))
     packed = ", unpacked from GPTQ's 4 bits" if is_gptq_checkpoint(base, config) else ""
-    say("source", f"{base} ({size}{packed})")
+    record = trained_as(base)
+    asked = "" if record.style is None else f", a {record.style} model ({record.read_from})"
+    say("source", f"{base} ({size}{packed}){asked}")
     return stored
 
 

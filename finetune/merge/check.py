@@ -30,6 +30,7 @@ from finetune.merge.tensors import PIECE_VALUES, MergedTensor
 from finetune.quantities import format_bytes
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLTokenizer, load_model, load_processor
 from qwenvl.checkpoint.gptq import DequantizedTensor
+from qwenvl.text.chat import DEFAULT_SYSTEM
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -202,10 +203,11 @@ def sample_prompt(path: str | Path, *, visual: bool) -> dict[str, torch.Tensor]:
     draw.rectangle((40, 30, 200, 130), fill="red")
     draw.ellipse((220, 100, 330, 210), fill="blue")
     draw.text((60, 70), "SIGN 42", fill="white")
+    # The same for base and merged model, whatever system message the latter was trained under.
+    system = {"role": "system", "content": DEFAULT_SYSTEM}
     question = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}
-    encoded = load_processor(path).apply_chat_template(
-        [question, {"role": "assistant", "content": ANSWER}], tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    messages = [system, question, {"role": "assistant", "content": ANSWER}]
+    encoded = load_processor(path).apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     assert isinstance(encoded, BatchFeature), "return_dict=True"
     return dict(encoded)
 

@@ -1,6 +1,6 @@
 """The checkpoint that training starts from, and the model made trainable: with weights, or on the meta device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,8 +13,8 @@ from finetune.model.adapters import TrainableModel, put_lora, train_in_full, tra
 from finetune.model.computing import quantization_arguments
 from finetune.recipe import Model, Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
-from qwenvl.checkpoint.record import trained_as
-from qwenvl.loading import find_adapter, find_parts, find_source
+from qwenvl.checkpoint.record import ModelRecord, trained_as
+from qwenvl.loading import find_adapter, find_parts, find_source, refuse_other_record
 from qwenvl.model.generation import reply_as_trained, stored_generation_config
 from qwenvl.model.gptq_checkpoint import is_gptq_checkpoint
 from qwenvl.model.host_embedding import HostEmbedding
@@ -32,12 +32,19 @@ class Base:
         quantized: parts that will be in 4 bits.
         processor: of the checkpoint.
         packed: the checkpoint is packed by GPTQ, and is read as the 16-bit weights that it stands for.
+        record: what it was trained as.
     """
 
     path: str
     quantized: tuple[str, ...]
     processor: QwenVLProcessor
     packed: bool = False
+    record: ModelRecord = field(default_factory=ModelRecord)
+
+    @property
+    def taken_for(self) -> str:
+        """`, a chat model (qwenvl.json)`; empty where nothing says it."""
+        return "" if self.record.style is None else f", a {self.record.style} model ({self.record.read_from})"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -72,7 +79,9 @@ def find_base(model: Model) -> Base:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     packed = is_gptq_checkpoint(source.base, QwenVLConfig.from_pretrained(source.base))
-    return Base(source.base, quantized, QwenVLProcessor.from_pretrained(source.base), packed)
+    record = trained_as(source.base)
+    refuse_other_record(source, record)
+    return Base(source.base, quantized, QwenVLProcessor.from_pretrained(source.base), packed, record)
 
 
 def read_generation_config(base: str) -> GenerationConfig:
@@ -85,6 +94,17 @@ def read_generation_config(base: str) -> GenerationConfig:
     # A missing `chat_format` is refused where it matters: see `adapters.trains_embeddings`.
     settings = stored_generation_config(base) or GenerationConfig()
     return reply_as_trained(settings, QwenVLConfig.from_pretrained(base), trained_as(base))
+
+
+def embeddings_by_auto(recipe: Recipe, base: Base) -> bool | None:
+    """What `adapter.train_embeddings: auto` comes to on a base; None where the recipe says it, or has no adapter.
+
+    Raises:
+        UserError: nothing says whether the base is a chat model.
+    """
+    if recipe.adapter is None or recipe.adapter.train_embeddings != "auto":
+        return None
+    return trains_embeddings("auto", read_generation_config(base.path))
 
 
 def make_trainable(model: QwenVLForConditionalGeneration, recipe: Recipe) -> TrainableModel:

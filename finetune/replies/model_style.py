@@ -7,7 +7,7 @@ from finetune.errors import UserError
 from finetune.replies.task_replies import Style
 from qwenvl import QwenVLConfig
 from qwenvl.checkpoint.record import ModelRecord, trained_as
-from qwenvl.loading import ModelSource, find_parts, require_loadable
+from qwenvl.loading import ModelSource, find_parts, refuse_other_record, require_loadable
 from qwenvl.model.quantization import quantized_parts
 
 
@@ -67,6 +67,7 @@ def find_use(
     """
     source = require_loadable(model) if base is None else require_loadable(base, adapter=model)
     record = trained_as(source.base, source.adapter)
+    refuse_other_record(source, record)
     own_style = record.style
     if style is None and own_style is None:
         raise UserError(unknown_style(model, source))

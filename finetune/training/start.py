@@ -18,6 +18,8 @@ from finetune.run.identity import compare_runs
 from finetune.terminal import Say
 from qwenvl.checkpoint.identity import BaseIdentity, differences, identity_from_json, identity_to_json
 
+TRAIN_EMBEDDINGS = "train_embeddings"
+
 FREE_TO_CHANGE = (
     # The base is known by its identity, wherever it is stored.
     *("model.path", "output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
@@ -51,16 +53,21 @@ class Finished:
 Start = Fresh | Resume | Finished
 
 
-def run_identity(recipe: Recipe, samples: Mapping[str, Samples], base: BaseIdentity | None) -> dict[str, Any]:
+def run_identity(
+    recipe: Recipe, samples: Mapping[str, Samples], base: BaseIdentity | None, train_embeddings: bool | None = None
+) -> dict[str, Any]:
     """What must be the same for a resume to continue a run: recipe, data and the base.
 
     Args:
         base: None in a process that leaves it to another one of its machine to read all of the base.
+        train_embeddings: what `adapter.train_embeddings: auto` comes to, by the base's `chat_format`; None where the
+            recipe says it, or there is no adapter.
     """
     return {
         "recipe": recipe.model_dump(mode="json"),
         "data": {name: part.fingerprint() for name, part in samples.items()},
         **({} if base is None else {"base": identity_to_json(base)}),
+        **({} if train_embeddings is None else {TRAIN_EMBEDDINGS: train_embeddings}),
     }
 
 
@@ -104,9 +111,20 @@ def find_start(
     if stored is None or "identity" not in stored:
         return Fresh()
     aligned = {} if aligned is None else aligned
-    ignore = ["base", *(f"recipe.{key}" for key in FREE_TO_CHANGE), *(f"data.{name}" for name in aligned)]
-    changes = compare_runs(with_new_keys(stored["identity"]), dict(identity), ignore)
+    ignored = [
+        "base",
+        TRAIN_EMBEDDINGS,
+        *(f"recipe.{key}" for key in FREE_TO_CHANGE),
+        *(f"data.{name}" for name in aligned),
+    ]
+    changes = compare_runs(with_new_keys(stored["identity"]), dict(identity), ignore=ignored)
     changes += [f"data.{name}: {change}" for name, part in aligned.items() for change in part.changes]
+    was, now = (each.get(TRAIN_EMBEDDINGS) for each in (stored["identity"], identity))
+    if None not in (was, now) and was != now:  # runs of before have not noted it
+        changes.append(
+            f"adapter.train_embeddings: auto was {str(was).lower()}, is {str(now).lower()}: the base's chat_format "
+            "was changed"
+        )
     if "base" in identity:
         bases = [identity_from_json(each.get("base"), run.run_file) for each in (stored["identity"], identity)]
         changes += [f"base: {change}" for change in differences(*bases)]
@@ -121,6 +139,12 @@ def find_start(
             f"{run.path} holds a run already, and resume is never\nGive another output, or remove that folder"
         )
     if stored.get("status") == "finished":
+        result = run.adapter if recipe.adapter is not None else run.path / "model"
+        if not result.is_dir():
+            raise UserError(
+                f"{run.path} is finished, but its result, {result}, is gone: restore it, or give another output to "
+                "train again"
+            )
         return Finished()
     last = find_last_good(run.checkpoints)
     for folder, reason in last.damaged:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from finetune.files.base_identity import identify
-from finetune.model.base import find_base
+from finetune.model.base import embeddings_by_auto, find_base
 from finetune.model.computing import choose_backends
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
@@ -59,21 +59,21 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
 
         base = find_base(recipe.model)
         computing = choose_backends(recipe.model)
-        say("model", f"{recipe.model.path}: {computing}")
+        say("model", f"{recipe.model.path}: {computing}{base.taken_for}")
         data = read_data(recipe, base.processor, say, show_progress=is_main)
 
         # Only now, with the data known to be right: for a hub id this downloads the weights.
         # All of it is read, by one process of each machine.
         reads_base = is_main or os.environ.get("LOCAL_RANK", "0") == "0"
         base_identity = identify(base.path, page_cache=True) if reads_base else None
-        identity = run_identity(recipe, data.samples, base_identity)
+        identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base))
         stored = run.read_run()
         places = find_places(data, identity["data"], run, stored)
         start = find_start(run, recipe, identity, stored, say, is_main=is_main, aligned=places.aligned)
         if isinstance(start, Finished):
             say(
                 "finished",
-                f"{run.path} is finished: its adapter and report are there. To train again, give another output",
+                f"{run.path} is finished: its result and report are there. To train again, give another output",
             )
             return run.path
 

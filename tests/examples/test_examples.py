@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,6 +24,7 @@ def test_an_image_is_described_by_the_bundled_checkpoint(tmp_path):
     assert len(said.partition("answer    ")[2].strip()) > 20  # a page's text
 
 
+@pytest.mark.slow
 def test_training_is_started_from_python(tmp_path):
     for name in ("recipes", "examples"):  # the script's paths are those of the repository's root
         (tmp_path / name).symlink_to(ROOT / name)

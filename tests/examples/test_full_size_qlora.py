@@ -47,12 +47,14 @@ def test_on_a_checkpoint_that_is_there(tmp_path):
     assert "of its own: kept" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_ends_it_with_its_code(tmp_path):
     done = prove("--to", tmp_path / "proof", "--checkpoint", TINY, "train.learning_rat=1", code=2)
     assert "did you mean train.learning_rate" in done.stderr
     assert list((tmp_path / "proof").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_there_is_left_alone(tmp_path):
     assert "exists; give another folder" in prove("--to", tmp_path, code=2).stderr
 

@@ -1,106 +1,35 @@
-"""Malformed checkpoint and adapter folders, each by one change to a good one."""
+"""Malformed checkpoint folders, each by one change to a good one."""
 
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from folder_changes import (
+    INDEX,
+    POINTER,
+    TINY,
+    WEIGHTS,
+    Case,
+    Change,
+    both,
+    cut,
+    link_out,
+    link_to,
+    put,
+    put_bin,
+    put_folder,
+    put_json,
+    put_pipe,
+    put_visual,
+    remove,
+    sharded,
+    with_tensor,
+    without,
+)
 from safetensors.torch import load_file, save_file
-
-TINY = Path(__file__).parent.parent.parent / "examples" / "tiny"
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 224312341\n"
-
-Change = Callable[[Path], None]
-Case = tuple[str, Change]
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-def copy_tiny(folder: Path) -> Path:
-    """The tiny checkpoint; its weights are a hard link, as changes replace files instead of writing into them."""
-    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns(WEIGHTS))
-    try:
-        os.link(TINY / WEIGHTS, folder / WEIGHTS)
-    except OSError:
-        shutil.copyfile(TINY / WEIGHTS, folder / WEIGHTS)
-    return folder
-
-
-def put(name: str, content: bytes) -> Change:
-    def change(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).write_bytes(content)
-
-    return change
-
-
-def put_json(name: str, **keys: Any) -> Change:
-    """Change keys of a JSON file; it is made where it is missing."""
-
-    def change(folder: Path) -> None:
-        file = folder / name
-        content = json.loads(file.read_text()) if file.is_file() else {}
-        file.unlink(missing_ok=True)
-        file.write_text(json.dumps(content | keys))
-
-    return change
-
-
-def put_visual(**keys: Any) -> Change:
-    def change(folder: Path) -> None:
-        visual = json.loads((folder / "config.json").read_text())["visual"]
-        put_json("config.json", visual={**visual, **keys})(folder)
-
-    return change
-
-
-def remove(name: str) -> Change:
-    return lambda folder: (folder / name).unlink()
-
-
-def put_folder(name: str) -> Change:
-    def change(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).mkdir()
-
-    return change
-
-
-def put_pipe(name: str) -> Change:
-    def change(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        os.mkfifo(folder / name)
-
-    return change
-
-
-def link_out(name: str) -> Change:
-    """The file moves out of the folder, and a link to it takes its place."""
-
-    def change(folder: Path) -> None:
-        outside = folder.parent / f"outside-{name}"
-        if (folder / name).exists():
-            (folder / name).rename(outside)
-        else:
-            outside.write_text("{}")
-        (folder / name).symlink_to(outside)
-
-    return change
-
-
-def link_to(name: str, target: str) -> Change:
-    def change(folder: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to(target)
-
-    return change
-
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +62,7 @@ TEXTS_NOT_AN_OBJECT = {
 SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "preprocessor_config.json", "processor_config.json", "chat_template.json"),
-    *("tokenizer.json", "base.json"),
+    *("tokenizer.json", "base.json", "qwenvl.json"),
 )
 
 
@@ -326,63 +255,6 @@ def short(value: Any) -> str:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def change_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Change:
-    def write(folder: Path) -> None:
-        tensors = load_file(folder / WEIGHTS)
-        (folder / WEIGHTS).unlink()
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return write
-
-
-def without(name: str) -> Change:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors[name]
-
-    return change_tensors(change)
-
-
-def with_tensor(name: str, make: Callable[[torch.Tensor], torch.Tensor], new: str | None = None) -> Change:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[new or name] = make(tensors[name]).contiguous().clone()
-
-    return change_tensors(change)
-
-
-def cut(name: str, kept: Callable[[int], int]) -> Change:
-    def change(folder: Path) -> None:
-        content = (folder / name).read_bytes()
-        put(name, content[: kept(len(content))])(folder)
-
-    return change
-
-
-def put_bin(content: Any) -> Change:
-    def change(folder: Path) -> None:
-        (folder / WEIGHTS).unlink()
-        torch.save(content, folder / "pytorch_model.bin")
-
-    return change
-
-
-def sharded(change: Callable[[dict[str, Any], Path], None]) -> Change:
-    """In two shards; `change` gets the index's content and the folder, and the index is written afterwards."""
-
-    def write(folder: Path) -> None:
-        tensors = load_file(folder / WEIGHTS)
-        (folder / WEIGHTS).unlink()
-        names = sorted(tensors)
-        shards = {"model-00001-of-00002.safetensors": names[:30], "model-00002-of-00002.safetensors": names[30:]}
-        for shard, own in shards.items():
-            save_file({name: tensors[name] for name in own}, folder / shard, metadata={"format": "pt"})
-        index = {"metadata": {}, "weight_map": {name: shard for shard, own in shards.items() for name in own}}
-        change(index, folder)
-        (folder / INDEX).write_text(json.dumps(index))
-
-    return write
-
-
 def _set_all(shard: str) -> Change:
     def change(index: dict[str, Any], folder: Path) -> None:
         index["weight_map"] = dict.fromkeys(index["weight_map"], shard)
@@ -426,7 +298,7 @@ def broken_weights() -> Iterator[Case]:
     yield "weights without tensors", put(WEIGHTS, (2).to_bytes(8, "little") + b"{}")
     for what, content in (("a pointer", POINTER), ("a text", b"hello"), ("zeros", bytes(4096)), ("HTML", b"<html>")):
         yield f"weights are {what}", put(WEIGHTS, content)
-        yield f"weights as .bin are {what}", _and(remove(WEIGHTS), put("pytorch_model.bin", content))
+        yield f"weights as .bin are {what}", both(remove(WEIGHTS), put("pytorch_model.bin", content))
     yield "weights are a pickle", put(WEIGHTS, pickle.dumps({"a": 1}))
     yield "weights are missing", remove(WEIGHTS)
     yield "weights are a folder", put_folder(WEIGHTS)
@@ -448,7 +320,7 @@ def broken_weights() -> Iterator[Case]:
         ("nested", {"state_dict": first}),
     ):
         yield f"weights as .bin, {what}", put_bin(content)
-    yield "weights as .bin cut by half", _and(put_bin(tensors), cut("pytorch_model.bin", lambda size: size // 2))
+    yield "weights as .bin cut by half", both(put_bin(tensors), cut("pytorch_model.bin", lambda size: size // 2))
     yield from broken_indexes(names)
 
 
@@ -497,16 +369,8 @@ def broken_indexes(names: list[str]) -> Iterator[Case]:
     yield "index: a shard is a folder", _damage_shard(put_folder(other))
     yield "index: a shard is a link to nowhere", _damage_shard(link_to(other, "nowhere"))
     for damage, content in TEXTS_NOT_AN_OBJECT.items():
-        yield f"index is {damage}", _and(sharded(lambda index, folder: None), put(INDEX, content))
-    yield "index is a link out", _and(sharded(lambda index, folder: None), link_out(INDEX))
-
-
-def _and(first: Change, second: Change) -> Change:
-    def change(folder: Path) -> None:
-        first(folder)
-        second(folder)
-
-    return change
+        yield f"index is {damage}", both(sharded(lambda index, folder: None), put(INDEX, content))
+    yield "index is a link out", both(sharded(lambda index, folder: None), link_out(INDEX))
 
 
 # --- the vocabulary --------------------------------------------------------------------------------------------------
@@ -548,84 +412,3 @@ def broken_checkpoints() -> list[Case]:
         *broken_weights(),
         *broken_vocabularies(),
     ]
-
-
-# --- adapters --------------------------------------------------------------------------------------------------------
-
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_KEYS: dict[str, tuple[Any, ...]] = {
-    "peft_type": (None, 5, "FOO", [], "ADALORA"),
-    "r": (0, -1, 1.5, "x", True, [], 10**9),
-    "lora_alpha": (0, -1, "x", True, []),
-    "lora_dropout": (-1, 1, 2, "x", True),
-    "target_modules": (5, ["nothing"], "[", [5], {}),
-    "modules_to_save": (5, "wte", [5], {}),
-    "exclude_modules": (5, {}),
-    "layers_to_transform": ("x", [1.5], {}),
-    "rank_pattern": (5, [], {"c_attn": 0}, {"c_attn": "x"}),
-    "alpha_pattern": (5, [], {"c_attn": -1}, {"c_attn": "x"}),
-    "trainable_token_indices": (5, "x", ["x"], {"wte": 5}),
-    "bias": ("x", 5),
-    "use_dora": ("x", 5),
-    "use_rslora": ("x", 5),
-    "init_lora_weights": (5, [], "x"),
-    "base_model_name_or_path": (5, [], "", None, "no/where/x"),
-    "task_type": ("x", 5),
-    "megatron_config": ({"x": 1}, 5),
-    "arrow_config": ({"x": 1}, 5),
-    "corda_config": (5, "x"),
-    "eva_config": (5, "x"),
-    "loftq_config": (5, "x"),
-    "auto_mapping": (5, "x"),
-}
-
-
-def broken_adapters() -> list[Case]:
-    """Changes to a LoRA adapter on the tiny checkpoint that make it one that must be refused."""
-    cases: list[Case] = [case for name in ("adapter_config.json", "base.json") for case in damaged_json(name)]
-    for key, values in ADAPTER_KEYS.items():
-        cases += [
-            (f"adapter_config.json: {key} is {short(value)}", put_json("adapter_config.json", **{key: value}))
-            for value in values
-        ]
-    for name in (ADAPTER, "adapter_model.bin"):
-        first = remove(ADAPTER) if name != ADAPTER else (lambda folder: None)
-        for what, content in (
-            ("a pointer", POINTER),
-            ("empty", b""),
-            ("a text", b"hello"),
-            ("zeros", bytes(4096)),
-            ("a pickle", pickle.dumps({"a": 1})),
-        ):
-            cases.append((f"{name} is {what}", _and(first, put(name, content))))
-        cases.append((f"{name} is a folder", _and(first, put_folder(name))))
-        cases.append((f"{name} is a pipe", _and(first, put_pipe(name))))
-        cases.append((f"{name} is a link to nowhere", _and(first, link_to(name, "nowhere"))))
-    cases += [
-        ("the adapter's weights are missing", remove(ADAPTER)),
-        ("the adapter's weights are cut by half", cut(ADAPTER, lambda size: size // 2)),
-        ("the adapter's weights are cut by a byte", cut(ADAPTER, lambda size: size - 1)),
-        ("the adapter has no tensors", put(ADAPTER, (2).to_bytes(8, "little") + b"{}")),
-        ("the adapter lacks a tensor", _change_adapter(lambda tensors: tensors.__delitem__(min(tensors)))),
-        (
-            "the adapter has whole numbers",
-            _change_adapter(lambda tensors: tensors.update({name: t.to(torch.int8) for name, t in tensors.items()})),
-        ),
-        (
-            "the adapter has another rank",
-            _change_adapter(
-                lambda tensors: tensors.update({name: t[:2] for name, t in tensors.items() if "lora_A" in name})
-            ),
-        ),
-    ]
-    return cases
-
-
-def _change_adapter(change: Callable[[dict[str, torch.Tensor]], None]) -> Change:
-    def write(folder: Path) -> None:
-        tensors = load_file(folder / ADAPTER)
-        (folder / ADAPTER).unlink()
-        change(tensors)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER)
-
-    return write

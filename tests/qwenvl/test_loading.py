@@ -381,7 +381,7 @@ def put_into_hub_cache(cache, repository, folder):
     shutil.copytree(folder, home / "snapshots" / revision)
 
 
-@pytest.mark.parametrize("fingerprint", ["none", "right", "wrong"])
+@pytest.mark.parametrize("fingerprint", [pytest.param("none", marks=pytest.mark.slow), "right", "wrong"])
 def test_hub_ids(tiny_folder, tmp_path, fingerprint):
     """A base and an adapter by their ids, loaded in a process of its own that sees only the hub's cache."""
     model = get_peft_model(load_model(tiny_folder), LoraConfig(**PUBLISHED_LORA))

@@ -2,6 +2,8 @@
 
 import gc
 import importlib.util
+import shutil
+from pathlib import Path
 
 import bitsandbytes.functional
 import pytest
@@ -293,3 +295,11 @@ def test_weights_are_held_one_at_a_time(tiny_folder, tmp_path, monkeypatch):
     load_model(folder, quantization="nf4")
     assert len(live) == len(quantized)
     assert max(live) <= stays + 2 * largest < sum(sizes.values())
+
+
+def test_a_record_of_another_folder_is_refused(adapter, tiny_folder, tmp_path):
+    folder, _ = adapter
+    copy = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+    shutil.copy(folder / "qwenvl.json", copy / "qwenvl.json")
+    with pytest.raises(InputError, match=r"quantize names language, vision, and the folder holds no 4-bit weights"):
+        load_model(copy)

@@ -1,11 +1,14 @@
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from qwenvl import ImageAccess, ImageError, InputError, MissingFileError, QwenVLProcessor
+from qwenvl import ImageAccess, ImageError, InputError, MissingFileError, QwenVLProcessor, load_processor
+from qwenvl.checkpoint.record import ModelRecord, write_record
 from qwenvl.text.chat import render_chat
 
 
@@ -190,3 +193,19 @@ def test_a_saved_processor_that_contradicts_the_model_is_refused(tiny_folder, tm
     file.write_text(json.dumps(json.loads(file.read_text()) | {"n_queries": 64}))
     with pytest.raises(InputError, match=r"processor_config\.json says n_queries 64, but by config\.json .* 256"):
         QwenVLProcessor.from_pretrained(tmp_path)
+
+
+def test_the_system_message_of_training_is_that_of_conversations_without_one(tiny_folder, tmp_path):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+    write_record(folder, ModelRecord(chat_format="chatml", system="Antworte kurz."))
+    trained, plain = load_processor(folder), QwenVLProcessor.from_pretrained(folder)
+    conversation = [{"role": "user", "content": "Was?"}]
+    said = [{"role": "system", "content": "Antworte kurz."}, *conversation]
+    how = {"tokenize": True, "add_generation_prompt": True}
+    assert trained.apply_chat_template(conversation, **how) == plain.apply_chat_template(said, **how)
+    assert trained.apply_chat_template(conversation) == plain.apply_chat_template(said)
+    # A conversation's own goes before it.
+    own = [{"role": "system", "content": "Be long."}, *conversation]
+    assert trained.apply_chat_template(own, **how) == plain.apply_chat_template(own, **how)
+    trained.save_pretrained(tmp_path / "saved")
+    assert "system" not in json.loads((tmp_path / "saved" / "processor_config.json").read_text())

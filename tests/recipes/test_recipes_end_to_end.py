@@ -164,7 +164,13 @@ def test_every_recipe_is_here():
     assert {file.stem for file in RECIPES.glob("*.yaml")} == {*DATA, "quickstart"}
 
 
-@pytest.mark.parametrize("name", DATA)
+# Recipes that differ from docvqa_qlora in what only a card of that size feels.
+SLOW = ("docvqa_qlora_6gb", "docvqa_qlora_8gb")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in DATA]
+)
 def test_a_recipe_end_to_end(name, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))  # where features of images are kept
     make_train, make_eval = DATA[name]

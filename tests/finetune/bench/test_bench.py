@@ -64,7 +64,7 @@ def test_the_command_fills_every_column(tmp_path):
     assert [row.count(NOT_MEASURED) for row in cells] == [1, 4]
 
 
-@pytest.mark.parametrize("settings", ["ours", "published"])
+@pytest.mark.parametrize("settings", ["ours", pytest.param("published", marks=pytest.mark.slow)])
 def test_the_executed_operations_are_those_that_are_counted(tmp_path, monkeypatch, settings):
     """All of the trainer's steps: packs of two samples, or padded ones one by one."""
     counter, train = FlopCounterMode(display=False), QwenVLTrainer.train

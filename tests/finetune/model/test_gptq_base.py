@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters_for_tests import make_adapter
-from gptq_for_tests import change_tensors, write_int4, write_unpacked
+from gptq_for_tests import change_tensors, write_int4
 from peft import PeftModel
 from recipes_for_tests import IMAGES, ROOT, finetune, write_recipe
 from safetensors.torch import load_file
@@ -19,16 +19,6 @@ from finetune.merge.merge import merge
 from finetune.recipe import load_recipe
 from finetune.terminal import labelled
 from qwenvl import QwenVLConfig, load_model
-
-
-@pytest.fixture(scope="module")
-def int4(tmp_path_factory):
-    return write_int4(tmp_path_factory.mktemp("packed"))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return write_unpacked(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, recipe
 
 
 def test_a_finished_run(run, recipe):
+    with pytest.raises(UserError, match=r"is finished, but its result, .*adapter, is gone: restore it, or give"):
+        start_of(run, recipe, status="finished")
+    run.adapter.mkdir()
     assert start_of(run, recipe, status="finished") == Finished()
 
 
@@ -94,6 +97,17 @@ def test_a_run_from_before_is_known_by_the_sampled_values(run, recipe):
     other = run_identity(recipe, {}, replace(BASE, sampled="0"))
     with pytest.raises(UserError, match=r"base: other weights \(fingerprint was c{32}, is 0"):
         start_of(run, recipe, other)
+
+
+def test_what_auto_trains_must_be_as_it_was(run, recipe):
+    run.write_run({"identity": run_identity(recipe, {}, BASE, True), "status": "running"})
+    assert start_of(run, recipe, run_identity(recipe, {}, BASE, True)) == Fresh()
+    with pytest.raises(
+        UserError, match=r"train_embeddings: auto was true, is false: the base's chat_format was chang"
+    ):
+        start_of(run, recipe, run_identity(recipe, {}, BASE, False))
+    run.write_run({"identity": run_identity(recipe, {}, BASE), "status": "running"})  # of before it was noted
+    assert start_of(run, recipe, run_identity(recipe, {}, BASE, False)) == Fresh()
 
 
 def test_a_process_that_has_not_read_the_base_compares_all_else(run, recipe):

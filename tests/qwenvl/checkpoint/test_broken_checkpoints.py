@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 from adapters_for_tests import make_adapter
-from broken_checkpoints import Case, broken_adapters, broken_checkpoints, copy_tiny
+from broken_adapters import broken_adapters
+from broken_checkpoints import broken_checkpoints
+from folder_changes import Case, copy_tiny
 
 from qwenvl import InputError, load_model, load_processor
 from qwenvl.loading import require_loadable
@@ -16,8 +18,9 @@ THINNED = 5
 
 @pytest.fixture(scope="module")
 def good_adapter(tmp_path_factory):
+    # Without a record, whose base would be taken where adapter_config.json names one that is nowhere.
     folder = tmp_path_factory.mktemp("good") / "adapter"
-    make_adapter(folder)
+    make_adapter(folder, own=False)
     return folder
 
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from broken_checkpoints import copy_tiny, link_out
+from folder_changes import copy_tiny, link_out
 
 from qwenvl import InputError, load_model, load_processor
 from qwenvl.checkpoint.own_files import is_own_file, own_root

@@ -6,23 +6,13 @@ import weakref
 
 import pytest
 import torch
-from gptq_for_tests import change_config, change_tensors, write_int4, write_unpacked
+from gptq_for_tests import change_config, change_tensors, write_int4
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qwenvl import InputError, QwenVLForConditionalGeneration, load_model
 from qwenvl.checkpoint import gptq
 from qwenvl.model import gptq_checkpoint
-
-
-@pytest.fixture(scope="module")
-def int4(tmp_path_factory):
-    return write_int4(tmp_path_factory.mktemp("packed"))
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return write_unpacked(tmp_path_factory.mktemp("plain"))
 
 
 def assert_same(ours, theirs):

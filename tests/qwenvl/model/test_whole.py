@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from broken_checkpoints import copy_tiny, put_json, with_tensor, without
+from folder_changes import copy_tiny, put_json, with_tensor, without
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
