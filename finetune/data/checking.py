@@ -318,18 +318,31 @@ def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
     Raises:
         BadField: what is wrong with it, all reasons together.
     """
-    problems: list[BadField] = []
-    for place, text in grounding_texts(sample.messages, rules.grounding):
-        if reason := grounding_problem(text, rules.markup_as_text):
-            problems.append(BadField(place, f"malformed grounding markup: {reason}"))
-    found = find_markup(sample.messages, rules.grounding)
-    if refused := [look for look in found if look.kind not in rules.markup_as_text]:
-        problems.append(BadField(refused[0].place, why_refused(refused)))
+    problems, markup = find_problems(sample, rules.grounding, rules.markup_as_text)
     fitted = None
     try:
         fitted = rules.fit(sample.messages)
     except InputError as error:  # what only the tokenizer finds, such as half a surrogate pair
-        problems.append(BadField("messages", str(error)))
+        problems.insert(0, BadField("messages", str(error)))
+    if problems:
+        raise together(problems)
+    assert fitted is not None, "it was rendered, or there is a problem"
+    return fitted, markup
+
+
+def find_problems(sample: Sample, grounding: bool, markup_as_text: frozenset[str]) -> tuple[list[BadField], list[str]]:
+    """What is wrong with a sample, as far as that is known without a tokenizer, and the kinds of markup in its text.
+
+    Args:
+        grounding, markup_as_text: see `Rules`.
+    """
+    problems: list[BadField] = []
+    for place, text in grounding_texts(sample.messages, grounding):
+        if reason := grounding_problem(text, markup_as_text):
+            problems.append(BadField(place, f"malformed grounding markup: {reason}"))
+    found = find_markup(sample.messages, grounding)
+    if refused := [look for look in found if look.kind not in markup_as_text]:
+        problems.append(BadField(refused[0].place, why_refused(refused)))
     for number, source in enumerate(image_sources(sample.messages)):
         try:
             check_image(source, sample.access)
@@ -341,12 +354,14 @@ def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
         problems.append(BadField("messages", "nothing in it is trained: it has no assistant's turn"))
     elif not any(map(is_trained, sample.messages)):
         problems.append(BadField("messages", "nothing in it is trained: all assistant's turns are marked as context"))
-    if problems:
-        first, *others = problems
-        more = "".join(f"; and {problem.field}: {problem.reason}" for problem in others)
-        raise BadField(first.field, first.reason + more)
-    assert fitted is not None, "it was rendered, or there is a problem"
-    return fitted, [look.kind for look in found]
+    return problems, [look.kind for look in found]
+
+
+def together(problems: Sequence[BadField]) -> BadField:
+    """Several problems of a row as one."""
+    first, *others = problems
+    more = "".join(f"; and {problem.field}: {problem.reason}" for problem in others)
+    return BadField(first.field, first.reason + more)
 
 
 def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:

@@ -35,6 +35,7 @@ class Samples:
         access: everything else that images may reach, no URLs by default; its own root counts as `images_root`.
         ignore: columns that are not read, see `RowFormat`.
         text_places: whether `<image>` in a text may be the place of an image, see `RowFormat`.
+        rows: of each source, where they are open already.
 
     Attributes:
         ranges: for each source the indices of its samples.
@@ -53,11 +54,13 @@ class Samples:
         access: ImageAccess | None = None,
         ignore: Collection[str] = (),
         text_places: bool = True,
+        rows: Sequence[Rows] | None = None,
     ):
         access = ImageAccess() if access is None else access
         root = images_root if images_root is not None else access.root
         how = frozenset(ignore), text_places
-        self._parts = [_Part.read(source, root, access, *how) for source in sources]
+        opened = [None] * len(sources) if rows is None else rows
+        self._parts = [_Part.read(*one, root, access, *how) for one in zip(sources, opened, strict=True)]
         ends = list(accumulate(len(part) for part in self._parts))
         self.ranges = [range(end - len(part), end) for end, part in zip(ends, self._parts, strict=True)]
         self.weights = [1.0 if source.weight is None else float(source.weight) for source in sources]
@@ -138,6 +141,7 @@ class _Part:
     def read(
         cls,
         source: RowSource,
+        opened: Rows | None,
         root: str | Path | None,
         access: ImageAccess,
         ignore: frozenset[str],
@@ -149,7 +153,7 @@ class _Part:
             )
         except DataError as error:
             raise DataError(f"{source.path}: {error}") from None
-        rows = read_source(source)
+        rows = read_source(source) if opened is None else opened
         count = len(rows) if source.limit is None else min(source.limit, len(rows))
         if count < 1:
             raise DataError(f"{source.path}: holds no rows" if not len(rows) else f"{source.path}: limit is below 1")
