@@ -9,7 +9,8 @@ from finetune.check.epoch_estimate import Epoch
 from finetune.check.findings import Findings
 from finetune.check.histogram import histogram_chart, make_histogram
 from finetune.check.sample_preview import Piece, Preview
-from finetune.data.checking import Checked, grounding_texts
+from finetune.data.checking import Checked
+from finetune.data.message_parts import grounding_texts
 from finetune.data.samples import Samples
 from finetune.data.summary import count_sources, problem_kinds
 from finetune.memory.free_memory import describe_cards

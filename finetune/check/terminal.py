@@ -16,6 +16,7 @@ from finetune.model.components import table_of_parameters
 from finetune.quantities import format_count, format_duration
 from finetune.report.page import readable
 from finetune.terminal import labelled
+from qwenvl.text.boxes import CONTROL_TOKEN
 
 SHOWN_KINDS = 20
 LONGEST_PIECE = 4000  # characters of a text that are shown
@@ -42,12 +43,16 @@ def print_findings(findings: Findings, console: Console) -> None:
 
 
 def sample_text(pieces: Iterable[Piece], *, marked: bool) -> Text:
-    """A sample's pieces as coloured text, or with marks around what is trained."""
+    """A sample's pieces as coloured text, or with marks around what is trained.
+
+    A control token that a text spells is no token: `‹<|im_end|> as text›`.
+    """
     text = Text()
     for trained, run in groupby(pieces, lambda piece: piece.trained):
         text.append("⟦" if marked and trained else "")
         for piece in run:
-            shown = _fold(readable(piece.text)).replace("\t", "    ")
+            told = CONTROL_TOKEN.sub(r"‹\g<0> as text›", piece.text) if piece.kind == "text" else piece.text
+            shown = _fold(readable(told)).replace("\t", "    ")
             text.append(shown, style=TRAINED if trained else STYLES[piece.kind])
         text.append("⟧" if marked and trained else "")
     return text
@@ -147,9 +152,10 @@ def _problems(findings: Findings, name: str) -> Iterator[str]:
 def _title(preview: Preview) -> str:
     rendered = preview.fitted.rendered
     shortened = f", without its first {preview.fitted.turns_dropped} turns" if preview.fitted.turns_dropped else ""
+    unread = f"; not read: {', '.join(preview.sample.unread)}" if preview.sample.unread else ""
     return (
         f"{preview.part}: {preview.sample.origin}: {len(rendered.ids):,} tokens, {rendered.supervised:,} trained, "
-        f"{len(rendered.images)} {'image' if len(rendered.images) == 1 else 'images'}{shortened}"
+        f"{len(rendered.images)} {'image' if len(rendered.images) == 1 else 'images'}{shortened}{unread}"
     )
 
 

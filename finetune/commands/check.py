@@ -1,9 +1,10 @@
-"""`finetune check RECIPE [key.path=value ...]`"""
+"""`finetune check RECIPE [key.path=value ...]`, and `finetune check FILE` for data without a recipe"""
 
 import argparse
 from pathlib import Path
 
 from finetune.commands.arguments import add_recipe
+from finetune.errors import UserError
 from finetune.files.output_paths import refuse_unwritable_file
 from finetune.recipe import load_recipe
 
@@ -11,18 +12,26 @@ SUMMARY = "check a recipe and its data before training, and show what is trained
 WHEN_STOPPED = "a check changes nothing"
 EXAMPLES = """\
 finetune check recipes/quickstart.yaml
+finetune check data/rows.jsonl   # no recipe: guesses the format, and writes the data section
 finetune check recipes/docvqa_lora.yaml data.train.limit=2000 --images
 finetune check recipes/grounding_lora.yaml --samples 20 --html runs/grounding.html"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe(parser)
+    add_recipe(parser, "YAML file; or a data file or folder, to see what is in it and how a recipe reads it")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="samples to show; 3 by default")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page, with images and boxes")
     parser.add_argument("--images", action="store_true", help="open every image, not only see that it is there")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if is_data(arguments.recipe) and not (arguments.recipe.suffix == ".json" and arguments.overrides):
+        if arguments.overrides or arguments.html is not None or arguments.images:
+            raise UserError(f"{arguments.recipe} is data: keys, --html and --images go with a recipe")
+        from finetune.check.data_file import check_data
+
+        check_data(arguments.recipe, samples=max(arguments.samples, 0))
+        return
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.html is not None:
         refuse_unwritable_file(arguments.html, "the page", "--html")
@@ -30,3 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     from finetune.check.check import check
 
     check(recipe, samples=max(arguments.samples, 0), html=arguments.html, images=arguments.images)
+
+
+def is_data(path: Path) -> bool:
+    """Whether a path is a data file or folder, and not a recipe: those end in .yaml, .yml or nothing."""
+    return path.is_dir() or (path.is_file() and path.suffix.lower() not in (".yaml", ".yml", ""))

@@ -7,7 +7,7 @@ with its file, row, field and reason, or counted; nothing is dropped silently.
 import contextlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from finetune.data.epoch_draw import EpochDraws
-from finetune.data.image_files import check_image
-from finetune.data.markup import find_markup, grounding_problems, why_refused
+from finetune.data.message_parts import boxes_inside, system_message
 from finetune.data.overlap import Identities
+from finetune.data.problems import find_problems, together
 from finetune.data.row_digest import row_digest
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
@@ -26,17 +26,11 @@ from finetune.data.shortening import Fitted, OnLong, render_fitting
 from finetune.data.worker_processes import map_chunks
 from finetune.errors import InputError
 from qwenvl.images.images import ImageAccess
-from qwenvl.text.chat import LabelRule, is_trained
-from qwenvl.text.grounding import clamp_to_edge
+from qwenvl.text.chat import LabelRule
 from qwenvl.text.tokenizer import QwenVLTokenizer
-
-MOST_IMAGES = 1000
-"""Images of a row: 258,000 tokens. A row of many more would take minutes to look at, and no model could read it."""
 
 CHUNK = 1000
 """Samples checked at once. Chunks are independent of one another, so several processes can check them."""
-
-_SHOWN_REASONS = 5  # of one sample's markup
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,81 +385,18 @@ def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
     Raises:
         BadField: what is wrong with it, all reasons together.
     """
-    if (count := sum(1 for _ in image_sources(sample.messages))) > MOST_IMAGES:
-        raise BadField("images", too_many_images(count))
-    problems: list[BadField] = []
-    if malformed := _malformed(rules.read(sample.messages), rules):
-        problems.append(BadField(malformed[0][0], _why_malformed(sample, malformed, rules)))
-    found = find_markup(sample.messages, rules.grounding)
-    if refused := [look for look in found if look.kind not in rules.markup_as_text]:
-        problems.append(BadField(refused[0].place, why_refused(refused)))
+    problems, markup = find_problems(
+        sample, grounding=rules.grounding, markup_as_text=rules.markup_as_text, box_edge=rules.box_edge
+    )
     fitted = None
     try:
         fitted = rules.fit(sample.messages)
     except InputError as error:  # what only the tokenizer finds, such as half a surrogate pair
-        problems.append(BadField("messages", str(error)))
-    for number, source in enumerate(image_sources(sample.messages)):
-        try:
-            check_image(source, sample.access)
-        except InputError as error:
-            problems.append(BadField(f"images[{number}]", str(error)))
-            break
-    # By the messages: with labels "structure" something is trained in every conversation.
-    if all(message["role"] != "assistant" for message in sample.messages):
-        problems.append(BadField("messages", "nothing in it is trained: it has no assistant's turn"))
-    elif not any(map(is_trained, sample.messages)):
-        problems.append(BadField("messages", "nothing in it is trained: all assistant's turns are marked as context"))
+        problems.insert(0, BadField("messages", str(error)))
     if problems:
-        first, *others = problems
-        more = "".join(f"; and {problem.field}: {problem.reason}" for problem in others)
-        raise BadField(first.field, first.reason + more)
+        raise together(problems)
     assert fitted is not None, "it was rendered, or there is a problem"
-    return fitted, [look.kind for look in found]
-
-
-def _malformed(messages: Sequence[Mapping[str, Any]], rules: Rules) -> list[tuple[str, str]]:
-    """(place, reason) of all grounding markup that the rules do not let be text."""
-    return [
-        (place, reason)
-        for place, text in grounding_texts(messages, rules.grounding)
-        for reason in grounding_problems(text, rules.markup_as_text)
-    ]
-
-
-def _why_malformed(sample: Sample, problems: Sequence[tuple[str, str]], rules: Rules) -> str:
-    """Everything that is wrong with the markup of a sample, in one reason."""
-    first = problems[0][0]
-    said = [reason if place == first else f"{place}: {reason}" for place, reason in problems[:_SHOWN_REASONS]]
-    said += [f"and {len(problems) - _SHOWN_REASONS} more"] if len(problems) > _SHOWN_REASONS else []
-    remedy = ""
-    if rules.box_edge == "error":
-        left = _malformed(boxes_inside(sample.messages, rules.grounding), rules)
-        remedy = " (data.box_edge: clamp takes 1000 as 999)" if len(left) < len(problems) else ""
-    return f"malformed grounding markup: {'; '.join(said)}{remedy}"
-
-
-def boxes_inside(messages: Sequence[Mapping[str, Any]], everywhere: bool) -> list[Mapping[str, Any]]:
-    """The messages with coordinates of 1000 in their boxes as 999.
-
-    Args:
-        messages: of a sample.
-        everywhere: read all texts as markup, as `data.grounding` does.
-    """
-
-    def part_inside(part: Mapping[str, Any], marked: bool) -> Mapping[str, Any]:
-        if part["type"] != "text" or not (marked or part.get("grounding")):
-            return part
-        return {**part, "text": clamp_to_edge(part["text"])}
-
-    inside = []
-    for message in messages:
-        content, marked = message["content"], everywhere or bool(message.get("grounding"))
-        if not isinstance(content, str):
-            message = {**message, "content": [part_inside(part, marked) for part in content]}
-        elif marked:
-            message = {**message, "content": clamp_to_edge(content)}
-        inside.append(message)
-    return inside
+    return fitted, markup
 
 
 def _image_key(source: Any, access: ImageAccess) -> int:
@@ -476,37 +407,6 @@ def _image_key(source: Any, access: ImageAccess) -> int:
         return 0
     text = f"{access.root}\n{source}".encode(errors="surrogatepass")
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") or 1
-
-
-def too_many_images(count: int) -> str:
-    """The reason against a row of more than `MOST_IMAGES` images."""
-    return f"there are {count:,} in one row, and {MOST_IMAGES:,} are the most that are looked at; divide the row"
-
-
-def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
-    """The images of a sample's messages, in reading order."""
-    for message in messages:
-        if not isinstance(message["content"], str):
-            yield from (part["image"] for part in message["content"] if part["type"] == "image")
-
-
-def system_message(messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """The text of a leading system message; None where there is none, which renders the default one."""
-    if messages[0]["role"] != "system":
-        return None
-    content = messages[0]["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def grounding_texts(messages: Sequence[Mapping[str, Any]], everywhere: bool) -> Iterator[tuple[str, str]]:
-    """(place, text) of all text that is read as grounding markup."""
-    for index, message in enumerate(messages):
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
-            marked = everywhere or message.get("grounding") or part.get("grounding")
-            if part["type"] == "text" and marked and "<" in part["text"]:
-                yield f"messages[{index}]", part["text"]
 
 
 def _summary(checked: Checked, rules: Rules) -> str:

@@ -17,8 +17,9 @@ import numpy as np
 import PIL
 from huggingface_hub import constants
 
-from finetune.data.checking import Checked, Rules, image_sources
+from finetune.data.checking import Checked, Rules
 from finetune.data.image_files import check_header, is_url, named_page
+from finetune.data.message_parts import image_sources
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples

@@ -49,6 +49,7 @@ class Samples:
         pages: how files of several pages become several images; None refuses them unless a page is named.
         ignore: columns that are not read, see `RowFormat`.
         text_places: whether `<image>` in a text may be the place of an image, see `RowFormat`.
+        rows: of each source, where they are open already.
 
     Attributes:
         ranges: for each source the indices of its samples.
@@ -69,12 +70,16 @@ class Samples:
         pages: Pages | None = None,
         ignore: Collection[str] = (),
         text_places: bool = True,
+        rows: Sequence[Rows] | None = None,
     ):
         access = ImageAccess() if access is None else access
         access = access if pages is None else replace(access, dpi=pages.dpi)
         root = images_root if images_root is not None else access.root
-        how = (no_object, pages, frozenset(ignore), text_places)
-        self._parts = [_Part.read(source, root, access, *how) for source in sources]
+        opened: Sequence[Rows | None] = [None] * len(sources) if rows is None else rows
+        self._parts = [
+            _Part.read(source, given, root, access, no_object, pages, frozenset(ignore), text_places)
+            for source, given in zip(sources, opened, strict=True)
+        ]
         ends = list(accumulate(len(part) for part in self._parts))
         self.ranges = [range(end - len(part), end) for end, part in zip(ends, self._parts, strict=True)]
         self.weights = [1.0 if source.weight is None else float(source.weight) for source in sources]
@@ -171,6 +176,7 @@ class _Part:
     def read(
         cls,
         source: SampleSource,
+        opened: Rows | None,
         root: str | Path | None,
         access: ImageAccess,
         no_object: str,
@@ -191,7 +197,7 @@ class _Part:
             )
         except DataError as error:
             raise DataError(f"{source.path}: {error}") from None
-        rows = read_part(source, row_format.name, root)
+        rows = read_part(source, row_format.name, root) if opened is None else opened
         count = len(rows) if source.limit is None else min(source.limit, len(rows))
         if count < 1:
             raise DataError(f"{source.path}: holds no rows" if not len(rows) else f"{source.path}: limit is below 1")

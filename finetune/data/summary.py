@@ -40,13 +40,13 @@ def describe_data(checked: Checked) -> str:
     if checked.pages_left_out:
         text += f"; {checked.pages_left_out:,} pages beyond data.pages.first left out"
     if checked.markup:
-        text += f"; markup trained as text: {_counts(checked.markup)}"
+        text += f"; markup trained as text: {name_counts(checked.markup)}"
     if checked.unread:
-        text += f"; not read: {_counts(checked.unread)}"
+        text += f"; not read: {name_counts(checked.unread)}"
     return text
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def name_counts(counts: Mapping[str, int]) -> str:
     """`notes (12 rows), score (3 rows)`, the most frequent first; data may have any number of columns."""
     shown = [f"{_short(name)} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in counts.items()]
     more = f" and {len(shown) - _SHOWN_NAMES:,} more" if len(shown) > _SHOWN_NAMES else ""

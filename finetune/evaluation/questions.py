@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
 from finetune.data.annotated_boxes import in_pixels
-from finetune.data.checking import MOST_IMAGES, too_many_images
 from finetune.data.formats.document_fields import WantedFields
 from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.data.formats.places import PLACE
@@ -25,6 +24,7 @@ from finetune.data.formats.unread import unread_names
 from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.markup import check_markup_names, find_markup, why_refused
 from finetune.data.pages import Pages
+from finetune.data.problems import MOST_IMAGES, too_many_images
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.samples import wanted_fields

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from finetune.data.checking import boxes_inside
 from finetune.data.formats import fields
 from finetune.data.formats.document_fields import WantedFields, document_images
 from finetune.data.formats.grounding import (
@@ -24,6 +23,7 @@ from finetune.data.formats.grounding import (
 from finetune.data.formats.messages import Message
 from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.data.formats.row_format import RowFormat
+from finetune.data.message_parts import boxes_inside
 from finetune.data.sample import BadField
 from finetune.errors import InputError, UserError
 from finetune.evaluation.predictions import split_last_reply

@@ -1,0 +1,140 @@
+"""How the rows of a data file may be read: formats by the names of its columns, the best of them by trying."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.data.problems import find_problems
+from finetune.data.sample import BadField, BadRow, Origin, Sample
+from finetune.data.samples import Samples
+from finetune.data.sources.rows import Rows
+from finetune.recipe.sections import Source
+
+_IMAGE = ("image", "images", "img", "image_path", "image_file", "image_url", "file_name", "filename", "path", "file")
+_IMAGES = ("images", "image", "img", "image_path", "image_paths", "image_list")
+_QUESTION = ("question", "query", "questions", "instruction", "prompt")
+_ANSWERS = ("answers", "answer", "label", "labels", "response", "output", "completion")
+_BOX = ("box", "bbox", "bounding_box")
+_ROLES: tuple[tuple[str, Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]], ...] = (
+    # format, the roles that it needs, the roles that may be there; each with the names that a column may have
+    ("messages", {"messages": ("messages",)}, {"images": _IMAGES, "system": ("system", "system_prompt")}),
+    ("swift", {"messages": ("messages",), "objects": ("objects",)}, {"images": _IMAGES, "system": ("system",)}),
+    ("qwen_json", {"conversations": ("conversations", "conversation")}, {"system": ("system",)}),
+    ("llava", {"conversations": ("conversations", "conversation")}, {"image": _IMAGE[:6], "system": ("system",)}),
+    ("texts", {"texts": ("texts",)}, {"images": _IMAGES}),
+    (
+        "swift",
+        {"query": ("query", "instruction"), "response": ("response", "output")},
+        {"history": ("history",), "images": _IMAGES, "system": ("system",), "objects": ("objects",)},
+    ),
+    ("messages", {"prompt": ("prompt",), "completion": ("completion", "response")}, {"images": _IMAGES}),
+    ("vqa", {"image": _IMAGE, "question": _QUESTION, "answers": _ANSWERS}, {}),
+    (
+        "grounding",
+        {
+            "image": _IMAGE,
+            "phrase": ("phrase", "expression", "sentence", "sentences", "label"),
+            "box": ("box", "bbox"),
+        },
+        {},
+    ),
+    ("caption", {"image": _IMAGE, "caption": ("caption", "captions", "description", "sentences", "text")}, {}),
+)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A way to read the rows.
+
+    Attributes:
+        source: as a recipe has it.
+        grounding: whether markup in texts is read.
+        fit: rows of those looked at that can be read without a problem.
+        also: other values of `box_form` that fit as many rows.
+    """
+
+    source: Source
+    grounding: bool
+    fit: int
+    also: Sequence[str] = field(default=())
+
+
+def guess(path: str, rows: Rows, columns: Sequence[str], places: Sequence[int]) -> Guess | None:
+    """The format and columns that most of the rows fit; None where no format has such columns.
+
+    Args:
+        path: of the data.
+        rows: of the data; `columns`, all their names.
+        places: rows to try, from 0.
+    """
+    best: Guess | None = None
+    for source in _candidates(path, columns):
+        samples = Samples([source], rows=[_SomeRows(rows, places)])
+        for grounding in (False, True):
+            found = Guess(source, grounding, len(places) - _bad_rows(samples, grounding))
+            if best is None or found.fit > best.fit:
+                best = found
+            elif found.fit == best.fit and source.box_form == "xywh" and best.source.box_form == "xyxy":
+                best = Guess(best.source, best.grounding, best.fit, ("xywh",))
+    return best
+
+
+def _candidates(path: str, columns: Sequence[str]) -> Iterator[Source]:
+    lower = {column.lower(): column for column in reversed(columns)}
+    for name, needed, optional in _ROLES:
+        given = {role: _named(lower, names) for role, names in needed.items()}
+        if None in given.values():
+            continue
+        given |= {role: _named(lower, names) for role, names in optional.items()}
+        other_names = {role: column for role, column in given.items() if column is not None and column != role}
+        if name == "vqa" and other_names.get("answers") == "answer":
+            del other_names["answers"]
+        if name == "llava" and other_names.get("image") == "images":
+            del other_names["image"]
+        for box_form in ("xyxy", "xywh") if name == "grounding" else (None,):
+            form = {} if box_form is None else {"box_form": box_form}
+            yield Source.model_validate({"path": path, "format": name, "columns": other_names, **form})
+
+
+def _named(lower: Mapping[str, str], names: Sequence[str]) -> str | None:
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _bad_rows(samples: Samples, grounding: bool) -> int:
+    """How many rows have a sample that cannot be used; rows with several samples count once."""
+    bad = set()
+    for sample in samples.scan(0, len(samples)):
+        if isinstance(sample, BadRow) or not _can_be_used(sample, grounding):
+            bad.add(sample.origin)
+    return len(bad)
+
+
+def _can_be_used(sample: Sample, grounding: bool) -> bool:
+    try:
+        return not find_problems(sample, grounding=grounding, markup_as_text=frozenset())[0]
+    except BadField:
+        return False
+
+
+class _SomeRows(Rows):
+    """Some of the rows of a source, in their order."""
+
+    def __init__(self, rows: Rows, places: Sequence[int]):
+        self.name, self.folder = rows.name, rows.folder
+        self._rows, self._places = rows, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self._rows[self._places[index]]
+
+    def scan(self, start: int, stop: int) -> Iterator[Mapping[str, Any] | BadRow]:
+        for place in self._places[start:stop]:
+            yield from self._rows.scan(place, place + 1)
+
+    def origin(self, index: int) -> Origin:
+        return self._rows.origin(self._places[index])
+
+    def fingerprint(self) -> str:
+        return self._rows.fingerprint()
