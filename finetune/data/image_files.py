@@ -268,13 +268,12 @@ def _find(path: str, access: ImageAccess) -> tuple[str, int | None, os.stat_resu
         raise UserError(f"{shown} is a kind of URL that is not read; give a path, an http(s) URL or a data URI{meant}")
     if path.startswith(("//", "\\\\")):
         raise UserError(f"{shown} is a network path; mount the share and give a path on this machine")
-    root = os.path.realpath(access.root or "")
+    root = _real_folder(str(access.root or ""))
     page = None
     try:
         if "#" in path:
             path, page = find_page(path, root)
-        target = os.path.realpath(os.path.join(root, path), strict=True)  # noqa: PTH118
-        info = os.lstat(target)
+        target, info = _real_file(os.path.join(root, path))  # noqa: PTH118
     except UnusableImage as error:
         raise UserError(f"{shown}: {error}") from None
     except FileNotFoundError:
@@ -283,7 +282,7 @@ def _find(path: str, access: ImageAccess) -> tuple[str, int | None, os.stat_resu
         raise UserError(f"{shown} cannot be reached ({error.strerror})") from error
     except ValueError:  # half a surrogate pair, or a null character
         raise UserError(f"{shown} has characters that no path can have") from None
-    if access.root is not None and not Path(target).is_relative_to(root):
+    if access.root is not None and not _is_inside(target, root):
         raise UserError(f"{shown} lies outside {root}; move it inside, or set data.images_root to a wider folder")
     if not stat.S_ISREG(info.st_mode):
         raise UserError(f"{shown} is not a regular file")
@@ -292,6 +291,32 @@ def _find(path: str, access: ImageAccess) -> tuple[str, int | None, os.stat_resu
     if info.st_size > access.max_bytes:
         raise UserError(f"{shown} has {info.st_size:,} bytes, more than the {access.max_bytes:,} allowed")
     return target, page, info
+
+
+def _real_file(path: str) -> tuple[str, os.stat_result]:
+    """A file after links are followed, and its entry. Rows name many files of one folder: where that leads to is
+    remembered.
+
+    Raises:
+        OSError: it is not there.
+    """
+    folder, name = os.path.split(path)
+    if name not in ("", ".", ".."):
+        target = os.path.join(_real_folder(folder), name)  # noqa: PTH118
+        info = os.lstat(target)
+        if not stat.S_ISLNK(info.st_mode):
+            return target, info
+    target = os.path.realpath(path, strict=True)
+    return target, os.lstat(target)
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _is_inside(target: str, root: str) -> bool:
+    return target.startswith(root if root.endswith(os.sep) else root + os.sep)
 
 
 def _is_url(source: str) -> bool:

@@ -6,7 +6,7 @@ import binascii
 import itertools
 import unicodedata
 from collections.abc import Collection, Iterable
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import tiktoken
 
@@ -32,6 +32,7 @@ _spare_characters = itertools.count(0x100)
 _BYTE_ALPHABET = {byte: byte if byte in _PRINTABLE_BYTES else next(_spare_characters) for byte in range(256)}
 _ORDINARY = "␛"
 
+_SHORT = 32  # characters of a text whose ids are remembered
 
 MOST_MARKS = 256
 """Combining marks in a row. Normalisation sorts each run of them, in quadratic time. The Stream-Safe Text Format of
@@ -90,6 +91,7 @@ class Vocabulary:
         self._encoding = tiktoken.Encoding(
             "qwen-vl", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.control_tokens
         )
+        self._encode_short = lru_cache(maxsize=1024)(self._encode)
 
     def __len__(self) -> int:
         return len(self.token_bytes)
@@ -103,6 +105,10 @@ class Vocabulary:
 
     def encode(self, text: str, tokens: Collection[str]) -> list[int]:
         """Encode `text`; only the control tokens in `tokens` are recognised. See `QwenVLTokenizer.encode_text`."""
+        # Most texts of a chat are the same few: roles, newlines, "Picture 1: ".
+        return list(self._encode_short(text) if len(text) <= _SHORT and not tokens else self._encode(text, tokens))
+
+    def _encode(self, text: str, tokens: Collection[str] = ()) -> list[int]:
         if not text.isascii():
             try:
                 text.encode()
