@@ -33,8 +33,13 @@ def closing_process_group() -> Iterator[None]:
 
 
 def _destroy_group(existed: bool) -> None:
-    if not existed and _is_initialized():
-        dist.destroy_process_group()
+    if existed or not _is_initialized():
+        return
+    if dist.get_backend() == "gloo":
+        # A thread of gloo may still wait for the GIL, to release the tensors of the last collective. The group's
+        # destructor holds the GIL and waits for the thread. A barrier has no tensors, and waits without the GIL.
+        dist.barrier()
+    dist.destroy_process_group()
 
 
 BUCKET_BYTES = 64_000_000
