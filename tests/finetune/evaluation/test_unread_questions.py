@@ -5,12 +5,16 @@ import json
 
 import pytest
 from questions_for_tests import CONVERSATION, ROWS, ask, write
-from recipes_for_tests import TINY, finetune, write_recipe, write_rows
+from recipes_for_tests import TINY, write_recipe
 
 from finetune.commands import evaluate as command
+from finetune.data.reading import read_checked
 from finetune.data.sample import DataError
+from finetune.data.summary import describe_data
 from finetune.errors import UserError
+from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.evaluation.tasks import custom_task
+from finetune.recipe import load_recipe
 
 ANLS = custom_task("anls", format="messages")
 TURNS = CONVERSATION["messages"]
@@ -81,15 +85,17 @@ def test_the_command_refuses_them_and_takes_the_words_that_let_them_be(tmp_path,
     assert "data.jsonl: not read: notes (1 row)" in said
 
 
-def test_a_recipe_says_it_for_its_evaluation_too(tmp_path):
+def test_a_recipe_says_it_for_its_evaluation_too(tmp_path, tiny_processor):
     file = write_recipe(tmp_path, evaluate=None)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
     row = {**CONVERSATION, "image": "b.png", "notes": "x"}
     source = {"path": str(write(tmp_path, [row], "eval.jsonl")), "format": "messages"}
     section = {"data": source, "task": "custom", "metric": "anls"}
     overrides = f"evaluate={json.dumps(section)}", "data.images_root=null"
-    write_rows(tmp_path / "train.jsonl", 1)
-    for words in ((file, *overrides), ("check", file, *overrides)):
-        done = finetune(*words, check=False)
-        assert done.returncode == 2 and "row 1, image: format messages does not read it" in done.stdout + done.stderr
-    done = finetune("check", file, *overrides, "data.ignore=[image]", "--samples", "0", check=False)
-    assert "not read: notes (1 row)" in done.stdout, done.stdout + done.stderr
+    for read in (read_checked, lambda recipe, processor, **_: TaskEvaluation(recipe, processor)):
+        with pytest.raises(DataError, match="row 1, image: format messages does not read it"):
+            read(load_recipe(file, overrides), tiny_processor, show_progress=False)
+    recipe = load_recipe(file, [*overrides, "data.ignore=[image]"])
+    _, checked = read_checked(recipe, tiny_processor, show_progress=False)["eval"]
+    assert describe_data(checked).endswith("not read: notes (1 row)")
+    assert len(TaskEvaluation(recipe, tiny_processor).questions) == 1
