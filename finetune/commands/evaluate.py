@@ -211,7 +211,7 @@ OF_DATA = (
 )
 
 
-def text_file_keys(path: str, like: "EvaluationSource | NamedSource") -> dict[str, str]:
+def text_file_keys(path: str, like: "EvaluationSource | NamedSource") -> dict[str, Any]:
     """The encoding and the delimiter of a source, for another file, as far as it is of a kind that has them."""
     from finetune.data.sources.csv_rows import DELIMITERS
     from finetune.data.sources.sources import TEXT_KINDS
