@@ -14,6 +14,7 @@ from finetune.data.places import Gone, align, as_they_were, load_places, places_
 from finetune.data.samples import Samples
 from finetune.errors import UserError
 from finetune.recipe import Source
+from finetune.recipe.sections import Part
 
 
 def chat(number, image=None):
@@ -154,6 +155,20 @@ def test_a_source_with_a_limit(data):
     assert align(then, now, samples, (1,)).mended == [1]
     samples, _, now = data.read(ROWS[:5], limit=4)
     assert align(then, now, samples, ()).now_of.tolist() == [0, 1, 2, 3]
+
+
+def test_a_part_of_a_source(data):
+    """Which documents are cut off does not depend on the other rows."""
+    part = Part(eval=0.3, take="train", by="doc")
+    rows = [{**chat(number), "doc": f"d{number}"} for number in range(20)]
+    before, _, then = data.read(rows, part=part)
+    kept = [one.origin.row for one in before]
+    assert 5 < len(kept) < 20
+    after = [row for number, row in enumerate(rows, start=1) if number != kept[2]]
+    samples, _, now = data.read(after, part=part)
+    found = align(then, now, samples, ())
+    assert found.changes == [] and found.gone == 1
+    assert found.now_of.tolist() == [0, 1, -1, *range(2, len(kept) - 1)]
 
 
 def test_rows_of_several_samples(data):

@@ -1,10 +1,13 @@
 """Images that cannot be decoded, met while a run works: left out, counted and listed, or refused before anything."""
 
+import io
 import json
 import os
 import shutil
 import signal
+import tarfile
 
+import datasets
 import pytest
 from recipes_for_tests import IMAGES, finetune, write_recipe
 from said import collect
@@ -88,16 +91,21 @@ def test_the_row_is_left_out_counted_and_listed(whole):
     assert len(losses_of(folder)) == 4
 
 
+def stop_at(step, patch):
+    """A signal after this step."""
+    step_end = StopOnSignal.on_step_end
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            self.received = signal.SIGTERM
+        return step_end(self, args, state, control, **kwargs)
+
+    patch.setattr(StopOnSignal, "on_step_end", stop)
+
+
 def stopped(file, monkeypatch, step):
     with monkeypatch.context() as patch:
-        step_end = StopOnSignal.on_step_end
-
-        def stop(self, args, state, control, **kwargs):
-            if state.global_step == step:
-                self.received = signal.SIGTERM
-            return step_end(self, args, state, control, **kwargs)
-
-        patch.setattr(StopOnSignal, "on_step_end", stop)
+        stop_at(step, patch)
         with pytest.raises(Interrupted):
             run(file)
 
@@ -196,6 +204,57 @@ def test_nothing_left_to_evaluate_on_is_said(tmp_path):
     write_data(tmp_path, "eval", rows=1, bad=0)
     with pytest.raises(UserError, match=r"on damaged images|can be read now"):
         run(file)
+
+
+def write_inside(folder, kind, kept=range(6)):
+    """The rows of `write_data` with their images inside a Parquet file, a saved dataset or a tar."""
+    contents = {number: (folder / f"train{number}.png").read_bytes() for number in kept}
+    turns = {
+        number: {"prompt": f"Question {number}", "completion": "Yes. " * (number % 3 + 1), "tag": f"r{number}"}
+        for number in kept
+    }
+    if kind == "tar":
+        with tarfile.open(folder / "rows.tar", "w") as made:
+            for number in kept:
+                inside = (("png", contents[number]), ("json", json.dumps(turns[number]).encode()))
+                for ending, content in inside:
+                    member = tarfile.TarInfo(f"{number}.{ending}")
+                    member.size = len(content)
+                    made.addfile(member, io.BytesIO(content))
+        return folder / "rows.tar", {"images": "image"}
+    columns = {name: [turns[number][name] for number in kept] for name in ("prompt", "completion", "tag")}
+    columns["images"] = [[{"bytes": content, "path": None}] for content in contents.values()]
+    made = datasets.Dataset.from_dict(columns).cast_column("images", datasets.List(datasets.Image()))
+    if kind == "parquet":
+        made.to_parquet(folder / "rows.parquet")
+        return folder / "rows.parquet", {}
+    shutil.rmtree(folder / "rows", ignore_errors=True)
+    made.save_to_disk(folder / "rows")
+    return folder / "rows", {}
+
+
+@pytest.mark.parametrize(
+    "kind", ["parquet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("saved", "tar"))]
+)
+def test_images_inside_the_data_are_left_out_and_their_row_may_go(tmp_path, monkeypatch, kind):
+    """As with images in files: met, noted, and the run goes on after the row was taken out."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    file = make(tmp_path, data__shuffle=False)
+    path, columns = write_inside(tmp_path, kind)
+    source = json.dumps({"path": str(path), "format": "messages", "columns": columns})
+    said = []
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        with pytest.raises(Interrupted):
+            train(load_recipe(file, [f"data.train={source}", "train.max_steps=5"]), say=collect(said))
+    (line,) = lines_of(tmp_path / "run")
+    assert line["sample"] == BAD and "row 5" in line["origin"] and "cannot be decoded" in line["reason"]
+    assert losses_of(tmp_path / "run")[2:]
+    write_inside(tmp_path, kind, [number for number in range(6) if number != BAD])
+    folder, said = run(file, f"data.train={source}", "train.max_steps=5")
+    assert any("1 row of the train data gone or unusable since the run began" in text for text in said)
+    assert len(losses_of(folder)) == 5
 
 
 @pytest.mark.slow
