@@ -1,12 +1,15 @@
 """What the processes of a distributed run do together: average gradients, and close their process group."""
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 
 from finetune.errors import Interrupted
+
+_LAST_COLLECTIVE = 0.5  # seconds; what is left of one takes microseconds, once the lock is free
 
 
 def _is_initialized() -> bool:
@@ -34,6 +37,9 @@ def closing_process_group() -> Iterator[None]:
 
 def _destroy_group(existed: bool) -> None:
     if not existed and _is_initialized():
+        # gloo's threads may still have to drop the tensors of the last collective, for which they need the
+        # interpreter's lock. The end of the group waits for them, and may hold that lock: it comes after them.
+        time.sleep(_LAST_COLLECTIVE)
         dist.destroy_process_group()
 
 
