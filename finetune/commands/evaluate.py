@@ -10,6 +10,7 @@ from finetune.files.output_paths import refuse_unwritable_folder
 
 if TYPE_CHECKING:
     from finetune.data.pages import Pages
+    from finetune.evaluation.evaluate import EvaluationSource
     from finetune.evaluation.tasks import Task
     from finetune.recipe import Recipe
     from finetune.recipe.sections import Annotations, NamedSource
@@ -41,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--fields", metavar="NAMES", help="of task fields: invoice_no,date,total, each a column")
     asked.add_argument(
         "--reply", choices=["value", "json"], help="of task fields: a question a field (the default), or all as JSON"
+    )
+    asked.add_argument("--encoding", help="of a text file that is not UTF-8, such as gbk or cp1252")
+    asked.add_argument(
+        "--delimiter",
+        type=_mark,
+        metavar="MARK",
+        help="between fields of a .csv, .tsv or .txt file",
     )
     asked.add_argument("--box-form", choices=["xyxy", "xywh"], help="of boxes in pixels, where the task does not say")
     asked.add_argument("--images-root", metavar="DIR", help="folder that image paths are relative to and stay in")
@@ -94,6 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _mark(text: str) -> str:
+    """The mark between fields; shells make it hard to write a tab."""
+    return "\t" if text in ("\\t", "tab") else text
+
+
 def run(arguments: argparse.Namespace) -> None:
     refuse_what_does_not_go_together(arguments)
     task, recipe = task_of(arguments)
@@ -105,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
     images_root = arguments.images_root
     sources: tuple[EvaluationSource | NamedSource, ...]
     if recipe is None:
-        given = {key: getattr(arguments, key) for key in ("config", "split", "box_form")}
+        given = {key: getattr(arguments, key) for key in ("config", "split", "box_form", "encoding", "delimiter")}
         annotations = annotations_of(arguments.layout, task.format)
         columns = columns_of(arguments)
         source = EvaluationSource(
@@ -131,6 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
             path,
             config=like.config,
             split=split,
+            **text_file_keys(path, like),
             columns=like.columns,
             box_form=like.box_form,
             annotations=like.annotations,
@@ -191,7 +205,22 @@ def prompt_of(arguments: argparse.Namespace, recipe: "Recipe | None") -> str | N
     return arguments.prompt or (None if recipe is None else "task")
 
 
-OF_DATA = ("split", "config", "format", "layout", "column", "box_form", "pages", "dpi", "fields", "reply")
+OF_DATA = (
+    *("split", "config", "format", "layout", "column", "box_form", "pages", "dpi", "fields", "reply"),
+    *("encoding", "delimiter"),
+)
+
+
+def text_file_keys(path: str, like: "EvaluationSource | NamedSource") -> dict[str, Any]:
+    """The encoding and the delimiter of a source, for another file, as far as it is of a kind that has them."""
+    from finetune.data.sources.csv_rows import DELIMITERS
+    from finetune.data.sources.sources import TEXT_KINDS
+    from finetune.data.sources.text_encoding import kind_of_file
+
+    kind = kind_of_file(Path(path))
+    kinds = {"encoding": TEXT_KINDS, "delimiter": DELIMITERS}
+    keys = {key: getattr(like, key) for key, own in kinds.items() if kind in own}
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def pages_asked(arguments: argparse.Namespace, recipe: "Recipe | None") -> "Pages | None":
@@ -228,6 +257,9 @@ def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
         raise UserError("give --task and --data, or --recipe with an evaluate section that names a task")
     if arguments.layout is not None and (arguments.column or arguments.box_form):
         raise UserError("--layout says where everything is: take out --column and --box-form")
+    if arguments.layout is not None and (arguments.encoding or arguments.delimiter):
+        raise UserError("--layout says how its file is read: take out --encoding and --delimiter")
+    check_text_file(arguments.encoding, arguments.delimiter)
     if (arguments.task == "custom") != (arguments.metric is not None):
         raise UserError("--metric is for --task custom, and task custom needs it")
     for name in ("fields", "reply"):
@@ -237,6 +269,18 @@ def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
         raise UserError("--task fields needs --fields invoice_no,date,total: the columns of the documents' fields")
     if arguments.format is not None and arguments.task != "custom":
         raise UserError(f"--format is for --task custom: task {arguments.task} has its own")
+
+
+def check_text_file(encoding: str | None, delimiter: str | None) -> None:
+    """Raises:
+    UserError: an encoding that is unknown, or a mark that cannot be between fields.
+    """
+    from finetune.recipe.sections import is_text_encoding
+
+    if encoding is not None and not is_text_encoding(encoding):
+        raise UserError(f"--encoding {encoding}: it is not known; write its common name, such as gbk, big5 or cp1252")
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise UserError(f"--delimiter {delimiter!r}: give the one character that is between the fields")
 
 
 def task_of(arguments: argparse.Namespace) -> "tuple[Task, Recipe | None]":

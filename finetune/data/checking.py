@@ -83,7 +83,6 @@ class Checked:
         digests: (total,) uint64, of all samples in order, see `row_digest`; 0 for refused ones.
         image_keys: (images of all kept samples,) uint64, in their order: equal for images of one path, 0 for images
             that have none.
-        embedded: whether there are images inside the rows, which the digests leave out.
     """
 
     kept: np.ndarray
@@ -104,7 +103,6 @@ class Checked:
     markup: Mapping[str, int] = field(default_factory=dict)
     digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     image_keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    embedded: bool = False
 
     @property
     def system(self) -> str | None:
@@ -278,7 +276,6 @@ class _Found:
     supervised: "array[int]" = field(default_factory=lambda: array("q"))
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     image_keys: "array[int]" = field(default_factory=lambda: array("Q"))
-    embedded: bool = False
     systems: list[str | None] = field(default_factory=list)
     problems: list[BadRow] = field(default_factory=list)
     refused: int = 0
@@ -303,7 +300,6 @@ class _Found:
     def add(self, later: "_Found") -> None:
         for system in later.systems:
             self.keep_system(system)
-        self.embedded |= later.embedded
         for name in ("kept", "lengths", "images", "supervised", "digests", "image_keys", "dropped_long", "shortened"):
             getattr(self, name).extend(getattr(later, name))
         self.identities.extend(later.identities)
@@ -335,7 +331,6 @@ class _Found:
             markup=dict(self.markup.most_common()),
             digests=np.array(self.digests, np.uint64),
             image_keys=np.array(self.image_keys, np.uint64),
-            embedded=self.embedded,
         )
 
 
@@ -354,9 +349,7 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
             found.refuse(BadRow(sample.origin, error.field, error.reason))
             found.digests.append(0)
             continue
-        digest, embedded = row_digest(sample)
-        found.digests.append(digest)
-        found.embedded |= embedded
+        found.digests.append(row_digest(sample))
         rendered = fitted.rendered
         if rules.max_length is not None and len(rendered.ids) > rules.max_length:
             found.dropped_long.append(TooLong(sample.origin, len(rendered.ids)))

@@ -42,7 +42,6 @@ class Places:
         ends: (sources,) int64, samples of the sources up to and with each.
         looked_at: (some,) int64, samples whose image files were looked at.
         sizes: (some,) uint64, digest of the sizes of these files.
-        embedded: whether there are images inside the data files, which the digests leave out.
     """
 
     fingerprint: str
@@ -51,7 +50,6 @@ class Places:
     ends: np.ndarray
     looked_at: np.ndarray
     sizes: np.ndarray
-    embedded: bool
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,6 @@ def places_of(samples: Samples, checked: Checked, fingerprint: str) -> Places:
         np.array([part.stop for part in samples.ranges], np.int64),
         looked_at,
         _sizes(samples, looked_at.tolist()),
-        checked.embedded,
     )
 
 
@@ -116,13 +113,14 @@ def align(then: Places, now: Places, samples: Samples, left_out: Collection[int]
     if now.fingerprint == then.fingerprint and len(now.digests) == len(then.digests):
         now_of = np.arange(len(then.digests))
         mended: list[int] = []
+    elif len(now.ends) != len(then.ends):
+        changes.append(f"it has {len(now.ends)} sources, and had {len(then.ends)}")
+        now_of, mended = np.full(len(then.digests), -1, np.int64), []
     else:
-        now_of, changed, added = _match(then.digests, now.digests, free, now.kept)
+        now_of, changed, added = _match_sources(then, now, free)
         mended = [i for i, _ in changed if free[i] and then.kept[i]]
         others = [f"{samples_origin(samples, j)} is not the row that it was" for i, j in changed if not free[i]]
         others += [f"{samples_origin(samples, j)} was not there, or not at this place" for j in added]
-        if not others and then.embedded:
-            others = ["it has images inside the data files, and which of them changed cannot be told"]
         changes += others
         there = now_of[then.looked_at]
         taken = np.flatnonzero((there >= 0) & (now.digests[there] != 0))
@@ -147,6 +145,23 @@ def samples_origin(samples: Samples, number: int) -> str:
         return str(samples[number].origin)
     except BadRow as error:
         return str(error.origin)
+
+
+def _match_sources(then: Places, now: Places, free: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]], list[int]]:
+    """As `_match`, each source by itself: rows of two that read the same may have other images."""
+    now_of = np.full(len(then.digests), -1, np.int64)
+    changed: list[tuple[int, int]] = []
+    added: list[int] = []
+    start = first = 0
+    for stop, last in zip(then.ends.tolist(), now.ends.tolist(), strict=True):
+        found, others, new = _match(
+            then.digests[start:stop], now.digests[first:last], free[start:stop], now.kept[first:last]
+        )
+        now_of[start:stop] = np.where(found < 0, -1, found + first)
+        changed += [(was + start, number + first) for was, number in others]
+        added += [number + first for number in new]
+        start, first = stop, last
+    return now_of, changed, added
 
 
 def _match(
@@ -290,7 +305,6 @@ def save_places(file: Path, parts: dict[str, Places]) -> None:
             f"{name}.ends": places.ends,
             f"{name}.looked_at": places.looked_at,
             f"{name}.sizes": places.sizes,
-            f"{name}.embedded": np.array([places.embedded]),
         }
     with file.open("wb") as opened:
         np.savez(opened, **arrays)
@@ -320,5 +334,4 @@ def _loaded(arrays: Any, name: str) -> Places:
         arrays[f"{name}.ends"],
         arrays[f"{name}.looked_at"],
         arrays[f"{name}.sizes"],
-        bool(arrays[f"{name}.embedded"][0]),
     )

@@ -399,6 +399,9 @@ def snippet(to: Path, groups: Mapping[str, list[Group]], recipe: Recipe) -> str:
         for name, ones in groups.items()
     }
     sections: dict[str, dict[str, Any]] = {"data": {"train": used["train"]}}
+    if recipe.data.markup_as_text:
+        # The rows hold it still. What is not read is not in them, so that data.ignore is not needed.
+        sections["data"]["markup_as_text"] = list(recipe.data.markup_as_text)
     if "eval" in used:
         sections["evaluate"] = {"data": used["eval"]}
     if any(source.part is not None for source in recipe.data.train):

@@ -6,15 +6,17 @@ from typing import Any
 
 from finetune.data.sample import Sample
 
+_ENDS = 4096  # bytes
 
-def row_digest(sample: Sample) -> tuple[int, bool]:
-    """64 bits of a digest of what a sample is made of, never 0; and whether images inside the row were left out of it.
 
-    Paths count from the root of the images on, so that data may be moved. Nothing is opened.
+def row_digest(sample: Sample) -> int:
+    """64 bits of a digest of what a sample is made of, never 0.
+
+    Paths count from the root of the images on, so that data may be moved. Nothing is opened. An image inside the row
+    counts by its size, of which alone a scan for text knows, and where the whole row is read also by its ends.
     """
     root = f"{sample.access.root}/"
     pieces: list[str] = []
-    embedded = False
     for message in sample.messages:
         content = message["content"]
         if isinstance(content, str):
@@ -28,15 +30,17 @@ def row_digest(sample: Sample) -> tuple[int, bool]:
             elif isinstance(source, str):
                 pieces.append(source.removeprefix(root))
             else:
-                embedded = True
-                pieces.append(_name(source))
+                pieces.append(_of_image(source))
     text = "\n".join(pieces).encode(errors="surrogatepass")
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") or 1, embedded
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") or 1
 
 
-def _name(source: Any) -> str:
-    """What is known of an image inside a row: a scan for text does not read its bytes."""
-    if not isinstance(source, Mapping):
-        return "bytes"
-    page = source.get("page")
-    return f"{source.get('path')}" if page is None else f"{source.get('path')}#{page}"
+def _of_image(source: Any) -> str:
+    """What tells an image inside a row from another; in place of its bytes, a scan has their number in digits."""
+    name, page = "", None
+    if isinstance(source, Mapping):
+        name, page, source = str(source.get("path")), source.get("page"), source.get("bytes")
+    if isinstance(source, bytes) and len(source) > 2 * _ENDS:
+        source = b"%d %b %b" % (len(source), source[:_ENDS], source[-_ENDS:])
+    content = blake2b(source, digest_size=8).hexdigest() if isinstance(source, bytes) else ""
+    return f"{name} {page} {content}"

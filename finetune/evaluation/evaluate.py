@@ -6,9 +6,10 @@ Wrong data, folders and settings are reported before weights are loaded. Replies
 interruption, the same call asks the remaining questions.
 """
 
+import contextlib
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
 from qwenvl import ImageAccess, load_model, load_processor
 from qwenvl.checkpoint.identity import BaseIdentity
+from qwenvl.images.images import ImageError
 
 __all__ = ["Evaluation", "EvaluationSource", "evaluate"]
 
@@ -277,7 +279,7 @@ def generate(
     )
     records = []
     started = time.monotonic()
-    with ReplyProgress(f"{task.name}, {model.name}", len(numbers)) as progress:
+    with ReplyProgress(f"{task.name}, {model.name}", len(numbers)) as progress, _naming_the_way_on():
         for reply in generate_replies(
             loaded,
             prompts,
@@ -298,6 +300,21 @@ def generate(
         "examples_per_second": round(len(records) / max(seconds, 1e-9), 3),
     }
     return Replies(records, speed, tuple(notes))
+
+
+@contextlib.contextmanager
+def _naming_the_way_on() -> Iterator[None]:
+    """Raises:
+    ImageError: as within, with what else can be done than to mend the image.
+    """
+    try:
+        yield
+    except ImageError as error:
+        remedy = (
+            f"{error.remedy}. The replies so far are kept. --bad-image wrong counts the questions on such images as "
+            "wrong and lists them"
+        )
+        raise ImageError(error.image, error.reason, remedy) from error
 
 
 def describe(

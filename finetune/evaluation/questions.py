@@ -10,6 +10,7 @@ read on access, and its images only when it is rendered.
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from finetune.data.samples import wanted_fields
 from finetune.data.sources.rows import Rows
 from finetune.data.sources.sources import FieldsSource, Location
 from finetune.data.split import Part, read_part
+from finetune.data.summary import name_counts
 from finetune.errors import InputError, UserError
 from finetune.evaluation.question import Question, fill_images
 from finetune.evaluation.solved_examples import SolvedExamples
@@ -112,6 +114,8 @@ class Questions(Sequence[Question]):
         answered: whether there are gold answers to score with; False where all are hidden.
         problems: the problems of the rows that were left out.
         pages_left_out: pages of files that are not shown, as `pages` says, over all questions.
+        unread: columns and keys that hold something and are not read -> rows that have them.
+        markup: kinds of markup that are asked as text -> rows that have them.
 
     Raises:
         MissingFileError: the source's file does not exist.
@@ -239,9 +243,11 @@ class Questions(Sequence[Question]):
         )
 
     @property
-    def notes(self) -> Sequence[str]:
-        """What is to be said of the source as a whole, such as what was left out of it."""
-        return self._rows.notes
+    def notes(self) -> list[str]:
+        """What is to be said of the source as a whole: what was left out of it, and what of its rows is not read."""
+        said = {"markup asked as text": self.markup, "not read": self.unread}
+        counted = [f"{what}: {name_counts(dict(counts.most_common()))}" for what, counts in said.items() if counts]
+        return [*self._rows.notes, *counted]
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of the rows, how they are read, the prompt and the solved examples."""
@@ -282,6 +288,8 @@ class Questions(Sequence[Question]):
         hidden: dict[int, BadRow] = {}
         taken: set[str] = set()
         self.pages_left_out = 0
+        self.unread: Counter[str] = Counter()
+        self.markup: Counter[str] = Counter()
         # A scan may replace image bytes by placeholders, from which neither size nor pages can be read.
         scan = Rows.scan if self._reads_images else type(self._rows).scan
         with RowProgress("reading questions", self._count) as progress:
@@ -292,7 +300,7 @@ class Questions(Sequence[Question]):
                     bad[row] = given
                     continue
                 try:
-                    asked = self._checked(given, row)
+                    asked, unread, markup = self._checked(given, row)
                     name = self._reader.question_id(given) or f"row {origin.row}"
                 except BadRow as error:
                     bad[row] = error
@@ -301,6 +309,8 @@ class Questions(Sequence[Question]):
                     bad[row] = BadRow(origin, error.field, error.reason)
                     continue
                 self.pages_left_out += sum(question.pages_left_out for question in asked)
+                self.unread.update(unread)
+                self.markup.update(markup)
                 if any(not question.answers for question in asked):
                     hidden[row] = BadRow(origin, "answers", "are hidden")
                 for item in range(len(asked)):
@@ -314,16 +324,19 @@ class Questions(Sequence[Question]):
                     self._item_of.append(item)
         self._leave_out(bad, hidden, on_bad_row)
 
-    def _checked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
+    def _checked(self, given: Mapping[str, Any], row: int) -> tuple[list[Asked], Collection[str], Collection[str]]:
+        """The questions of a row, what of it is not read, and the kinds of markup that are asked as text."""
         try:
-            unread_names(given, self.task.format, self.columns, self._ignore)
+            unread = unread_names(given, self.task.format, self.columns, self._ignore)
         except BadField as error:
             raise BadRow(self._rows.origin(row), error.field, error.reason) from None
         asked = self._asked(given, row)
         if len(asked[0].sources) > MOST_IMAGES:
             raise BadRow(self._rows.origin(row), "images", too_many_images(len(asked[0].sources)))
+        markup: set[str] = set()
         for question in asked:
             found = find_markup(question.messages, self._reader.grounding)
+            markup |= {look.kind for look in found}
             if refused := [look for look in found if look.kind not in self._markup_as_text]:
                 raise BadRow(self._rows.origin(row), refused[0].place, why_refused(refused))
         for number, source in enumerate(asked[0].sources if self._look_for_images else ()):
@@ -331,7 +344,7 @@ class Questions(Sequence[Question]):
                 check_image(absolute(source, self._root), self.access)
             except InputError as error:
                 raise BadRow(self._rows.origin(row), f"images[{number}]", str(error)) from error
-        return asked
+        return asked, unread, markup
 
     def _leave_out(self, bad: dict[int, BadRow], hidden: dict[int, BadRow], on_bad_row: str) -> None:
         """Leave out bad rows and rows with hidden answers, both by row; or raise, as `on_bad_row` says."""

@@ -22,6 +22,7 @@ from finetune.data.formats.grounding import (
 )
 from finetune.data.formats.messages import Message
 from finetune.data.formats.names import CONVERSATIONS, FIELDS
+from finetune.data.formats.pixel_boxes import box_inside
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.message_parts import boxes_inside
 from finetune.data.sample import BadField
@@ -290,6 +291,9 @@ class RowReader:
 
     def _pixels(self, numbers: list[float], name: str, size: tuple[int, int]) -> Corners:
         width, height = size
+        if self.task.box_form is None:  # what the user says may be wrong; what the public data has is known
+            box = box_inside(numbers, name, "xywh" if self.box_form == "xywh" else "xyxy", width, height)
+            return box.x1, box.y1, box.x2, box.y2
         try:
             if self.box_form == "xyxy_fraction":
                 if not all(-0.5 <= number <= 1.5 for number in numbers):

@@ -315,7 +315,7 @@ class Source(Section):
             )
         if self.format != "grounding" and self.box_form is not None:
             yield Finding(("box_form", "format"), f"format {self.format} has no boxes in pixels", "remove box_form")
-        if self.encoding is not None and not _is_text_encoding(self.encoding):
+        if self.encoding is not None and not is_text_encoding(self.encoding):
             remedy = "write its common name, such as gbk, big5, shift_jis, cp1252 or utf-16"
             yield Finding(("encoding",), f"{self.encoding!r} is no encoding that is known", remedy)
         if self.delimiter is not None and self.delimiter in '"\r\n':
@@ -378,7 +378,8 @@ class Source(Section):
                 yield Finding((key, "format"), f"is of format fields, not of {self.format}", f"remove {key}")
 
 
-def _is_text_encoding(name: str) -> bool:
+def is_text_encoding(name: str) -> bool:
+    """Whether Python knows an encoding of text by this name."""
     try:
         b"a".decode(name)  # refuses codecs that are not of text, such as base64
     except LookupError:

@@ -109,6 +109,26 @@ class LeftOut:
                 os.close(descriptor)
 
 
+def describe_left_out(rows: Mapping[str, Any], met: Mapping[str, Any]) -> list[str]:
+    """What a run did not train on or evaluate on, or not whole; nothing where that is nothing.
+
+    Args:
+        rows: of run.json, the counts of the check by part of the data.
+        met: of run.json, `left_out`: samples of each part that could not be read later.
+    """
+    kinds = {"bad": "that cannot be used", "too_long": "too long", "shortened": "trained without their first turns"}
+    said = []
+    for name, counts in rows.items():
+        for kind, what in kinds.items():
+            count = counts.get(kind) if isinstance(counts, Mapping) else None
+            if isinstance(count, int) and count:
+                said.append(f"{count:,} of {name} {what}")
+    for name, count in met.items():
+        if isinstance(count, int) and count:
+            said.append(f"{count:,} of {name} whose images or rows could not be read later")
+    return said
+
+
 def read_left_out(file: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """Of each part of the data, the numbers of the samples that were left out while the run worked, and their entries.
 

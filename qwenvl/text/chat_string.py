@@ -30,7 +30,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['role'] == 'assistant' -%}
+{%- if message['role'] == 'assistant' and message['train'] is not false -%}
 {%- generation -%}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}

@@ -19,14 +19,15 @@ image's file is read (a PNG without EXIF at the beginning is decoded).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from finetune.data.formats import fields
 from finetune.data.formats.messages import Message
+from finetune.data.formats.pixel_boxes import BoxForm, box_inside, four_numbers, refuse_quad
 from finetune.data.formats.vqa import question_and_answer
 from finetune.data.sample import BadField
 from finetune.errors import InputError
-from qwenvl.text.boxes import UNITS, Box, ref_markup, shapes_markup
+from qwenvl.text.boxes import Box, ref_markup, shapes_markup
 
 COLUMNS = ("image", "phrase", "box", "boxes", "labels")
 LATER_COLUMNS = ("boxes", "labels")
@@ -35,9 +36,6 @@ PLACEHOLDER = "{phrase}"
 DEFAULT_PROMPT = f"<ref>{PLACEHOLDER}</ref>"
 NO_OBJECT = "[]"
 """The reply where nothing is there to find: the same in every language."""
-
-BoxForm = Literal["xyxy", "xywh"]
-"""Two corners, or the top left corner and the size; in pixels of the image after EXIF rotation."""
 
 ImageSize = Callable[[Any], tuple[int, int]]
 """Image source -> (width, height) in pixels of the upright image; a ValueError if it cannot be read."""
@@ -101,7 +99,9 @@ def grounding(
         raise BadField(columns["image"], str(error)) from error
     conversations = []
     for search in searches:
-        placed = [(found.label, _box_inside(found, box_form, width, height)) for found in search.objects]
+        placed = [
+            (found.label, box_inside(found.numbers, found.field, box_form, width, height)) for found in search.objects
+        ]
         reply = boxes_reply(placed, width, height, no_object)
         conversations.append(question_and_answer(source, asked(prompt, search.phrases), reply, grounding=True))
     return conversations
@@ -136,6 +136,7 @@ def read_searches(row: Mapping[str, Any], columns: Mapping[str, str], prompt: st
     if _is_box(value):
         [found] = _objects([value], name, row, columns, single=True)
         return [Search((phrase,), (found,)) for phrase in phrases] or [Search((), (found,))]
+    refuse_quad(value, name)
     if not isinstance(value, list | tuple):
         raise BadField(name, f"must be a box or a list of boxes, not {type(value).__name__}")
     labelled = row.get(columns["labels"]) is not None
@@ -224,7 +225,7 @@ def _objects(
         FoundObject(
             None if labels is None else _name(labels[index], f"{column}[{index}]"),
             place := name if single else f"{name}[{index}]",
-            tuple(fields.numbers(box, place, 4)),
+            four_numbers(box, place),
         )
         for index, box in enumerate(boxes)
     )
@@ -237,8 +238,10 @@ def _objects_of_phrases(
     if labelled or len(boxes) != len(phrases):
         said = "labels too" if labelled else f"{len(phrases)} phrase(s)"
         raise BadField(name, f"holds a list of boxes for each of {len(boxes)} phrases, and the row has {said}")
+    for number, own in enumerate(boxes):
+        refuse_quad(own, f"{name}[{number}]")
     return tuple(
-        FoundObject(phrase, place := f"{name}[{number}][{index}]", tuple(fields.numbers(box, place, 4)))
+        FoundObject(phrase, place := f"{name}[{number}][{index}]", four_numbers(box, place))
         for number, (phrase, own) in enumerate(zip(phrases, boxes, strict=True))
         for index, box in enumerate(own)
     )
@@ -247,25 +250,3 @@ def _objects_of_phrases(
 def _is_box(value: Any) -> bool:
     """Whether a value is one box and not a list of them: its first item is no list."""
     return isinstance(value, list | tuple) and len(value) > 0 and not isinstance(value[0], list | tuple)
-
-
-def _box_inside(found: FoundObject, box_form: BoxForm, width: int, height: int) -> Box:
-    """The box of an object.
-
-    A box may reach a pixel, or a thousandth of the image, beyond it: annotations are rounded. One that reaches further
-    is of another size of the image, or in another form.
-    """
-    try:
-        box = Box.from_xywh(*found.numbers) if box_form == "xywh" else Box(*found.numbers)
-        shapes_markup([box], width=width, height=height)  # refuses a box that is wholly outside
-    except InputError as error:
-        raise BadField(found.field, str(error)) from error
-    for low, high, size in ((box.x1, box.x2, width), (box.y1, box.y2, height)):
-        beyond = max(-low, high - size)
-        if beyond > max(1, size / UNITS):
-            raise BadField(
-                found.field,
-                f"reaches {beyond:g} pixels beyond the image of {width} x {height}: are these pixels of another size "
-                "of the image, from before its EXIF rotation, or in another box form?",
-            )
-    return box

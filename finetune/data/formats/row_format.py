@@ -6,8 +6,9 @@ from typing import Any
 
 from finetune.data.formats import caption, document_fields, grounding, llava, messages, qwen_json, swift, texts, vqa
 from finetune.data.formats.document_fields import WantedFields
-from finetune.data.formats.grounding import NO_OBJECT, BoxForm, ImageSize
+from finetune.data.formats.grounding import NO_OBJECT, ImageSize
 from finetune.data.formats.messages import Message
+from finetune.data.formats.pixel_boxes import BoxForm
 from finetune.data.formats.unread import unread_names
 from finetune.data.sample import DataError
 

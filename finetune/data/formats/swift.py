@@ -23,6 +23,7 @@ from typing import Any
 from finetune.data.formats import fields
 from finetune.data.formats.grounding import ImageSize
 from finetune.data.formats.messages import Message, fill_images, read_message
+from finetune.data.formats.pixel_boxes import box_inside, four_numbers
 from finetune.data.formats.qwen_json import image_tag_parts
 from finetune.data.formats.system import put_system_first
 from finetune.data.sample import BadField
@@ -170,8 +171,10 @@ def _fill_objects(conversation: list[Message], objects: _Objects, name: str, ima
     try:
         written = {
             "<ref-object>": iter([ref_markup(phrase) for phrase in objects.phrases]),
-            "<bbox>": iter([_markup(boxes, images, image_size) for boxes in objects.boxes]),
+            "<bbox>": iter([_markup(boxes, images, f"{name}.bbox", image_size) for boxes in objects.boxes]),
         }
+    except BadField:
+        raise
     except InputError as error:
         raise BadField(name, str(error)) from error
 
@@ -197,7 +200,7 @@ def _texts(conversation: list[Message]) -> Iterator[str]:
             yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def _markup(boxes: _Object, images: list[Any], image_size: ImageSize) -> str:
+def _markup(boxes: _Object, images: list[Any], name: str, image_size: ImageSize) -> str:
     if boxes.unit in _UNITS:
         width = height = _UNITS[boxes.unit]
         for box in boxes.boxes:
@@ -210,14 +213,15 @@ def _markup(boxes: _Object, images: list[Any], image_size: ImageSize) -> str:
     if not 0 <= number < len(images):
         raise InputError(f"a box is of image {number}, counted from 0, and there are {len(images)}")
     width, height = image_size(images[number])
-    return shapes_markup([Box(*box) for box in boxes.boxes], width=width, height=height)
+    placed = [box_inside(box, name, "xyxy", width, height) for box in boxes.boxes]
+    return shapes_markup(placed, width=width, height=height)
 
 
 def _boxes(value: Any, name: str) -> list[list[float]]:
     """One box or a list of them."""
     if isinstance(value, list | tuple) and value and all(isinstance(item, list | tuple) for item in value):
-        return [fields.numbers(item, f"{name}[{index}]", 4) for index, item in enumerate(value)]
-    return [fields.numbers(value, name, 4)]
+        return [list(four_numbers(item, f"{name}[{index}]")) for index, item in enumerate(value)]
+    return [list(four_numbers(value, name))]
 
 
 def _unit(value: Any, name: str) -> str:

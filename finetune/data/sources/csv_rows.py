@@ -24,6 +24,8 @@ DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 """File kind -> what is between its fields, unless the file shows something else. Excel's "Unicode text" is .txt."""
 _USUAL = (",", "\t", ";", "|")
 _TRIED = 20  # records
+_LONGEST_FIELD = 1 << 26  # bytes; Python's own limit of 128 KiB is less than an image in Base64
+csv.field_size_limit(_LONGEST_FIELD)
 
 
 class CsvRows(Rows):
@@ -62,8 +64,11 @@ class CsvRows(Rows):
                     else:  # an empty line: the record after it begins later
                         self._offsets[-1], self._lines[-1] = lines.bytes, records.line_num + 1
             except csv.Error as error:
+                reason = str(error)
+                if "field larger than" in reason:
+                    reason = f"a field has more than {_LONGEST_FIELD >> 20} MiB; is its quote closed?"
                 raise DataError(
-                    f"{name}: line {records.line_num}: {error}; the rows after it cannot be read"
+                    f"{name}: line {records.line_num}: {reason}; the rows after it cannot be read"
                 ) from error
         if not self._header:
             raise DataError(f"{name}: is empty; its first line must name the columns")

@@ -91,8 +91,8 @@ class RowSource(Location, FieldsSource, Protocol):
 
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_TEXT_KINDS = (".json", ".jsonl", ".ndjson", *DELIMITERS)
-_FILE_KINDS = (*_TEXT_KINDS, ".xlsx", ".parquet", ".tar")
+TEXT_KINDS = (".json", ".jsonl", ".ndjson", *DELIMITERS)
+_FILE_KINDS = (*TEXT_KINDS, ".xlsx", ".parquet", ".tar")
 _LONGEST_LINE = 1 << 26  # bytes
 
 
@@ -183,7 +183,7 @@ def _read_tars(files: list[Path], name: str, folder: Path) -> Rows:
 
 def _read_file(source: Location, path: Path, name: str) -> Rows:
     kind = kind_of_file(path)
-    if kind in _TEXT_KINDS:
+    if kind in TEXT_KINDS:
         text = text_file(path, name, source.encoding)
         if kind in DELIMITERS:
             return CsvRows(path, name, source.delimiter, text)

@@ -83,7 +83,10 @@ def _refuse_other_members(file: Path, columns: set[str]) -> None:
     """
     with tarfile.open(file) as members:
         for member in members:
-            _, dot, ending = Path(member.name).name.partition(".")
+            name = Path(member.name).name
+            if name.startswith("._") or name == ".DS_Store":  # of macOS; no rows
+                continue
+            _, dot, ending = name.partition(".")
             if member.isfile() and dot and ending not in columns:
                 raise DataError(
                     f"{file}: {member.name} has an ending that the first rows have not ("

@@ -9,6 +9,7 @@ sheet, and read from there.
 import json
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import ROUND_HALF_UP, Decimal
@@ -23,9 +24,10 @@ from finetune.data.sources.text_encoding import copy_of
 from finetune.errors import Interrupted
 from finetune.files.atomic_writes import writing_file
 
-_NUMBER = re.compile(r"(?P<groups>#,##)?0(?:\.(?P<digits>0+))?(?P<percent>%)?")
+_NUMBER = re.compile(r"(?P<groups>#,##)?(?P<whole>0+)(?:\.(?P<digits>0+))?(?P<percent>%)?")
+_MERGED = re.compile(rb"<(?:\w+:)?mergeCell\s[^>]*?ref=\"([A-Z0-9:$]+)\"")
 _ISO = re.compile(r"yyyy\\?-mm\\?-dd", re.IGNORECASE)
-_VERSION = 1  # of what is made of a sheet
+_VERSION = 2  # of what is made of a sheet
 
 
 def read_workbook(path: Path, name: str, sheet: str | None) -> JsonLinesRows:
@@ -62,10 +64,17 @@ def _lines(path: Path, name: str, sheet: str | None) -> Iterator[str]:
             title = _sheet(results, name, sheet)
             for book in (results, formulas):
                 book[title].reset_dimensions()  # written by other programs, and not always right
+            merged = _merged_cells(path, results[title])
             rows = zip_longest(results[title].iter_rows(), formulas[title].iter_rows(), fillvalue=())
             header: list[str | None] = []
             for cells, written in rows:
                 values = [_value(cell, source, name) for cell, source in zip(cells, written, strict=True)]
+                for cell, value in zip(cells, values, strict=True):
+                    if value is not None and (area := merged.get((cell.row, cell.column))):
+                        raise DataError(
+                            f"{name}: the cells {area} are one, and only the first has its value: unmerge them and "
+                            "fill each"
+                        )
                 while values and values[-1] is None:
                     values.pop()
                 if values and not header:
@@ -77,6 +86,18 @@ def _lines(path: Path, name: str, sheet: str | None) -> Iterator[str]:
         finally:
             results.close()
             formulas.close()
+
+
+def _merged_cells(path: Path, sheet: Any) -> dict[tuple[int, int], str]:
+    """(row, column) of the first cell of each merged area -> the area, such as `A2:A5`."""
+    from openpyxl.utils import range_boundaries
+
+    # A sheet that is read row by row does not tell them.
+    with zipfile.ZipFile(path) as archive:
+        found = _MERGED.findall(archive.read(sheet._worksheet_path))
+    areas = [area.decode().replace("$", "") for area in found]
+    bounds = [(area, range_boundaries(area)) for area in areas]
+    return {(top, left): area for area, (left, top, right, bottom) in bounds if (left, top) != (right, bottom)}
 
 
 def _sheet(book: Any, name: str, sheet: str | None) -> str:
@@ -141,4 +162,7 @@ def _value(cell: Any, source: Any, name: str) -> Any:
         return value
     number = Decimal(repr(value)) * (100 if form["percent"] else 1)
     number = number.quantize(Decimal(1).scaleb(-len(form["digits"] or "")), ROUND_HALF_UP)
-    return f"{number:{',' if form['groups'] else ''}f}{form['percent'] or ''}"
+    text = f"{abs(number):{',' if form['groups'] else ''}f}"
+    # 0000 shows 7 as 0007.
+    whole, point, digits = text.partition(".")
+    return f"{'-' if number < 0 else ''}{whole.zfill(len(form['whole']))}{point}{digits}{form['percent'] or ''}"

@@ -1,11 +1,15 @@
 """Rows and images that are trained on and evaluated on: found by content, named, and never by chance."""
 
+import io
 import json
+import tarfile
 
 import datasets
 import pytest
 from files_of_pages import pdf
 from PIL import Image
+from recipes_for_tests import TINY
+from said import collect
 
 from finetune.data import checking, overlap
 from finetune.data.checking import Rules, look_at
@@ -16,6 +20,7 @@ from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.recipe import parse_recipe
 from finetune.recipe.sections import Source
+from finetune.training.train import train as train_run
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +148,33 @@ def test_pages_of_one_file_are_different_images(folder, tiny_processor):
     (folder / "b.pdf").write_bytes(pdf())
     evals = source(folder / "eval.jsonl", [row("a.pdf#3", "Q3"), row("b.pdf#2", "Q4")])
     assert found(train, evals, tiny_processor.tokenizer).shown == 1
+
+
+def test_an_image_in_a_tar_and_in_a_file(folder, tiny_processor):
+    with tarfile.open(folder / "rows.tar", "w") as made:
+        for name in ("1.bmp", "2.bmp"):
+            key = name.partition(".")[0]
+            told = json.dumps({"question": f"Q{key}", "answers": "a"}).encode()
+            for ending, content in (("bmp", (folder / name).read_bytes()), ("json", told)):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                made.addfile(member, io.BytesIO(content))
+    (folder / "copy.bmp").write_bytes((folder / "1.bmp").read_bytes())
+    evals = source(folder / "eval.jsonl", [row("copy.bmp", "Q1"), row("2.bmp", "other"), row("3.bmp")])
+    result = found(Source(path=str(folder / "rows.tar"), format="vqa"), evals, tiny_processor.tokenizer)
+    assert (result.total, result.rows, result.shown) == (3, 1, 2)
+
+
+def test_an_error_of_overlap_stops_the_run(folder, tiny_processor):
+    """The same image under another name, in a row with other words."""
+    (folder / "copy.bmp").write_bytes((folder / "1.bmp").read_bytes())
+    train, evals = source(folder / "a.jsonl", [row("1.bmp")]), source(folder / "b.jsonl", [row("copy.bmp", "R")])
+    text = f"""
+model: {{path: {TINY}, dtype: float32}}
+output: {folder / "run"}
+data: {{train: {{path: {train.path}, format: vqa}}}}
+evaluate: {{data: {{path: {evals.path}, format: vqa}}, overlap: %s}}
+"""
+    with pytest.raises(DataError, match=r"1 of 1 evaluation rows show an image that is trained on.*b.jsonl, row 1"):
+        train_run(parse_recipe(text % "error"), say=collect([]))
+    assert not (folder / "run" / "run.json").exists()

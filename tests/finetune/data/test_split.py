@@ -6,8 +6,12 @@ import random
 import datasets
 import pytest
 import yaml
+from PIL import Image
+from recipes_for_tests import TINY
+from said import collect
 
-from finetune.data.prepare import Group, snippet
+from finetune.data.prepare import Group, prepare, snippet
+from finetune.data.reading import look_for_overlap, read_checked
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.evaluation.questions import Questions
@@ -203,3 +207,104 @@ def test_prepared_parts_are_not_cut_again(tmp_path):
         whole[section].update(keys)
     used = parse_recipe(yaml.safe_dump(whole))
     assert used.data.train[0].part is None and used.evaluate.data == recipe.evaluate.data
+
+
+SEVERAL = """
+model: {path: examples/tiny}
+output: runs/x
+data: {train: [%s], split: %s}
+evaluate: {data: split}
+"""
+
+
+def several(folder, *given, split="{eval: 0.3}"):
+    """A recipe of several sources: rows of each, and what else is said of it."""
+    sources = []
+    for number, (rows, more) in enumerate(given):
+        file = folder / f"{number}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        row_format = "messages" if "messages" in rows[0] else "vqa"
+        sources.append(f"{{path: {file}, format: {row_format}{more}}}")
+    return parse_recipe(SEVERAL % (", ".join(sources), split))
+
+
+def rows_of(names, question="Q", **more):
+    return [{"image": f"{name}.png", "question": question, "answers": "a", **more} for name in names]
+
+
+@pytest.mark.parametrize("split", ["{eval: 0.3}", "{eval: 0.3, by: doc}"])
+def test_a_document_of_several_sources_is_in_one_part(tmp_path, split):
+    first = [row for name in range(60) for row in rows_of([name], doc=f"d{name}")]
+    second = [row for name in range(30, 90) for row in rows_of([name], "R", doc=f"d{name}")]
+    recipe = several(tmp_path, (first, ", weight: 0.5"), (second, ""), split=split)
+    train, evals = parts(recipe)
+    assert train.weights == [0.5, 1.0] and evals.weights == [1.0, 1.0]
+    assert len(train) + len(evals) == 120 and not documents(train) & documents(evals)
+    assert all(len(part) for samples in (train, evals) for part in samples.ranges)
+
+
+def test_what_is_joined_in_one_source_alone_is_told(tmp_path, tiny_processor):
+    """A source is cut by itself: an image that another one shows may be in both parts, and that is said."""
+    for number in range(80):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "b"}]
+    pairs = [{"images": [f"{n}.png", f"{n + 40}.png"], "messages": turns} for n in range(40)]
+    recipe = several(tmp_path, (pairs, ""), (rows_of(range(40, 80)), ""))
+    data = read_checked(recipe, tiny_processor, show_progress=False)
+    shared = {name: set() for name in data}
+    for name, (samples, _) in data.items():
+        for sample in samples:
+            content = sample.messages[0]["content"]
+            shared[name] |= {part["image"] for part in content if part["type"] == "image"}
+    assert shared["train"] & shared["eval"]
+    lines = look_for_overlap(recipe, data)
+    assert any("an image that is trained on" in line for line in lines)
+
+
+def test_a_source_of_one_document_is_named(tmp_path):
+    recipe = several(tmp_path, (rows_of(range(40)), ""), (rows_of([1] * 9), ""))
+    with pytest.raises(DataError, match=r"1.jsonl: none of the 1 documents in its 9 rows falls into the part to"):
+        parts(recipe)
+
+
+def test_a_row_that_is_bad_stays_in_its_part_when_it_is_mended(tmp_path):
+    rows = rows_of(range(50)) * 2
+    spoilt = [{**row, "answers": None} if number % 7 == 3 else row for number, row in enumerate(rows)]
+    seen = []
+    for given in (rows, spoilt):
+        samples = parts(several(tmp_path, (given, "")))
+        seen.append([[one.origin.row for one in part.scan(0, len(part))] for part in samples])
+    assert seen[0] == seen[1]
+    # One that cannot be read at all has no image to go by, and moves no other.
+    lines = (tmp_path / "0.jsonl").read_text().splitlines()
+    (tmp_path / "0.jsonl").write_text("\n".join([*lines[:5], "{", *lines[6:]]) + "\n")
+    samples = parts(several_again(tmp_path))
+    after = [{one.origin.row for one in part.scan(0, len(part))} - {6} for part in samples]
+    assert after == [set(part) - {6} for part in seen[0]]
+
+
+def several_again(folder):
+    source = f"{{path: {folder / '0.jsonl'}, format: vqa}}"
+    return parse_recipe(SEVERAL % (source, "{eval: 0.3}"))
+
+
+@pytest.mark.parametrize("split", ["{eval: 0.4}", "{eval: 0.4, by: doc}"])
+def test_prepared_parts_are_the_parts(tmp_path, monkeypatch, split):
+    """Cut before they are copied, with the weights of their sources."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for number in range(20):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    rows = [row for name in range(20) for row in rows_of([name], f"Q{name}", doc=f"d{name // 2}")]
+    recipe = several(tmp_path, (rows, ", weight: 0.5"), (rows[:14], ""), split=split)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(TINY)})})
+    said = []
+    prepare(recipe, tmp_path / "to", say=collect(said))
+    start = next(number for number, line in enumerate(said) if line.startswith("to use it"))
+    changes = yaml.safe_load("\n".join(said[start + 1 :]))
+    whole = yaml.safe_load(recipe.to_yaml())
+    for section, keys in changes.items():
+        whole[section] = (whole[section] or {}) | keys
+    used = parse_recipe(yaml.safe_dump(whole))
+    for before, after in zip(parts(recipe), parts(used), strict=True):
+        assert [str(sample.origin) for sample in before] == [str(sample.origin) for sample in after]
+    assert parts(used)[0].weights == [0.5, 1.0]

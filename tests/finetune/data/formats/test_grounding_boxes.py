@@ -85,6 +85,18 @@ def test_each_of_several_phrases_for_one_box_stays_a_sample():
         ({"phrase": "cat", "boxes": [A, [500, 400, 900, 470]]}, "boxes[1]", "reaches 260 pixels beyond the image"),
         ({"phrase": "cat", "box": [500, -3, 600, 470]}, "box", "reaches 3 pixels beyond the image of 640 x 480"),
         ({"phrase": "cat", "boxes": [A, [700, 1, 710, 2]]}, "boxes[1]", "wholly outside"),
+        # Labels of some boxes only.
+        ({"phrase": "cat", "boxes": [A, B], "labels": ["cat", None]}, "labels[1]", "must be text, not NoneType"),
+        ({"phrase": "cat", "boxes": [A, B], "labels": ["cat", " "]}, "labels[1]", "blank"),
+        ({"phrase": "cat", "boxes": [A, B], "labels": ["cat"]}, "labels", "a list of 2, one for each box, not 1"),
+        # Other shapes, and numbers that are no pixels.
+        ({"phrase": "cat", "box": [1, 2, 30, 2, 30, 40, 1, 40]}, "box", "has four points"),
+        ({"phrase": "cat", "box": [[1, 2], [30, 2], [30, 40], [1, 40]]}, "box", "has four points"),
+        ({"phrase": "cat", "boxes": [A, [1, 2, 30, 2, 30, 40, 1, 40]]}, "boxes[1]", "give the box around them"),
+        ({"phrase": "cat", "boxes": [[[1, 2], [30, 2], [30, 40], [1, 40]]]}, "boxes[0]", "four points"),
+        ({"phrase": "cat", "box": [0.1, 0.2, 0.5, 0.75]}, "box", "lies within the first pixel of the image"),
+        ({"phrase": "cat", "box": [0, 0, 1, 1]}, "box", "multiply fractions by its width and height"),
+        ({"phrase": "cat", "boxes": [A, [0, 0, 0, 0]]}, "boxes[1]", "take the row out if it has no box"),
     ],
 )
 def test_what_does_not_go_together_is_refused(row, field, reason):
@@ -111,3 +123,10 @@ def test_a_prompt_without_a_phrase_refuses_other_rows(row, field, reason):
 def test_a_box_may_end_at_the_edge_of_the_image():
     for box in ([0, 0, 640, 480], [-1, -0.5, 641, 480.5]):
         assert one("grounding", {"image": "a", "phrase": "x", "box": box})[1]["content"] == BOX_B
+
+
+def test_pixels_may_have_fractions():
+    """They are rounded down to thousandths of the image, as decimals and not as floating point has them."""
+    row = {"image": "a", "phrase": "x", "box": [0.64, 0.4, 64.1, 479.52]}
+    assert one("grounding", row)[1]["content"] == "<box>(1,0),(100,999)</box>"
+    assert one("grounding", row, box_form="xywh")[1]["content"] == "<box>(1,0),(101,999)</box>"

@@ -1,6 +1,8 @@
 """Workbooks, WebDataset tars, Parquet with paths, and several files by a pattern."""
 
+import csv
 import datetime
+import gzip
 import io
 import json
 import tarfile
@@ -13,6 +15,7 @@ from PIL import Image
 
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
+from finetune.data.sources import csv_rows
 from finetune.data.sources.sources import read_source
 from finetune.errors import MissingFileError, UserError
 from finetune.recipe.sections import Source
@@ -199,3 +202,102 @@ def test_folders_by_a_pattern(tmp_path):
     assert len(read(tmp_path / "**" / "rows.jsonl")) == 2
     (tmp_path / "odd[1].jsonl").write_text('{"caption": "x"}\n')
     assert len(read(tmp_path / "odd[1].jsonl")) == 1  # what is there is no pattern
+
+
+# --- what reads as something else ------------------------------------------------------------------------------------
+
+
+def test_merged_cells_are_refused(tmp_path):
+    """Of a merged area only the first cell has a value: the rows below would have none."""
+    rows = [["image", "question", "answers"], ["a.png", "Q", "1"], [None, "R", "2"]]
+    file = workbook(tmp_path / "a.xlsx", *rows)
+    for area, refused in (("A2:A3", True), ("A1:B1", True), ("E1:F2", False)):
+        book = openpyxl.load_workbook(file)
+        book.active.merge_cells(area)
+        book.save(tmp_path / "b.xlsx")
+        if refused:
+            with pytest.raises(DataError, match=f"b.xlsx: the cells {area} are one.*unmerge them and fill each"):
+                read(tmp_path / "b.xlsx")
+        else:
+            assert len(read(tmp_path / "b.xlsx")) == 2
+
+
+def test_numbers_of_a_sheet_keep_their_zeros(tmp_path):
+    numbers = [7, 7, 1.0, 1.0, -7, 1234567, 7.5]
+    formats = ["000", "General", "General", "0.0", "0000", "#,##0", "00.00"]
+    cells = {f"A{row}": form for row, form in enumerate(formats, start=2)}
+    found = read(workbook(tmp_path / "a.xlsx", ["answers"], *([number] for number in numbers), formats=cells))
+    assert [row["answers"] for row in found] == ["007", "7", "1", "1.0", "-0007", "1,234,567", "07.50"]
+
+
+def test_what_macos_puts_into_tars_and_folders_is_no_row(tmp_path):
+    members = [("._000.png", b"\0\5\26\7"), ("000.png", png("red")), ("._000.json", b"\0")]
+    members += [("000.json", b'{"caption": "x"}')]
+    members += [(".DS_Store", b"x"), ("001.png", png("blue")), ("001.json", b'{"caption": "y"}')]
+    rows = read(tar(tmp_path / "a.tar", members))
+    assert [row["caption"] for row in rows] == ["x", "y"]
+    for name in ("a.jsonl", "._a.jsonl", ".b.jsonl"):
+        (tmp_path / name).write_text('{"caption": "x"}\n' if name == "a.jsonl" else "\0")
+    for pattern in ("*.jsonl", "**/*.jsonl"):
+        assert [row["caption"] for row in read(tmp_path / pattern)] == ["x"]
+
+
+def test_a_pattern_of_files_that_are_no_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": "x"}\n')
+    (tmp_path / "a.png").write_bytes(png("red"))
+    with pytest.raises(DataError, match=r"a.png"):
+        read(tmp_path / "*")
+    (tmp_path / "b.csv").write_text("image,caption\na.png,y\n")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"image": "a.png", "caption": "z"}\n'))
+    datasets.Dataset.from_dict({"image": ["a.png"], "caption": ["p"]}).to_parquet(tmp_path / "d.parquet")
+    samples = Samples([Source(path=str(tmp_path / "[a-d].[cjp]*[lvzt]"), format="caption")])
+    assert [sample.messages[1]["content"] for sample in samples] == ["x", "y", "z", "p"]
+    assert {sample.messages[0]["content"][0]["image"] for sample in samples} == {str(tmp_path / "a.png")}
+
+
+def without(row_format, file, **settings):
+    """Why the only row of a file is refused."""
+    (bad,) = Samples([Source(path=str(file), format=row_format, **settings)]).scan(0, 1)
+    return str(bad)
+
+
+@pytest.mark.parametrize("kind", ["csv", "xlsx", "parquet", "jsonl"])
+def test_an_empty_cell_is_no_missing_column(tmp_path, kind):
+    """Which of the two it is tells what to mend: the row, or the recipe's columns."""
+    said = []
+    for number, row in enumerate(({"image": "a.png", "caption": None}, {"image": "a.png", "text": "x"})):
+        file = tmp_path / f"{number}.{kind}"
+        if kind == "csv":
+            file.write_text("\n".join([",".join(row), ",".join(value or "" for value in row.values())]) + "\n")
+        elif kind == "xlsx":
+            workbook(file, [*row], [*row.values()])
+        elif kind == "parquet":
+            schema = datasets.Features({name: datasets.Value("string") for name in row})
+            datasets.Dataset.from_list([row], features=schema).to_parquet(file)
+        else:
+            file.write_text(json.dumps(row) + "\n")
+        said.append(without("caption", file))
+    assert said[0].endswith("caption: is empty in this row")
+    assert said[1].endswith("caption: is missing; the row has image, text. Name the column under `columns`")
+
+
+def test_long_fields_of_csv(tmp_path, monkeypatch):
+    long = "x" * 200_000
+    for name, data in (("a.csv", f'caption\n"{long}"\n'), ("b.csv.gz", f"caption,b\n{long},1\n")):
+        (tmp_path / name).write_bytes(gzip.compress(data.encode()) if name.endswith("gz") else data.encode())
+        assert read(tmp_path / name)[0]["caption"] == long
+    csv.field_size_limit(1000)
+    try:
+        with pytest.raises(DataError, match=r"a.csv: line 2: a field has more than 64 MiB; is its quote closed\?"):
+            read(tmp_path / "a.csv")
+    finally:
+        csv.field_size_limit(csv_rows._LONGEST_FIELD)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
+def test_packed_files_have_images_beside_them(tmp_path, kind):
+    text = {"csv": "image,caption\na.png,x\n", "jsonl": '{"image": "a.png", "caption": "x"}\n'}
+    text["json"] = f"[{text['jsonl']}]"
+    (tmp_path / f"rows.{kind}.gz").write_bytes(gzip.compress(text[kind].encode()))
+    (sample,) = Samples([Source(path=str(tmp_path / f"rows.{kind}.gz"), format="caption")])
+    assert sample.messages[0]["content"][0]["image"] == str(tmp_path / "a.png")
