@@ -133,8 +133,8 @@ class Collator:
             origin = str(sample.origin)
             rendered = self.rules.fit(sample.messages).rendered
             requests = [
-                ImageRequest(source, sample.access, f"{origin}, image {number}")
-                for number, source in enumerate(rendered.images, start=1)
+                ImageRequest(source, sample.access, f"{origin}, image {1 + place // self.rules.pictures}")
+                for place, source in enumerate(rendered.images)
             ]
             reader = ImageReader()
             images = [self._image(request, reader) for request in requests]

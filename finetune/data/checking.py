@@ -174,6 +174,11 @@ class Rules:
     markup_as_text: frozenset[str] = frozenset()
     views: Views | None = None
 
+    @property
+    def pictures(self) -> int:
+        """Pictures of one image."""
+        return 1 if self.views is None else self.views.count
+
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
         """Render messages as they are trained.
 

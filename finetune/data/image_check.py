@@ -175,8 +175,7 @@ def open_images(
 
 def _images_of(checked: Checked, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
     """Of the kept samples how many images each has, and the keys of these: pictures of one image are one here."""
-    pictures = 1 if rules.views is None else rules.views.count
-    return checked.images // pictures, checked.image_keys[::pictures]
+    return checked.images // rules.pictures, checked.image_keys[:: rules.pictures]
 
 
 def open_chunk(entries: Entries, chunk: range) -> _Opened:

@@ -72,8 +72,8 @@ class SampleImages:
         if len(sources) != self._counts[index]:
             sources = self._rules.fit(sample.messages).rendered.images
         return [
-            ImageRequest(source, sample.access, f"{sample.origin}, image {number}")
-            for number, source in enumerate(sources, start=1)
+            ImageRequest(source, sample.access, f"{sample.origin}, image {1 + place // self._rules.pictures}")
+            for place, source in enumerate(sources)
         ]
 
     def sample(self, index: int) -> tuple[int, str]:
