@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.data.checking import Checked
+from finetune.data.checking import Checked, Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.recipe.sections import Source
@@ -44,6 +44,28 @@ def describe_data(checked: Checked) -> str:
     if checked.unread:
         text += f"; not read: {name_counts(checked.unread)}"
     return text
+
+
+def describe_long(checked: Checked, rules: Rules, seq_length: int, *, pages: bool = False) -> str:
+    """What to say of samples that are longer than what the model was trained on; empty where there are none.
+
+    Args:
+        rules: that the samples were checked by.
+        seq_length: tokens, of the model's configuration.
+        pages: whether files may have become several images (`data.pages`).
+    """
+    count = int((checked.lengths > seq_length).sum())
+    if not count:
+        return ""
+    longest = int(checked.lengths.argmax())
+    pictures = int(checked.images[longest])
+    keys = [*(["data.pages"] if pages else []), *(["data.views"] if rules.views is not None else [])]
+    cost = f", {pictures * (rules.n_queries + 2):,} of them for {pictures:,} pictures ({', '.join(keys)})"
+    return (
+        f"{count:,} samples are longer than the model's seq_length of {seq_length:,} tokens, the longest has "
+        f"{int(checked.lengths[longest]):,}{cost if keys and pictures else ''}: beyond it the model stretches "
+        f"positions in use, and not in training; data.max_length: {seq_length} refuses them"
+    )
 
 
 def name_counts(counts: Mapping[str, int]) -> str:

@@ -99,26 +99,23 @@ def choose_views(evaluation: Evaluation, record: ModelRecord, *, like: Views | N
         record: of the model.
         like: of the model that this one is compared with.
     """
+    trained = record.labels is not None or record.views is not None
+    given, of_recipe = evaluation.views, evaluation.recipe_views
     if evaluation.task.published:
         otherwise = _unlike(None, record.views, "it was trained with")
         return None, otherwise and f"{_shown(None)}, as the published scripts do{otherwise}"
-    trained = record.labels is not None or record.views is not None
-    if evaluation.views is not None:
-        views = None if evaluation.views == NO_VIEWS else evaluation.views
-        return (
-            views,
-            f"{_shown(views)} (--views){_unlike(views, record.views, 'it was trained with') if trained else ''}",
-        )
+    if given is not None:
+        views = None if given == NO_VIEWS else given
+        otherwise = _unlike(views, record.views, "it was trained with") if trained else ""
+        return views, f"{_shown(views)} (--views){otherwise}"
     if trained:
-        views, why = (
-            record.views,
-            "as it was trained" + _unlike(record.views, evaluation.recipe_views, "the recipe has"),
-        )
+        otherwise = "" if of_recipe is None else _unlike(record.views, of_recipe, "the recipe has")
+        views, why = record.views, f"as it was trained{otherwise}"
     elif like is not None:
         views, why = like, "as the model that it is compared with"
     else:
-        views, why = evaluation.recipe_views, "by data.views of the recipe"
-    return views, "" if views is None and evaluation.recipe_views is None else f"{_shown(views)}, {why}"
+        views, why = of_recipe, "by data.views of the recipe"
+    return views, "" if views is None and of_recipe is None else f"{_shown(views)}, {why}"
 
 
 def _shown(views: Views | None) -> str:

@@ -17,6 +17,7 @@ from finetune.data.image_check import open_images
 from finetune.data.image_files import image_paths
 from finetune.data.prepare import prepare
 from finetune.data.reading import open_samples, rules_of
+from finetune.data.summary import describe_long
 from finetune.errors import UserError
 from finetune.recipe import RecipeError, load_recipe
 from finetune.replies.image_features import ImageStore
@@ -121,6 +122,19 @@ def test_what_a_row_costs_is_said_with_the_key(folder, tiny_processor):
     assert "2 pictures: data.pages shows 1 pages more; fewer pages (data.pages.first)" in checked.dropped_long[0].cost
     _, rules, checked = read(folder, [vqa("a.png")], tiny_processor, max_length=100, views=None)
     assert checked.dropped_long[0].cost == ""
+
+
+def test_samples_beyond_what_the_model_was_made_for_are_told(folder, tiny_processor):
+    _, rules, checked = read(folder, [vqa("a.png"), vqa("b.png", "a.png")], tiny_processor, max_length=None)
+    longest, pictures = int(checked.lengths[1]), 6 * (rules.n_queries + 2)
+    said = describe_long(checked, rules, 1000)
+    assert said.startswith(
+        f"1 samples are longer than the model's seq_length of 1,000 tokens, the longest has {longest:,}, "
+        f"{pictures:,} of them for 6 pictures (data.views): "
+    )
+    assert describe_long(checked, rules, 2048) == ""
+    assert "pictures (data.pages): " in describe_long(checked, replace(rules, views=None), 1000, pages=True)
+    assert f"{longest:,}: beyond" in describe_long(checked, replace(rules, views=None), 1000)
 
 
 def test_texts_that_name_a_picture_that_moves_are_refused(folder, tiny_processor):
