@@ -151,14 +151,21 @@ class Conversation:
         room = self._base.config.max_position_embeddings - len(prompt.ids)
         if room < 1:
             raise UserError(
-                f"the conversation is {len(prompt.ids):,} tokens long, and the model takes "
-                f"{self._base.config.max_position_embeddings:,}: start a new one"
+                f"the conversation is {len(prompt.ids):,} tokens long{self.cost_of_pictures(images)}, and the model "
+                f"takes {self._base.config.max_position_embeddings:,}: start a new one"
             )
         answer = self._generate(prompt, images, min(room, self.max_new_tokens), on_text)
         if answer.text.strip():
             reply = {"role": "assistant", "content": answer.text, **self._grounding_flag(answer.text)}
             self.messages, self.images, self.waiting = [*messages, reply], images, []
         return answer
+
+    def cost_of_pictures(self, images: Sequence[ChatImage]) -> str:
+        """What the views take of a conversation's length, in words; empty without views or images."""
+        if self.views is None or not images:
+            return ""
+        pictures = self.views.count * len(images)
+        return f" ({pictures * (self._base.config.n_queries + 2):,} of them for {pictures:,} pictures, {self.views})"
 
     @property
     def _base(self) -> QwenVLForConditionalGeneration:

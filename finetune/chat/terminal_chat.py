@@ -275,8 +275,9 @@ class TerminalChat:
         trained = without_adapter(self.conversation.model).config.seq_length
         if answer.prompt_tokens > trained and not self._warned:
             self._warned = True
+            cost = self.conversation.cost_of_pictures(self.conversation.images)
             tell(
-                f"(the conversation is {answer.prompt_tokens:,} tokens long, and the model was trained on up to "
+                f"(the conversation is {answer.prompt_tokens:,} tokens long{cost}, and the model was trained on up to "
                 f"{trained:,}: replies may get worse. /new forgets it)"
             )
 
@@ -287,6 +288,9 @@ class TerminalChat:
             return
         if not self.conversation.images:
             tell("(the reply has boxes, but there is no image in the conversation)")
+            return
+        if self.conversation.views is not None and not self.conversation.views.page:
+            tell("(the reply has boxes, and the model was not shown the whole image that they would be of)")
             return
         image = self.conversation.images[-1]
         for region in regions:

@@ -8,7 +8,7 @@ import contextlib
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -87,6 +87,7 @@ class Checked:
         image_keys: (images of all kept samples,) uint64, in their order: equal for images of one path and their parts,
             0 for images that have none.
         embedded: whether there are images inside the rows, which the digests leave out.
+        pictures: of one image, see `Rules.views`.
     """
 
     kept: np.ndarray
@@ -108,6 +109,7 @@ class Checked:
     digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     image_keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     embedded: bool = False
+    pictures: int = 1
 
     @property
     def system(self) -> str | None:
@@ -284,7 +286,7 @@ def look_at(samples: Samples, rules: Rules, *, show_progress: bool = True, proce
         for chunk, result in zip(chunks, results, strict=True):
             found.add(result)
             progress.add(len(chunk))
-    return found.checked(samples)
+    return replace(found.checked(samples), pictures=rules.pictures)
 
 
 def refusal(checked: Checked, rules: Rules) -> DataError | None:

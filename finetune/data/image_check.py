@@ -119,7 +119,7 @@ def open_images(
         WorkerDied: a worker process was killed or crashed.
     """
     started = time.monotonic()
-    counts, keys = _images_of(checked, rules)
+    counts, keys = _images_of(checked)
     ends = counts.cumsum()
     _, firsts = np.unique(keys, return_index=True)
     places = np.union1d(firsts[keys[firsts] != 0] if len(keys) else firsts, np.flatnonzero(keys == 0))
@@ -169,13 +169,13 @@ def open_images(
     taken = time.monotonic() - started
     if good and taken > REMEMBERED_SECONDS:
         _remember(entries.known, good)
-    numbers, problems = _problems(samples, checked, rules, places, bad)
+    numbers, problems = _problems(samples, checked, places, bad)
     return OpenedImages(opened, taken, problems, numbers, remembered, "" if entries.decodes else note)
 
 
-def _images_of(checked: Checked, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
+def _images_of(checked: Checked) -> tuple[np.ndarray, np.ndarray]:
     """Of the kept samples how many images each has, and the keys of these: pictures of one image are one here."""
-    return checked.images // rules.pictures, checked.image_keys[:: rules.pictures]
+    return checked.images // checked.pictures, checked.image_keys[:: checked.pictures]
 
 
 def open_chunk(entries: Entries, chunk: range) -> _Opened:
@@ -210,12 +210,12 @@ def open_chunk(entries: Entries, chunk: range) -> _Opened:
 
 
 def _problems(
-    samples: Samples, checked: Checked, rules: Rules, places: np.ndarray, bad: list[tuple[int, str]]
+    samples: Samples, checked: Checked, places: np.ndarray, bad: list[tuple[int, str]]
 ) -> tuple[tuple[int, ...], list[BadRow]]:
     """The numbers of the samples that have one of the bad images, and a problem for each, in the data's order."""
     if not bad:
         return (), []
-    counts, keys = _images_of(checked, rules)
+    counts, keys = _images_of(checked)
     ends = counts.cumsum()
     found: list[tuple[int, int, str]] = []
     for place, reason in bad:

@@ -26,8 +26,11 @@ def describe_data(checked: Checked) -> str:
     lengths = checked.lengths
     text = (
         f"{len(checked.kept):,} of {checked.total:,} rows, {int(lengths.sum()):,} tokens "
-        f"({checked.supervised.sum() / max(lengths.sum(), 1):.1%} trained), {int(checked.images.sum()):,} images"
+        f"({checked.supervised.sum() / max(lengths.sum(), 1):.1%} trained), "
+        f"{int(checked.images.sum()) // checked.pictures:,} images"
     )
+    if checked.pictures > 1:
+        text += f" as {int(checked.images.sum()):,} pictures (data.views)"
     left_out = [
         f"{len(checked.dropped_long):,} too long" if checked.dropped_long else "",
         f"{len(checked.problems):,} bad" if checked.problems else "",

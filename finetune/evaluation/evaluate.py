@@ -269,6 +269,14 @@ def generate(
     notes = []
     if is_random(without_adapter(loaded)):
         notes.append(f"{model.name} has random weights: it shows that evaluation works, not that it reads.")
+    trained_up_to = without_adapter(loaded).config.seq_length
+    if beyond := sum(length > trained_up_to for length in plan.lengths):
+        views = model.asking.views
+        cost = "" if views is None else f"; each image is {views.count} pictures (--views)"
+        notes.append(
+            f"{beyond:,} prompts of {model.name} are longer than the {trained_up_to:,} tokens that it was trained on "
+            f"(seq_length), up to {max(plan.lengths):,}: replies to them may be worse{cost}."
+        )
     stop_texts = task.stop if model.style == "base" else ()
     decoding = Decoding(
         task.max_new_tokens,

@@ -1,5 +1,6 @@
 """An image as several pictures: where its parts lie, how they are loaded, and what a record says of them."""
 
+import itertools
 import json
 import pickle
 
@@ -40,7 +41,7 @@ def test_every_pixel_is_in_a_part_and_neighbours_share_what_they_should(parts, o
         side = length / (parts - (parts - 1) * overlap)
         for left, right in spans:
             assert left < right and side - 1e-9 <= right - left < side + 2
-        for (_, right), (left, _) in zip(spans, spans[1:], strict=False):
+        for (_, right), (left, _) in itertools.pairwise(spans):
             assert left <= right and right - left >= overlap * side - 1e-9
         # The same from the other end, to a pixel.
         turned = [(length - right, length - left) for left, right in reversed(spans)]
