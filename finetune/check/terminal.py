@@ -9,8 +9,9 @@ from rich.text import Text
 from finetune.check.findings import Findings
 from finetune.check.histogram import bars, make_histogram
 from finetune.check.sample_preview import Piece, Preview, one_line
+from finetune.data.reading import rules_of
 from finetune.data.sample import SHOWN_PROBLEMS
-from finetune.data.summary import describe_data, describe_sources, problem_kinds
+from finetune.data.summary import describe_data, describe_long, describe_sources, problem_kinds
 from finetune.memory.free_memory import describe_cards
 from finetune.model.components import table_of_parameters
 from finetune.quantities import format_count, format_duration
@@ -75,6 +76,11 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
             yield f"{name} data", "cannot be opened"
             continue
         yield f"{name} data", describe_data(part.checked)
+        base, pages = findings.base, findings.recipe.data.pages is not None
+        if long := describe_long(
+            part.checked, rules_of(findings.recipe, base.processor), base.seq_length, pages=pages
+        ):
+            yield "", long
         seed = findings.recipe.seed
         for line in describe_sources(part.sources, part.samples, part.checked, seed):
             yield "", one_line(line)

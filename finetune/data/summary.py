@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.data.checking import Checked
+from finetune.data.checking import Checked, Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.recipe.sections import Source
@@ -26,8 +26,11 @@ def describe_data(checked: Checked) -> str:
     lengths = checked.lengths
     text = (
         f"{len(checked.kept):,} of {checked.total:,} rows, {int(lengths.sum()):,} tokens "
-        f"({checked.supervised.sum() / max(lengths.sum(), 1):.1%} trained), {int(checked.images.sum()):,} images"
+        f"({checked.supervised.sum() / max(lengths.sum(), 1):.1%} trained), "
+        f"{int(checked.images.sum()) // checked.pictures:,} images"
     )
+    if checked.pictures > 1:
+        text += f" as {int(checked.images.sum()):,} pictures (data.views)"
     left_out = [
         f"{len(checked.dropped_long):,} too long" if checked.dropped_long else "",
         f"{len(checked.problems):,} bad" if checked.problems else "",
@@ -46,6 +49,28 @@ def describe_data(checked: Checked) -> str:
     return text
 
 
+def describe_long(checked: Checked, rules: Rules, seq_length: int, *, pages: bool = False) -> str:
+    """What to say of samples that are longer than what the model was trained on; empty where there are none.
+
+    Args:
+        rules: that the samples were checked by.
+        seq_length: tokens, of the model's configuration.
+        pages: whether files may have become several images (`data.pages`).
+    """
+    count = int((checked.lengths > seq_length).sum())
+    if not count:
+        return ""
+    longest = int(checked.lengths.argmax())
+    pictures = int(checked.images[longest])
+    keys = [*(["data.pages"] if pages else []), *(["data.views"] if rules.views is not None else [])]
+    cost = f", {pictures * (rules.n_queries + 2):,} of them for {pictures:,} pictures ({', '.join(keys)})"
+    return (
+        f"{count:,} samples are longer than the model's seq_length of {seq_length:,} tokens, the longest has "
+        f"{int(checked.lengths[longest]):,}{cost if keys and pictures else ''}: beyond it the model stretches "
+        f"positions in use, and not in training; data.max_length: {seq_length} refuses them"
+    )
+
+
 def name_counts(counts: Mapping[str, int]) -> str:
     """`notes (12 rows), score (3 rows)`, the most frequent first; data may have any number of columns."""
     shown = [f"{_short(name)} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in counts.items()]
@@ -62,7 +87,7 @@ def lines_left_out(checked: Checked) -> Iterator[str]:
     for problem in checked.problems:
         yield json.dumps({"origin": str(problem.origin), "reason": str(problem)}, ensure_ascii=False) + "\n"
     for long in checked.dropped_long:
-        yield json.dumps({"origin": str(long.origin), "reason": f"too long: {long.tokens} tokens"}) + "\n"
+        yield json.dumps({"origin": str(long.origin), "reason": f"too long: {long.tokens} tokens{long.cost}"}) + "\n"
     for shortened in checked.shortened:
         turns = shortened.turns_dropped
         reason = f"shortened: trained without its first {turns} turns"

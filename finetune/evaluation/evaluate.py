@@ -143,6 +143,7 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
                 # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",
                 pages=evaluation.pages,
+                views=asking.views,
             )
             for source in evaluation.sources
         ]
@@ -196,6 +197,8 @@ def prediction_file(
             "style": model.style,
             "prompt": model.prompt.text,
             "system": model.asking.system,
+            # Only where there are some: earlier evaluations know no views.
+            **({} if model.asking.views is None else {"views": model.asking.views.to_json()}),
             "shots": evaluation.shots,
             "dtype": choose_dtype(evaluation.dtype),
             "quantization": model.use.quantization,
@@ -268,6 +271,14 @@ def generate(
     notes = []
     if is_random(without_adapter(loaded)):
         notes.append(f"{model.name} has random weights: it shows that evaluation works, not that it reads.")
+    trained_up_to = without_adapter(loaded).config.seq_length
+    if beyond := sum(length > trained_up_to for length in plan.lengths):
+        views = model.asking.views
+        cost = "" if views is None else f"; each image is {views.count} pictures (--views)"
+        notes.append(
+            f"{beyond:,} prompts of {model.name} are longer than the {trained_up_to:,} tokens that it was trained on "
+            f"(seq_length), up to {max(plan.lengths):,}: replies to them may be worse{cost}."
+        )
     stop_texts = task.stop if model.style == "base" else ()
     decoding = Decoding(
         task.max_new_tokens,
@@ -359,6 +370,7 @@ def describe(
             "style": identity["settings"]["style"],
             "prompt": identity["settings"]["prompt"],
             "asked": asked_by,
+            **({"views": views} if (views := identity["settings"].get("views")) else {}),
             "max_new_tokens": evaluation.task.max_new_tokens,
             "shots": evaluation.shots,
             "limit": evaluation.limit,

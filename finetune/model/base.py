@@ -33,6 +33,7 @@ class Base:
         processor: of the checkpoint.
         packed: the checkpoint is packed by GPTQ, and is read as the 16-bit weights that it stands for.
         record: what it was trained as.
+        seq_length: tokens that it was made for, by its configuration.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Base:
     processor: QwenVLProcessor
     packed: bool = False
     record: ModelRecord = field(default_factory=ModelRecord)
+    seq_length: int = 2048
 
     @property
     def taken_for(self) -> str:
@@ -78,10 +80,12 @@ def find_base(model: Model) -> Base:
         )
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    packed = is_gptq_checkpoint(source.base, QwenVLConfig.from_pretrained(source.base))
+    config = QwenVLConfig.from_pretrained(source.base)
+    packed = is_gptq_checkpoint(source.base, config)
     record = trained_as(source.base)
     refuse_other_record(source, record)
-    return Base(source.base, quantized, QwenVLProcessor.from_pretrained(source.base), packed, record)
+    processor = QwenVLProcessor.from_pretrained(source.base)
+    return Base(source.base, quantized, processor, packed, record, config.seq_length)
 
 
 def read_generation_config(base: str) -> GenerationConfig:

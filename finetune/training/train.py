@@ -60,7 +60,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         base = find_base(recipe.model)
         computing = choose_backends(recipe.model)
         say("model", f"{recipe.model.path}: {computing}{base.taken_for}")
-        data = read_data(recipe, base.processor, say, show_progress=is_main)
+        data = read_data(recipe, base.processor, say, show_progress=is_main, seq_length=base.seq_length)
 
         # Only now, with the data known to be right: for a hub id this downloads the weights.
         # All of it is read, by one process of each machine.

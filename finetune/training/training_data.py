@@ -7,9 +7,9 @@ from typing import Any
 
 from finetune.data.checking import Checked
 from finetune.data.places import Aligned, Places, align, as_they_were, load_places, places_of
-from finetune.data.reading import look_for_overlap, read_checked
+from finetune.data.reading import look_for_overlap, read_checked, rules_of
 from finetune.data.samples import Samples
-from finetune.data.summary import describe_data, describe_sources
+from finetune.data.summary import describe_data, describe_long, describe_sources
 from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
@@ -41,8 +41,16 @@ class TrainingData:
         return replace(self, checked={**self.checked, "train": train})
 
 
-def read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say, *, show_progress: bool) -> TrainingData:
+def read_data(
+    recipe: Recipe, processor: QwenVLProcessor, say: Say, *, show_progress: bool, seq_length: int = 2048
+) -> TrainingData:
     """Read and check all data of a recipe.
+
+    Args:
+        processor: of the model.
+        say: prints a labelled line.
+        show_progress: see `checking.look_at`.
+        seq_length: tokens that the model was made for, by its configuration.
 
     Raises:
         InputError: rows that cannot be trained on, or a task that cannot be asked.
@@ -51,6 +59,9 @@ def read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say, *, show_prog
     parts = read_checked(recipe, processor, show_progress=show_progress, opens_images=opens_images, say=say)
     for name, (samples, checked) in parts.items():
         say(f"{name} data", describe_data(checked))
+        pages = recipe.data.pages is not None
+        if long := describe_long(checked, rules_of(recipe, processor), seq_length, pages=pages):
+            say("", long)
         if name == "train" and any(source.weight != 1 for source in recipe.data.train):
             for line in describe_sources(recipe.data.train, samples, checked, recipe.seed):
                 say("", terminal_line(line))

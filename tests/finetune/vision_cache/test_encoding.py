@@ -216,8 +216,8 @@ def test_a_file_that_changes_while_it_is_read(tower, tmp_path, monkeypatch):
     files = pictures(tmp_path / "images", 2)
     read = vision_encoding.read_pixels
 
-    def changing(request, processor):
-        pixels = read(request, processor)
+    def changing(request, processor, reader):
+        pixels = read(request, processor, reader)
         if request.source == files[1]:
             os.utime(files[1], (5, 5))
         return pixels
