@@ -15,7 +15,7 @@ from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.errors import InputError, UserError
 from qwenvl import QwenVLImageProcessor, QwenVLTokenizer
-from qwenvl.images.images import ImageError
+from qwenvl.images.images import ImageError, ImageReader
 from qwenvl.text.chat import IGNORED
 
 LEFT_OUT = "left_out"
@@ -133,10 +133,12 @@ class Collator:
             origin = str(sample.origin)
             rendered = self.rules.fit(sample.messages).rendered
             requests = [
-                ImageRequest(source, sample.access, f"{origin}, image {number}")
-                for number, source in enumerate(rendered.images, start=1)
+                ImageRequest(source, sample.access, f"{origin}, image {1 + place // self.rules.pictures}")
+                for place, source in enumerate(rendered.images)
             ]
-            return _Rendered(rendered.ids, rendered.labels, [self._image(request) for request in requests])
+            reader = ImageReader()
+            images = [self._image(request, reader) for request in requests]
+            return _Rendered(rendered.ids, rendered.labels, images)
         except Gone:
             pass
         except BadRow as error:
@@ -145,8 +147,8 @@ class Collator:
             left_out.append((index, origin, str(error)))
         return None
 
-    def _image(self, request: ImageRequest) -> torch.Tensor:
+    def _image(self, request: ImageRequest, reader: ImageReader) -> torch.Tensor:
         """(3, S, S) uint8, or features."""
         if self.vision_cache is not None:
-            return self.vision_cache.get(request)
-        return read_pixels(request, self.image_processor)
+            return self.vision_cache.get(request, reader)
+        return read_pixels(request, self.image_processor, reader)

@@ -17,6 +17,7 @@ from finetune.quantities import format_bytes
 from finetune.report.page import readable
 from qwenvl.text.chat import IGNORED, Rendered
 from qwenvl.text.tokenizer import QwenVLTokenizer
+from qwenvl.views import PagePart
 
 LONGEST_NAME = 80  # characters of an image's name
 
@@ -94,7 +95,9 @@ def take_apart(rendered: Rendered, tokenizer: QwenVLTokenizer) -> list[Piece]:
 
 
 def image_name(source: Any) -> str:
-    """A name for an image: the last part of its path or URL, or its size in bytes."""
+    """A name for an image: the last part of its path or URL, or its size in bytes; and which part of it, if one."""
+    if isinstance(source, PagePart):
+        return f"{image_name(source.source)}, {source.place}"
     if isinstance(source, Mapping):
         source = source.get("path") or source.get("bytes")
     if isinstance(source, bytes):

@@ -2,9 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from finetune.commands.arguments import add_base, add_dtype, add_quantization, add_style, count
+from finetune.commands.arguments import add_base, add_dtype, add_quantization, add_style, count, views
 from finetune.errors import UserError
 from finetune.files.output_paths import refuse_unwritable_folder
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from finetune.evaluation.tasks import Task
     from finetune.recipe import Recipe
     from finetune.recipe.sections import Annotations, NamedSource
+    from qwenvl.views import Views
 
 SUMMARY = "score a model on a task, with an interval and a page of its worst replies"
 WHEN_STOPPED = "the replies so far are kept: the same command goes on"
@@ -83,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shots", type=int, default=0, metavar="K", help="solved examples first, of other images; style base"
     )
     how.add_argument("--shots-from", metavar="PATH[:split]", help="take them from there, such as a training split")
+    how.add_argument(
+        "--views",
+        type=views,
+        metavar="RxC[:OVERLAP]|none",
+        help="show each image as the page and its parts, 2x2 of them say; by default as each model was trained",
+    )
     how.add_argument("--max-new-tokens", type=count, metavar="N", help="of a reply; by default the task's")
     add_base(how)
     add_dtype(how)
@@ -100,6 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         refuse_unwritable_folder(arguments.out, "the results", "--out", replaced=False)
     # Nothing heavy is imported before the arguments are known to be right.
+    from finetune.data.reading import views_of
     from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 
     images_root = arguments.images_root
@@ -163,6 +171,8 @@ def run(arguments: argparse.Namespace) -> None:
             grounding=bool(recipe and recipe.data.grounding),
             box_edge="error" if recipe is None else recipe.data.box_edge,
             pages=pages_asked(arguments, recipe),
+            views=views_asked(arguments.views),
+            recipe_views=None if recipe is None else views_of(recipe),
             on_bad_row=arguments.on_bad_row,
             ignore=(*(recipe.data.ignore if recipe else ()), *arguments.ignore),
             markup_as_text=(*(recipe.data.markup_as_text if recipe else ()), *arguments.markup_as_text),
@@ -208,6 +218,23 @@ def pages_asked(arguments: argparse.Namespace, recipe: "Recipe | None") -> "Page
     return Pages(arguments.dpi or DPI, arguments.pages or 1)
 
 
+def views_asked(text: str | None) -> "Views | Literal['none'] | None":
+    """What `--views` says.
+
+    Raises:
+        InputError: a grid or an overlap out of bounds.
+    """
+    from qwenvl.views import Views
+
+    if text is None:
+        return None
+    if text == "none":
+        return "none"
+    grid, _, overlap = text.partition(":")
+    rows, columns = map(int, grid.split("x"))
+    return Views(True, (rows, columns), float(overlap) if overlap else Views.overlap)
+
+
 def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
     """Raises:
     UserError: with the arguments that contradict each other or are missing.
@@ -218,6 +245,10 @@ def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
         raise UserError("--shots-from says where solved examples come from: say how many with --shots")
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UserError("--prompt is blank: give a text, published, trained or task")
+    if arguments.views is not None and arguments.prompt == "published":
+        raise UserError(
+            "--prompt published shows each image by itself, as the published scripts do: leave out --views"
+        )
     if arguments.recipe is not None:
         given = [name for name in ("task", "metric", "data", *OF_DATA) if getattr(arguments, name)]
         if given:

@@ -28,6 +28,7 @@ from finetune.errors import InputError
 from qwenvl.images.images import ImageAccess
 from qwenvl.text.chat import LabelRule
 from qwenvl.text.tokenizer import QwenVLTokenizer
+from qwenvl.views import Views, whole_of
 
 CHUNK = 1000
 """Samples checked at once. Chunks are independent of one another, so several processes can check them."""
@@ -37,11 +38,13 @@ CHUNK = 1000
 class TooLong:
     """A sample left out for its length.
 
-    Attributes: `origin`; `tokens`, its length.
+    Attributes: `origin`; `tokens`, its length; `cost`, what of it is the work of `data.pages` and `data.views`, in
+    words, empty without them.
     """
 
     origin: Origin
     tokens: int
+    cost: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Checked:
     Attributes:
         kept: (kept,) int64, indices into the samples, ascending.
         lengths: (kept,) int64, tokens; like the next two, after turns were left out.
-        images: (kept,) int64, images of the sample.
+        images: (kept,) int64, images of the sample; with views, pictures.
         supervised: (kept,) int64, trained tokens.
         source: (kept,) int64, which of the sources the sample is from.
         weights: of the sources.
@@ -81,8 +84,8 @@ class Checked:
         unread: columns and keys of the kept samples that hold something and are not read -> samples that have them.
         markup: kinds of markup that the kept samples train as text, as the rules allow -> samples that have them.
         digests: (total,) uint64, of all samples in order, see `row_digest`; 0 for refused ones.
-        image_keys: (images of all kept samples,) uint64, in their order: equal for images of one path, 0 for images
-            that have none.
+        image_keys: (images of all kept samples,) uint64, in their order: equal for images of one path and their parts,
+            0 for images that have none.
         embedded: whether there are images inside the rows, which the digests leave out.
     """
 
@@ -156,6 +159,7 @@ class Rules:
         box_edge: what coordinates of 1000 in boxes are: an "error", or with "clamp" 999.
         identify: note what each sample is made of, to find those that train and evaluate (see `overlap`).
         markup_as_text: kinds of markup that are text where no format reads them (see `markup`); others are refused.
+        views: what pictures an image becomes; None is itself alone.
     """
 
     tokenizer: QwenVLTokenizer
@@ -168,6 +172,12 @@ class Rules:
     box_edge: Literal["error", "clamp"] = "error"
     identify: bool = False
     markup_as_text: frozenset[str] = frozenset()
+    views: Views | None = None
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of one image."""
+        return 1 if self.views is None else self.views.count
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
         """Render messages as they are trained.
@@ -183,6 +193,28 @@ class Rules:
             labels=self.labels,
             grounding=self.grounding,
             n_queries=self.n_queries,
+            views=self.views,
+        )
+
+    def cost(self, pictures: int, more_pages: int) -> str:
+        """What the pictures of a sample cost, where recipe keys made several of an image: which, and what to do.
+
+        Args:
+            pictures: of the sample, as rendered.
+            more_pages: of the sample.
+        """
+        made = []
+        if more_pages:
+            made.append((f"data.pages shows {more_pages:,} pages more", "fewer pages (data.pages.first)"))
+        if self.views is not None:
+            made.append((f"data.views makes {self.views.count} of an image", "fewer parts (data.views.grid)"))
+        if not made or not pictures:
+            return ""
+        tokens = pictures * (self.n_queries + 2)
+        keys, remedies = zip(*made, strict=True)
+        return (
+            f" ({tokens:,} of them are {pictures:,} pictures: {' and '.join(keys)}; {', '.join(remedies)}, or a "
+            "larger max_length)"
         )
 
     def read(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -260,7 +292,9 @@ def refusal(checked: Checked, rules: Rules) -> DataError | None:
     errors = checked.problems if rules.on_bad_row == "error" else []
     if rules.on_long == "error":
         reason = f"tokens, more than max_length={rules.max_length}"
-        errors = errors + [BadRow(long.origin, "length", f"{long.tokens:,} {reason}") for long in checked.dropped_long]
+        errors = errors + [
+            BadRow(long.origin, "length", f"{long.tokens:,} {reason}{long.cost}") for long in checked.dropped_long
+        ]
     if errors:
         return DataError(_summary(checked, rules), errors)
     if not len(checked.kept):
@@ -359,7 +393,8 @@ def check_chunk(task: tuple[Samples, Rules], chunk: range) -> _Found:
         found.embedded |= embedded
         rendered = fitted.rendered
         if rules.max_length is not None and len(rendered.ids) > rules.max_length:
-            found.dropped_long.append(TooLong(sample.origin, len(rendered.ids)))
+            cost = rules.cost(len(rendered.images), sample.more_pages)
+            found.dropped_long.append(TooLong(sample.origin, len(rendered.ids), cost))
             continue
         found.kept.append(index)
         found.lengths.append(len(rendered.ids))
@@ -386,7 +421,11 @@ def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
         BadField: what is wrong with it, all reasons together.
     """
     problems, markup = find_problems(
-        sample, grounding=rules.grounding, markup_as_text=rules.markup_as_text, box_edge=rules.box_edge
+        sample,
+        grounding=rules.grounding,
+        markup_as_text=rules.markup_as_text,
+        box_edge=rules.box_edge,
+        views=rules.views,
     )
     fitted = None
     try:
@@ -400,7 +439,8 @@ def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
 
 
 def _image_key(source: Any, access: ImageAccess) -> int:
-    """64 bits of a digest of an image's path; 0 where it has none."""
+    """64 bits of a digest of the path of an image, or of the one that it is a part of; 0 where it has none."""
+    source = whole_of(source)
     if isinstance(source, Mapping) and source.get("bytes") is None:
         source = source.get("path")
     if not isinstance(source, str):

@@ -83,7 +83,7 @@ class Entries:
         rules: they were checked by.
         indices: (images,) int64, a sample that has the image.
         numbers: (images,) int64, which of the sample's images it is.
-        counts: (images,) int64, images that the sample has after turns were left out.
+        counts: (images,) int64, images that the sample has after turns were left out; one is one with views too.
         known: sorted uint64, stamps of images that could be decoded before.
         decodes: False reads headers only.
         urls: whether images of the web are fetched.
@@ -119,8 +119,8 @@ def open_images(
         WorkerDied: a worker process was killed or crashed.
     """
     started = time.monotonic()
-    ends = checked.images.cumsum()
-    keys = checked.image_keys
+    counts, keys = _images_of(checked, rules)
+    ends = counts.cumsum()
     _, firsts = np.unique(keys, return_index=True)
     places = np.union1d(firsts[keys[firsts] != 0] if len(keys) else firsts, np.flatnonzero(keys == 0))
     rows = np.searchsorted(ends, places, side="right")
@@ -128,8 +128,8 @@ def open_images(
         samples,
         rules,
         checked.kept[rows],
-        places - (ends[rows] - checked.images[rows]),
-        checked.images[rows],
+        places - (ends[rows] - counts[rows]),
+        counts[rows],
         _remembered(),
         mode != "headers",
         mode == "all",
@@ -169,8 +169,13 @@ def open_images(
     taken = time.monotonic() - started
     if good and taken > REMEMBERED_SECONDS:
         _remember(entries.known, good)
-    numbers, problems = _problems(samples, checked, places, bad)
+    numbers, problems = _problems(samples, checked, rules, places, bad)
     return OpenedImages(opened, taken, problems, numbers, remembered, "" if entries.decodes else note)
+
+
+def _images_of(checked: Checked, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
+    """Of the kept samples how many images each has, and the keys of these: pictures of one image are one here."""
+    return checked.images // rules.pictures, checked.image_keys[:: rules.pictures]
 
 
 def open_chunk(entries: Entries, chunk: range) -> _Opened:
@@ -181,7 +186,7 @@ def open_chunk(entries: Entries, chunk: range) -> _Opened:
         sample = entries.samples[int(entries.indices[place])]
         sources = list(image_sources(sample.messages))
         if len(sources) != entries.counts[place]:
-            sources = list(entries.rules.fit(sample.messages).rendered.images)
+            sources = list(image_sources(entries.rules.fit(sample.messages).messages))
         source = sources[int(entries.numbers[place])]
         if is_url(source) and not entries.urls:
             continue
@@ -205,12 +210,13 @@ def open_chunk(entries: Entries, chunk: range) -> _Opened:
 
 
 def _problems(
-    samples: Samples, checked: Checked, places: np.ndarray, bad: list[tuple[int, str]]
+    samples: Samples, checked: Checked, rules: Rules, places: np.ndarray, bad: list[tuple[int, str]]
 ) -> tuple[tuple[int, ...], list[BadRow]]:
     """The numbers of the samples that have one of the bad images, and a problem for each, in the data's order."""
     if not bad:
         return (), []
-    ends, keys = checked.images.cumsum(), checked.image_keys
+    counts, keys = _images_of(checked, rules)
+    ends = counts.cumsum()
     found: list[tuple[int, int, str]] = []
     for place, reason in bad:
         first = places[place]
@@ -221,8 +227,8 @@ def _problems(
         index = int(checked.kept[row])
         sample = samples[index]
         # Images are numbered from the beginning of the row, which may have been left out.
-        before = sum(1 for _ in image_sources(sample.messages)) - int(checked.images[row])
-        number = before + place - int(ends[row] - checked.images[row])
+        before = sum(1 for _ in image_sources(sample.messages)) - int(counts[row])
+        number = before + place - int(ends[row] - counts[row])
         problems.append(BadRow(sample.origin, f"images[{number}]", f"cannot be decoded: {reason}"))
         numbers.append(index)
     return tuple(sorted(set(numbers))), problems

@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from finetune.data.image_files import count_pages, named_page
+from finetune.data.picture_numbers import refuse_moved_pictures
 from finetune.data.sample import BadField
 from finetune.errors import InputError
 from qwenvl import ImageAccess
+from qwenvl.text.image_parts import put_pictures
 
 
 class Expanded(NamedTuple):
-    """Messages whose files of several pages became several images, and how many pages were left out."""
+    """Messages whose files of several pages became several images, how many pages were left out, and how many images
+    there are more."""
 
     messages: tuple[Mapping[str, Any], ...]
     left_out: int
+    more: int
 
 
 @dataclass(frozen=True)
@@ -66,30 +70,30 @@ class Pages:
         """Put the pages of each image in its place; sources are absolute.
 
         Raises:
-            BadField: as `of`; or the row writes the numbers of its pictures itself, which would be wrong then.
+            BadField: as `of`; or the texts name pictures by numbers that would be others'.
         """
-        left_out = number = 0
-        expanded = []
-        for message in messages:
-            content = message["content"]
-            if not isinstance(content, str):
-                parts: list[Mapping[str, Any]] = []
-                for part in content:
-                    if part["type"] != "image":
-                        parts.append(part)
-                        continue
-                    images, more = self.of(part["image"], access, f"images[{number}]")
-                    if len(images) > 1 and part.get("numbered") is False:
-                        raise BadField(
-                            f"images[{number}]",
-                            f"has {len(images)} pages, and the row writes the numbers of its pictures itself: name "
-                            "its pages one by one (file.pdf#1), or use another format",
-                        )
-                    parts += [{**part, "image": image} for image in images]
-                    left_out, number = left_out + more, number + 1
-                content = parts
-            expanded.append({**message, "content": content})
-        return Expanded(tuple(expanded), left_out)
+        left_out = number = pages = 0
+        fixed: int | None = None  # images whose numbers stay
+
+        def pages_of(source: Any) -> list[Any]:
+            nonlocal left_out, number, pages, fixed
+            images, more = self.of(source, access, f"images[{number}]")
+            left_out, number, pages = left_out + more, number + 1, pages + len(images)
+            if fixed is None and len(images) > 1:
+                fixed = number
+            return images
+
+        try:
+            contents = put_pictures([message["content"] for message in messages], pages_of)
+        except BadField:
+            raise
+        except InputError as error:
+            raise BadField("messages", str(error)) from error
+        if fixed is None:
+            return Expanded(tuple(messages), left_out, 0)
+        refuse_moved_pictures(messages, fixed, "data.pages")
+        expanded = ({**message, "content": content} for message, content in zip(messages, contents, strict=True))
+        return Expanded(tuple(expanded), left_out, pages - number)
 
 
 def _page_of(source: Any, page: int) -> Any:

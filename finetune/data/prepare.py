@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from hashlib import file_digest, sha256
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy as np
 from finetune.data.checking import Checked
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.prepared_rows import JPEG_QUALITY, BadImages, try_row, write_shard
-from finetune.data.reading import read_checked
+from finetune.data.reading import read_checked, views_of
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadRow, DataError
 from finetune.data.samples import Samples
@@ -132,9 +133,14 @@ def prepare(recipe: Recipe, to: Path, image_size: int | None = None, say: Say = 
     """
     base = find_source(recipe.model.path).base
     processor = QwenVLProcessor.from_pretrained(base)
-    seen = processor.image_processor.size["height"]
+    seen, views = processor.image_processor.size["height"], views_of(recipe)
     if image_size is not None and image_size < seen:
         raise UserError(f"--image-size {image_size}: the model sees images at {seen} x {seen} pixels; give no less")
+    if image_size is not None and views is not None and image_size < (least := ceil(seen * views.scale)):
+        raise UserError(
+            f"--image-size {image_size}: with data.views the model sees each part of an image at {seen} x {seen} "
+            f"pixels, which are {least} for the whole side; give no less"
+        )
     with _folder_errors(to):
         make_folder(to)
     with RunFolder(to).lock():
@@ -223,6 +229,7 @@ def _made_from(recipe: Recipe, image_size: int | None, parts: Mapping[str, tuple
         "data": {
             **{key: getattr(data, key) for key in settings},
             **{key: list(value) for key in set_only if (value := getattr(data, key))},
+            **({} if data.views is None else {"views": data.views.model_dump(mode="json")}),
         },
         "sources": {
             name: [{"path": source.path, "weight": source.weight} for source in sources[name]] for name in parts
@@ -407,4 +414,6 @@ def snippet(to: Path, groups: Mapping[str, list[Group]], recipe: Recipe) -> str:
         if recipe.evaluate is not None and "eval" not in used:
             kept = [source.model_dump(mode="json", exclude_defaults=True) for source in recipe.evaluate.data]
             sections["evaluate"] = {"data": kept}
+    if recipe.data.views is not None:
+        sections["data"]["views"] = recipe.data.views.model_dump(mode="json")
     return write_yaml(sections)

@@ -6,9 +6,11 @@ from typing import Any, Literal
 from finetune.data.image_files import check_image
 from finetune.data.markup import find_markup, grounding_problems, why_refused
 from finetune.data.message_parts import boxes_inside, grounding_texts, image_sources
+from finetune.data.picture_numbers import refuse_moved_pictures
 from finetune.data.sample import BadField, Sample
 from finetune.errors import InputError
 from qwenvl.text.chat import is_trained
+from qwenvl.views import Views
 
 MOST_IMAGES = 1000
 """Images of a row: 258,000 tokens. A row of many more would take minutes to look at, and no model could read it."""
@@ -17,19 +19,26 @@ _SHOWN_REASONS = 5  # of one sample's markup
 
 
 def find_problems(
-    sample: Sample, *, grounding: bool, markup_as_text: frozenset[str], box_edge: Literal["error", "clamp"] = "error"
+    sample: Sample,
+    *,
+    grounding: bool,
+    markup_as_text: frozenset[str],
+    box_edge: Literal["error", "clamp"] = "error",
+    views: Views | None = None,
 ) -> tuple[list[BadField], list[str]]:
     """Everything that is wrong with a sample, and the kinds of markup that its text holds.
 
     Args:
         sample: of any format.
-        grounding, markup_as_text, box_edge: see `checking.Rules`.
+        grounding, markup_as_text, box_edge, views: see `checking.Rules`.
 
     Raises:
         BadField: it has more images than are looked at, so that nothing else was.
     """
     if (count := sum(1 for _ in image_sources(sample.messages))) > MOST_IMAGES:
         raise BadField("images", too_many_images(count))
+    if views is not None and count:
+        refuse_views(sample.messages, views, grounding)
     problems: list[BadField] = []
     messages = sample.messages if box_edge == "error" else boxes_inside(sample.messages, grounding)
     if malformed := _malformed(messages, grounding, markup_as_text):
@@ -53,6 +62,23 @@ def find_problems(
     elif not any(map(is_trained, sample.messages)):
         problems.append(BadField("messages", "nothing in it is trained: all assistant's turns are marked as context"))
     return problems, [look.kind for look in found]
+
+
+def refuse_views(messages: Sequence[Mapping[str, Any]], views: Views, grounding: bool) -> None:
+    """Check that a conversation can be shown with views.
+
+    Raises:
+        BadField: it has too many pictures then, names pictures by numbers that would be others', or has boxes and no
+            page that they are of.
+    """
+    parts = (part for message in messages if not isinstance(message["content"], str) for part in message["content"])
+    if (count := views.count * sum(part["type"] == "image" for part in parts)) > MOST_IMAGES:
+        raise BadField("images", f"{too_many_images(count)} (data.views makes {views.count} of an image)")
+    if not views.page and (boxes := next(grounding_texts(messages, grounding), None)) is not None:
+        raise BadField(
+            boxes[0], "boxes are of the whole page, and data.views.page: false leaves it out: set it to true"
+        )
+    refuse_moved_pictures(messages, 1, "data.views")
 
 
 def together(problems: Sequence[BadField]) -> BadField:

@@ -16,6 +16,7 @@ from finetune.errors import InputError
 from finetune.recipe import Recipe, Source
 from finetune.terminal import Say, say_nothing
 from qwenvl import ImageAccess, QwenVLProcessor
+from qwenvl.views import Views
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,14 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
         data.box_edge,
         identify=recipe.evaluate is not None,
         markup_as_text=check_markup_names(data.markup_as_text),
+        views=views_of(recipe),
     )
+
+
+def views_of(recipe: Recipe) -> Views | None:
+    """What pictures an image becomes by a recipe."""
+    given = recipe.data.views
+    return None if given is None else Views(given.page, (given.grid[0], given.grid[1]), given.overlap)
 
 
 def pages_of(recipe: Recipe) -> Pages | None:

@@ -38,6 +38,7 @@ class Sample:
         origin: the row it was made from.
         access: what its image references may reach: the source's own folder, unless the recipe says another.
         pages_left_out: pages of its files that are not among its images, as `data.pages` says.
+        more_pages: images that it has more since files became their pages.
         unread: the columns of its row, and keys of its turns, that hold something and are not read.
     """
 
@@ -46,6 +47,7 @@ class Sample:
     access: ImageAccess = field(default_factory=ImageAccess)
     pages_left_out: int = 0
     unread: tuple[str, ...] = ()
+    more_pages: int = 0
 
 
 class BadField(UserError):

@@ -292,7 +292,7 @@ class _Part:
         if self.pages is None:
             return Sample(messages, origin, self.access, unread=unread)
         expanded = self.pages.expand(messages, self.access)
-        return Sample(expanded.messages, origin, self.access, expanded.left_out, unread)
+        return Sample(expanded.messages, origin, self.access, expanded.left_out, unread, expanded.more)
 
     def _image_size(self, source: Any) -> tuple[int, int]:
         return upright_size(absolute(source, self.root), self.access)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from qwenvl.text.chat import LabelRule, Rendered, is_trained, render_chat
 from qwenvl.text.tokenizer import QwenVLTokenizer
+from qwenvl.views import Views
 
 OnLong = Literal["error", "drop", "drop_turns"]
 
@@ -39,6 +40,7 @@ def render_fitting(
     labels: LabelRule,
     grounding: bool,
     n_queries: int,
+    views: Views | None = None,
 ) -> Fitted:
     """Render a conversation; if it is too long and `on_long` is "drop_turns", without as many turns as needed to fit.
 
@@ -48,14 +50,14 @@ def render_fitting(
     Args:
         messages: as for `chat.render_chat`.
         max_length: tokens; None is any number.
-        tokenizer, labels, grounding, n_queries: as for `chat.render_chat`.
+        tokenizer, labels, grounding, n_queries, views: as for `chat.render_chat`.
 
     Raises:
         InputError: as `chat.render_chat`.
     """
 
     def render(kept: Sequence[Mapping[str, Any]]) -> Rendered:
-        return render_chat(kept, tokenizer, labels=labels, grounding=grounding, n_queries=n_queries)
+        return render_chat(kept, tokenizer, labels=labels, grounding=grounding, n_queries=n_queries, views=views)
 
     rendered = render(messages)
     if on_long != "drop_turns" or max_length is None or len(rendered.ids) <= max_length:

@@ -62,7 +62,7 @@ def lines_left_out(checked: Checked) -> Iterator[str]:
     for problem in checked.problems:
         yield json.dumps({"origin": str(problem.origin), "reason": str(problem)}, ensure_ascii=False) + "\n"
     for long in checked.dropped_long:
-        yield json.dumps({"origin": str(long.origin), "reason": f"too long: {long.tokens} tokens"}) + "\n"
+        yield json.dumps({"origin": str(long.origin), "reason": f"too long: {long.tokens} tokens{long.cost}"}) + "\n"
     for shortened in checked.shortened:
         turns = shortened.turns_dropped
         reason = f"shortened: trained without its first {turns} turns"

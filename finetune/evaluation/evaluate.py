@@ -141,6 +141,7 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
                 # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",
                 pages=evaluation.pages,
+                views=asking.views,
             )
             for source in evaluation.sources
         ]
@@ -194,6 +195,8 @@ def prediction_file(
             "style": model.style,
             "prompt": model.prompt.text,
             "system": model.asking.system,
+            # Only where there are some: earlier evaluations know no views.
+            **({} if model.asking.views is None else {"views": model.asking.views.to_json()}),
             "shots": evaluation.shots,
             "dtype": choose_dtype(evaluation.dtype),
             "quantization": model.use.quantization,
@@ -342,6 +345,7 @@ def describe(
             "style": identity["settings"]["style"],
             "prompt": identity["settings"]["prompt"],
             "asked": asked_by,
+            **({"views": views} if (views := identity["settings"].get("views")) else {}),
             "max_new_tokens": evaluation.task.max_new_tokens,
             "shots": evaluation.shots,
             "limit": evaluation.limit,

@@ -11,6 +11,10 @@ from finetune.evaluation.task import Task
 from finetune.recipe.document_fields import Prompts
 from finetune.recipe.sections import Annotations, NamedSource, Part
 from finetune.replies.task_replies import Style
+from qwenvl.views import Views
+
+NO_VIEWS: Literal["none"] = "none"
+"""Each image by itself, whatever a model was trained with."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Evaluation:
         batch_tokens: see `replies.Decoding`.
         grounding, box_edge: read markup in all texts as tokens, and coordinates of 1000, see `Questions`.
         pages: how files of several pages become several images; None refuses them unless a page is named.
+        views: what pictures an image becomes for both models; "none" is itself alone, None what each was trained with.
+        recipe_views: of the recipe that says what is asked, for models whose training is not recorded.
         on_bad_row: what happens to a row that cannot be asked.
         ignore, markup_as_text: as in a recipe's `data`.
         on_bad_image: what happens to an image that is missing or damaged; "wrong" counts its questions as wrong.
@@ -91,6 +97,8 @@ class Evaluation:
     grounding: bool = False
     box_edge: Literal["error", "clamp"] = "error"
     pages: Pages | None = None
+    views: Views | Literal["none"] | None = None
+    recipe_views: Views | None = None
     on_bad_row: Literal["error", "skip"] = "error"
     ignore: tuple[str, ...] = ()
     markup_as_text: tuple[str, ...] = ()

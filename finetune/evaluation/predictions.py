@@ -56,6 +56,7 @@ def write_predictions(
             collator.tokenizer,
             add_generation_prompt=True,
             grounding=collator.rules.grounding,
+            views=collator.rules.views,
             n_queries=collator.rules.n_queries,
         )
         asked.append((sample, *parts))

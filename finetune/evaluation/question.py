@@ -15,6 +15,7 @@ from finetune.metrics.document_fields import FieldsAsked
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess, QwenVLTokenizer
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
+from qwenvl.views import Views
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Question:
         objects: all gold boxes, where all count; else None.
         image_size: width and height in pixels where there may be a box, else None.
         group: the group that its score counts for, or None.
-        images: image sources, as `load_image` takes them.
+        images: image sources, as `load_image` takes them; boxes are of these.
         access: which files and URLs they may reach.
         style: how it is asked.
         messages: the prompt's messages, in parts; image parts are filled from `images` in order.
@@ -40,6 +41,7 @@ class Question:
         source: the name of its source, where an evaluation has several.
         fields: of a document, that are asked for; None where no fields are.
         by_likelihood: the reply is the likeliest of the options' letters.
+        views: what pictures each image becomes; None is itself alone.
     """
 
     id: str
@@ -59,6 +61,14 @@ class Question:
     by_likelihood: bool = False
     objects: GoldBoxes | None = None
     fields: FieldsAsked | None = None
+    views: Views | None = None
+
+    @property
+    def pictures(self) -> list[Any]:
+        """The sources of the pictures that the model is shown of its images, without those of solved examples."""
+        if self.views is None:
+            return list(self.images)
+        return [picture for source in self.images for picture in self.views.pictures(source)]
 
     def render(self, tokenizer: QwenVLTokenizer, n_queries: int = 256) -> Rendered:
         """The prompt: a chat that waits for a reply, or raw text for a base model to continue.
@@ -70,9 +80,12 @@ class Question:
             InputError: text that the tokenizer cannot encode, or an image of a solved example that cannot be read.
         """
         if self.style == "chat":
-            return render_chat(self._filled(), tokenizer, add_generation_prompt=True, n_queries=n_queries)
+            return render_chat(
+                self._filled(), tokenizer, add_generation_prompt=True, views=self.views, n_queries=n_queries
+            )
         content = [part for shot in self.shots for part in shot._solved(self.access)]
-        return render_prompt([*content, *self._filled()[0]["content"]], tokenizer, n_queries=n_queries)
+        content += self._filled()[0]["content"]
+        return render_prompt(content, tokenizer, views=self.views, n_queries=n_queries)
 
     def choices(self, tokenizer: QwenVLTokenizer) -> tuple[int, ...]:
         """The tokens of the options' letters, of which the likeliest is the reply; empty where any reply may be.

@@ -24,7 +24,7 @@ from finetune.data.formats.unread import unread_names
 from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.markup import check_markup_names, find_markup, why_refused
 from finetune.data.pages import Pages
-from finetune.data.problems import MOST_IMAGES, too_many_images
+from finetune.data.problems import MOST_IMAGES, refuse_views, too_many_images
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.samples import wanted_fields
@@ -40,6 +40,7 @@ from finetune.evaluation.tasks import check_prompt
 from finetune.recipe.problems import nearest
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess
+from qwenvl.views import Views
 
 __all__ = ["Question", "Questions"]
 
@@ -98,6 +99,7 @@ class Questions(Sequence[Question]):
         on_bad_row: "error" reports all bad rows together; "skip" leaves them out and lists them.
         pages: how files of several pages become several images; None refuses them unless a page is named. Where
             boxes are asked for, a page is named in any case.
+        views: what pictures each image becomes; None is itself alone.
         ignore, markup_as_text: as in a recipe's `data`: columns that are not read, and markup that is asked as text.
         look_for_images: treat a row whose image file is missing as a bad row; False leaves that to the reader of the
             image.
@@ -139,12 +141,18 @@ class Questions(Sequence[Question]):
         markup_as_text: Sequence[str] = (),
         look_for_images: bool = True,
         pages: Pages | None = None,
+        views: Views | None = None,
     ):
         if shots and style == "chat":
             raise UserError("solved examples are for base models: set shots to 0, or style to base")
         self.task, self.style = task, style
         self._look_for_images = look_for_images
         self._pages = None if task.is_grounding else pages
+        self._views = views
+        if views is not None and not views.page and task.is_grounding:
+            raise UserError(
+                f"task {task.name} asks for boxes, which are of the whole page, and the views leave it out ({views})"
+            )
         self._ignore, self._markup_as_text = frozenset(ignore), check_markup_names(markup_as_text)
         wanted = _wanted(source) if task.format == FIELDS else None
         self.name, self.columns = str(source.path), _columns(source, task, wanted)
@@ -186,6 +194,7 @@ class Questions(Sequence[Question]):
                 box_edge=box_edge,
                 on_bad_row=on_bad_row,
                 pages=pages,
+                views=views,
                 ignore=ignore,
                 markup_as_text=markup_as_text,
             )
@@ -236,6 +245,7 @@ class Questions(Sequence[Question]):
             by_likelihood=self.task.by_likelihood,
             objects=asked.objects,
             fields=asked.fields,
+            views=self._views,
         )
 
     @property
@@ -265,6 +275,8 @@ class Questions(Sequence[Question]):
             asked["fields"] = asdict(reader.wanted)
         if self._pages is not None:
             asked["pages"] = asdict(self._pages)
+        if self._views is not None:
+            asked["views"] = self._views.to_json()
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     @property
@@ -323,6 +335,11 @@ class Questions(Sequence[Question]):
         if len(asked[0].sources) > MOST_IMAGES:
             raise BadRow(self._rows.origin(row), "images", too_many_images(len(asked[0].sources)))
         for question in asked:
+            if self._views is not None and question.sources:
+                try:
+                    refuse_views(question.messages, self._views, self._reader.grounding)
+                except BadField as error:
+                    raise BadRow(self._rows.origin(row), error.field, error.reason) from None
             found = find_markup(question.messages, self._reader.grounding)
             if refused := [look for look in found if look.kind not in self._markup_as_text]:
                 raise BadRow(self._rows.origin(row), refused[0].place, why_refused(refused))

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 
 from finetune.batches.image_request import VisionCache
-from finetune.data.reading import pages_of
+from finetune.data.reading import pages_of, views_of
 from finetune.data.shown_rows import choose_shown, document_of
 from finetune.errors import UserError
 from finetune.evaluation.asked_prompt import asked_otherwise
@@ -128,6 +128,7 @@ class TaskEvaluation:
                 box_edge=data.box_edge,
                 on_bad_row=data.on_bad_row,
                 pages=pages_of(recipe),
+                views=views_of(recipe),
                 ignore=data.ignore,
                 markup_as_text=data.markup_as_text,
             )

@@ -437,6 +437,23 @@ class Pages(Section):
     """A file with more pages than first: refuse its row, or leave the others out and count them."""
 
 
+class Views(Section):
+    """Each image as several pictures: the whole page, picture 1, and its parts, row by row."""
+
+    page: bool = True
+    """Whether the whole page comes first; boxes are of it, and without it there can be none."""
+    grid: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=8)], ...], Strict(False), Field(min_length=2, max_length=2)
+    ] = (2, 2)
+    """Rows and columns of the parts, as [2, 2]; each is a picture of its own and takes 258 tokens."""
+    overlap: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """What neighbouring parts share, as a share of a part's side: a line of text that one cuts is whole in another."""
+
+    def findings(self) -> Iterator[Finding]:
+        if self.grid == (1, 1):
+            yield Finding(("grid",), "a grid of [1, 1] is the whole page", "give more parts, or set data.views: null")
+
+
 class Data(Section):
     """What is trained on, and how rows become batches."""
 
@@ -448,6 +465,8 @@ class Data(Section):
     """Folder that image paths are relative to and may not leave; null takes the folder of each data file."""
     pages: Pages | None = None
     """A file of several pages (PDF, TIFF, animation) becomes as many images; null wants a page named: file.pdf#3."""
+    views: Views | None = None
+    """Each image becomes several pictures, also where the model is evaluated, asked or served; null is one picture."""
     max_length: Count | None = 2048
     """Most tokens of one conversation; an image takes 258. null sets no limit."""
     on_long: Literal["error", "drop", "drop_turns"] = "error"
@@ -484,6 +503,12 @@ class Data(Section):
     """Most GB of the vision cache; null takes what fits, in memory at most half of what is free."""
 
     def findings(self) -> Iterator[Finding]:
+        if self.views is not None and not self.views.page:
+            reason = "boxes are of the whole page, which is not among the pictures"
+            if self.grounding:
+                yield Finding(("grounding", "views.page"), reason, "set views.page: true")
+            if any(source.format == "grounding" for source in self.train):
+                yield Finding(("views.page", "train"), reason, "set views.page: true")
         if self.vision_cache_gb is not None and self.vision_cache == "off":
             yield Finding(
                 ("vision_cache_gb", "vision_cache"),

@@ -25,8 +25,10 @@ from finetune.errors import UserError
 from finetune.terminal import terminal_line
 from finetune.vision_cache.store import KEY_BYTES, Damaged, FeatureStore
 from qwenvl import ImageAccess, QwenVLImageProcessor
+from qwenvl.images.images import ImageReader
 from qwenvl.images.page_references import split_page
 from qwenvl.images.pdf_pages import SIGNATURE
+from qwenvl.views import whole_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class ImageHandles:
 
 
 def _is_pdf(source: Any) -> bool:
+    source = whole_of(source)
     if isinstance(source, Mapping):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if isinstance(source, bytes):
@@ -97,6 +100,7 @@ def settle(source: Any, access: ImageAccess) -> None:
 
 def place_of(source: Any) -> str | None:
     """Path or URL of an image; None for image data."""
+    source = whole_of(source)
     if isinstance(source, Mapping):
         source = source["path"] if source.get("bytes") is None else None
     if not isinstance(source, str | os.PathLike) or os.fspath(source)[:5].lower() == "data:":
@@ -145,8 +149,11 @@ class VisionCache:
     image_processor: QwenVLImageProcessor
     complete: bool
 
-    def get(self, request: ImageRequest) -> torch.Tensor:
+    def get(self, request: ImageRequest, reader: ImageReader | None = None) -> torch.Tensor:
         """The features of an image, or its pixels if it was left out for the cache's bound.
+
+        Args:
+            reader: see `read_pixels`.
 
         Returns:
             (n_queries, hidden) features, or (3, S, S) uint8 pixels.
@@ -159,7 +166,7 @@ class VisionCache:
         pixels = None
         if content not in self.store.places:
             # The file was touched, or the image was left out for the bound.
-            pixels = read_pixels(request, self.image_processor)
+            pixels = read_pixels(request, self.image_processor, reader)
             content = content_key(pixels)
         damage = "it is not what it was when its features were computed"
         if content in self.store.places:
@@ -174,4 +181,4 @@ class VisionCache:
             )
         if damage.startswith("its"):
             logger.warning("%s: %s: encoded again", terminal_line(request.name), terminal_line(damage))
-        return read_pixels(request, self.image_processor) if pixels is None else pixels
+        return read_pixels(request, self.image_processor, reader) if pixels is None else pixels

@@ -41,7 +41,7 @@ from finetune.vision_cache.run_images import Entry, RunImages, find_images
 from finetune.vision_cache.store import FEATURES, Damaged, FeatureStore, Record
 from finetune.vision_cache.tower_fingerprint import tower_fingerprint
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor
-from qwenvl.images.images import ImageError
+from qwenvl.images.images import ImageError, ImageReader
 
 Wanted = tuple[bytes, Entry]
 """An image to encode: its handle, and where the run has it."""
@@ -350,11 +350,19 @@ class _Pixels(Dataset[_Read]):
     image_processor: QwenVLImageProcessor
 
     def __getitem__(self, wanted: Wanted) -> _Read:
+        return self._read(wanted, ImageReader())
+
+    def __getitems__(self, group: list[Wanted]) -> list[_Read]:
+        """A group in the order of the data, where the pictures of one image are neighbours: it is decoded once."""
+        reader = ImageReader()
+        return [self._read(wanted, reader) for wanted in group]
+
+    def _read(self, wanted: Wanted, reader: ImageReader) -> _Read:
         handle, entry = wanted
         request = self.images.request(entry)
         settle(request.source, request.access)
         try:
-            pixels = read_pixels(request, self.image_processor)
+            pixels = read_pixels(request, self.image_processor, reader)
         except ImageError as error:
             return _Read(handle, None, None, str(error))
         if self.handles.of(request.source, request.access) != handle:

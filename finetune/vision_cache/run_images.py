@@ -67,11 +67,13 @@ class SampleImages:
     def __getitem__(self, index: int) -> list[ImageRequest]:
         sample = self._samples[int(self._indices[index])]
         sources = list(image_sources(sample.messages))
+        if self._rules.views is not None:
+            sources = [picture for source in sources for picture in self._rules.views.pictures(source)]
         if len(sources) != self._counts[index]:
             sources = self._rules.fit(sample.messages).rendered.images
         return [
-            ImageRequest(source, sample.access, f"{sample.origin}, image {number}")
-            for number, source in enumerate(sources, start=1)
+            ImageRequest(source, sample.access, f"{sample.origin}, image {1 + place // self._rules.pictures}")
+            for place, source in enumerate(sources)
         ]
 
     def sample(self, index: int) -> tuple[int, str]:
@@ -92,7 +94,7 @@ class QuestionImages:
 
     def __getitem__(self, index: int) -> list[ImageRequest]:
         question = self._questions[index]
-        return [ImageRequest(source, question.access, str(question.origin)) for source in question.images]
+        return [ImageRequest(source, question.access, str(question.origin)) for source in question.pictures]
 
     def sample(self, index: int) -> tuple[int, str]:
         return index, str(self._questions[index].origin)

@@ -30,6 +30,7 @@ from qwenvl.images.image_urls import IPAddress, UrlError, display_url, fetch, is
 from qwenvl.images.page_references import check_page, find_page, split_page
 from qwenvl.images.pdf_pages import DPI
 from qwenvl.images.unusable_image import UnusableImage
+from qwenvl.views import PagePart, whole_of
 
 # Not every platform has every flag; a missing one guards against something that does not exist on that platform.
 _OPEN_FILE = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
@@ -102,7 +103,8 @@ def load_image(
             - torch uint8 (height, width), (channels, height, width) or (height, width, channels), if the shape is
               not ambiguous;
             - {"bytes": ..., "path": ...}: the datasets library's undecoded image; the path is opened if there are no
-              bytes. "page": the page to read.
+              bytes. "page": the page to read;
+            - `qwenvl.views.PagePart`: a part of any of these, cut from the upright image.
         access: what paths and URLs may reach, and the limits.
         name: the image's name in errors (a file and row, for example), in addition to its description.
         page: the page or frame to read, from 1; None for the one that the source names, or the only one.
@@ -111,12 +113,37 @@ def load_image(
         ImageError: the source is not allowed, not found, not an image, damaged, encrypted, or beyond a limit; or it
             has several pages and none is named, or not the one that is.
     """
+    if isinstance(source, PagePart):
+        return _cut(load_image(source.source, access=access, name=name, page=page), source)
     described = _describe(source)
     label = f"{name} ({described})" if name else described
     try:
         return _load(source, access, None if page is None else check_page(page))
     except (UnusableImage, UrlError) as error:
         raise ImageError(label, error.reason, error.remedy) from error.__cause__
+
+
+class ImageReader:
+    """Loads images one after the other; pictures of one image that follow one another are cut from it, decoded once.
+
+    Keeps the last image, so it is for one task and one thread.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, ImageAccess] | None = None
+        self._image: Image.Image | None = None
+
+    def load(self, source: Any, *, access: ImageAccess = ImageAccess(), name: str | None = None) -> Image.Image:
+        """As `load_image`; errors are the same."""
+        whole = whole_of(source)
+        if self._image is None or self._last is None or whole is not self._last[0] or access != self._last[1]:
+            self._image = None  # the memory is free before another image takes its own
+            self._image, self._last = load_image(whole, access=access, name=name), (whole, access)
+        return _cut(self._image, source) if isinstance(source, PagePart) else self._image
+
+
+def _cut(image: Image.Image, part: PagePart) -> Image.Image:
+    return image.crop(part.box(*image.size))
 
 
 def _describe(source: Any) -> str:

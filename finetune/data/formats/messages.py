@@ -20,7 +20,8 @@ from finetune.data.formats.places import PLACE, split_places
 from finetune.data.formats.system import put_system_first
 from finetune.data.formats.turn_loss import train_flag
 from finetune.data.sample import BadField
-from qwenvl.text.chat import IMAGE_SOURCE_KEYS, ROLES
+from qwenvl.text.chat import ROLES
+from qwenvl.text.image_parts import IMAGE_SOURCE_KEYS
 
 COLUMNS = ("messages", "images", "prompt", "completion", "system")
 

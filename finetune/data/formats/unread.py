@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.data.formats.turn_loss import LOSS_KEYS
 from finetune.data.sample import BadField
-from qwenvl.text.chat import IMAGE_SOURCE_KEYS
+from qwenvl.text.image_parts import IMAGE_SOURCE_KEYS
 
 IMAGES = frozenset(
     {

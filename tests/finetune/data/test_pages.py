@@ -23,6 +23,7 @@ from finetune.data.shown_rows import document_of
 from finetune.errors import UserError
 from finetune.vision_cache.cache import ImageHandles
 from qwenvl import ImageAccess, load_image
+from qwenvl.text.chat_string import write_chat
 
 TWO = Pages(dpi=72, first=2, on_more="drop")
 ALL = Pages(dpi=72, first=3)
@@ -81,14 +82,23 @@ def test_what_cannot_be_read_is_named_with_its_row(folder):
     assert "there is no file" in str(outcomes[1])
 
 
-def test_a_row_that_numbers_its_pictures_names_its_pages(folder):
-    turns = [{"from": "user", "value": "Picture 1: <img>{}</img>\nQ"}, {"from": "assistant", "value": "A"}]
-    one = {"conversations": json.loads(json.dumps(turns).replace("{}", "file.pdf#2"))}
-    several = {"conversations": json.loads(json.dumps(turns).replace("{}", "file.pdf"))}
-    read = samples(folder, one, several, row_format="qwen_json", pages=ALL)
-    assert images(read[0]) == [str(folder / "file.pdf#2")]
-    with pytest.raises(BadRow, match=r"row 2, images\[0\]: has 3 pages, and the row writes the numbers"):
-        read[1]
+def test_a_row_that_numbers_its_pictures_gets_the_numbers_of_its_pages(folder):
+    def numbered(*names, ask="Q"):
+        shown = "".join(f"Picture {number}: <img>{name}</img>\n" for number, name in enumerate(names, 1))
+        return {"conversations": [{"from": "user", "value": shown + ask}, {"from": "assistant", "value": "A"}]}
+
+    rows = [
+        numbered("file.pdf#2", "a.png", ask="Is Picture 2 blue?"),
+        numbered("a.png", "file.pdf", "a.png", ask="Is Picture 2 blue?"),
+        numbered("file.pdf", "a.png", ask="Is Picture 2 blue?"),
+    ]
+    read = samples(folder, *rows, row_format="qwen_json", pages=ALL)
+    assert images(read[0]) == [str(folder / "file.pdf#2"), str(folder / "a.png")] and read[0].more_pages == 0
+    written = write_chat(read[1].messages)
+    assert "".join(f"Picture {number}: <img></img>\n" for number in (1, 2, 3, 4, 5)) + "Is" in written
+    assert images(read[1])[1:4] == [str(folder / f"file.pdf#{n}") for n in (1, 2, 3)] and read[1].more_pages == 2
+    with pytest.raises(BadRow, match=r"row 3, messages\[0\]: says 'Picture 2', and image 2 is another .* data.pages"):
+        read[2]
 
 
 def test_images_inside_rows(folder, monkeypatch):
