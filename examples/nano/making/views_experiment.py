@@ -4,9 +4,9 @@
     finetune runs/registers/page.yaml
     finetune runs/registers/views.yaml
 
-Run from the repository's root. A page has 254 pixels, and the nano's images have 140. So letters of the page as a
+Run from the repository's root. A page has 266 pixels, and the nano's images have 140. So letters of the page as a
 whole are half as high as those that the nano was trained on: numbers and capitals 5 pixels, small letters 4. A part of
-the page, 0.55 of its sides, is seen at its own size. No value and no layout of a test page is on a training page. Each
+the page, 1 / 1.9 of its sides, is seen at its own size. No value and no layout of a test page is on a training page. Each
 recipe trains for some minutes on two CPU cores.
 """
 
@@ -18,7 +18,7 @@ from examples.nano.making.documents.write import Plan, write
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
 
-PAGE = 254  # pixels: 0.55 of it are the nano's 140
+PAGE = 266  # pixels: a part is 1 / 1.9 of it, the nano's 140
 SETS = {"train": (480, 6), "test": (120, 1)}  # split -> pages, and questions about each
 VIEWS = "{page: true, grid: [2, 2], overlap: 0.1}"
 
