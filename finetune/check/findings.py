@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from finetune.batches.budget import ChosenBudget, packing_budget
 from finetune.check.epoch_estimate import Epoch, estimate_epoch
+from finetune.check.legibility import Legibility, look_at_letters
 from finetune.check.sample_preview import Preview, choose_samples, preview
 from finetune.data.image_check import OpenedImages
 from finetune.data.reading import DataPart, look_at_data, look_for_overlap, rules_of
@@ -32,6 +33,7 @@ class Findings:
         vision_cache: description of the phase that encodes the images; None where there is none.
         memory: what a run on this machine would hold; None where the model cannot be set up or no sample is left.
         opened: for each part, if images were opened.
+        legibility: of the text on some images of each part that has any.
         refusals: (what, why) of everything at which a run would stop.
     """
 
@@ -46,6 +48,7 @@ class Findings:
     vision_cache: str | None = None
     memory: RunPlan | None = None
     opened: dict[str, OpenedImages] = field(default_factory=dict)
+    legibility: dict[str, Legibility] = field(default_factory=dict)
     previews: list[Preview] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
 
@@ -126,6 +129,10 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         findings.vision_cache = describe_phase(
             recipe, QwenVLConfig.from_pretrained(base.path), base.processor, findings.parts, task, processes
         )
+    side = int(base.processor.image_processor.size["height"])
+    for name, (opened, checked) in whole.items():
+        if checked.images.any():
+            findings.legibility[name] = look_at_letters(opened, checked, rules, side)
     for name, index in choose_samples(findings.parts, samples, recipe.seed):
         chosen = findings.parts[name].samples
         assert chosen is not None, "samples are chosen from parts that were opened"

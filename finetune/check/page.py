@@ -36,6 +36,7 @@ def check_page(findings: Findings) -> str:
             for name, part in findings.parts.items()
             if part.samples is not None and part.checked is not None
         ),
+        _legibility(findings),
         _overlap(findings),
         _parameters(findings),
         _memory(findings),
@@ -55,6 +56,14 @@ def _head(findings: Findings) -> str:
         return head + '<p><span class="status finished">ready to train</span></p>'
     reasons = "".join(f"<li>{show(what)}: {show(why)}</li>" for what, why in findings.refusals)
     return head + f'<div class="panel notes"><strong>A run would stop here</strong><ul>{reasons}</ul></div>'
+
+
+def _legibility(findings: Findings) -> str:
+    warnings = [f"{name} data: {found.warning}" for name, found in findings.legibility.items() if found.warning]
+    if not warnings:
+        return ""
+    lines = "".join(f"<li>{show(line)}</li>" for line in warnings)
+    return f'<div class="panel notes"><strong>Small text</strong><ul>{lines}</ul></div>'
 
 
 def _overlap(findings: Findings) -> str:

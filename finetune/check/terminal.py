@@ -87,6 +87,8 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
             yield "", f"{opened.opened:,} images{before} {speed}; {len(opened.problems):,} cannot be decoded"
             if opened.note:
                 yield "", opened.note
+        if name in findings.legibility and findings.legibility[name].warning:
+            yield "", one_line(f"warning: {findings.legibility[name].warning}")
     for number, line in enumerate(findings.overlap):
         yield "" if number else "overlap", one_line(line)
     if findings.task is not None:

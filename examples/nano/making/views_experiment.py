@@ -5,9 +5,9 @@
     finetune runs/registers/views.yaml
 
 Run from the repository's root. A page has 266 pixels, and the nano's images have 140. So letters of the page as a
-whole are half as high as those that the nano was trained on: numbers and capitals 5 pixels, small letters 4. A part of
-the page, 1 / 1.9 of its sides, is seen at its own size. No value and no layout of a test page is on a training page. Each
-recipe trains for some minutes on two CPU cores.
+whole are half as high as those that the nano was trained on: numbers and capitals 5 pixels, small letters 4. A part
+of the page, 1 / 1.9 of its sides, is seen at its own size. No value and no layout of a test page is on a training
+page. Each recipe trains for some minutes on two CPU cores.
 """
 
 import argparse
