@@ -21,7 +21,7 @@ from qwenvl.text.boxes import CONTROL_TOKEN
 SHOWN_KINDS = 20
 LONGEST_PIECE = 4000  # characters of a text that are shown
 STYLES = {"control": "dim", "image": "magenta", "text": ""}
-TRAINED = "bold green"
+TRAINED, CONTEXT = "bold green", "yellow"
 
 
 def print_findings(findings: Findings, console: Console) -> None:
@@ -37,6 +37,8 @@ def print_findings(findings: Findings, console: Console) -> None:
     for preview in findings.previews:
         console.print()
         console.print(Text(one_line(_title(preview)), style="bold"))
+        for line in preview.left_out:
+            console.print(Text(f"  {one_line(line)}"))
         for shown in sample_text(preview.pieces, marked=marked).split("\n"):
             console.print(Text().append("  │ ", style="dim").append_text(shown))
     console.print()
@@ -45,15 +47,18 @@ def print_findings(findings: Findings, console: Console) -> None:
 def sample_text(pieces: Iterable[Piece], *, marked: bool) -> Text:
     """A sample's pieces as coloured text, or with marks around what is trained.
 
-    A control token that a text spells is no token: `‹<|im_end|> as text›`.
+    A control token that a text spells is no token: `‹<|im_end|> as text›`. A reply that is marked as context is
+    `‹context: ...›`.
     """
     text = Text()
-    for trained, run in groupby(pieces, lambda piece: piece.trained):
+    for (trained, context), run in groupby(pieces, lambda piece: (piece.trained, piece.context)):
         text.append("⟦" if marked and trained else "")
+        text.append("‹context: " if context else "", style=CONTEXT)
         for piece in run:
             told = CONTROL_TOKEN.sub(r"‹\g<0> as text›", piece.text) if piece.kind == "text" else piece.text
             shown = _fold(readable(told)).replace("\t", "    ")
-            text.append(shown, style=TRAINED if trained else STYLES[piece.kind])
+            text.append(shown, style=TRAINED if trained else CONTEXT if context else STYLES[piece.kind])
+        text.append("›" if context else "", style=CONTEXT)
         text.append("⟧" if marked and trained else "")
     return text
 
@@ -154,10 +159,9 @@ def _problems(findings: Findings, name: str) -> Iterator[str]:
 def _title(preview: Preview) -> str:
     rendered = preview.fitted.rendered
     shortened = f", without its first {preview.fitted.turns_dropped} turns" if preview.fitted.turns_dropped else ""
-    unread = f"; not read: {', '.join(preview.sample.unread)}" if preview.sample.unread else ""
     return (
         f"{preview.part}: {preview.sample.origin}: {len(rendered.ids):,} tokens, {rendered.supervised:,} trained, "
-        f"{len(rendered.images)} {'image' if len(rendered.images) == 1 else 'images'}{shortened}{unread}"
+        f"{len(rendered.images)} {'image' if len(rendered.images) == 1 else 'images'}{shortened}"
     )
 
 
