@@ -184,7 +184,8 @@ def test_the_page_shows_the_same_and_data_is_text_in_it(show, tmp_path):
     assert "\x1b" not in page and "\x00" not in page
     assert page.count("<svg") >= 2 and "ready to train" in page
     pictures = re.findall(r'src="(data:image/jpeg;base64,[^"]+)"', page)
-    assert len(pictures) == 2 and pictures[0] != pictures[1], "the boxes are drawn on one of them"
+    assert len(pictures) == 4 and pictures[0] != pictures[2], "the boxes are drawn on one of them"
+    assert pictures[1] == pictures[3], "and not on what the model gets"
 
 
 def test_a_page_that_cannot_be_written_is_told_first(show, tmp_path):
@@ -317,7 +318,10 @@ def test_images_are_shown_as_the_model_gets_them(show, tmp_path):
     source = write(tmp_path / "one.jsonl", [chat(images=[IMAGES[0]])])
     show(data__train=[source], html=tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert re.findall(r"<figcaption>(?!<)(.*?)</figcaption>", page) == [IMAGES[0].name, "as the model gets it: 112 x 112"]
+    assert re.findall(r"<figcaption>(?!<)(.*?)</figcaption>", page) == [
+        IMAGES[0].name,
+        "as the model gets it: 112 x 112",
+    ]
     show(data__train=[source], data__views={"grid": [1, 2]}, html=tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert re.findall(r"<figcaption>(?!<)(.*?)</figcaption>", page)[1:] == [
@@ -329,4 +333,4 @@ def test_images_are_shown_as_the_model_gets_them(show, tmp_path):
     first = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)[1]
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(first))), int)
     wanted = np.asarray(QwenVLImageProcessor(112, do_normalize=False)(IMAGES[0], return_tensors="np").pixel_values[0])
-    assert np.abs(seen.transpose(2, 0, 1) - wanted).mean() < 3
+    assert np.abs(seen.transpose(2, 0, 1) - wanted).mean() < 4
