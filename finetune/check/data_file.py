@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.check.data_guess import Guess, guess
+from finetune.check.data_guess import IMAGE_COLUMNS, Guess, guess, guess_export
+from finetune.check.export_layout import Layout, looks_like
 from finetune.check.sample_preview import image_name, one_line
 from finetune.data.message_parts import image_sources
 from finetune.data.problems import find_problems, together
@@ -15,7 +16,7 @@ from finetune.data.samples import Samples
 from finetune.data.sources.rows import Rows
 from finetune.data.sources.sources import read_source
 from finetune.data.summary import name_counts, problem_kinds
-from finetune.errors import UserError
+from finetune.errors import InputError, UserError
 from finetune.recipe.sections import Source
 from finetune.recipe.yaml_file import write_yaml
 from finetune.terminal import Say, say, terminal_text
@@ -41,6 +42,11 @@ def check_data(path: Path, *, samples: int = 3, say: Say = say) -> None:
         InputError: the data cannot be opened.
         UserError: no format reads its rows, or some rows cannot be used; raised after everything was shown.
     """
+    layout = looks_like(path)
+    if layout is not None:
+        say("data", f"{one_line(path)}: looks like an annotation export of layout {layout}")
+        if _read_export(path, layout, say, samples):
+            return
     rows = read_source(Source(path=str(path), format="messages"))
     if not len(rows):
         raise UserError(f"{path}: holds no rows")
@@ -51,11 +57,54 @@ def check_data(path: Path, *, samples: int = 3, say: Say = say) -> None:
     say("columns", one_line(", ".join(columns)[:1000]) or "none")
     found = guess(str(path), rows, list(columns), places)
     if found is None or not found.fit:
+        if columns and all(name.lower() in IMAGE_COLUMNS for name in columns):
+            raise UserError(f"{path}: has images and no text, so there is nothing to learn: add questions or captions")
         reason = "no format has such columns" if found is None else f"{found.source.format} comes nearest"
         if found is not None:
             _look_at_all(found, rows, say, samples=0)
         raise UserError(f"{path}: its rows are in no known format ({reason}); finetune/data/README.md has all of them")
-    say("format", f"{found.source.format}: {found.fit:,} of {len(places):,} rows looked at fit")
+    _conclude(path, found, rows, say, samples)
+
+
+def _read_export(path: Path, layout: Layout, say: Say, samples: int) -> bool:
+    """Look at a file or folder as an export; False where it has plain rows and only looked like one.
+
+    Raises:
+        InputError: it is neither.
+    """
+    found, failed = None, None
+    try:
+        found = guess_export(path, layout)
+    except InputError as error:
+        failed = error
+    if (found is None or not found.fit) and _has_rows(path):
+        say("", f"but is none: {one_line(failed or 'none of its rows fit that')}")
+        return False
+    if found is None:
+        assert failed is not None, "an export that is not guessed has an error"
+        raise failed
+    _conclude(path, found, None, say, samples)
+    return True
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether some rows of a file fit a format, without `annotations`."""
+    try:
+        rows = read_source(Source(path=str(path), format="messages"))
+        places = list(range(min(len(rows), LOOKED_AT)))
+        plain = guess(str(path), rows, list(_columns(rows, places)), places)
+    except InputError:
+        return False
+    return plain is not None and plain.fit > 0
+
+
+def _conclude(path: Path, found: Guess, rows: Rows | None, say: Say, samples: int) -> None:
+    """Look at all rows and print them, and the section that reads them.
+
+    Raises:
+        UserError: some rows cannot be used.
+    """
+    say("format", f"{found.source.format}: {found.fit:,} of {found.looked_at:,} rows looked at fit")
     bad = _look_at_all(found, rows, say, samples)
     say("recipe", "put this into a recipe:")
     # Without an indent, so that it can be pasted as it stands.
@@ -72,7 +121,20 @@ def section(found: Guess) -> str:
         given["columns"] = dict(source.columns)
     if source.box_form is not None:
         given["box_form"] = source.box_form
-    text = write_yaml({"data": {"train": given} | ({"grounding": True} if found.grounding else {})})
+    if source.prompt is not None:
+        given["prompt"] = source.prompt
+    if source.fields:
+        given |= {"fields": list(source.fields), "reply": source.reply}
+    if source.annotations is not None:
+        given["annotations"] = {"layout": source.annotations.layout}
+        if source.annotations.questions:
+            given["annotations"]["questions"] = dict(source.annotations.questions)
+    data: dict[str, Any] = {"train": given}
+    if found.images_root is not None:
+        data["images_root"] = found.images_root
+    if found.grounding:
+        data["grounding"] = True
+    text = write_yaml({"data": data})
     for other in found.also:
         text = text.replace(
             f"box_form: {source.box_form}", f"box_form: {source.box_form}  # or {other}: the rows fit both"
@@ -90,9 +152,11 @@ def _columns(rows: Rows, places: list[int]) -> dict[str, None]:
     return columns
 
 
-def _look_at_all(found: Guess, rows: Rows, say: Say, samples: int) -> int:
+def _look_at_all(found: Guess, rows: Rows | None, say: Say, samples: int) -> int:
     """Print what is in all rows; returns how many cannot be used."""
-    data = Samples([found.source], rows=[rows])
+    data = Samples([found.source], images_root=found.images_root, rows=None if rows is None else [rows])
+    for note in data.notes:
+        say("note", one_line(note))
     counts: Counter[str] = Counter()
     unread: Counter[str] = Counter()
     problems: list[BadRow] = []

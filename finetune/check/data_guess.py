@@ -1,20 +1,26 @@
 """How the rows of a data file may be read: formats by the names of its columns, the best of them by trying."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from finetune.check.export_layout import Layout, asked_names
 from finetune.data.problems import find_problems
 from finetune.data.sample import BadField, BadRow, Origin, Sample
 from finetune.data.samples import Samples
 from finetune.data.sources.rows import Rows
-from finetune.recipe.sections import Source
+from finetune.errors import InputError, UserError
+from finetune.recipe.sections import LAYOUTS, Source
 
 _IMAGE = ("image", "images", "img", "image_path", "image_file", "image_url", "file_name", "filename", "path", "file")
+IMAGE_COLUMNS = _IMAGE
+"""Names that a column of images may have."""
 _IMAGES = ("images", "image", "img", "image_path", "image_paths", "image_list")
 _QUESTION = ("question", "query", "questions", "instruction", "prompt")
 _ANSWERS = ("answers", "answer", "label", "labels", "response", "output", "completion")
-_BOX = ("box", "bbox", "bounding_box")
+_NO_FIELDS = ("id", "idx", "index", "split", "width", "height", "source", "license", "url")
+_TRIED = 100  # rows of an export
 _ROLES: tuple[tuple[str, Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]], ...] = (
     # format, the roles that it needs, the roles that may be there; each with the names that a column may have
     ("messages", {"messages": ("messages",)}, {"images": _IMAGES, "system": ("system", "system_prompt")}),
@@ -38,6 +44,12 @@ _ROLES: tuple[tuple[str, Mapping[str, Sequence[str]], Mapping[str, Sequence[str]
         },
         {},
     ),
+    (
+        "grounding",
+        {"image": _IMAGE, "phrase": ("phrase", "phrases", "expression"), "boxes": ("boxes", "bboxes")},
+        {},
+    ),
+    ("grounding", {"image": _IMAGE, "boxes": ("boxes", "bboxes"), "labels": ("labels", "categories")}, {}),
     ("caption", {"image": _IMAGE, "caption": ("caption", "captions", "description", "sentences", "text")}, {}),
 )
 
@@ -51,12 +63,16 @@ class Guess:
         grounding: whether markup in texts is read.
         fit: rows of those looked at that can be read without a problem.
         also: other values of `box_form` that fit as many rows.
+        looked_at: rows that were tried.
+        images_root: folder of the images, where that is not the data's own.
     """
 
     source: Source
     grounding: bool
     fit: int
     also: Sequence[str] = field(default=())
+    looked_at: int = 0
+    images_root: str | None = None
 
 
 def guess(path: str, rows: Rows, columns: Sequence[str], places: Sequence[int]) -> Guess | None:
@@ -71,12 +87,68 @@ def guess(path: str, rows: Rows, columns: Sequence[str], places: Sequence[int]) 
     for source in _candidates(path, columns):
         samples = Samples([source], rows=[_SomeRows(rows, places)])
         for grounding in (False, True):
-            found = Guess(source, grounding, len(places) - _bad_rows(samples, grounding))
+            found = Guess(source, grounding, len(places) - _bad_rows(samples, grounding), looked_at=len(places))
             if best is None or found.fit > best.fit:
                 best = found
             elif found.fit == best.fit and source.box_form == "xywh" and best.source.box_form == "xyxy":
-                best = Guess(best.source, best.grounding, best.fit, ("xywh",))
+                best = replace(best, also=("xywh",))
+    if best is None or not best.fit:
+        fields = _fields_of(path, rows, columns, places)
+        if fields is not None:
+            samples = Samples([fields], rows=[_SomeRows(rows, places)])
+            found = Guess(fields, False, len(places) - _bad_rows(samples, False), looked_at=len(places))
+            best = found if best is None or found.fit else best
     return best
+
+
+def guess_export(path: Path, layout: Layout) -> Guess:
+    """How the export of an annotation tool may be read: the format and folder of images that most rows fit.
+
+    Raises:
+        InputError: it cannot be read as one of that layout.
+    """
+    best: Guess | None = None
+    failed: InputError | None = None
+    for row_format in LAYOUTS[layout]:
+        annotations: dict[str, Any] = {"layout": layout}
+        if row_format == "vqa":
+            annotations["questions"] = {name: f"What is the {name}?" for name in asked_names(path)}
+            if not annotations["questions"]:
+                continue
+        source = Source.model_validate({"path": str(path), "format": row_format, "annotations": annotations})
+        for root in (None, str(path.parent)) if layout in ("labelme", "yolo") else (None,):
+            try:
+                samples = Samples([source], images_root=root)
+            except InputError as error:
+                failed = failed or error
+                continue
+            step = max(1, len(samples) // _TRIED)
+            places = list(range(0, len(samples), step))[:_TRIED]
+            bad = sum(_bad_rows(samples, False, place) for place in places)
+            found = Guess(source, False, len(places) - bad, looked_at=len(places), images_root=root)
+            if best is None or found.fit > best.fit:
+                best = found
+    if best is None:
+        raise failed or UserError(f"{path}: looks like layout {layout}, and has nothing that is trained on")
+    return best
+
+
+def _fields_of(path: str, rows: Rows, columns: Sequence[str], places: Sequence[int]) -> Source | None:
+    """A row as a document with a column a field; None without an image column, or without another one."""
+    lower = {column.lower(): column for column in reversed(columns)}
+    image = _named(lower, _IMAGE)
+    scalar = dict.fromkeys(columns)
+    for place in places:
+        for row in rows.scan(place, place + 1):
+            if isinstance(row, Mapping):
+                for column, value in row.items():
+                    if not isinstance(value, str | int | float | None):
+                        scalar.pop(column, None)
+    fields = [column for column in scalar if column != image and column.lower() not in _NO_FIELDS]
+    if image is None or image not in columns or not fields:
+        return None
+    given = {"columns": {"image": image}} if image != "image" else {}
+    return Source.model_validate({"path": path, "format": "fields", "fields": fields, "reply": "json", **given})
 
 
 def _candidates(path: str, columns: Sequence[str]) -> Iterator[Source]:
@@ -92,7 +164,9 @@ def _candidates(path: str, columns: Sequence[str]) -> Iterator[Source]:
         if name == "llava" and other_names.get("image") == "images":
             del other_names["image"]
         for box_form in ("xyxy", "xywh") if name == "grounding" else (None,):
-            form = {} if box_form is None else {"box_form": box_form}
+            form: dict[str, str] = {} if box_form is None else {"box_form": box_form}
+            if "labels" in needed:
+                form["prompt"] = "Find all objects."
             yield Source.model_validate({"path": path, "format": name, "columns": other_names, **form})
 
 
@@ -100,10 +174,11 @@ def _named(lower: Mapping[str, str], names: Sequence[str]) -> str | None:
     return next((lower[name] for name in names if name in lower), None)
 
 
-def _bad_rows(samples: Samples, grounding: bool) -> int:
-    """How many rows have a sample that cannot be used; rows with several samples count once."""
+def _bad_rows(samples: Samples, grounding: bool, place: int | None = None) -> int:
+    """How many rows (or one place) have a sample that cannot be used; rows with several samples count once."""
     bad = set()
-    for sample in samples.scan(0, len(samples)):
+    first, last = (0, len(samples)) if place is None else (place, place + 1)
+    for sample in samples.scan(first, last):
         if isinstance(sample, BadRow) or not _can_be_used(sample, grounding):
             bad.add(sample.origin)
     return len(bad)

@@ -1,9 +1,13 @@
 """Everything that a run does before it loads weights: model, data, what is trained; and all problems together."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from finetune.batches.budget import ChosenBudget, packing_budget
 from finetune.check.epoch_estimate import Epoch, estimate_epoch
+from finetune.check.export_layout import looks_like
+from finetune.check.legibility import Legibility, look_at_letters
 from finetune.check.sample_preview import Preview, choose_samples, preview
 from finetune.data.image_check import OpenedImages
 from finetune.data.reading import DataPart, look_at_data, look_for_overlap, rules_of
@@ -32,6 +36,7 @@ class Findings:
         vision_cache: description of the phase that encodes the images; None where there is none.
         memory: what a run on this machine would hold; None where the model cannot be set up or no sample is left.
         opened: for each part, if images were opened.
+        legibility: of the text on some images of each part that has any.
         refusals: (what, why) of everything at which a run would stop.
     """
 
@@ -46,6 +51,7 @@ class Findings:
     vision_cache: str | None = None
     memory: RunPlan | None = None
     opened: dict[str, OpenedImages] = field(default_factory=dict)
+    legibility: dict[str, Legibility] = field(default_factory=dict)
     previews: list[Preview] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
 
@@ -84,6 +90,7 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
     findings.opened = {name: part.opened for name, part in findings.parts.items() if part.opened is not None}
     for name, part in findings.parts.items():
         findings.refusals += [(f"{name} data", _without_rows(error)) for error in part.errors]
+    findings.refusals += _exports_as_rows(recipe, findings.parts)
     training = findings.parts["train"].checked
     whole = {
         name: (part.samples, part.checked)
@@ -126,11 +133,28 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         findings.vision_cache = describe_phase(
             recipe, QwenVLConfig.from_pretrained(base.path), base.processor, findings.parts, task, processes
         )
+    side = int(base.processor.image_processor.size["height"])
+    for name, (opened, checked) in whole.items():
+        if checked.images.any():
+            findings.legibility[name] = look_at_letters(opened, checked, rules, side)
     for name, index in choose_samples(findings.parts, samples, recipe.seed):
         chosen = findings.parts[name].samples
         assert chosen is not None, "samples are chosen from parts that were opened"
         findings.previews.append(preview(name, chosen[index], rules))
     return findings
+
+
+def _exports_as_rows(recipe: Recipe, parts: Mapping[str, DataPart]) -> Iterator[tuple[str, str]]:
+    """Sources of parts with errors that are read as plain rows and look like the export of an annotation tool."""
+    sources = {"train": recipe.data.train, "eval": recipe.evaluate.data if recipe.evaluate is not None else ()}
+    for name, part in parts.items():
+        for source in sources[name] if part.errors else ():
+            layout = None if source.annotations is not None else looks_like(Path(source.path))
+            if layout is not None:
+                reason = (
+                    f"{source.path} looks like an annotation export, which `annotations: {{layout: {layout}}}` reads"
+                )
+                yield f"{name} data", reason
 
 
 def _without_rows(error: Exception) -> str:

@@ -22,7 +22,7 @@ from qwenvl.text.boxes import CONTROL_TOKEN
 SHOWN_KINDS = 20
 LONGEST_PIECE = 4000  # characters of a text that are shown
 STYLES = {"control": "dim", "image": "magenta", "text": ""}
-TRAINED = "bold green"
+TRAINED, CONTEXT = "bold green", "yellow"
 
 
 def print_findings(findings: Findings, console: Console) -> None:
@@ -38,6 +38,8 @@ def print_findings(findings: Findings, console: Console) -> None:
     for preview in findings.previews:
         console.print()
         console.print(Text(one_line(_title(preview)), style="bold"))
+        for line in preview.left_out:
+            console.print(Text(f"  {one_line(line)}"))
         for shown in sample_text(preview.pieces, marked=marked).split("\n"):
             console.print(Text().append("  │ ", style="dim").append_text(shown))
     console.print()
@@ -46,15 +48,18 @@ def print_findings(findings: Findings, console: Console) -> None:
 def sample_text(pieces: Iterable[Piece], *, marked: bool) -> Text:
     """A sample's pieces as coloured text, or with marks around what is trained.
 
-    A control token that a text spells is no token: `‹<|im_end|> as text›`.
+    A control token that a text spells is no token: `‹<|im_end|> as text›`. A reply that is marked as context is
+    `‹context: ...›`.
     """
     text = Text()
-    for trained, run in groupby(pieces, lambda piece: piece.trained):
+    for (trained, context), run in groupby(pieces, lambda piece: (piece.trained, piece.context)):
         text.append("⟦" if marked and trained else "")
+        text.append("‹context: " if context else "", style=CONTEXT)
         for piece in run:
             told = CONTROL_TOKEN.sub(r"‹\g<0> as text›", piece.text) if piece.kind == "text" else piece.text
             shown = _fold(readable(told)).replace("\t", "    ")
-            text.append(shown, style=TRAINED if trained else STYLES[piece.kind])
+            text.append(shown, style=TRAINED if trained else CONTEXT if context else STYLES[piece.kind])
+        text.append("›" if context else "", style=CONTEXT)
         text.append("⟧" if marked and trained else "")
     return text
 
@@ -93,6 +98,8 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
             yield "", f"{opened.opened:,} images{before} {speed}; {len(opened.problems):,} cannot be decoded"
             if opened.note:
                 yield "", opened.note
+        if name in findings.legibility and findings.legibility[name].warning:
+            yield "", one_line(f"warning: {findings.legibility[name].warning}")
     for number, line in enumerate(findings.overlap):
         yield "" if number else "overlap", one_line(line)
     if findings.task is not None:
@@ -158,10 +165,9 @@ def _problems(findings: Findings, name: str) -> Iterator[str]:
 def _title(preview: Preview) -> str:
     rendered = preview.fitted.rendered
     shortened = f", without its first {preview.fitted.turns_dropped} turns" if preview.fitted.turns_dropped else ""
-    unread = f"; not read: {', '.join(preview.sample.unread)}" if preview.sample.unread else ""
     return (
         f"{preview.part}: {preview.sample.origin}: {len(rendered.ids):,} tokens, {rendered.supervised:,} trained, "
-        f"{len(rendered.images)} {'image' if len(rendered.images) == 1 else 'images'}{shortened}{unread}"
+        f"{len(rendered.images)} {'image' if len(rendered.images) == 1 else 'images'}{shortened}"
     )
 
 

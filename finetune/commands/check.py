@@ -42,5 +42,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def is_data(path: Path) -> bool:
-    """Whether a path is a data file or folder, and not a recipe: those end in .yaml, .yml or nothing."""
-    return path.is_dir() or (path.is_file() and path.suffix.lower() not in (".yaml", ".yml", ""))
+    """Whether a path is a data file or folder, or a pattern of such, and not a recipe: those end in .yaml, .yml or
+    nothing, and are not the data.yaml of a YOLO folder."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        from finetune.check.export_layout import is_yolo_yaml
+
+        return is_yolo_yaml(path)
+    if path.is_dir() or (path.is_file() and path.suffix != ""):
+        return True
+    return not path.exists() and any(mark in str(path) for mark in "*?[")

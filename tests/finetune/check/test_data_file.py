@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from exports_for_tests import LABEL_STUDIO, write_export
 from PIL import Image
+from recipes_for_tests import finetune, write_recipe
 
+from finetune.check.export_layout import looks_like
 from finetune.cli import main
+from finetune.commands.check import is_data
 from finetune.data.samples import Samples
 from finetune.recipe.sections import Source
 
@@ -48,6 +52,18 @@ LAYOUTS = {
     "xywh": (
         {"image": "a.png", "phrase": "x", "bbox": [30, 30, 5, 5]},
         {"format": "grounding", "columns": {"box": "bbox"}, "box_form": "xywh"},
+    ),
+    "several boxes": (
+        {"image": "a.png", "phrase": "x", "boxes": [[10, 10, 12, 50], [1, 1, 2, 2]]},
+        {"format": "grounding", "box_form": "xyxy"},
+    ),
+    "labels": (
+        {"image": "a.png", "boxes": [[10, 10, 12, 50]], "labels": ["x"]},
+        {"format": "grounding", "box_form": "xyxy", "prompt": "Find all objects."},
+    ),
+    "fields": (
+        {"file": "a.png", "invoice": "007", "total": 12.4},
+        {"format": "fields", "columns": {"image": "file"}, "fields": ["invoice", "total"], "reply": "json"},
     ),
     "caption": ({"image": "a.png", "caption": ["x", "y"]}, {"format": "caption"}),
 }
@@ -127,3 +143,94 @@ def test_a_folder_of_images_with_metadata(capsys):
     Path("scans/metadata.csv").write_text("file_name,question,answers\na.png,Paid?,yes\n")
     assert main(["check", "scans"]) == 0
     assert proposed(capsys.readouterr().out) == {"train": {"path": "scans", "format": "vqa"}}
+
+
+@pytest.mark.parametrize("layout", ["coco", "label_studio", "labelme", "cvat", "via", "yolo"])
+def test_the_section_for_an_export_is_accepted_in_a_recipe(layout, tmp_path, capsys):
+    content = None
+    if layout == "label_studio":  # without the name that Label Studio puts before that of the file
+        content = [{**LABEL_STUDIO[0], "data": {"image": "a.jpg", "what": "the total"}}]
+    path = write_export(tmp_path / "e", layout, content)
+    assert looks_like(path) == layout
+    assert main(["check", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"looks like an annotation export of layout {layout}" in printed
+    data = proposed(printed)
+    assert data["train"]["annotations"]["layout"] == layout
+    changes = {f"data__{key}": value for key, value in ({"images_root": None} | data).items()}
+    checked = finetune("check", write_recipe(tmp_path, **changes), check=False)
+    assert checked.returncode == 0, checked.stderr
+    if layout == "yolo":
+        assert main(["check", str(path / "data.yaml")]) == 0
+
+
+def test_a_recipe_that_reads_an_export_as_rows_is_told_the_layout(tmp_path):
+    path = write_export(tmp_path / "e", "coco")
+    train = [{"path": str(path), "format": "messages"}]
+    checked = finetune("check", write_recipe(tmp_path, data__train=train, data__images_root=None), check=False)
+    assert checked.returncode == 2
+    assert "looks like an annotation export, which `annotations: {layout: coco}` reads" in checked.stderr
+
+
+def test_text_areas_alone_are_proposed_as_questions(tmp_path, capsys):
+    task = {**LABEL_STUDIO[0], "data": {"image": "a.jpg"}}
+    task["annotations"] = [{"was_cancelled": False, "result": task["annotations"][0]["result"][2:]}]
+    assert main(["check", str(write_export(tmp_path / "e", "label_studio", [task]))]) == 0
+    train = proposed(capsys.readouterr().out)["train"]
+    assert train["format"] == "vqa" and train["annotations"]["questions"]["paid"] == "What is the paid?"
+
+
+def test_packed_files_and_patterns(capsys):
+    import gzip
+
+    row, wanted = LAYOUTS["caption"]
+    Path("rows.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    assert main(["check", "rows.jsonl.gz"]) == 0
+    assert proposed(capsys.readouterr().out)["train"]["format"] == "caption"
+    write(row, name="one.jsonl"), write(row, name="two.jsonl")
+    assert main(["check", "*.jsonl"]) == 0
+    assert proposed(capsys.readouterr().out)["train"] == {"path": "*.jsonl"} | wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.bin", b"\0\1", "files of kind .bin are not read"),
+        ("a.jsonl", b"", "holds no rows"),
+        ("a.json", b"\xff\xfe\0\1", "a.json"),
+        ("gbk.jsonl", '{"image": "a.png", "caption": "\u53d1\u7968"}'.encode("gbk"), "give the file's encoding"),
+        ("a.csv", b"image\na.png\n", "has images and no text"),
+        ("none", None, "the folder holds neither"),
+    ],
+)
+def test_what_nobody_can_read_ends_in_a_sentence(name, content, said, capsys):
+    if content is None:
+        Path(name).mkdir()
+    else:
+        Path(name).write_bytes(content)
+    assert main(["check", name]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_rows_that_only_look_like_an_export_are_read_as_rows(capsys):
+    row = {**LAYOUTS["caption"][0], "data": {"annotations": {"result": 1}}}
+    Path("rows.json").write_text(json.dumps([row]))
+    assert looks_like(Path("rows.json")) == "label_studio"
+    assert main(["check", "rows.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "but is none: " in printed and proposed(printed)["train"]["format"] == "caption"
+
+
+def test_what_is_neither_export_nor_rows_is_told_as_the_export_it_looks_like(capsys):
+    Path("i.json").write_text('{"images": [{"id": 1, "file_name": 3}], "annotations": [{"image_id": 1}]}')
+    assert main(["check", "i.json"]) == 2
+    printed = capsys.readouterr()
+    assert "looks like an annotation export of layout coco" in printed.out and "i.json" in printed.err
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("names: [a]\n", True), ("names: [a]\nmodel: {path: x}\n", False)])
+def test_a_yaml_is_a_recipe_unless_it_names_the_classes_of_a_yolo_folder(text, wanted):
+    Path("data.yaml").write_text(text)
+    assert is_data(Path("data.yaml")) is wanted
+    assert is_data(Path("gone.yaml")) is False
