@@ -17,11 +17,11 @@ JSON. Boxes are x1, y1, x2, y2: in pixels of the upright image (`real`), in thou
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.data.formats import fields
-from finetune.data.formats.grounding import ImageSize
+from finetune.data.formats.grounding import ImageSize, box_inside
 from finetune.data.formats.messages import Message, fill_images, read_message
 from finetune.data.formats.qwen_json import image_tag_parts
 from finetune.data.formats.system import put_system_first
@@ -33,7 +33,7 @@ COLUMNS = ("query", "response", "history", "system", "images", "objects", "messa
 _UNITS = {"norm1000": 1000, "norm1": 1}
 _FILLED = re.compile("<ref-object>|<bbox>")
 _IMAGE_TAG = re.compile("</?img>")
-# What ms-swift itself writes into `objects`; sizes are read from the images.
+# `width` and `height` are the sizes that the images had, which ms-swift writes into `objects` itself.
 _OBJECT_KEYS = {"ref", "bbox", "bbox_type", "image_id", "width", "height"}
 _ITEM_KEYS = {"caption", "ref", "bbox", "bbox_type", "image"}
 
@@ -114,10 +114,11 @@ class _Object:
 
 @dataclass(frozen=True)
 class _Objects:
-    """Phrases and boxes, each in the order of their places."""
+    """Phrases and boxes, each in the order of their places; the sizes that the images had, where they are told."""
 
     phrases: list[str]
     boxes: list[_Object]
+    sizes: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
     def read(cls, value: Any, name: str) -> "_Objects":
@@ -152,7 +153,8 @@ class _Objects:
             _Object(_boxes(box, f"{name}.bbox[{index}]"), unit, _number(number, f"{name}.image_id[{index}]"))
             for index, (box, number) in enumerate(zip(given, numbers, strict=True))
         ]
-        return cls([fields.text(phrase, f"{name}.ref[{index}]") for index, phrase in enumerate(phrases)], boxes)
+        said = [fields.text(phrase, f"{name}.ref[{index}]") for index, phrase in enumerate(phrases)]
+        return cls(said, boxes, _sizes(value, name))
 
 
 def _fill_objects(conversation: list[Message], objects: _Objects, name: str, image_size: ImageSize) -> None:
@@ -170,7 +172,7 @@ def _fill_objects(conversation: list[Message], objects: _Objects, name: str, ima
     try:
         written = {
             "<ref-object>": iter([ref_markup(phrase) for phrase in objects.phrases]),
-            "<bbox>": iter([_markup(boxes, images, image_size) for boxes in objects.boxes]),
+            "<bbox>": iter([_markup(boxes, images, objects.sizes, image_size) for boxes in objects.boxes]),
         }
     except InputError as error:
         raise BadField(name, str(error)) from error
@@ -197,7 +199,7 @@ def _texts(conversation: list[Message]) -> Iterator[str]:
             yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def _markup(boxes: _Object, images: list[Any], image_size: ImageSize) -> str:
+def _markup(boxes: _Object, images: list[Any], sizes: list[tuple[int, int]], image_size: ImageSize) -> str:
     if boxes.unit in _UNITS:
         width = height = _UNITS[boxes.unit]
         for box in boxes.boxes:
@@ -210,7 +212,16 @@ def _markup(boxes: _Object, images: list[Any], image_size: ImageSize) -> str:
     if not 0 <= number < len(images):
         raise InputError(f"a box is of image {number}, counted from 0, and there are {len(images)}")
     width, height = image_size(images[number])
-    return shapes_markup([Box(*box) for box in boxes.boxes], width=width, height=height)
+    if number < len(sizes) and sizes[number] != (width, height):
+        raise InputError(
+            f"image {number}, counted from 0, was {sizes[number][0]} x {sizes[number][1]} pixels and is {width} x "
+            f"{height}: its boxes would be in the wrong place"
+        )
+    try:
+        placed = [box_inside(box, "xyxy", width, height) for box in boxes.boxes]
+    except InputError as error:
+        raise InputError(f"a box {error}" if str(error).startswith("reaches") else str(error)) from error
+    return shapes_markup(placed, width=width, height=height)
 
 
 def _boxes(value: Any, name: str) -> list[list[float]]:
@@ -228,9 +239,21 @@ def _unit(value: Any, name: str) -> str:
     return str(value)
 
 
+def _sizes(value: Mapping[str, Any], name: str) -> list[tuple[int, int]]:
+    sides = []
+    for key in ("width", "height"):
+        given = value.get(key)
+        given = [given] if isinstance(given, int) else _list(given, f"{name}.{key}")
+        sides.append([_number(side, f"{name}.{key}[{index}]") for index, side in enumerate(given)])
+    widths, heights = sides
+    if len(widths) != len(heights) or None in widths + heights:
+        raise BadField(f"{name}.width", "must be a list of numbers, and height one of as many: a size for each image")
+    return list(zip(widths, heights, strict=True))
+
+
 def _number(value: Any, name: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise BadField(name, f"must be the number of an image, from 0, not {value!r}"[:200])
+        raise BadField(name, f"must be a whole number, not {value!r}"[:200])
     return value
 
 
