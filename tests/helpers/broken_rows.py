@@ -536,7 +536,8 @@ def check_broken_rows(
         for row in rows:
             kind, must_be_reported, line = lines[row - 1]
             assert fate == "reported" or not must_be_reported, (kind, fate, line[:300])
-            counts[kind, fate] += row <= count
+            if row <= count:
+                counts[kind, fate] += 1
     return counts
 
 
