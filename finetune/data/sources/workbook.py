@@ -9,22 +9,24 @@ sheet, and read from there.
 import json
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import ROUND_HALF_UP, Decimal
 from hashlib import sha256
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from finetune.data.sample import DataError
 from finetune.data.sources.rows import JsonLinesRows
-from finetune.data.sources.text_encoding import copy_of
+from finetune.data.sources.text_encoding import copy_of, refuse_swelling
 from finetune.errors import Interrupted
 from finetune.files.atomic_writes import writing_file
 
 _NUMBER = re.compile(r"(?P<groups>#,##)?0(?:\.(?P<digits>0+))?(?P<percent>%)?")
 _ISO = re.compile(r"yyyy\\?-mm\\?-dd", re.IGNORECASE)
+_MOST_ROWS = 1 << 20
 _VERSION = 1  # of what is made of a sheet
 
 
@@ -39,6 +41,8 @@ def read_workbook(path: Path, name: str, sheet: str | None) -> JsonLinesRows:
     with copy_of(f"{digest[:40]}.jsonl") as (copy, is_there):
         if not is_there:
             try:
+                with zipfile.ZipFile(path) as packed:
+                    refuse_swelling(name, path.stat().st_size, sum(part.file_size for part in packed.infolist()))
                 lines = list(_lines(path, name, sheet))
             except (DataError, Interrupted):
                 raise
@@ -64,7 +68,9 @@ def _lines(path: Path, name: str, sheet: str | None) -> Iterator[str]:
                 book[title].reset_dimensions()  # written by other programs, and not always right
             rows = zip_longest(results[title].iter_rows(), formulas[title].iter_rows(), fillvalue=())
             header: list[str | None] = []
-            for cells, written in rows:
+            for number, (cells, written) in enumerate(rows):
+                if number >= _MOST_ROWS:
+                    raise DataError(f"{name}: has a row beyond {_MOST_ROWS:,}, the last one that Excel has")
                 values = [_value(cell, source, name) for cell, source in zip(cells, written, strict=True)]
                 while values and values[-1] is None:
                     values.pop()
@@ -85,7 +91,11 @@ def _sheet(book: Any, name: str, sheet: str | None) -> str:
         if sheet not in titles:
             raise DataError(f"{name}: has no sheet {sheet!r} (split) but {', '.join(titles)}")
         return sheet
-    filled = [each.title for each in book.worksheets if any(any(row) for row in each.iter_rows(values_only=True))]
+    filled = [
+        each.title
+        for each in book.worksheets
+        if any(any(row) for row in islice(each.iter_rows(values_only=True), _MOST_ROWS))
+    ]
     if len(filled) > 1:
         raise DataError(f"{name}: has the sheets {', '.join(filled)}; say which one with `split`")
     return filled[0] if filled else titles[0]
