@@ -246,9 +246,14 @@ def _sizes(value: Mapping[str, Any], name: str) -> list[tuple[int, int]]:
         given = [given] if isinstance(given, int) else _list(given, f"{name}.{key}")
         sides.append([_number(side, f"{name}.{key}[{index}]") for index, side in enumerate(given)])
     widths, heights = sides
-    if len(widths) != len(heights) or None in widths + heights:
+    sizes = [
+        (width, height)
+        for width, height in zip(widths, heights, strict=False)
+        if width is not None and height is not None
+    ]
+    if not len(sizes) == len(widths) == len(heights):
         raise BadField(f"{name}.width", "must be a list of numbers, and height one of as many: a size for each image")
-    return list(zip(widths, heights, strict=True))
+    return sizes
 
 
 def _number(value: Any, name: str) -> int | None:
