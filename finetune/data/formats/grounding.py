@@ -249,29 +249,23 @@ def _is_box(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and not isinstance(value[0], list | tuple)
 
 
-def box_inside(numbers: Sequence[float], box_form: BoxForm, width: int, height: int) -> Box:
-    """A box in pixels, which must be in the image.
+def _box_inside(found: FoundObject, box_form: BoxForm, width: int, height: int) -> Box:
+    """The box of an object.
 
-    It may reach a pixel, or a thousandth of the image, beyond it: annotations are rounded. One that reaches further
+    A box may reach a pixel, or a thousandth of the image, beyond it: annotations are rounded. One that reaches further
     is of another size of the image, or in another form.
-
-    Raises:
-        InputError: it is malformed, or reaches further.
     """
-    box = Box.from_xywh(*numbers) if box_form == "xywh" else Box(*numbers)
-    shapes_markup([box], width=width, height=height)  # refuses a box that is wholly outside
+    try:
+        box = Box.from_xywh(*found.numbers) if box_form == "xywh" else Box(*found.numbers)
+        shapes_markup([box], width=width, height=height)  # refuses a box that is wholly outside
+    except InputError as error:
+        raise BadField(found.field, str(error)) from error
     for low, high, size in ((box.x1, box.x2, width), (box.y1, box.y2, height)):
         beyond = max(-low, high - size)
         if beyond > max(1, size / UNITS):
-            raise InputError(
+            raise BadField(
+                found.field,
                 f"reaches {beyond:g} pixels beyond the image of {width} x {height}: are these pixels of another size "
-                "of the image, from before its EXIF rotation, or in another box form?"
+                "of the image, from before its EXIF rotation, or in another box form?",
             )
     return box
-
-
-def _box_inside(found: FoundObject, box_form: BoxForm, width: int, height: int) -> Box:
-    try:
-        return box_inside(found.numbers, box_form, width, height)
-    except InputError as error:
-        raise BadField(found.field, str(error)) from error

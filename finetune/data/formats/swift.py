@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.data.formats import fields
-from finetune.data.formats.grounding import ImageSize, box_inside
+from finetune.data.formats.grounding import ImageSize
 from finetune.data.formats.messages import Message, fill_images, read_message
 from finetune.data.formats.qwen_json import image_tag_parts
 from finetune.data.formats.system import put_system_first
@@ -65,8 +65,27 @@ def swift(
     fill_images(conversation, images, columns["images"], text_places=text_places)
     objects = row.get(columns["objects"])
     if objects is not None and objects not in ("", [], {}):
-        _fill_objects(conversation, _Objects.read(objects, columns["objects"]), columns["objects"], image_size)
+        read = _Objects.read(objects, columns["objects"])
+        _check_sizes(read.sizes, images, columns["objects"], image_size)
+        _fill_objects(conversation, read, columns["objects"], image_size)
     return [conversation]
+
+
+def _check_sizes(sizes: list[tuple[int, int]], images: list[Any], name: str, image_size: ImageSize) -> None:
+    """Raises:
+    BadField: an image is not of the size that it had when its boxes were drawn.
+    """
+    for number, (image, said) in enumerate(zip(images, sizes, strict=False)):
+        try:
+            found = image_size(image)
+        except InputError as error:
+            raise BadField(name, str(error)) from error
+        if found != said:
+            raise BadField(
+                name,
+                f"image {number}, counted from 0, was {said[0]} x {said[1]} pixels and is {found[0]} x {found[1]}: its "
+                "boxes would be in the wrong place",
+            )
 
 
 def _turns(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
@@ -172,7 +191,7 @@ def _fill_objects(conversation: list[Message], objects: _Objects, name: str, ima
     try:
         written = {
             "<ref-object>": iter([ref_markup(phrase) for phrase in objects.phrases]),
-            "<bbox>": iter([_markup(boxes, images, objects.sizes, image_size) for boxes in objects.boxes]),
+            "<bbox>": iter([_markup(boxes, images, image_size) for boxes in objects.boxes]),
         }
     except InputError as error:
         raise BadField(name, str(error)) from error
@@ -199,7 +218,7 @@ def _texts(conversation: list[Message]) -> Iterator[str]:
             yield from (part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def _markup(boxes: _Object, images: list[Any], sizes: list[tuple[int, int]], image_size: ImageSize) -> str:
+def _markup(boxes: _Object, images: list[Any], image_size: ImageSize) -> str:
     if boxes.unit in _UNITS:
         width = height = _UNITS[boxes.unit]
         for box in boxes.boxes:
@@ -212,16 +231,7 @@ def _markup(boxes: _Object, images: list[Any], sizes: list[tuple[int, int]], ima
     if not 0 <= number < len(images):
         raise InputError(f"a box is of image {number}, counted from 0, and there are {len(images)}")
     width, height = image_size(images[number])
-    if number < len(sizes) and sizes[number] != (width, height):
-        raise InputError(
-            f"image {number}, counted from 0, was {sizes[number][0]} x {sizes[number][1]} pixels and is {width} x "
-            f"{height}: its boxes would be in the wrong place"
-        )
-    try:
-        placed = [box_inside(box, "xyxy", width, height) for box in boxes.boxes]
-    except InputError as error:
-        raise InputError(f"a box {error}" if str(error).startswith("reaches") else str(error)) from error
-    return shapes_markup(placed, width=width, height=height)
+    return shapes_markup([Box(*box) for box in boxes.boxes], width=width, height=height)
 
 
 def _boxes(value: Any, name: str) -> list[list[float]]:
