@@ -83,8 +83,8 @@ def _check_sizes(sizes: list[tuple[int, int]], images: list[Any], name: str, ima
         if found != said:
             raise BadField(
                 name,
-                f"image {number}, counted from 0, was {said[0]} x {said[1]} pixels and is {found[0]} x {found[1]}: its "
-                "boxes would be in the wrong place",
+                f"image {number}, counted from 0, was {said[0]} x {said[1]} pixels and is {found[0]} x {found[1]}: "
+                "its boxes would be in the wrong place",
             )
 
 

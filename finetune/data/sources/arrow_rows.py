@@ -74,8 +74,8 @@ class ArrowRows(Rows):
             rows = table.to_pylist()
         except (UnicodeDecodeError, pa.ArrowException) as error:  # damage that its file does not know of
             raise DataError(
-                f"{self.name}: is damaged ({str(error)[:200]}); make or fetch the file again, and remove its copy in the "
-                "datasets cache"
+                f"{self.name}: is damaged ({str(error)[:200]}); make or fetch the file again, and remove its "
+                "copy in the datasets cache"
             ) from error
         return map(self._features.decode_example, rows)
 
