@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import UserError
-from qwenvl.text.grounding import parse_grounding
+from qwenvl.text.grounding import parse_grounding, split_markup
 
 # Each alternative begins with a fixed character, by which the search skips ordinary text. Repetitions are bounded.
 _LOOKS = re.compile(
@@ -23,7 +23,8 @@ _LOOKS = re.compile(
             im_end|im_patch|fake_token_around_image)>
       | <(?:loc|patch_index)_?[0-9]{0,4}>
       | \[/?(?:IMG|IMG_BREAK|IMG_END|INST)\]
-      | Picture[ ][0-9]{1,3}:\s{0,3}[^\s<>()]{1,200}\.(?i:png|jpe?g|webp|gif|bmp|tiff?)\b
+      | Picture[ ][0-9]{1,3}:\s{0,3}(?:[^\s<>()]{1,200}\.(?i:png|jpe?g|webp|gif|bmp|tiff?|pdf)
+            |[^\n<>]{1,200}\.(?i:png|jpe?g|webp|gif|bmp|tiff?|pdf)(?:\#[0-9]{1,9})?[ \t]{0,9}(?:\n|\Z))
       | data:image/""",
     re.VERBOSE,
 )
@@ -121,6 +122,13 @@ def grounding_problems(text: str, allowed: Collection[str]) -> list[str]:
         elif kind not in allowed:
             reasons.append(f"{problem.reason}; data.markup_as_text: [{kind}] trains talk about the markup as text")
     return reasons
+
+
+def talk_about_markup(text: str) -> list[str]:
+    """The kinds of tags in a grounding text that are no tokens, and so are trained as words."""
+    words = [piece for piece, is_tag in split_markup(text) if not is_tag]
+    kinds = [_kind(match[0]) for piece in words for match in _LOOKS.finditer(piece)]
+    return list(dict.fromkeys(kind for kind in kinds if kind in _IN_GROUNDING))
 
 
 def _kind(written: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from finetune.data.image_files import check_image
-from finetune.data.markup import find_markup, grounding_problems, why_refused
+from finetune.data.markup import find_markup, grounding_problems, talk_about_markup, why_refused
 from finetune.data.message_parts import boxes_inside, grounding_texts, image_sources
 from finetune.data.picture_numbers import refuse_moved_pictures
 from finetune.data.sample import BadField, Sample
@@ -61,7 +61,11 @@ def find_problems(
         problems.append(BadField("messages", "nothing in it is trained: it has no assistant's turn"))
     elif not any(map(is_trained, sample.messages)):
         problems.append(BadField("messages", "nothing in it is trained: all assistant's turns are marked as context"))
-    return problems, [look.kind for look in found]
+    kinds = [look.kind for look in found]
+    if markup_as_text:
+        for _, text in grounding_texts(messages, grounding):
+            kinds += [kind for kind in talk_about_markup(text) if kind not in kinds]
+    return problems, kinds
 
 
 def refuse_views(messages: Sequence[Mapping[str, Any]], views: Views, grounding: bool) -> None:

@@ -18,6 +18,10 @@ MOST_SEGMENTS = 20_000
 """Segments of a JPEG before its pixels, chunks of a PNG beyond one for each thousand bytes."""
 MOST_HEADER = 1 << 20
 """Bytes of a GIF or PPM before its pixels, and of padding in a JPEG."""
+MOST_FRAMES = 10_000
+"""Frames of an animation, pages of a TIFF: each is read in Python, and each needs those before it."""
+TAGS_OF_A_PAGE = 100
+"""Of a TIFF, on average, beyond `MOST_SEGMENTS` altogether."""
 MOST_EXIF = 1 << 24
 """Bytes of EXIF data of a JPEG, over all its segments, which Pillow joins one by one."""
 
@@ -147,36 +151,54 @@ def _png(data: bytes) -> str | None:
 def _gif(data: bytes) -> str | None:
     flags = data[10]
     at = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
-    start = at
-    while data[at] != 0x2C:  # the first image
-        if at - start > MOST_HEADER:
-            return f"it has more than {MOST_HEADER:,} bytes before its first picture"
-        if data[at] == 0x21:
+    start, frames = at, 0
+    while True:
+        kind = data[at]
+        if kind == 0x2C:
+            frames += 1
+            if frames > MOST_FRAMES:
+                return f"it has more than {MOST_FRAMES:,} frames"
+            flags = data[at + 9]
+            at += 11 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)  # its colours, and the size of its codes
+        elif kind == 0x21:
             at += 2
-            while data[at]:
-                at += data[at] + 1
-                if at - start > MOST_HEADER:
-                    return f"it has more than {MOST_HEADER:,} bytes before its first picture"
+        elif kind == 0x3B:
+            return None
+        else:
+            at += 1
+            if not frames and at - start > MOST_HEADER:
+                return f"it has more than {MOST_HEADER:,} bytes before its first picture"
+            continue
+        while data[at]:
+            at += data[at] + 1
+            if not frames and at - start > MOST_HEADER:
+                return f"it has more than {MOST_HEADER:,} bytes before its first picture"
         at += 1
-    return None
 
 
 def _tags(data: bytes) -> str | None:
-    """Of TIFF or EXIF data: whether the entries of its first directory refer to far more bytes than it has."""
+    """Of TIFF or EXIF data: whether it has far more entries than pages need, or these refer to far more bytes than it
+    has."""
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None:
         return None
     is_big = struct.unpack_from(order + "H", data, 2)[0] == 43
-    at = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)[0]
-    count = struct.unpack_from(order + ("Q" if is_big else "H"), data, at)[0]
-    at += 8 if is_big else 2
+    position, number = order + ("Q" if is_big else "I"), order + ("Q" if is_big else "H")
     entry = struct.Struct(order + ("HHQ8x" if is_big else "HHI4x"))
-    total = 0
-    for number in range(min(count, (len(data) - at) // entry.size)):
-        _, kind, values = entry.unpack_from(data, at + number * entry.size)
-        total += values * _TIFF_SIZES.get(kind, 0)
-        if total > 4 * len(data) + MOST_HEADER:
-            return "its tags refer to far more bytes than it has"
-        if number > MOST_SEGMENTS:
-            return f"it has more than {MOST_SEGMENTS:,} tags"
+    at = struct.unpack_from(position, data, 8 if is_big else 4)[0]
+    total = entries = 0
+    seen: set[int] = set()
+    while at and at not in seen and len(seen) <= MOST_FRAMES:
+        seen.add(at)
+        count = struct.unpack_from(number, data, at)[0]
+        at += 8 if is_big else 2
+        entries += count
+        if entries > MOST_SEGMENTS + TAGS_OF_A_PAGE * len(seen):
+            return f"it has more than {entries - 1:,} tags"
+        for place in range(min(count, (len(data) - at) // entry.size)):
+            _, kind, values = entry.unpack_from(data, at + place * entry.size)
+            total += values * _TIFF_SIZES.get(kind, 0)
+            if total > 4 * len(data) + MOST_HEADER:
+                return "its tags refer to far more bytes than it has"
+        at = struct.unpack_from(position, data, at + count * entry.size)[0]
     return None

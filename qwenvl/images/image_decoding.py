@@ -1,4 +1,4 @@
-"""Encoded images -> RGB pixels, with decoders that run in this process and a limit on pixels."""
+"""Encoded images -> RGB pixels, with decoders that run in this process (but for PDFs) and a limit on pixels."""
 
 import io
 import re
@@ -21,10 +21,11 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from qwenvl.images import pdf_pages
-from qwenvl.images.image_bounds import exif_is_costly, too_costly
+from qwenvl.images import pdf_pages, pdf_process
+from qwenvl.images.image_bounds import MOST_FRAMES, exif_is_costly, too_costly
 from qwenvl.images.image_color import to_rgb
 from qwenvl.images.page_references import choose_page
+from qwenvl.images.pixel_limits import check_pixels
 from qwenvl.images.tiff_pages import tiff_pages
 from qwenvl.images.unusable_image import UnusableImage
 
@@ -61,11 +62,10 @@ _OTHER_CONTENT = [
 
 _OF_SEVERAL = ("TIFF", "GIF", "WEBP", "PNG", "AVIF")
 """Formats that can hold several pages or frames. (What a JPEG holds besides its picture are previews of it.)"""
-_MOST_DRAWN = 1_000_000_000
+_MOST_DRAWN = 300_000_000
 """Pixels that are decoded to reach a frame of an animation."""
 
-# The longest side in pixels: each row costs memory of its own, so 100 million rows of one pixel take a lot of it.
-_MAX_SIDE = 500_000
+_SAVE_AGAIN = "save it again with an image program, or drop it from the data"
 
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -90,7 +90,7 @@ def decode(data: bytes, max_pixels: int, *, page: int | None = None, dpi: int = 
             or frames and none named, or no such page.
     """
     if pdf_pages.SIGNATURE.match(data):
-        return pdf_pages.render_pdf_page(data, page, dpi=dpi, check_size=lambda size: check_pixels(size, max_pixels))
+        return pdf_process.render_pdf_page(data, page, dpi=dpi, max_pixels=max_pixels)
     name, decoder = _checked_decoder(data)
     with _decoding(name, max_pixels):
         image = decoder(io.BytesIO(data))
@@ -129,23 +129,23 @@ def count_pages(file: BinaryIO, max_pixels: int) -> int:
     """The number of pages or frames of an encoded image or PDF, by its structure; 1 for what cannot be decoded.
 
     Raises:
-        UnusableImage: a PDF that is encrypted or damaged, or an animation that is damaged.
+        UnusableImage: a PDF that is encrypted or damaged, an animation that is damaged, or one of too many frames.
     """
     file.seek(0)
     head = file.read(256)
     file.seek(0)
     if pdf_pages.SIGNATURE.match(head):
-        return pdf_pages.count_pdf_pages(file)
+        return pdf_process.count_pdf_pages(file.read())
     found = _find_decoder(head)
     if found is None or found[0] not in _OF_SEVERAL:
         return 1
     if found[0] == "TIFF":
         return len(tiff_pages(file))
     data = file.read()
-    if too_costly(found[0], data):
-        return 1
+    if reason := too_costly(found[0], data):
+        raise UnusableImage(reason, _SAVE_AGAIN)
     with _decoding(found[0], max_pixels):
-        return getattr(found[1](io.BytesIO(data)), "n_frames", 1)
+        return _count_frames(found[1](io.BytesIO(data)))
 
 
 def _checked_decoder(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
@@ -160,7 +160,7 @@ def _checked_decoder(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
             f"give one of {', '.join(_FORMATS)}, or a PDF",
         )
     if reason := too_costly(found[0], data):
-        raise UnusableImage(reason, "save it again with an image program, or drop it from the data")
+        raise UnusableImage(reason, _SAVE_AGAIN)
     return found
 
 
@@ -173,13 +173,20 @@ def _frame(image: ImageFile.ImageFile, data: bytes, page: int | None, name: str)
     if name == "TIFF":
         pages = tiff_pages(io.BytesIO(data))
         return pages[choose_page(page, len(pages)) - 1]
-    frame = choose_page(page, getattr(image, "n_frames", 1), "frame") - 1
+    frame = choose_page(page, _count_frames(image), "frame") - 1
     # Each frame is drawn upon the ones before it.
     if (frame + 1) * image.width * image.height > _MOST_DRAWN and frame:
         raise UnusableImage(
             f"frame {frame + 1} comes after more than {_MOST_DRAWN:,} pixels of others", "save that frame by itself"
         )
     return frame
+
+
+def _count_frames(image: ImageFile.ImageFile) -> int:
+    count = getattr(image, "n_frames", 1)
+    if count > MOST_FRAMES:
+        raise UnusableImage(f"it has more than {MOST_FRAMES:,} frames", "save the frames that are used by themselves")
+    return count
 
 
 def rgb_from_image(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -203,18 +210,6 @@ def rgb_from_image(image: Image.Image, max_pixels: int) -> Image.Image:
         result = image.copy()
     result.info = {}
     return result
-
-
-def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    """Raise `UnusableImage` for a (width, height) beyond the limits, or without pixels."""
-    width, height = size
-    if width * height > max_pixels or max(size) > _MAX_SIDE:
-        raise UnusableImage(
-            f"it has {width} x {height} pixels, more than {max_pixels} in all or {_MAX_SIDE} a side",
-            "shrink it, or raise max_pixels",
-        )
-    if width * height == 0:
-        raise UnusableImage(f"it has {width} x {height} pixels", "replace it, or drop it from the data")
 
 
 def _correct_header(image: ImageFile.ImageFile) -> int | None:

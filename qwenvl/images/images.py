@@ -7,7 +7,8 @@
     load_image(b"\\x89PNG..."), load_image("data:image/png;base64,..."), load_image(pil), load_image(array)
 
 Datasets are written by others, so a source is untrusted: it reaches only what `ImageAccess` allows, is limited in
-bytes and pixels, and is decoded by a fixed list of decoders that run in this process. The result is a complete image,
+bytes and pixels, and is decoded by a fixed list of decoders that run in this process (PDFs in one of their own, with
+bounds in time and memory). The result is a complete image,
 or an `ImageError` that says which image, why, and what to do.
 """
 
@@ -25,10 +26,11 @@ import numpy as np
 from PIL import Image
 
 from qwenvl.errors import InputError
-from qwenvl.images.image_decoding import check_pixels, decode, rgb_from_image
+from qwenvl.images.image_decoding import decode, rgb_from_image
 from qwenvl.images.image_urls import IPAddress, UrlError, display_url, fetch, is_public_address
 from qwenvl.images.page_references import check_page, find_page, split_page
 from qwenvl.images.pdf_pages import DPI
+from qwenvl.images.pixel_limits import check_pixels
 from qwenvl.images.unusable_image import UnusableImage
 from qwenvl.views import PagePart, whole_of
 

@@ -3,9 +3,9 @@
 import struct
 from typing import BinaryIO
 
+from qwenvl.images.image_bounds import MOST_FRAMES as MOST_DIRECTORIES
 from qwenvl.images.unusable_image import UnusableImage
 
-MOST_DIRECTORIES = 10_000
 _KIND = 254
 """NewSubfileType (TIFF 6.0, section 8): bit 0 marks a reduced copy of another page, bit 2 a transparency mask."""
 _COPY_OR_MASK = 0b101

@@ -100,7 +100,7 @@ def check_broken_exports(folder: Path, layout: str, count: int, seed: int) -> Co
                 if given.get("format") != "vqa":
                     assert not parse_grounding(reply).problems, reply
         except InputError as error:
-            assert str(error).strip() and len(str(error)) < 3000
+            assert str(error).strip() and len(str(error)) < 1500
             fate = "refused"
         fates[fate] += 1
     return fates

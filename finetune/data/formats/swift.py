@@ -17,7 +17,7 @@ JSON. Boxes are x1, y1, x2, y2: in pixels of the upright image (`real`), in thou
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetune.data.formats import fields
@@ -34,7 +34,7 @@ COLUMNS = ("query", "response", "history", "system", "images", "objects", "messa
 _UNITS = {"norm1000": 1000, "norm1": 1}
 _FILLED = re.compile("<ref-object>|<bbox>")
 _IMAGE_TAG = re.compile("</?img>")
-# What ms-swift itself writes into `objects`; sizes are read from the images.
+# `width` and `height` are the sizes that the images had, which ms-swift writes into `objects` itself.
 _OBJECT_KEYS = {"ref", "bbox", "bbox_type", "image_id", "width", "height"}
 _ITEM_KEYS = {"caption", "ref", "bbox", "bbox_type", "image"}
 
@@ -66,8 +66,27 @@ def swift(
     fill_images(conversation, images, columns["images"], text_places=text_places)
     objects = row.get(columns["objects"])
     if objects is not None and objects not in ("", [], {}):
-        _fill_objects(conversation, _Objects.read(objects, columns["objects"]), columns["objects"], image_size)
+        read = _Objects.read(objects, columns["objects"])
+        _check_sizes(read.sizes, images, columns["objects"], image_size)
+        _fill_objects(conversation, read, columns["objects"], image_size)
     return [conversation]
+
+
+def _check_sizes(sizes: list[tuple[int, int]], images: list[Any], name: str, image_size: ImageSize) -> None:
+    """Raises:
+    BadField: an image is not of the size that it had when its boxes were drawn.
+    """
+    for number, (image, said) in enumerate(zip(images, sizes, strict=False)):
+        try:
+            found = image_size(image)
+        except InputError as error:
+            raise BadField(name, str(error)) from error
+        if found != said:
+            raise BadField(
+                name,
+                f"image {number}, counted from 0, was {said[0]} x {said[1]} pixels and is {found[0]} x {found[1]}: "
+                "its boxes would be in the wrong place",
+            )
 
 
 def _turns(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[Message]:
@@ -115,10 +134,11 @@ class _Object:
 
 @dataclass(frozen=True)
 class _Objects:
-    """Phrases and boxes, each in the order of their places."""
+    """Phrases and boxes, each in the order of their places; the sizes that the images had, where they are told."""
 
     phrases: list[str]
     boxes: list[_Object]
+    sizes: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
     def read(cls, value: Any, name: str) -> "_Objects":
@@ -153,7 +173,8 @@ class _Objects:
             _Object(_boxes(box, f"{name}.bbox[{index}]"), unit, _number(number, f"{name}.image_id[{index}]"))
             for index, (box, number) in enumerate(zip(given, numbers, strict=True))
         ]
-        return cls([fields.text(phrase, f"{name}.ref[{index}]") for index, phrase in enumerate(phrases)], boxes)
+        said = [fields.text(phrase, f"{name}.ref[{index}]") for index, phrase in enumerate(phrases)]
+        return cls(said, boxes, _sizes(value, name))
 
 
 def _fill_objects(conversation: list[Message], objects: _Objects, name: str, image_size: ImageSize) -> None:
@@ -232,9 +253,26 @@ def _unit(value: Any, name: str) -> str:
     return str(value)
 
 
+def _sizes(value: Mapping[str, Any], name: str) -> list[tuple[int, int]]:
+    sides = []
+    for key in ("width", "height"):
+        given = value.get(key)
+        given = [given] if isinstance(given, int) else _list(given, f"{name}.{key}")
+        sides.append([_number(side, f"{name}.{key}[{index}]") for index, side in enumerate(given)])
+    widths, heights = sides
+    sizes = [
+        (width, height)
+        for width, height in zip(widths, heights, strict=False)
+        if width is not None and height is not None
+    ]
+    if not len(sizes) == len(widths) == len(heights):
+        raise BadField(f"{name}.width", "must be a list of numbers, and height one of as many: a size for each image")
+    return sizes
+
+
 def _number(value: Any, name: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise BadField(name, f"must be the number of an image, from 0, not {value!r}"[:200])
+        raise BadField(name, f"must be a whole number, not {value!r}"[:200])
     return value
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from finetune.data.sample import Origin
+from finetune.data.sample import DataError, Origin
 from finetune.data.sources.rows import Rows
 
 if TYPE_CHECKING:
@@ -70,7 +70,14 @@ class ArrowRows(Rows):
         return sha256(f"{self._digest} {len(self)}".encode()).hexdigest()
 
     def _rows(self, table: pa.Table) -> Iterator[Mapping[str, Any]]:
-        return map(self._features.decode_example, table.to_pylist())
+        try:
+            rows = table.to_pylist()
+        except (UnicodeDecodeError, pa.ArrowException) as error:  # damage that its file does not know of
+            raise DataError(
+                f"{self.name}: is damaged ({str(error)[:200]}); make or fetch the file again, and remove its "
+                "copy in the datasets cache"
+            ) from error
+        return map(self._features.decode_example, rows)
 
 
 def is_origin(schema: pa.Schema) -> bool:

@@ -23,6 +23,9 @@ from finetune.files.atomic_writes import writing_file
 from finetune.files.path_errors import path_errors
 
 PACKED = ".gz"
+_UNPACKED = 1 << 28
+_MOST_TIMES = 200
+"""Bytes that a packed file may have, and times its own size where that is more: ten times what data usually has."""
 _CHUNK = 1 << 20  # bytes
 _SAMPLE = 1 << 16  # bytes before and after a place that is not UTF-8
 _SHOWN = 24  # characters of what such a place would read as
@@ -130,10 +133,29 @@ def _copy(path: Path, name: str, codec: str, encoding: str | None) -> Path:
             digest.update(data)
     with copy_of(f"{digest.hexdigest()[:40]}.txt") as (copy, is_there):
         if not is_there:
+            size = path.stat().st_size if path.suffix.lower() == PACKED else None
             with _opened(path, name) as file, writing_file(copy) as partial, partial.open("wb") as written:
                 for text in _decoded(file, name, codec, is_given=encoding is not None):
                     written.write(text.encode())
+                    if size is not None:
+                        refuse_swelling(name, size, file.tell())
     return copy
+
+
+def refuse_swelling(name: str, size: int, unpacked: int) -> None:
+    """Refuse a packed file that would fill the disk or the memory.
+
+    Args:
+        size, unpacked: bytes of the file, and of what is in it.
+
+    Raises:
+        DataError: it has far more in it than data packs to.
+    """
+    if unpacked > max(_UNPACKED, _MOST_TIMES * size):
+        raise DataError(
+            f"{name}: unpacks to more than {_MOST_TIMES} times its {size:,} bytes, which no data does; if it is right "
+            "all the same, unpack it yourself"
+        )
 
 
 @contextmanager
@@ -173,7 +195,7 @@ def _decoded(file: BinaryIO, name: str, codec: str, *, is_given: bool) -> Iterat
                 f"{name}: byte {place} is not {codec}; give the encoding that the file was saved in with `encoding`"
             ) from error
         except UnicodeError as error:  # a codec of the standard library that has no place to tell
-            raise DataError(f"{name}: is not {codec} ({error})") from error
+            raise DataError(f"{name}: is not {codec} ({str(error)[:200]})") from error
         yield text.removeprefix("\ufeff") if not taken else text
         is_ascii, taken = is_ascii and data.isascii(), taken + len(data)
         try:

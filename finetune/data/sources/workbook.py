@@ -14,19 +14,20 @@ from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import ROUND_HALF_UP, Decimal
 from hashlib import sha256
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from finetune.data.sample import DataError
 from finetune.data.sources.rows import JsonLinesRows
-from finetune.data.sources.text_encoding import copy_of
+from finetune.data.sources.text_encoding import copy_of, refuse_swelling
 from finetune.errors import Interrupted
 from finetune.files.atomic_writes import writing_file
 
 _NUMBER = re.compile(r"(?P<groups>#,##)?(?P<whole>0+)(?:\.(?P<digits>0+))?(?P<percent>%)?")
 _MERGED = re.compile(rb"<(?:\w+:)?mergeCell\s[^>]*?ref=\"([A-Z0-9:$]+)\"")
 _ISO = re.compile(r"yyyy\\?-mm\\?-dd", re.IGNORECASE)
+_MOST_ROWS = 1 << 20
 _VERSION = 2  # of what is made of a sheet
 
 
@@ -41,6 +42,8 @@ def read_workbook(path: Path, name: str, sheet: str | None) -> JsonLinesRows:
     with copy_of(f"{digest[:40]}.jsonl") as (copy, is_there):
         if not is_there:
             try:
+                with zipfile.ZipFile(path) as packed:
+                    refuse_swelling(name, path.stat().st_size, sum(part.file_size for part in packed.infolist()))
                 lines = list(_lines(path, name, sheet))
             except (DataError, Interrupted):
                 raise
@@ -67,7 +70,9 @@ def _lines(path: Path, name: str, sheet: str | None) -> Iterator[str]:
             merged = _merged_cells(path, results[title])
             rows = zip_longest(results[title].iter_rows(), formulas[title].iter_rows(), fillvalue=())
             header: list[str | None] = []
-            for cells, written in rows:
+            for number, (cells, written) in enumerate(rows):
+                if number >= _MOST_ROWS:
+                    raise DataError(f"{name}: has a row beyond {_MOST_ROWS:,}, the last one that Excel has")
                 values = [_value(cell, source, name) for cell, source in zip(cells, written, strict=True)]
                 for cell, value in zip(cells, values, strict=True):
                     if value is not None and (area := merged.get((cell.row, cell.column))):
@@ -106,7 +111,11 @@ def _sheet(book: Any, name: str, sheet: str | None) -> str:
         if sheet not in titles:
             raise DataError(f"{name}: has no sheet {sheet!r} (split) but {', '.join(titles)}")
         return sheet
-    filled = [each.title for each in book.worksheets if any(any(row) for row in each.iter_rows(values_only=True))]
+    filled = [
+        each.title
+        for each in book.worksheets
+        if any(any(row) for row in islice(each.iter_rows(values_only=True), _MOST_ROWS))
+    ]
     if len(filled) > 1:
         raise DataError(f"{name}: has the sheets {', '.join(filled)}; say which one with `split`")
     return filled[0] if filled else titles[0]

@@ -2,7 +2,16 @@
 
 import pytest
 
-from finetune.data.markup import check_markup_names, find_markup, grounding_problems, markup_kind, why_refused
+from finetune.data.markup import (
+    check_markup_names,
+    find_markup,
+    grounding_problems,
+    markup_kind,
+    talk_about_markup,
+    why_refused,
+)
+from finetune.data.problems import find_problems
+from finetune.data.sample import Origin, Sample
 from finetune.errors import UserError
 from qwenvl.text.vocabulary import CONTROL_TOKENS
 
@@ -24,7 +33,11 @@ def kinds(text, grounding=False):
         ("[INST]", ["[INST]", "[/INST]"]),
         ("<box>", ["<box>(1,2),(3,4)</box>", "</box>"]),
         ("<loc>", ["<loc0012>", "<loc_12>"]),
-        ("Picture 1:", ["Picture 2: scans/a.png", "Picture 1:a.JPG"]),
+        (
+            "Picture 1:",
+            ["Picture 2: scans/a.png", "Picture 1:a.JPG", "Picture 1: a.png\u8fd9\u662f", "Picture 1: a.pdf#3"],
+        ),
+        ("Picture 1:", ["Picture 1: my scan (2).png", "Picture 12: my scan.tif \nWhat?"]),
         ("data:image/", ["data:image/png;base64,AAAA"]),
     ],
 )
@@ -41,6 +54,7 @@ def test_look_alikes(kind, texts):
         "if x<img and y",
         "<imagery>",
         "Picture 1: ",
+        "Picture 1: a png file (see scan.png) of a cat",
         "x[1]",
         "[x]",
         "<b>bold</b>",
@@ -79,6 +93,15 @@ def test_names_of_a_recipe(name):
 def test_names_of_nothing_are_refused(name):
     with pytest.raises(UserError, match=r"data.markup_as_text: .* is not looked for"):
         check_markup_names([name])
+
+
+def test_tags_that_are_no_tokens_are_counted_where_they_may_be_text():
+    assert talk_about_markup("<ref>a</ref><box>(1,2),(3,4)</box>, <image>") == []
+    assert talk_about_markup("<ref>a</ref><box>(x1,y1)</box>, </quad> and <box>") == ["<box>", "<quad>"]
+    text = "Where? As <ref>it</ref><box>(x1,y1),(x2,y2)</box>."
+    messages = ({"role": "user", "content": text, "grounding": True}, {"role": "assistant", "content": "x"})
+    sample = Sample(messages, Origin("rows.jsonl", 1))
+    assert find_problems(sample, grounding=False, markup_as_text=ALLOWED) == ([], ["<box>"])
 
 
 ALLOWED = frozenset({"<ref>", "<box>"})

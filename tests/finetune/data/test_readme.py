@@ -6,18 +6,13 @@ from pathlib import Path
 
 import datasets
 import pytest
-import yaml
-from PIL import Image
+from data_page import LOCAL, PAGE, SECTIONS, told_samples, write_page_images, write_section
 
 from finetune.data.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.recipe.sections import LAYOUTS, Source
 from qwenvl.text.chat import render_chat
-
-PAGE = (Path(__file__).parents[3] / "finetune" / "data" / "README.md").read_text()
-SECTIONS = dict(re.findall(r"^### (.+?)\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL))
-BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -26,25 +21,13 @@ def data_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
     monkeypatch.chdir(tmp_path)
     datasets.disable_progress_bars()
-    (tmp_path / "data" / "scans").mkdir(parents=True)
-    for name in ("receipt.png", "photo.jpg", "scans/1.png", "scans/2.png"):
-        Image.new("RGB", (640, 480), "teal").save(tmp_path / "data" / name)
+    write_page_images(tmp_path)
     return tmp_path
 
 
 def sources_of(section: str) -> list[Source]:
     """The sources of a section, after its files were written and its Python was run."""
-    sources = []
-    for language, name, text in BLOCK.findall(SECTIONS[section]):
-        if language == "yaml":
-            given = yaml.safe_load(text)["data"]["train"]
-            sources += [Source(**one) for one in (given if isinstance(given, list) else [given])]
-        elif language == "python":
-            exec(compile(text, section, "exec"), {})
-        else:
-            Path(name).parent.mkdir(exist_ok=True)
-            Path(name).write_text(text)
-    return sources
+    return [Source(**one) for one in write_section(section)]
 
 
 def shown(messages) -> list[str]:
@@ -58,16 +41,12 @@ def shown(messages) -> list[str]:
     return lines
 
 
-LOCAL = [name for name in SECTIONS if name not in ("Hub", "Excel", "Encodings")]
-
-
 @pytest.mark.parametrize("section", LOCAL)
 def test_examples_are_read(section, tiny_processor):
     samples = Samples(sources_of(section))
     found = check_samples(samples, tiny_processor.tokenizer, max_length=2048, n_queries=4, show_progress=False)
     assert found.total == len(found.kept) >= 1
-    says = re.findall(r"^\s*-> (.+)$", SECTIONS[section], re.MULTILINE)
-    assert says == [" / ".join(shown(sample.messages)) for sample in samples]
+    assert told_samples(section) == [" / ".join(shown(sample.messages)) for sample in samples]
     for sample in samples:
         assert render_chat(sample.messages, tiny_processor.tokenizer, n_queries=4).images
 

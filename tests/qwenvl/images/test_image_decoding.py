@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encoded_images import AVIF, chunk, encode, grey, noise, on_white, pil_rgb, pixels_of, png, tiff
+from files_of_pages import pdf
 from PIL import EpsImagePlugin, GifImagePlugin, Image, ImageFile, features
 
 from qwenvl.errors import InputError
 from qwenvl.images.images import ImageAccess, ImageError, load_image
+from qwenvl.images.pdf_process import count_pdf_pages
 
 SEEDS = 200
 
@@ -251,6 +253,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_kinds_of_image(kind, tmp_path, monkeypatch):
     """200 of each kind, from bytes and through a file: the right pixels or an error that names the image."""
+    count_pdf_pages(pdf())  # starts the process that reads PDFs
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started"))
     path = tmp_path / "image.jpg"
     for seed in range(SEEDS):

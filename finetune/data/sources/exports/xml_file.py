@@ -82,6 +82,6 @@ def read_xml(path: Path, name: str, root: str) -> Iterator[Element]:
                 place = f"line {error.lineno}, column {error.offset + 1}"
                 raise DataError(f"{name}: not XML ({place}: {expat.ErrorString(error.code)})") from error
             except (ValueError, LookupError) as error:  # an encoding that Python does not know, or not so
-                raise DataError(f"{name}: cannot be read as XML ({error})") from error
+                raise DataError(f"{name}: cannot be read as XML ({str(error)[:200]})") from error
             yield from ready
             ready.clear()

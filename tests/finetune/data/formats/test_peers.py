@@ -181,7 +181,7 @@ FILLED = [
     "objects",
     [
         OBJECTS,
-        {**OBJECTS, "bbox_type": "real", "image_id": [0]},
+        {**OBJECTS, "bbox_type": "real", "image_id": [0], "width": [640], "height": [480]},
         json.dumps(OBJECTS),
         {**OBJECTS, "bbox": [[100, 100, 500, 500]], "bbox_type": "norm1000"},
         {**OBJECTS, "bbox": [[0.1, 0.1, 0.5, 0.5]], "bbox_type": "norm1"},
@@ -214,6 +214,8 @@ def test_several_boxes_and_images():
         ({"objects": {**OBJECTS, "bbox": [[100, 100, 900, 470]]}}, "objects.bbox", "260 pixels beyond the image"),
         ({"objects": {**OBJECTS, "bbox": [[0.1, 0.1, 0.5, 0.5]]}}, "objects.bbox", "within the first pixel"),
         ({"objects": {**OBJECTS, "image_id": [4]}}, "objects", "image 4, counted from 0, and there are 1"),
+        ({"objects": {**OBJECTS, "width": [1280], "height": [960]}}, "objects", "was 1280 x 960 pixels and is 640 x"),
+        ({"objects": {**OBJECTS, "width": [640]}}, "objects.width", "a size for each image"),
         ({"objects": {**OBJECTS, "mask": [1]}}, "objects.mask", "is not read"),
         ({"objects": "{"}, "objects", "is text, and not JSON"),
         ({"query": "<image><image>Where is <ref-object>?", "images": ["a", "b"]}, "objects", "nothing says of which"),

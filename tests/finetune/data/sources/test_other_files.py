@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+import zipfile
 from types import SimpleNamespace
 
 import datasets
@@ -301,3 +302,36 @@ def test_packed_files_have_images_beside_them(tmp_path, kind):
     (tmp_path / f"rows.{kind}.gz").write_bytes(gzip.compress(text[kind].encode()))
     (sample,) = Samples([Source(path=str(tmp_path / f"rows.{kind}.gz"), format="caption")])
     assert sample.messages[0]["content"][0]["image"] == str(tmp_path / "a.png")
+
+
+# --- files that swell ------------------------------------------------------------------------------------------------
+
+
+def test_a_packed_file_that_unpacks_to_far_more_than_data_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.data.sources.text_encoding._UNPACKED", 1 << 21)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"a": "' + b"x" * (1 << 24) + b'"}\n'))
+    with pytest.raises(DataError, match=r"rows.jsonl.gz: unpacks to more than 200 times its [0-9,]+ bytes"):
+        read(tmp_path / "rows.jsonl.gz")
+    assert not [path for path in (tmp_path / "cache" / "texts").iterdir() if path.suffix == ".txt"]
+
+
+def test_a_workbook_that_unpacks_to_far_more_than_data_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.data.sources.text_encoding._UNPACKED", 1 << 21)
+    workbook(tmp_path / "rows.xlsx", ["a"], ["b"])
+    with zipfile.ZipFile(tmp_path / "rows.xlsx", "a", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("xl/more.xml", b" " * (1 << 24))
+    monkeypatch.setattr(openpyxl, "load_workbook", lambda *_, **__: pytest.fail("it was opened"))
+    with pytest.raises(DataError, match=r"rows.xlsx: unpacks to more than 200 times"):
+        read(tmp_path / "rows.xlsx")
+
+
+def test_a_workbook_with_a_row_that_excel_cannot_have(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.data.sources.workbook._MOST_ROWS", 1000)
+    workbook(tmp_path / "rows.xlsx", ["a"], ["b"])
+    with zipfile.ZipFile(tmp_path / "rows.xlsx") as packed:
+        parts = {name: packed.read(name) for name in packed.namelist()}
+    with zipfile.ZipFile(tmp_path / "far.xlsx", "w") as packed:
+        for name, data in parts.items():
+            packed.writestr(name, data.replace(b'<row r="2"', b'<row r="99999999"'))
+    with pytest.raises(DataError, match=r"far.xlsx: has a row beyond 1,000, the last one that Excel has"):
+        read(tmp_path / "far.xlsx")
