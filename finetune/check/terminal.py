@@ -9,7 +9,7 @@ from rich.text import Text
 from finetune.check.findings import Findings
 from finetune.check.histogram import bars, make_histogram
 from finetune.check.sample_preview import Piece, Preview, one_line
-from finetune.data.reading import rules_of
+from finetune.data.reading import rules_of, views_of
 from finetune.data.sample import SHOWN_PROBLEMS
 from finetune.data.summary import describe_data, describe_long, describe_sources, problem_kinds
 from finetune.memory.free_memory import describe_cards
@@ -69,7 +69,7 @@ def _model(findings: Findings) -> Iterator[tuple[str, str]]:
     base = findings.base
     bits = f" ({', '.join(base.quantized)} in 4 bits)" if base.quantized else ""
     yield "model", f"{one_line(findings.recipe.model.path)}{bits}"
-    for note in base.notes:
+    for note in base.notes(views_of(findings.recipe)):
         yield "", note
     for number, line in enumerate(table_of_parameters(findings.parameters or {})):
         yield "" if number else "trained", line

@@ -188,7 +188,7 @@ class RowReader:
             answers_name = "answer"
         answers = _may_be_hidden(row, answers_name)
         if isinstance(given, str):
-            return [self._question(row, images, given, name, answers, answers_name)]
+            return [self._question(row, images, fields.one_text(given, name), name, answers, answers_name)]
         if not isinstance(given, list | tuple) or not given:
             raise BadField(name, f"must be text or a list of texts, not {_kind(given)}")
         if answers is None:
@@ -414,7 +414,7 @@ def _answers(value: Any, name: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list | tuple):
-        value = [value]
+        value = [fields.one_text(value, name) if isinstance(value, str) and value.strip() else value]
     answers = []
     for index, item in enumerate(value):
         # VQAv2 has {"answer", "answer_confidence", "answer_id"}.

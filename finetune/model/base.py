@@ -21,6 +21,7 @@ from qwenvl.model.host_embedding import HostEmbedding
 from qwenvl.model.nf4_weights import linear_4bit
 from qwenvl.model.quantization import quantized_names
 from qwenvl.model.whole import require_whole
+from qwenvl.views import Views
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,24 @@ class Base:
         """`, a chat model (qwenvl.json)`; empty where nothing says it."""
         return "" if self.record.style is None else f", a {self.record.style} model ({self.record.read_from})"
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of a run on it has to know."""
-        if not self.packed:
-            return ()
-        then = "quantised anew, to NF4" if self.quantized else "take the memory of 16-bit ones"
-        return (f"The checkpoint is packed by GPTQ in 4 bits; its weights are read as 16-bit ones, and {then}.",)
+    def notes(self, views: Views | None) -> tuple[str, ...]:
+        """What a reader of a run on it has to know.
+
+        Args:
+            views: what pictures an image is in the run.
+        """
+        notes = []
+        if self.packed:
+            then = "quantised anew, to NF4" if self.quantized else "take the memory of 16-bit ones"
+            notes.append(
+                f"The checkpoint is packed by GPTQ in 4 bits; its weights are read as 16-bit ones, and {then}."
+            )
+        if self.record.views is not None and self.record.views != views:
+            now = "alone" if views is None else f"as {views}"
+            notes.append(
+                f"The checkpoint was trained on images as {self.record.views}; this run shows them {now} (data.views)."
+            )
+        return tuple(notes)
 
 
 def find_base(model: Model) -> Base:

@@ -3,6 +3,7 @@
 Datasets fill keys that only other rows have with None, so None means the same as a missing key.
 """
 
+import re
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from finetune.data.sample import BadField
 
 IMAGE_KEYS = {"bytes", "path", "page"}
+_WRITTEN_LIST = re.compile(r"""\s*\[\s*(?:(['"]).*\1\s*)?\]\s*""", re.DOTALL)
 
 
 def field(row: Mapping[str, Any], column: str) -> Any:
@@ -38,6 +40,22 @@ def text(value: Any, name: str) -> str:
     if not value.strip():
         raise BadField(name, "is blank")
     return value
+
+
+def one_text(value: Any, name: str) -> str:
+    """The value of a column that may hold a list of texts, where it holds one text.
+
+    Raises:
+        BadField: as `text`; or it is a list as Python or JSON writes it, which the cells of tables often hold: its
+            brackets and quotes would be words.
+    """
+    written = text(value, name)
+    if _WRITTEN_LIST.fullmatch(written):
+        raise BadField(
+            name,
+            f"is a list written as text ({written[:60]}): give one text, or a list, as JSON Lines and Parquet have it",
+        )
+    return written
 
 
 def image(value: Any, name: str) -> Any:

@@ -356,3 +356,20 @@ def test_recipes_know_the_same_formats_columns_and_prompts():
 def test_an_empty_row_is_refused_by_every_format(name):
     with pytest.raises(BadField):
         conversations(name, {})
+
+
+@pytest.mark.parametrize("written", ["['A', 'B']", '["A"]', "['A' 'B']", "[]", '[ "A",\n "B" ] '])
+@pytest.mark.parametrize(
+    ("name", "field"), [("vqa", "question"), ("vqa", "answers"), ("caption", "caption")], ids=lambda value: value
+)
+def test_a_list_that_a_table_has_as_text_is_no_answer(name, field, written):
+    row = {"image": "a.png", "question": "Which?", "answers": "x"} if name == "vqa" else {"image": "a.png"}
+    with pytest.raises(BadField, match="is a list written as text") as caught:
+        conversations(name, row | {field: written})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("answer", ["[1, 2]", "['A', 'B'] are two", '"A"', "[A]"])
+def test_brackets_may_be_an_answer(answer):
+    row = {"image": "a.png", "question": "Which?", "answers": answer}
+    assert one("vqa", row)[1]["content"] == answer
