@@ -16,7 +16,7 @@ from finetune.data.sources.local_files import data_errors
 from finetune.data.sources.rows import JsonLinesRows, JsonRows, Rows
 from finetune.data.sources.several_files import WILDCARDS, SeveralFilesRows, files_of, folder_of
 from finetune.data.sources.text_encoding import PACKED, kind_of_file, text_file
-from finetune.errors import Interrupted, MissingFileError
+from finetune.errors import MissingFileError
 from finetune.recipe.document_fields import Prompts
 from finetune.recipe.sections import Annotations
 
@@ -263,8 +263,6 @@ def _read_folder(source: Location, folder: Path, name: str) -> Rows:
 
         try:
             dataset = datasets.load_from_disk(str(folder))
-        except Interrupted:
-            raise
         except Exception as error:  # whatever a damaged folder raises, in several libraries
             raise DataError(f"{name}: cannot be loaded ({type(error).__name__}: {error})") from error
         if is_several:
@@ -293,8 +291,6 @@ def _read_parquet(files: list[Path], name: str, folder: Path) -> Rows:
     try:
         # Converted to Arrow in the datasets library's cache: Parquet cannot be read by row.
         dataset = datasets.Dataset.from_parquet([str(file) for file in files])
-    except Interrupted:
-        raise
     except Exception as error:  # whatever a damaged file raises, in several libraries
         raise DataError(f"{name}: cannot be read as Parquet ({type(error).__name__}: {error})") from error
     return ArrowRows(dataset, name, folder.absolute(), files_digest(files))
@@ -308,8 +304,6 @@ def _read_hub(dataset_id: str, config: str | None, split: str | None) -> Rows:
 
     try:
         dataset = datasets.load_dataset(dataset_id, config, split=split or "train")
-    except Interrupted:
-        raise
     except Exception as error:  # no network, no such dataset, no right to it, an unknown config or split, ...
         raise DataError(
             f"{dataset_id}: there is no such file or folder here, and as a hub dataset it cannot be loaded "
