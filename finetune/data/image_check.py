@@ -18,7 +18,7 @@ import PIL
 from huggingface_hub import constants
 
 from finetune.data.checking import Checked, Rules
-from finetune.data.image_files import check_header, is_url, named_page
+from finetune.data.image_files import check_header, named_page
 from finetune.data.message_parts import image_sources
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadRow
@@ -28,6 +28,7 @@ from finetune.errors import Failed, InputError
 from finetune.files.atomic_writes import make_folder, writing_file
 from finetune.quantities import format_duration
 from qwenvl import ImageAccess, load_image
+from qwenvl.images.image_urls import is_url
 from qwenvl.images.images import ImageError
 from qwenvl.images.page_references import split_page
 

@@ -16,6 +16,7 @@ import numpy as np
 from finetune.data.image_files import file_size, read_encoded
 from finetune.data.sample import BadRow, Sample
 from finetune.errors import InputError
+from qwenvl.images.image_urls import is_data_uri, is_url
 
 if TYPE_CHECKING:
     from finetune.data.samples import Samples
@@ -81,7 +82,7 @@ class Identities:
     def _add_image(self, source: Any) -> None:
         if isinstance(source, str):
             self.paths.append(_number(source.encode(errors="surrogatepass")))
-            self.sizes.append(-1 if source[:5].lower() in ("data:", "http:", "https") else file_size(source))
+            self.sizes.append(-1 if is_url(source) or is_data_uri(source) else file_size(source))
             return
         data = source["bytes"] if isinstance(source, Mapping) else source
         self.paths.append(_UNKNOWN)

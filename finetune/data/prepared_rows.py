@@ -17,6 +17,7 @@ from finetune.data.samples import Samples
 from finetune.data.sources.arrow_rows import ORIGIN
 from finetune.errors import InputError, UserError
 from finetune.files.atomic_writes import writing_file
+from qwenvl.images.image_urls import is_data_uri, is_url
 from qwenvl.images.images import ImageAccess, ImageError, load_image
 from qwenvl.images.resizing import resize
 
@@ -97,7 +98,7 @@ def make_image(source: Any, access: ImageAccess, image_size: int | None) -> dict
 def _file_name(source: Any) -> str | None:
     """What messages call the image."""
     path = source.get("path") if isinstance(source, Mapping) else source
-    if not isinstance(path, str) or path.lower().startswith(("data:", "http:", "https:")):
+    if not isinstance(path, str) or is_url(path) or is_data_uri(path):
         return None
     return Path(path).name or None
 
