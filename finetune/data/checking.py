@@ -436,8 +436,6 @@ def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
 def _image_key(source: Any, access: ImageAccess) -> int:
     """64 bits of a digest of the path of an image, or of the one that it is a part of; 0 where it has none."""
     source = whole_of(source)
-    if isinstance(source, Mapping) and source.get("bytes") is None:
-        source = source.get("path")
     if not isinstance(source, str):
         return 0
     text = f"{access.root}\n{source}".encode(errors="surrogatepass")

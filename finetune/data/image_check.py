@@ -218,10 +218,13 @@ def _problems(
         return (), []
     counts, keys = _images_of(checked)
     ends = counts.cumsum()
+    order = np.argsort(keys, kind="stable")
+    in_order = keys[order]
     found: list[tuple[int, int, str]] = []
     for place, reason in bad:
         first = places[place]
-        same = np.flatnonzero(keys == keys[first]) if keys[first] else [first]
+        start, stop = (int(np.searchsorted(in_order, keys[first], side)) for side in ("left", "right"))
+        same = order[start:stop] if keys[first] else [first]
         found += [(int(one), int(np.searchsorted(ends, one, side="right")), reason) for one in same]
     problems, numbers = [], []
     for place, row, reason in sorted(found):
@@ -261,13 +264,12 @@ def _stamp(source: Any, access: ImageAccess) -> int | None:
         page = named_page(source, access)
     except InputError:
         return None
-    if isinstance(source, Mapping):
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    source = source["bytes"] if isinstance(source, Mapping) else source
     rules = f"1 {PIL.__version__} {access.max_pixels} {access.dpi} {page}\n"
     digest = blake2b(rules.encode(), digest_size=8)
     if isinstance(source, bytes):
         digest.update(source)
-    elif not isinstance(source, str) or is_url(source):
+    elif is_url(source):
         return None
     else:
         source = source if page is None else split_page(source)[0]

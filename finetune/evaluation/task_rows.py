@@ -24,7 +24,7 @@ from finetune.data.formats.messages import Message
 from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.data.formats.pixel_boxes import box_inside
 from finetune.data.formats.row_format import RowFormat
-from finetune.data.message_parts import boxes_inside
+from finetune.data.message_parts import boxes_inside, content_parts
 from finetune.data.sample import BadField
 from finetune.errors import InputError, UserError
 from finetune.evaluation.predictions import split_last_reply
@@ -455,11 +455,9 @@ def _gold_letter(answer: Any, options: tuple[str, ...], name: str, task: str) ->
 
 def without_sources(message: Mapping[str, Any], sources: list[Any], grounding: bool = False) -> Message:
     """The message with the sources of its images moved to `sources`, and its grounding flag moved to its parts."""
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     flag = {"grounding": True} if grounding or message.get("grounding") else {}
     kept = []
-    for part in parts:
+    for part in content_parts(message):
         if part["type"] == "image":
             sources.append(part["image"])
             kept.append({key: value for key, value in part.items() if key != "image"})
