@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.check.data_guess import IMAGE_COLUMNS, Guess, guess, guess_export
-from finetune.check.export_layout import Layout, looks_like
+from finetune.check.export_layout import looks_like
 from finetune.check.sample_preview import image_name, one_line
 from finetune.data.message_parts import content_parts, image_sources
 from finetune.data.problems import find_problems, together
@@ -17,7 +17,7 @@ from finetune.data.sources.rows import Rows
 from finetune.data.sources.sources import read_source
 from finetune.data.summary import name_counts, problem_kinds
 from finetune.errors import InputError, UserError
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Layout, Source
 from finetune.recipe.yaml_file import write_yaml
 from finetune.terminal import Say, say, terminal_text
 from qwenvl.text.chat import is_trained

@@ -37,7 +37,7 @@ from finetune.files.disk_space import check_disk_space
 from finetune.files.path_errors import path_errors
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
-from finetune.recipe.sections import source_names
+from finetune.recipe.sources import source_names
 from finetune.recipe.yaml_file import write_yaml
 from finetune.run.folder import RunFolder
 from finetune.run.identity import compare_runs

@@ -27,7 +27,7 @@ _PAGE = re.compile(r"(\.(?:pdf|tiff?|gif|webp|png))#.*", re.IGNORECASE | re.DOTA
 
 
 class Part(Protocol):
-    """One of the two parts of a source; see `recipe.sections.Part`."""
+    """One of the two parts of a source; see `recipe.sources.Part`."""
 
     @property
     def eval(self) -> float: ...

@@ -12,7 +12,7 @@ import numpy as np
 from finetune.data.checking import Checked, Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 
 # In the text of a problem, what is of one row only: quoted data, and numbers.
 _DETAIL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d[\d,.]*""")

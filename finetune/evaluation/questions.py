@@ -481,7 +481,7 @@ def _box_form(source: QuestionSource, task: Task) -> str | None:
     """How gold boxes are written in their column."""
     if task.format != "grounding":
         return None
-    if getattr(source, "annotations", None) is not None:
+    if source.annotations is not None:
         return "xyxy"  # what an export is read into
     box_form = source.box_form or task.box_form
     if box_form is None:

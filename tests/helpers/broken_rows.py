@@ -22,7 +22,7 @@ from finetune.data.markup import check_markup_names, markup_kind
 from finetune.data.message_parts import image_sources
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from qwenvl import QwenVLTokenizer
 from qwenvl.images.page_references import find_page
 

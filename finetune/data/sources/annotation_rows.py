@@ -29,7 +29,7 @@ from finetune.data.sources.local_files import data_errors
 from finetune.data.sources.rows import Rows
 from finetune.errors import InputError, MissingFileError
 from finetune.recipe.problems import nearest
-from finetune.recipe.sections import Annotations
+from finetune.recipe.sources import Annotations
 from qwenvl.text.boxes import ref_markup
 
 _PROBLEM = "problem"

@@ -18,7 +18,7 @@ from finetune.data.sources.several_files import WILDCARDS, SeveralFilesRows, fil
 from finetune.data.sources.text_encoding import PACKED, kind_of_file, text_file
 from finetune.errors import MissingFileError
 from finetune.recipe.document_fields import Prompts
-from finetune.recipe.sections import Annotations
+from finetune.recipe.sources import Annotations
 
 if TYPE_CHECKING:
     import datasets
@@ -37,6 +37,7 @@ class Location(Protocol):
         streaming: fetch a hub dataset's rows one after the other, and none beyond `limit` (see `streams`).
         encoding: of a text file; None is UTF-8 or what the file's own marks say (see `text_encoding`).
         delimiter: between the fields of a .csv, .tsv or .txt file; None is what the file shows.
+        annotations: how an annotation export is read; None for a file, folder or dataset of rows.
     """
 
     @property
@@ -53,6 +54,8 @@ class Location(Protocol):
     def encoding(self) -> str | None: ...
     @property
     def delimiter(self) -> str | None: ...
+    @property
+    def annotations(self) -> Annotations | None: ...
 
 
 class FieldsSource(Protocol):
@@ -107,8 +110,7 @@ def open_rows(source: Location, row_format: str, images_root: str | Path | None)
     Raises:
         MissingFileError, DataError, Failed: as `read_source`.
     """
-    # Sources of other programs, made before there were exports, have no such attribute.
-    annotations: Annotations | None = getattr(source, "annotations", None)
+    annotations = source.annotations
     if annotations is None:
         return read_source(source)
     _refuse_keys(source, str(source.path), "encoding", "delimiter")

@@ -14,7 +14,7 @@ from finetune.batches.collate import LEFT_OUT, Collator
 from finetune.data.checking import Rules, look_at
 from finetune.data.image_check import open_images
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from qwenvl.images import image_decoding, pdf_process
 
 TAGS = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 1)]

@@ -12,7 +12,7 @@ from finetune.data.image_files import check_image
 from finetune.data.image_paths import hint, meant_path
 from finetune.data.samples import Samples
 from finetune.errors import UserError
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from qwenvl import ImageAccess, load_image
 
 FILES = ["scans/deep/x.jpeg", "a b (1).png", "50% off.png", "50%25 off.png", "ä.png", "図/1.png"]

@@ -19,7 +19,7 @@ from finetune.data.reading import look_for_overlap
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.recipe import parse_recipe
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from finetune.training.train import train as train_run
 
 

@@ -14,7 +14,7 @@ from finetune.data.places import Gone, align, as_they_were, load_places, places_
 from finetune.data.samples import Samples
 from finetune.errors import UserError
 from finetune.recipe import Source
-from finetune.recipe.sections import Part
+from finetune.recipe.sources import Part
 
 
 def chat(number, image=None):

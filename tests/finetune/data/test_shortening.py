@@ -143,6 +143,7 @@ def read(tmp_path, tiny_processor, tiny_images):
         "streaming": False,
         "encoding": None,
         "delimiter": None,
+        "annotations": None,
         "part": None,
     }
     samples = Samples([SimpleNamespace(**source)], images_root=tiny_images[0].parent)
