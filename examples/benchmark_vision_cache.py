@@ -24,7 +24,8 @@ from PIL import Image
 
 from finetune.batches.collate import Collator
 from finetune.batches.images import image_arguments
-from finetune.data.checking import Rules, look_at
+from finetune.data.checking import look_at
+from finetune.data.rules import Rules
 from finetune.data.samples import Samples
 from finetune.model.adapters import put_lora
 from finetune.quantities import format_bytes

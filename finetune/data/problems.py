@@ -30,7 +30,7 @@ def find_problems(
 
     Args:
         sample: of any format.
-        grounding, markup_as_text, box_edge, views: see `checking.Rules`.
+        grounding, markup_as_text, box_edge, views: see `rules.Rules`.
 
     Raises:
         BadField: it has more images than are looked at, or cannot be shown with views; nothing else was looked at.
