@@ -24,11 +24,13 @@ from PIL import Image
 
 from finetune.batches.collate import Collator
 from finetune.batches.images import image_arguments
-from finetune.data.checking import Rules, look_at
+from finetune.data.checking import look_at
+from finetune.data.rules import Rules
 from finetune.data.samples import Samples
 from finetune.model.adapters import put_lora
 from finetune.quantities import format_bytes
-from finetune.recipe.sections import Adapter, Data, Freeze, Source
+from finetune.recipe.sections import Adapter, Data, Freeze
+from finetune.recipe.sources import Source
 from finetune.terminal import say_nothing
 from finetune.vision_cache.cache import VisionCache
 from finetune.vision_cache.encoding import encode_images

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.check.data_guess import IMAGE_COLUMNS, Guess, guess, guess_export
-from finetune.check.export_layout import Layout, looks_like
+from finetune.check.export_layout import looks_like
 from finetune.check.sample_preview import image_name, one_line
-from finetune.data.message_parts import image_sources
+from finetune.data.message_parts import content_parts, image_sources
 from finetune.data.problems import find_problems, together
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import SHOWN_PROBLEMS, BadField, BadRow, Sample
@@ -17,7 +17,7 @@ from finetune.data.sources.rows import Rows
 from finetune.data.sources.sources import read_source
 from finetune.data.summary import name_counts, problem_kinds
 from finetune.errors import InputError, UserError
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Layout, Source
 from finetune.recipe.yaml_file import write_yaml
 from finetune.terminal import Say, say, terminal_text
 from qwenvl.text.chat import is_trained
@@ -210,9 +210,10 @@ def _contents(sample: Sample) -> dict[str, int]:
 
 def _turns(sample: Sample) -> Iterator[str]:
     for message in sample.messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        texts = [f"[{image_name(part['image'])}]" if part["type"] == "image" else part["text"] for part in parts]
+        texts = [
+            f"[{image_name(part['image'])}]" if part["type"] == "image" else part["text"]
+            for part in content_parts(message)
+        ]
         said = one_line("".join(texts))
         role = message["role"] + (" (context)" if message.get("train") is False else "")
         yield f"{role}: {said if len(said) <= _LONGEST_TEXT else said[:_LONGEST_TEXT] + '…'}"

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.check.export_layout import Layout, asked_names
+from finetune.check.export_layout import asked_names
 from finetune.data.problems import find_problems
 from finetune.data.sample import BadField, BadRow, Origin, Sample
 from finetune.data.samples import Samples
 from finetune.data.sources.rows import Rows
 from finetune.errors import InputError, UserError
-from finetune.recipe.sections import LAYOUTS, Source
+from finetune.recipe.sources import LAYOUTS, Layout, Source
 
 _IMAGE = ("image", "images", "img", "image_path", "image_file", "image_url", "file_name", "filename", "path", "file")
 IMAGE_COLUMNS = _IMAGE

@@ -3,9 +3,8 @@
 import json
 import re
 from pathlib import Path
-from typing import Literal
 
-Layout = Literal["coco", "label_studio", "labelme", "cvat", "via", "yolo"]
+from finetune.recipe.sources import Layout
 
 READ = 1 << 20
 """Bytes of a file that are looked at."""

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.check.letter_height import letter_height
-from finetune.data.checking import Checked, Rules
-from finetune.data.image_files import is_url
+from finetune.data.checked import Checked
+from finetune.data.rules import Rules
 from finetune.data.sample import Origin
 from finetune.data.samples import Samples
 from finetune.errors import InputError
 from qwenvl import load_image
+from qwenvl.images.image_urls import is_url
 from qwenvl.views import MOST_PARTS, Views, whole_of
 
 LEAST = 6.0

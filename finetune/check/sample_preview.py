@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from finetune.data.checking import Rules
 from finetune.data.message_parts import image_sources
 from finetune.data.problems import find_problems
 from finetune.data.reading import DataPart
+from finetune.data.rules import Rules
 from finetune.data.sample import Sample
 from finetune.data.shortening import Fitted
 from finetune.quantities import format_bytes

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from finetune.evaluation.evaluate import EvaluationSource
     from finetune.evaluation.tasks import Task
     from finetune.recipe import Recipe
-    from finetune.recipe.sections import Annotations, NamedSource
+    from finetune.recipe.sources import Annotations, NamedSource
     from qwenvl.views import Views
 
 SUMMARY = "score a model on a task, with an interval and a page of its worst replies"
@@ -306,7 +306,7 @@ def check_text_file(encoding: str | None, delimiter: str | None) -> None:
     """Raises:
     UserError: an encoding that is unknown, or a mark that cannot be between fields.
     """
-    from finetune.recipe.sections import is_text_encoding
+    from finetune.recipe.sources import is_text_encoding
 
     if encoding is not None and not is_text_encoding(encoding):
         raise UserError(f"--encoding {encoding}: it is not known; write its common name, such as gbk, big5 or cp1252")
@@ -360,7 +360,7 @@ def annotations_of(layout: str | None, row_format: str) -> "Annotations | None":
     Raises:
         UserError: an unknown layout, or one that is not read as the task's format.
     """
-    from finetune.recipe.sections import LAYOUTS, Annotations
+    from finetune.recipe.sources import LAYOUTS, Annotations
 
     if layout is None:
         return None

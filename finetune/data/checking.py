@@ -7,219 +7,31 @@ with its file, row, field and reason, or counted; nothing is dropped silently.
 import contextlib
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
 
-from finetune.data.epoch_draw import EpochDraws
-from finetune.data.message_parts import boxes_inside, system_message
+from finetune.data.checked import Checked, Shortened, TooLong
+from finetune.data.message_parts import system_message
 from finetune.data.overlap import Identities
 from finetune.data.problems import find_problems, together
 from finetune.data.row_digest import row_digest
 from finetune.data.row_progress import RowProgress
-from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
+from finetune.data.rules import Rules
+from finetune.data.sample import BadField, BadRow, DataError, Sample
 from finetune.data.samples import Samples
-from finetune.data.shortening import Fitted, OnLong, render_fitting
+from finetune.data.shortening import Fitted, OnLong
 from finetune.data.worker_processes import map_chunks
 from finetune.errors import InputError
 from qwenvl.images.images import ImageAccess
 from qwenvl.text.chat import LabelRule
 from qwenvl.text.tokenizer import QwenVLTokenizer
-from qwenvl.views import Views, whole_of
+from qwenvl.views import whole_of
 
 CHUNK = 1000
 """Samples checked at once. Chunks are independent of one another, so several processes can check them."""
-
-
-@dataclass(frozen=True, slots=True)
-class TooLong:
-    """A sample left out for its length.
-
-    Attributes: `origin`; `tokens`, its length; `cost`, what of it is the work of `data.pages` and `data.views`, in
-    words, empty without them.
-    """
-
-    origin: Origin
-    tokens: int
-    cost: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Shortened:
-    """A sample that is trained on without its first turns, with which it is too long.
-
-    Attributes: `origin`; `turns_dropped`, turns left out.
-    """
-
-    origin: Origin
-    turns_dropped: int
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What a check of all samples found. The arrays have one entry for each sample that is kept.
-
-    Every sample is in exactly one of `kept`, `dropped_long` and the `refused` ones.
-
-    Attributes:
-        kept: (kept,) int64, indices into the samples, ascending.
-        lengths: (kept,) int64, tokens; like the next two, after turns were left out.
-        images: (kept,) int64, images of the sample; with views, pictures.
-        supervised: (kept,) int64, trained tokens.
-        source: (kept,) int64, which of the sources the sample is from.
-        weights: of the sources.
-        problems: one for each row (or sample of it) that cannot be used.
-        refused: samples that are left out for these problems; more than the problems where a row makes several.
-        dropped_long: samples left out because they are longer than allowed.
-        shortened: those of the kept ones that lost turns.
-        systems: the system messages of the kept samples, None for the default one; at most two of them, as more than
-            one is all that is asked of them.
-        redraws: each epoch draws its own samples by the weights. False draws once: for evaluation, and for a run that
-            began when all epochs had the same draw.
-        pages_left_out: pages of files that are not trained on, as `data.pages` says, over the kept samples.
-        identities: what the kept samples are made of, where the rules ask for it.
-        unread: columns and keys of the kept samples that hold something and are not read -> samples that have them.
-        markup: kinds of markup that the kept samples train as text, as the rules allow -> samples that have them.
-        digests: (total,) uint64, of all samples in order, see `row_digest`; 0 for refused ones.
-        image_keys: (images of all kept samples,) uint64, in their order: equal for images of one path and their parts,
-            0 for images that have none.
-        pictures: of one image, see `Rules.views`.
-    """
-
-    kept: np.ndarray
-    lengths: np.ndarray
-    images: np.ndarray
-    supervised: np.ndarray
-    source: np.ndarray
-    weights: list[float]
-    problems: list[BadRow]
-    refused: int
-    dropped_long: list[TooLong]
-    shortened: list[Shortened]
-    systems: tuple[str | None, ...] = ()
-    redraws: bool = True
-    pages_left_out: int = 0
-    identities: Identities = field(default_factory=Identities, repr=False)
-    unread: Mapping[str, int] = field(default_factory=dict)
-    markup: Mapping[str, int] = field(default_factory=dict)
-    digests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    image_keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    pictures: int = 1
-
-    @property
-    def system(self) -> str | None:
-        """The system message of all kept samples; None for the default one, or where they differ in it."""
-        return self.systems[0] if len(self.systems) == 1 else None
-
-    @property
-    def total(self) -> int:
-        """Samples that were checked."""
-        return len(self.kept) + self.refused + len(self.dropped_long)
-
-    def weighted_indices(self, seed: int) -> list[int]:
-        """The kept samples' indices in order, each as often as the weight of its source says: one draw for all times.
-
-        A weight of 2.5 is every sample twice and a half of them a third time, which the seed draws. So evaluation data
-        is used, and training data where it needs no other draws: see `epochs`.
-        """
-        times = np.empty(len(self.kept), np.int64)
-        for number, weight in enumerate(self.weights):
-            places = np.flatnonzero(self.source == number)
-            whole = int(weight)
-            times[places] = whole
-            extra = round((weight - whole) * len(places))
-            times[np.random.default_rng([seed, number]).permutation(places)[:extra]] += 1
-        return np.repeat(self.kept, times).tolist()
-
-    def epochs(self, seed: int) -> EpochDraws | None:
-        """What each epoch of a training draws; None where all epochs draw the same, `weighted_indices`."""
-        if not self.redraws or all(float(weight).is_integer() for weight in self.weights) or not len(self.kept):
-            return None
-        return EpochDraws(self.kept, self.source, self.weights, seed)
-
-    def first_epoch(self, seed: int) -> list[int]:
-        """What the first epoch draws. All epochs have as many samples."""
-        draws = self.epochs(seed)
-        return self.weighted_indices(seed) if draws is None else draws.indices(0).tolist()
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How training renders a sample, and which samples it leaves out.
-
-    Attributes:
-        tokenizer, labels, grounding, n_queries: as for `chat.render_chat`.
-        max_length: tokens a sample may have; None is any number.
-        on_long: "error" refuses data with longer samples, "drop" leaves these out and counts them, "drop_turns" leaves
-            out turns at their front where that is enough (see `shortening.render_fitting`).
-        on_bad_row: "error" refuses data with samples that cannot be used, "skip" leaves these out and lists them.
-        box_edge: what coordinates of 1000 in boxes are: an "error", or with "clamp" 999.
-        identify: note what each sample is made of, to find those that train and evaluate (see `overlap`).
-        markup_as_text: kinds of markup that are text where no format reads them (see `markup`); others are refused.
-        views: what pictures an image becomes; None is itself alone.
-    """
-
-    tokenizer: QwenVLTokenizer
-    max_length: int | None
-    n_queries: int = 256
-    labels: LabelRule = "assistant"
-    grounding: bool = False
-    on_long: OnLong = "error"
-    on_bad_row: Literal["error", "skip"] = "error"
-    box_edge: Literal["error", "clamp"] = "error"
-    identify: bool = False
-    markup_as_text: frozenset[str] = frozenset()
-    views: Views | None = None
-
-    @property
-    def pictures(self) -> int:
-        """Pictures of one image."""
-        return 1 if self.views is None else self.views.count
-
-    def fit(self, messages: Sequence[Mapping[str, Any]]) -> Fitted:
-        """Render messages as they are trained.
-
-        Raises:
-            InputError: as `chat.render_chat`.
-        """
-        return render_fitting(
-            self.read(messages),
-            self.tokenizer,
-            max_length=self.max_length,
-            on_long=self.on_long,
-            labels=self.labels,
-            grounding=self.grounding,
-            n_queries=self.n_queries,
-            views=self.views,
-        )
-
-    def cost(self, pictures: int, more_pages: int) -> str:
-        """What the pictures of a sample cost, where recipe keys made several of an image: which, and what to do.
-
-        Args:
-            pictures: of the sample, as rendered.
-            more_pages: of the sample.
-        """
-        made = []
-        if more_pages:
-            made.append((f"data.pages shows {more_pages:,} pages more", "fewer pages (data.pages.first)"))
-        if self.views is not None:
-            made.append((f"data.views makes {self.views.count} of an image", "fewer parts (data.views.grid)"))
-        if not made or not pictures:
-            return ""
-        tokens = pictures * (self.n_queries + 2)
-        keys, remedies = zip(*made, strict=True)
-        return (
-            f" ({tokens:,} of them are {pictures:,} pictures: {' and '.join(keys)}; {', '.join(remedies)}, or a "
-            "larger max_length)"
-        )
-
-    def read(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """The messages with coordinates at the image's edge as `box_edge` says."""
-        return messages if self.box_edge == "error" else boxes_inside(messages, self.grounding)
 
 
 def check_samples(
@@ -436,8 +248,6 @@ def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
 def _image_key(source: Any, access: ImageAccess) -> int:
     """64 bits of a digest of the path of an image, or of the one that it is a part of; 0 where it has none."""
     source = whole_of(source)
-    if isinstance(source, Mapping) and source.get("bytes") is None:
-        source = source.get("path")
     if not isinstance(source, str):
         return 0
     text = f"{access.root}\n{source}".encode(errors="surrogatepass")

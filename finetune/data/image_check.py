@@ -17,10 +17,11 @@ import numpy as np
 import PIL
 from huggingface_hub import constants
 
-from finetune.data.checking import Checked, Rules
-from finetune.data.image_files import check_header, is_url, named_page
+from finetune.data.checked import Checked
+from finetune.data.image_files import check_header, named_page
 from finetune.data.message_parts import image_sources
 from finetune.data.row_progress import RowProgress
+from finetune.data.rules import Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.data.worker_processes import default_processes, map_chunks
@@ -28,6 +29,7 @@ from finetune.errors import Failed, InputError
 from finetune.files.atomic_writes import make_folder, writing_file
 from finetune.quantities import format_duration
 from qwenvl import ImageAccess, load_image
+from qwenvl.images.image_urls import is_url
 from qwenvl.images.images import ImageError
 from qwenvl.images.page_references import split_page
 
@@ -217,10 +219,13 @@ def _problems(
         return (), []
     counts, keys = _images_of(checked)
     ends = counts.cumsum()
+    order = np.argsort(keys, kind="stable")
+    in_order = keys[order]
     found: list[tuple[int, int, str]] = []
     for place, reason in bad:
         first = places[place]
-        same = np.flatnonzero(keys == keys[first]) if keys[first] else [first]
+        start, stop = (int(np.searchsorted(in_order, keys[first], side)) for side in ("left", "right"))
+        same = order[start:stop] if keys[first] else [first]
         found += [(int(one), int(np.searchsorted(ends, one, side="right")), reason) for one in same]
     problems, numbers = [], []
     for place, row, reason in sorted(found):
@@ -260,13 +265,12 @@ def _stamp(source: Any, access: ImageAccess) -> int | None:
         page = named_page(source, access)
     except InputError:
         return None
-    if isinstance(source, Mapping):
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    source = source["bytes"] if isinstance(source, Mapping) else source
     rules = f"1 {PIL.__version__} {access.max_pixels} {access.dpi} {page}\n"
     digest = blake2b(rules.encode(), digest_size=8)
     if isinstance(source, bytes):
         digest.update(source)
-    elif not isinstance(source, str) or is_url(source):
+    elif is_url(source):
         return None
     else:
         source = source if page is None else split_page(source)[0]

@@ -4,13 +4,12 @@ Training opens images with `qwenvl.load_image`, which alone decides what may be 
 here to find a bad reference before training, at the cost of looking at the file's entry.
 """
 
-import contextlib
 import io
 import os
-import re
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,12 +17,13 @@ from typing import Any, BinaryIO
 from PIL import ExifTags, Image
 
 from finetune.data.image_paths import hint, meant_path
+from finetune.data.message_parts import image_sources
 from finetune.data.sample import Sample
-from finetune.errors import Interrupted, UserError
+from finetune.errors import UserError
 from qwenvl.images import image_decoding, pdf_pages
 from qwenvl.images.image_decoding import check_kind, refuses_cost
-from qwenvl.images.image_urls import UrlError, fetch
-from qwenvl.images.images import ImageAccess, ImageError, data_uri_bytes, load_image
+from qwenvl.images.image_urls import UrlError, is_data_uri, is_url
+from qwenvl.images.images import ImageAccess, ImageError, data_uri_bytes, load_image, open_resolved, url_bytes
 from qwenvl.images.page_references import choose_page, find_page, split_page
 from qwenvl.images.unusable_image import UnusableImage
 
@@ -34,8 +34,6 @@ _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # Files that usually have several pages or frames: these are counted where a path is checked. A PNG or WebP that is an
 # animation is found when it is decoded.
 _OFTEN_SEVERAL = (".pdf", ".tif", ".tiff", ".gif")
-_URL = re.compile("https?:", re.IGNORECASE)
-_DATA_URI = re.compile("data:", re.IGNORECASE)
 
 
 def absolute(source: Any, root: Path) -> Any:
@@ -44,7 +42,7 @@ def absolute(source: Any, root: Path) -> Any:
     if isinstance(source, Mapping):
         # The bytes are the image; the path is only a name.
         return dict(source)
-    if not isinstance(source, str) or _is_url(source) or not source:
+    if not isinstance(source, str) or not source or is_url(source) or is_data_uri(source):
         return source
     return meant_path(source, root)
 
@@ -62,16 +60,16 @@ def check_image(source: Any, access: ImageAccess) -> None:
         return
     if not isinstance(source, str):
         raise UserError(f"a {type(source).__name__} is not an image source")
-    if _DATA_URI.match(source):
+    if is_data_uri(source):
         return
-    if _URL.match(source):
+    if is_url(source):
         if not access.allow_urls:
             raise UserError(f"{_shown(source)} is a URL; download it, or allow URLs (data.allow_urls)")
         return
     target, page, info = _find(source, access)
     if page is not None or target.lower().endswith(_OFTEN_SEVERAL):
         try:
-            choose_page(page, _pages_of_file(target, info.st_size, info.st_mtime_ns, access.max_pixels))
+            choose_page(page, _pages_of_file(target, access, info.st_size, info.st_mtime_ns))
         except UnusableImage as error:
             raise UserError(f"{_shown(source)}: {error}") from None
 
@@ -84,9 +82,9 @@ def named_page(source: Any, access: ImageAccess) -> int | None:
     """
     if isinstance(source, Mapping):
         return source.get("page")
-    if not isinstance(source, str) or "#" not in source or _DATA_URI.match(source):
+    if not isinstance(source, str) or "#" not in source or is_data_uri(source):
         return None
-    if _URL.match(source):
+    if is_url(source):
         return split_page(source)[1]
     try:
         return find_page(source, access.root)[1]
@@ -100,30 +98,25 @@ def count_pages(source: Any, access: ImageAccess) -> int:
     Raises:
         UserError: the file cannot be read, or it is an encrypted or damaged PDF.
     """
-    if isinstance(source, str) and _URL.match(source):
+    if is_url(source):
         check_image(source, access)
         return 1
     try:
-        if isinstance(source, bytes | Mapping) or _DATA_URI.match(source):
+        if isinstance(source, bytes | Mapping) or is_data_uri(source):
             data = read_encoded(source, access) if isinstance(source, str) else _bytes_of(source)
             return image_decoding.count_pages(io.BytesIO(data), access.max_pixels)
         target, _, info = _find(source, access)
-        return _pages_of_file(target, info.st_size, info.st_mtime_ns, access.max_pixels)
+        return _pages_of_file(target, access, info.st_size, info.st_mtime_ns)
     except UnusableImage as error:
         named = f"{_shown(source)}: " if isinstance(source, str) else ""
         raise UserError(f"{named}{error}") from None
 
 
 @lru_cache(maxsize=4096)
-def _pages_of_file(target: str, size: int, changed: int, max_pixels: int) -> int:
+def _pages_of_file(target: str, access: ImageAccess, size: int, changed: int) -> int:
     """The pages of a file; `size` and `changed` tell its versions apart."""
-    with open(target, "rb", opener=_open_regular) as file:
-        return image_decoding.count_pages(file, max_pixels)
-
-
-def is_url(source: Any) -> bool:
-    """Whether an image is on the web."""
-    return isinstance(source, str) and bool(_URL.match(source))
+    with _opened_file(target, access) as file:
+        return image_decoding.count_pages(file, access.max_pixels)
 
 
 def check_header(source: Any, access: ImageAccess) -> None:
@@ -132,19 +125,17 @@ def check_header(source: Any, access: ImageAccess) -> None:
     Raises:
         UserError, UnusableImage: it cannot be read, or is not such an image.
     """
-    if isinstance(source, str) and _is_url(source):
+    if is_url(source) or is_data_uri(source):
         return
-    with _open(source, access) as file:
+    with _opened(source, access) as file:
         check_kind(file.read(_HEADER_BYTES))
 
 
 def image_paths(sample: Sample) -> Iterator[str]:
     """The paths of a sample's images that are files of their own."""
-    for message in sample.messages:
-        if not isinstance(message["content"], str):
-            for part in message["content"]:
-                if part["type"] == "image" and isinstance(part["image"], str) and not _is_url(part["image"]):
-                    yield part["image"]
+    for source in image_sources(sample.messages):
+        if isinstance(source, str) and not is_url(source) and not is_data_uri(source):
+            yield source
 
 
 def file_size(path: str) -> int:
@@ -167,8 +158,6 @@ def upright_size(source: Any, access: ImageAccess) -> tuple[int, int]:
     """
     try:
         size = _header_size(source, access)
-    except Interrupted:
-        raise
     except Exception:  # a damaged header may raise anything; decoding says what is wrong, or reads the image
         size = None
     if size is None or size[0] * size[1] > access.max_pixels:
@@ -183,29 +172,20 @@ def read_encoded(source: Any, access: ImageAccess) -> bytes:
         UserError, ImageError: they cannot be read.
     """
     page = named_page(source, access)
-    if isinstance(source, str) and _DATA_URI.match(source):
+    if is_data_uri(source):
         try:
             data = data_uri_bytes(source, access)
         except UnusableImage as error:
             raise ImageError(f"data URI of {len(source)} bytes", error.reason, error.remedy) from error
-    elif isinstance(source, str) and _URL.match(source):
+    elif is_url(source):
         check_image(source, access)
         try:
-            data = fetch(
-                split_page(source)[0],
-                max_bytes=access.max_bytes,
-                timeout=access.url_timeout,
-                max_redirects=access.max_redirects,
-                address_allowed=access.address_allowed,
-            )
+            data = url_bytes(split_page(source)[0], access)
         except UrlError as error:
             raise UserError(f"{error.reason}; {error.remedy}") from error
     else:
-        try:
-            with _open(source, access) as file:
-                data = file.read(access.max_bytes + 1)
-        except OSError as error:
-            raise UserError(f"{_shown(str(source))} cannot be read ({error.strerror})") from error
+        with _opened(source, access) as file:
+            data = file.read(access.max_bytes + 1)
     if len(data) > access.max_bytes:
         raise UserError(f"it is longer than the {access.max_bytes:,} bytes allowed")
     if page is None and not pdf_pages.SIGNATURE.match(data):
@@ -221,14 +201,14 @@ def _bytes_of(source: bytes | Mapping[str, Any]) -> bytes:
 
 def _header_size(source: Any, access: ImageAccess) -> tuple[int, int] | None:
     """The size by the file's header alone; None where it does not say it."""
-    if isinstance(source, str) and _is_url(source):
+    if is_url(source) or is_data_uri(source):
         return None
     if named_page(source, access) is not None:
         return None
-    with _open(source, access) as file:
+    with _opened(source, access) as file:
         data = file.read(_HEADER_BYTES)
         if len(data) == _HEADER_BYTES and not data.startswith(b"RIFF"):  # WebP's decoder takes the whole file
-            with contextlib.suppress(Exception):  # the header may be longer
+            with suppress(Exception):  # the header may be longer
                 return _size_of(data)
         return _size_of(data + file.read(access.max_bytes))
 
@@ -246,14 +226,26 @@ def _size_of(data: bytes) -> tuple[int, int] | None:
         return image.size[::-1] if turned else image.size
 
 
-def _open(source: Any, access: ImageAccess) -> BinaryIO:
+def _opened(source: Any, access: ImageAccess) -> AbstractContextManager[BinaryIO]:
     if isinstance(source, bytes | Mapping):
         return io.BytesIO(_bytes_of(source))
-    return open(_find(source, access)[0], "rb", opener=_open_regular)
+    return _opened_file(_find(source, access)[0], access)
 
 
-def _open_regular(path: str, mode: int) -> int:
-    return os.open(path, mode | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+@contextmanager
+def _opened_file(target: str, access: ImageAccess) -> Iterator[BinaryIO]:
+    """A file that was found.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with os.fdopen(open_resolved(target, _root(access)), "rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(
+            f"{_shown(target)} cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
 
 
 def _find(path: str, access: ImageAccess) -> tuple[str, int | None, os.stat_result]:
@@ -268,7 +260,7 @@ def _find(path: str, access: ImageAccess) -> tuple[str, int | None, os.stat_resu
         raise UserError(f"{shown} is a kind of URL that is not read; give a path, an http(s) URL or a data URI{meant}")
     if path.startswith(("//", "\\\\")):
         raise UserError(f"{shown} is a network path; mount the share and give a path on this machine")
-    root = _real_folder(str(access.root or ""))
+    root = _root(access) or str(Path.cwd())
     page = None
     try:
         if "#" in path:
@@ -310,17 +302,19 @@ def _real_file(path: str) -> tuple[str, os.stat_result]:
     return target, os.lstat(target)
 
 
+def _root(access: ImageAccess) -> str | None:
+    """The folder that files must be in, links followed; None for any."""
+    return None if access.root is None else _real_folder(str(access.root.absolute()))
+
+
 @lru_cache(maxsize=4096)
 def _real_folder(folder: str) -> str:
+    """Where a folder leads to. It may have become a link since: then its files are not opened (`open_resolved`)."""
     return os.path.realpath(folder)
 
 
 def _is_inside(target: str, root: str) -> bool:
     return target.startswith(root if root.endswith(os.sep) else root + os.sep)
-
-
-def _is_url(source: str) -> bool:
-    return bool(_URL.match(source) or _DATA_URI.match(source))
 
 
 def _shown(path: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.data.message_parts import content_parts
 from finetune.errors import UserError
 from qwenvl.text.grounding import parse_grounding, split_markup
 
@@ -149,14 +150,10 @@ def _kind(written: str) -> str:
 def _texts(messages: Sequence[Mapping[str, Any]], grounding: bool) -> Iterator[tuple[str, str, bool]]:
     """(place, text, whether it is grounding text) of all texts."""
     for index, message in enumerate(messages):
-        content = message["content"]
         marked = grounding or bool(message.get("grounding"))
-        if isinstance(content, str):
-            yield f"messages[{index}]", content, marked
-        else:
-            for part in content:
-                if part["type"] == "text":
-                    yield f"messages[{index}]", part["text"], marked or bool(part.get("grounding"))
+        for part in content_parts(message):
+            if part["type"] == "text":
+                yield f"messages[{index}]", part["text"], marked or bool(part.get("grounding"))
 
 
 _HINTS = (

@@ -6,6 +6,12 @@ from typing import Any
 from qwenvl.text.grounding import clamp_to_edge
 
 
+def content_parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The parts of a message; plain text is one part."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
     """The images of a sample's messages, in reading order."""
     for message in messages:
@@ -24,9 +30,7 @@ def system_message(messages: Sequence[Mapping[str, Any]]) -> str | None:
 def grounding_texts(messages: Sequence[Mapping[str, Any]], everywhere: bool) -> Iterator[tuple[str, str]]:
     """(place, text) of all text that is read as grounding markup."""
     for index, message in enumerate(messages):
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
+        for part in content_parts(message):
             marked = everywhere or message.get("grounding") or part.get("grounding")
             if part["type"] == "text" and marked and "<" in part["text"]:
                 yield f"messages[{index}]", part["text"]

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune.data.image_files import file_size, read_encoded
+from finetune.data.message_parts import content_parts, image_sources
 from finetune.data.sample import BadRow, Sample
 from finetune.errors import InputError
+from qwenvl.images.image_urls import is_data_uri, is_url
 
 if TYPE_CHECKING:
     from finetune.data.samples import Samples
@@ -46,8 +48,7 @@ class Identities:
         words, count = blake2b(digest_size=8), 0
         for message in sample.messages:
             words.update(message["role"].encode())
-            content = message["content"]
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            for part in content_parts(message):
                 if part["type"] == "image":
                     words.update(b"\x00")
                     count += 1
@@ -81,7 +82,7 @@ class Identities:
     def _add_image(self, source: Any) -> None:
         if isinstance(source, str):
             self.paths.append(_number(source.encode(errors="surrogatepass")))
-            self.sizes.append(-1 if source[:5].lower() in ("data:", "http:", "https") else file_size(source))
+            self.sizes.append(-1 if is_url(source) or is_data_uri(source) else file_size(source))
             return
         data = source["bytes"] if isinstance(source, Mapping) else source
         self.paths.append(_UNKNOWN)
@@ -164,8 +165,8 @@ def find_overlap(
     if len(shown):
         rows = {row for row, _ in same}
         first = next((row for row in shown.tolist() if row not in rows), int(shown[0]))
-        image = next(number for number in right.ids[right.span(first)].tolist() if number in set(shared.tolist()))
-        there = int(left.with_images(np.array([image], np.uint64))[0])
+        images = right.ids[right.span(first)]
+        there = int(left.with_images(images[np.isin(images, shared)][:1])[0])
         shown_example = f"{right.origin(first)} ({left.origin(there)})"
     return Overlap(len(right.words), len(same), row_example, len(shown), shown_example, not_compared)
 
@@ -231,13 +232,7 @@ class _Side:
                 sample = self.samples[int(self.kept[row])]
             except BadRow:  # it has changed since it was checked
                 continue
-            images = [
-                part["image"]
-                for message in sample.messages
-                if not isinstance(message["content"], str)
-                for part in message["content"]
-                if part["type"] == "image"
-            ]
+            images = list(image_sources(sample.messages))
             for place in wanted:
                 try:
                     content = _number(read_encoded(images[place - span.start], sample.access))

@@ -1,9 +1,10 @@
 """Texts that name pictures by number, where `data.pages` or `data.views` gives them other numbers."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from finetune.data.message_parts import content_parts
 from finetune.data.sample import BadField
 from qwenvl.text.image_parts import own_number
 
@@ -23,10 +24,11 @@ def refuse_moved_pictures(messages: Sequence[Mapping[str, Any]], fixed: int, key
     Raises:
         BadField: a text does.
     """
-    images = sum(part["type"] == "image" for _, parts in _contents(messages) for part in parts)
+    images = sum(part["type"] == "image" for message in messages for part in content_parts(message))
     if images <= fixed:
         return
-    for index, parts in _contents(messages):
+    for index, message in enumerate(messages):
+        parts = content_parts(message)
         for number, part in enumerate(parts):
             if part["type"] != "text" or "Picture" not in part["text"]:
                 continue
@@ -41,9 +43,3 @@ def refuse_moved_pictures(messages: Sequence[Mapping[str, Any]], fixed: int, key
                         f"says {named[0]!r}, and image {named['number']} is another picture with {key}, which makes "
                         f"several of one: take {key} out, or name the image in other words",
                     )
-
-
-def _contents(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Sequence[Mapping[str, Any]]]]:
-    for index, message in enumerate(messages):
-        content = message["content"]
-        yield index, [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.checking import Checked
+from finetune.data.checked import Checked
 from finetune.data.image_files import file_size, image_paths
 from finetune.data.sample import BadRow, Origin, Sample
 from finetune.data.samples import LOOKED_AT, Samples

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.checking import Checked
+from finetune.data.checked import Checked
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.prepared_rows import JPEG_QUALITY, BadImages, try_row, write_shard
 from finetune.data.reading import read_checked, views_of
@@ -37,7 +37,7 @@ from finetune.files.disk_space import check_disk_space
 from finetune.files.path_errors import path_errors
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
-from finetune.recipe.sections import source_names
+from finetune.recipe.sources import source_names
 from finetune.recipe.yaml_file import write_yaml
 from finetune.run.folder import RunFolder
 from finetune.run.identity import compare_runs

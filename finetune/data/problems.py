@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from finetune.data.image_files import check_image
 from finetune.data.markup import find_markup, grounding_problems, talk_about_markup, why_refused
-from finetune.data.message_parts import boxes_inside, grounding_texts, image_sources
+from finetune.data.message_parts import boxes_inside, content_parts, grounding_texts, image_sources
 from finetune.data.picture_numbers import refuse_moved_pictures
 from finetune.data.sample import BadField, Sample
 from finetune.errors import InputError
@@ -30,10 +30,10 @@ def find_problems(
 
     Args:
         sample: of any format.
-        grounding, markup_as_text, box_edge, views: see `checking.Rules`.
+        grounding, markup_as_text, box_edge, views: see `rules.Rules`.
 
     Raises:
-        BadField: it has more images than are looked at, so that nothing else was.
+        BadField: it has more images than are looked at, or cannot be shown with views; nothing else was looked at.
     """
     if (count := sum(1 for _ in image_sources(sample.messages))) > MOST_IMAGES:
         raise BadField("images", too_many_images(count))
@@ -75,7 +75,7 @@ def refuse_views(messages: Sequence[Mapping[str, Any]], views: Views, grounding:
         BadField: it has too many pictures then, names pictures by numbers that would be others', or has boxes and no
             page that they are of.
     """
-    parts = (part for message in messages if not isinstance(message["content"], str) for part in message["content"])
+    parts = (part for message in messages for part in content_parts(message))
     if (count := views.count * sum(part["type"] == "image" for part in parts)) > MOST_IMAGES:
         raise BadField("images", f"{too_many_images(count)} (data.views makes {views.count} of an image)")
     if not views.page and (boxes := next(grounding_texts(messages, grounding), None)) is not None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 from finetune.data.formats import fields
 from finetune.data.formats.llava import column_of_images
 from finetune.data.formats.row_format import COLUMNS, RowFormat
+from finetune.data.message_parts import image_sources
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError, Origin
 from finetune.data.sources.rows import Rows
@@ -26,7 +27,7 @@ _PAGE = re.compile(r"(\.(?:pdf|tiff?|gif|webp|png))#.*", re.IGNORECASE | re.DOTA
 
 
 class Part(Protocol):
-    """One of the two parts of a source; see `recipe.sections.Part`."""
+    """One of the two parts of a source; see `recipe.sources.Part`."""
 
     @property
     def eval(self) -> float: ...
@@ -151,12 +152,9 @@ class _Images:
 
 def _images_of(row_format: RowFormat, row: Mapping[str, Any]) -> list[Any]:
     return [
-        part["image"]
+        image
         for conversation in row_format.conversations(row, lambda _: (1 << 20, 1 << 20))
-        for message in conversation
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-        if part["type"] == "image"
+        for image in image_sources(conversation)
     ]
 
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.data.checking import Checked, Rules
+from finetune.data.checked import Checked
+from finetune.data.rules import Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 
 # In the text of a problem, what is of one row only: quoted data, and numbers.
 _DETAIL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d[\d,.]*""")

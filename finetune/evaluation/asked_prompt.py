@@ -15,7 +15,7 @@ from finetune.errors import UserError
 from finetune.evaluation.task import Task
 from finetune.evaluation.tasks import check_prompt, missing_in
 from finetune.recipe import Recipe, load_recipe
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from finetune.replies.task_replies import Style
 
 PUBLISHED, TRAINED, TASK = "published", "trained", "task"

@@ -45,7 +45,7 @@ from finetune.evaluation.results import (
     write_json,
 )
 from finetune.model.computing import choose_dtype, is_random, own_device
-from finetune.recipe.sections import source_names
+from finetune.recipe.sources import source_names
 from finetune.replies.replies import Decoding, generate_replies, plan_replies, stop_ids_of, without_adapter
 from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say

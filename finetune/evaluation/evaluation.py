@@ -9,7 +9,7 @@ from finetune.batches.budget import REPLY_BATCH_TOKENS
 from finetune.data.pages import Pages
 from finetune.evaluation.task import Task
 from finetune.recipe.document_fields import Prompts
-from finetune.recipe.sections import Annotations, NamedSource, Part
+from finetune.recipe.sources import Annotations, NamedSource, Part
 from finetune.replies.task_replies import Style
 from qwenvl.views import Views
 

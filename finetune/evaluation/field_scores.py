@@ -7,6 +7,8 @@ import numpy as np
 
 from finetune.evaluation.bootstrap import Interval, difference_interval, score_interval
 from finetune.metrics.document_fields import FieldsAsked, FieldsFound, f1_of, score_fields
+from finetune.quantities import format_loss
+from finetune.terminal import terminal_line
 
 KEY = "fields"
 """Of a record: what was found in its reply."""
@@ -68,6 +70,28 @@ def fields_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "too_large": len(of_json) - len(trees),
         }
     return summary
+
+
+def field_lines(results: Mapping[str, Any], compared: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """The lines at the end of an evaluation, for the JSON and for each field; none where the task reads no fields."""
+    fields = results.get("fields")
+    if fields is None:
+        return []
+    lines = [("  all fields", f"precision {format_loss(fields['precision'])}, recall {format_loss(fields['recall'])}")]
+    if found := fields.get("json"):
+        accuracy = "-" if found["tree_accuracy"] is None else format_loss(found["tree_accuracy"])
+        said = f"tree edit accuracy {accuracy}; {found['broken']:,} of {found['replies']:,} replies hold no JSON"
+        if found["too_large"]:
+            said += f"; {found['too_large']:,} are too large for the accuracy"
+        lines.append(("  json", said))
+    for name, one in fields["by_field"].items():
+        other = ""
+        if compared:
+            theirs = compared["fields"]["by_field"][name]
+            other = f"; compared: {format_loss(theirs['exact'])}, {format_loss(theirs['anls'])}"
+        said = f"exact {format_loss(one['exact'])}, anls {format_loss(one['anls'])}, {one['documents']:,} documents"
+        lines.append((f"  {terminal_line(name)}", said + other))
+    return lines
 
 
 def _counts(records: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from finetune.data.sample import BadRow
 from finetune.errors import UserError
 from finetune.evaluation.questions import Question, Questions
-from finetune.recipe.sections import name_given_twice
+from finetune.recipe.sources import name_given_twice
 from finetune.replies.replies import Prompt
 from qwenvl import QwenVLTokenizer
 

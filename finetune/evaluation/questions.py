@@ -14,13 +14,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 from finetune.data.annotated_boxes import in_pixels
-from finetune.data.formats.document_fields import WantedFields
-from finetune.data.formats.names import CONVERSATIONS, FIELDS
+from finetune.data.formats.names import FIELDS
 from finetune.data.formats.places import PLACE
-from finetune.data.formats.row_format import COLUMNS, LATER_COLUMNS, RowFormat
 from finetune.data.formats.unread import unread_names
 from finetune.data.image_files import absolute, check_image, upright_size
 from finetune.data.markup import check_markup_names, find_markup, why_refused
@@ -28,41 +26,21 @@ from finetune.data.pages import Pages
 from finetune.data.problems import MOST_IMAGES, refuse_views, too_many_images
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
-from finetune.data.samples import wanted_fields
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import FieldsSource, Location
-from finetune.data.split import Part, read_part
+from finetune.data.split import read_part
 from finetune.data.summary import name_counts
 from finetune.errors import InputError, UserError
 from finetune.evaluation.question import Question, fill_images
+from finetune.evaluation.question_source import QuestionSource, box_form_of, columns_of, fields_asked, known_columns
 from finetune.evaluation.solved_examples import SolvedExamples
 from finetune.evaluation.task import Task
 from finetune.evaluation.task_rows import Asked, RowReader, without_sources
 from finetune.evaluation.tasks import check_prompt
-from finetune.recipe.problems import nearest
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess
 from qwenvl.views import Views
 
 __all__ = ["Question", "Questions"]
-
-# Roles of columns in addition to those of the formats.
-_MORE_ROLES = ("id", "group", "options", "hint", "document")
-
-
-class QuestionSource(Location, FieldsSource, Protocol):
-    """A source of questions: where its rows are, and how they are read. A `format` of None is the task's."""
-
-    @property
-    def format(self) -> str | None: ...
-    @property
-    def columns(self) -> Mapping[str, str]: ...
-    @property
-    def prompt(self) -> str | None: ...
-    @property
-    def box_form(self) -> str | None: ...
-    @property
-    def part(self) -> Part | None: ...
 
 
 class RowImages(Sequence[Any]):
@@ -158,8 +136,8 @@ class Questions(Sequence[Question]):
                 f"task {task.name} asks for boxes, which are of the whole page, and the views leave it out ({views})"
             )
         self._ignore, self._markup_as_text = frozenset(ignore), check_markup_names(markup_as_text)
-        wanted = _wanted(source) if task.format == FIELDS else None
-        self.name, self.columns = str(source.path), _columns(source, task, wanted)
+        wanted = fields_asked(source) if task.format == FIELDS else None
+        self.name, self.columns = str(source.path), columns_of(source, task, wanted)
         if source.prompt is not None:
             check_prompt(task, source.prompt)
         self.prompt = source.prompt or prompt or task.prompt(style)
@@ -176,7 +154,7 @@ class Questions(Sequence[Question]):
             columns=self.columns,
             prompt=self.prompt,
             style=style,
-            box_form=_box_form(source, task),
+            box_form=box_form_of(source, task),
             grounding=grounding,
             box_edge=box_edge,
             image_size=self._image_size,
@@ -266,7 +244,7 @@ class Questions(Sequence[Question]):
             "rows": self._rows.fingerprint(),
             "used": self._count,
             "task": [self.task.name, self.task.metric, self.task.format],
-            "columns": _known_columns(task=self.task, columns=reader.columns),
+            "columns": known_columns(task=self.task, columns=reader.columns),
             "prompt": [reader.prompt, reader.system, self.style, reader.box_form, reader.grounding],
             "shots": [
                 self._shots,
@@ -446,44 +424,3 @@ class Questions(Sequence[Question]):
 
     def _image_size(self, source: Any) -> tuple[int, int]:
         return upright_size(absolute(source, self._root), self.access)
-
-
-def _wanted(source: QuestionSource) -> WantedFields:
-    try:
-        return wanted_fields(source)
-    except DataError as error:
-        raise DataError(f"{source.path}: {error}") from None
-
-
-def _columns(source: QuestionSource, task: Task, wanted: WantedFields | None = None) -> dict[str, str]:
-    """Role -> column: the source's name for it, else the task's, else the format's own."""
-    if source.format is not None and source.format != task.format:
-        raise DataError(f"{source.path}: task {task.name} reads format {task.format}, not {source.format}")
-    own = (*COLUMNS[task.format], *(() if wanted is None else wanted.names))
-    roles = own if task.format in CONVERSATIONS else (*own, *_MORE_ROLES)
-    for role in source.columns or {}:
-        if role not in roles:
-            meant = nearest(role, roles)
-            said = f"did you mean {' or '.join(meant)}? " if meant else ""
-            raise DataError(f"{source.path}: columns: there is no role {role}; {said}The roles are {', '.join(roles)}")
-    if task.format in CONVERSATIONS:
-        return dict(RowFormat(task.format, source.columns or {}).columns)
-    return {role: role for role in own} | dict(task.columns) | dict(source.columns or {})
-
-
-def _known_columns(task: Task, columns: Mapping[str, str]) -> dict[str, str]:
-    """As `RowFormat.known_columns`, with the roles that only evaluation has."""
-    later = () if task.is_detection else LATER_COLUMNS.get(task.format, ())
-    return {role: name for role, name in sorted(columns.items()) if role not in later or role != name}
-
-
-def _box_form(source: QuestionSource, task: Task) -> str | None:
-    """How gold boxes are written in their column."""
-    if task.format != "grounding":
-        return None
-    if getattr(source, "annotations", None) is not None:
-        return "xyxy"  # what an export is read into
-    box_form = source.box_form or task.box_form
-    if box_form is None:
-        raise DataError(f"{source.path}: boxes are stored in two ways, and box_form does not say which: xyxy or xywh")
-    return box_form

@@ -26,7 +26,7 @@ from finetune.errors import UserError
 from finetune.evaluation.bootstrap import Interval, difference_interval, score_interval
 from finetune.evaluation.detection_scores import detection_lines, detection_summary
 from finetune.evaluation.field_scores import KEY as FIELDS_FOUND
-from finetune.evaluation.field_scores import f1_difference, fields_record, fields_summary, micro_f1
+from finetune.evaluation.field_scores import f1_difference, field_lines, fields_record, fields_summary, micro_f1
 from finetune.evaluation.questions import Question
 from finetune.evaluation.task import Task
 from finetune.files.atomic_writes import make_folder, write_text
@@ -384,7 +384,7 @@ def summary(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, source in results["sources"].items():
             other = f"; compared: {format_loss(compared['sources'][name]['score'])}" if compared else ""
             lines.append((f"  {name}", f"{score_text(source)}, {source['questions']:,} questions{other}"))
-        lines += _field_lines(results, compared)
+        lines += field_lines(results, compared)
         for name, group in results["groups"].items():
             score = format_loss(group["score"])
             lines.append((f"  {terminal_line(name)}", f"{score}, {group['questions']:,} questions"))
@@ -414,28 +414,6 @@ def summary(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     if speed := results["speed"]:
         rate = f"{speed['examples_per_second']:.2f} examples/s"
         lines.append(("speed", f"{rate}, {speed['replies']:,} replies in {format_duration(speed['seconds'])}"))
-    return lines
-
-
-def _field_lines(results: Mapping[str, Any], compared: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """A line for the JSON, and one for each field; none where the task reads no fields."""
-    fields = results.get("fields")
-    if fields is None:
-        return []
-    lines = [("  all fields", f"precision {format_loss(fields['precision'])}, recall {format_loss(fields['recall'])}")]
-    if found := fields.get("json"):
-        accuracy = "-" if found["tree_accuracy"] is None else format_loss(found["tree_accuracy"])
-        said = f"tree edit accuracy {accuracy}; {found['broken']:,} of {found['replies']:,} replies hold no JSON"
-        if found["too_large"]:
-            said += f"; {found['too_large']:,} are too large for the accuracy"
-        lines.append(("  json", said))
-    for name, one in fields["by_field"].items():
-        other = ""
-        if compared:
-            theirs = compared["fields"]["by_field"][name]
-            other = f"; compared: {format_loss(theirs['exact'])}, {format_loss(theirs['anls'])}"
-        said = f"exact {format_loss(one['exact'])}, anls {format_loss(one['anls'])}, {one['documents']:,} documents"
-        lines.append((f"  {terminal_line(name)}", said + other))
     return lines
 
 

@@ -34,7 +34,7 @@ from finetune.evaluation.results import Record, Scored, record_of, score_records
 from finetune.evaluation.tasks import task_of
 from finetune.quantities import format_loss
 from finetune.recipe import Recipe
-from finetune.recipe.sections import source_names
+from finetune.recipe.sources import source_names
 from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies
 from finetune.run.left_out import LeftOut
 from qwenvl import ImageAccess, QwenVLProcessor

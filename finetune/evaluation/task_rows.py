@@ -24,16 +24,16 @@ from finetune.data.formats.messages import Message
 from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.data.formats.pixel_boxes import box_inside
 from finetune.data.formats.row_format import RowFormat
-from finetune.data.message_parts import boxes_inside
+from finetune.data.message_parts import boxes_inside, content_parts
 from finetune.data.sample import BadField
 from finetune.errors import InputError, UserError
+from finetune.evaluation.gold_answers import gold_answers, gold_letter, kind_of, may_be_hidden
 from finetune.evaluation.predictions import split_last_reply
 from finetune.evaluation.task import Task
 from finetune.metrics.boxes import Box as Corners
-from finetune.metrics.choices import LETTERS, choice_letter
+from finetune.metrics.choices import LETTERS
 from finetune.metrics.detection import GoldBoxes, NamedBox, reply_boxes
 from finetune.metrics.document_fields import FieldsAsked
-from finetune.metrics.text_form import composed
 from finetune.replies.task_replies import Style
 from qwenvl.text.boxes import Box, box_markup
 from qwenvl.text.chat import is_trained
@@ -87,7 +87,7 @@ class RowReader:
         style: of the model that is asked.
         box_form: form of a gold box in its column.
         grounding: treat every text as grounding text.
-        box_edge: what coordinates of 1000 in boxes are, see `data.checking.Rules`.
+        box_edge: what coordinates of 1000 in boxes are, see `data.rules.Rules`.
         image_size: gives the width and height of an image source of a row; raises ValueError if it cannot.
         system: a system message before what is asked, of style chat; None is the default one. Conversations have
             their own.
@@ -186,15 +186,15 @@ class RowReader:
         answers_name = self.columns["answers"]
         if answers_name == "answers" and "answers" not in row and "answer" in row:
             answers_name = "answer"
-        answers = _may_be_hidden(row, answers_name)
+        answers = may_be_hidden(row, answers_name)
         if isinstance(given, str):
             return [self._question(row, images, fields.one_text(given, name), name, answers, answers_name)]
         if not isinstance(given, list | tuple) or not given:
-            raise BadField(name, f"must be text or a list of texts, not {_kind(given)}")
+            raise BadField(name, f"must be text or a list of texts, not {kind_of(given)}")
         if answers is None:
             answers = [None] * len(given)
         if not isinstance(answers, list | tuple) or len(answers) != len(given):
-            reason = f"must be a list of {len(given)}, one for each question, not {_kind(answers)}"
+            reason = f"must be a list of {len(given)}, one for each question, not {kind_of(answers)}"
             raise BadField(answers_name, reason)
         return [
             self._question(row, images, question, f"{name}[{index}]", answer, f"{answers_name}[{index}]")
@@ -206,14 +206,14 @@ class RowReader:
     ) -> Asked:
         text = fields.text(question, name)
         if self.task.metric != "multiple_choice":
-            return self._asked(text, images, {"question": text}, answers=_answers(answer, answer_name))
+            return self._asked(text, images, {"question": text}, answers=gold_answers(answer, answer_name))
         column = self.columns["options"]
         given = fields.field(row, column)
         if not isinstance(given, list | tuple) or not 2 <= len(given) <= len(LETTERS):
-            raise BadField(column, f"must be a list of 2 to {len(LETTERS)} texts, not {_kind(given)}")
+            raise BadField(column, f"must be a list of 2 to {len(LETTERS)} texts, not {kind_of(given)}")
         options = tuple(fields.text(option, f"{column}[{index}]") for index, option in enumerate(given))
         lettered = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-        gold = () if answer is None else (_gold_letter(answer, options, answer_name, self.task.name),)
+        gold = () if answer is None else (gold_letter(answer, options, answer_name, self.task.name),)
         places = {"question": text, "options": lettered, "hint": self._hint(row)}
         return self._asked(text, images, places, answers=gold, options=options)
 
@@ -222,12 +222,12 @@ class RowReader:
         if "{hint}" not in self.prompt:
             return ""
         column = self.columns.get("hint")
-        value = row.get("hint") if column is None else _may_be_hidden(row, column)
+        value = row.get("hint") if column is None else may_be_hidden(row, column)
         return _NO_HINT if value is None or value == "" else fields.text(value, column or "hint")
 
     def _caption(self, row: Mapping[str, Any]) -> Asked:
         name = self.columns["caption"]
-        captions = _answers(_may_be_hidden(row, name), name)
+        captions = gold_answers(may_be_hidden(row, name), name)
         return self._asked(self.prompt, self._images(row), {}, answers=captions)
 
     def _fields(self, row: Mapping[str, Any]) -> list[Asked]:
@@ -255,7 +255,7 @@ class RowReader:
         except InputError as error:
             raise BadField(self.columns["image"], str(error)) from error
         name = boxes_column(row, self.columns)
-        hidden = _may_be_hidden(row, name) is None
+        hidden = may_be_hidden(row, name) is None
         # Phrases are checked where boxes are hidden too: in their place is one of the whole image.
         given = {**row, name: [0, 0, *size], self.columns["labels"]: None} if hidden else row
         asks_all = hidden and PLACEHOLDER not in self.prompt
@@ -397,76 +397,14 @@ def _not_one_box(count: int, task: Task) -> str:
     return f"{held}, and metric {task.metric} compares one: use metric detection, which matches all of them"
 
 
-def _may_be_hidden(row: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, None where it is hidden; the column itself must exist."""
-    if column not in row:
-        there = ", ".join(map(str, row))
-        raise BadField(
-            column,
-            f"is missing; the row has {there[:200] or 'nothing'}. Name the column under `columns`, or give it as null "
-            "where answers are hidden",
-        )
-    return row[column]
-
-
-def _answers(value: Any, name: str) -> tuple[str, ...]:
-    """Gold answers; none where the value is None, an empty list or all blank, as in hidden test splits."""
-    if value is None:
-        return ()
-    if not isinstance(value, list | tuple):
-        value = [fields.one_text(value, name) if isinstance(value, str) and value.strip() else value]
-    answers = []
-    for index, item in enumerate(value):
-        # VQAv2 has {"answer", "answer_confidence", "answer_id"}.
-        answer = item.get("answer") if isinstance(item, Mapping) else item
-        if not isinstance(answer, str):
-            raise BadField(name if len(value) == 1 else f"{name}[{index}]", f"must be text, not {_kind(answer)}")
-        answers.append(answer)
-    return tuple(answers) if any(answer.strip() for answer in answers) else ()
-
-
-def _gold_letter(answer: Any, options: tuple[str, ...], name: str, task: str) -> str:
-    """The letter of the right option, given as its number from 0, its letter or its text."""
-    if isinstance(answer, str):
-        answer = composed(answer).strip()
-        texts = [composed(option).strip() for option in options]
-        if answer.isdecimal():
-            # In AI2D "2" is the third option, even where the options themselves are numbers. Other data may mean the
-            # option "2".
-            if task == "custom" and answer in texts and texts.index(answer) != int(answer):
-                raise BadField(
-                    name,
-                    f"is {answer!r}, the text of one option and the number (from 0) of another: write the letter of "
-                    "the right option, or its number without quotes",
-                )
-            answer = int(answer)
-        elif texts.count(answer) == 1:
-            return LETTERS[texts.index(answer)]
-        elif texts.count(answer) > 1:
-            raise BadField(name, f"is {answer!r}, the text of several options: write the letter of the right one")
-        elif (letter := choice_letter(answer, len(options))) is not None:
-            return letter
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        return LETTERS[answer]
-    raise BadField(
-        name, f"must be a number from 0 to {len(options) - 1}, a letter or an option's text, not {answer!r}"
-    )
-
-
 def without_sources(message: Mapping[str, Any], sources: list[Any], grounding: bool = False) -> Message:
     """The message with the sources of its images moved to `sources`, and its grounding flag moved to its parts."""
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     flag = {"grounding": True} if grounding or message.get("grounding") else {}
     kept = []
-    for part in parts:
+    for part in content_parts(message):
         if part["type"] == "image":
             sources.append(part["image"])
             kept.append({key: value for key, value in part.items() if key != "image"})
         else:
             kept.append({**part, **flag})
     return {"role": message["role"], "content": kept}
-
-
-def _kind(value: Any) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list | tuple) else type(value).__name__

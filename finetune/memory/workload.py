@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.data.checking import Checked
+from finetune.data.checked import Checked
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def worst_workload(
     Supervised tokens and images are bounded each by the conversations with most of them per token.
 
     Args:
-        lengths, supervised, images: of each conversation (see `data.checking.Checked`); at least one.
+        lengths, supervised, images: of each conversation (see `data.checked.Checked`); at least one.
         budget: tokens of one forward (`packing.pack`); None is one conversation at a time.
         batch: conversations that are packed together.
     """

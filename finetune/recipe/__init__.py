@@ -15,7 +15,9 @@ from pydantic import Field
 from finetune.recipe.checks import findings_across
 from finetune.recipe.overrides import apply_overrides, read_overrides
 from finetune.recipe.problems import Place, Problem, RecipeError
-from finetune.recipe.sections import Adapter, Data, Evaluate, Finding, Freeze, Model, Section, Source, Word
+from finetune.recipe.section import Finding, Section, Word
+from finetune.recipe.sections import Adapter, Data, Evaluate, Freeze, Model
+from finetune.recipe.sources import Source
 from finetune.recipe.split import cut_sources
 from finetune.recipe.train_section import DECIDING, LearningRates, OwnTrainKeys, Train
 from finetune.recipe.validation import validate

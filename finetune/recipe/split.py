@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.recipe.problems import Problem, dotted
-from finetune.recipe.sections import Split
+from finetune.recipe.sources import Split
 from finetune.recipe.yaml_file import Document, KeyPath
 
 CUT = "split"

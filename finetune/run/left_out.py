@@ -144,8 +144,12 @@ def read_left_out(file: Path) -> dict[str, dict[int, dict[str, Any]]]:
             entry = json.loads(line.decode())
         except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and {"origin", "reason", "data", "sample"} <= entry.keys():
-            found.setdefault(str(entry["data"]), {})[int(entry["sample"])] = entry
+        if (
+            isinstance(entry, dict)
+            and {"origin", "reason", "data"} <= entry.keys()
+            and type(entry.get("sample")) is int
+        ):
+            found.setdefault(str(entry["data"]), {})[entry["sample"]] = entry
     return found
 
 

@@ -25,6 +25,7 @@ from finetune.errors import UserError
 from finetune.terminal import terminal_line
 from finetune.vision_cache.store import KEY_BYTES, Damaged, FeatureStore
 from qwenvl import ImageAccess, QwenVLImageProcessor
+from qwenvl.images.image_urls import is_data_uri, is_url
 from qwenvl.images.images import ImageReader
 from qwenvl.images.page_references import split_page
 from qwenvl.images.pdf_pages import SIGNATURE
@@ -70,7 +71,7 @@ class ImageHandles:
         if _is_pdf(source):
             known_by.append(f"pdfium {version('pypdfium2')}")
         if (place := place_of(source)) is not None:
-            known_by.append(self.run if _is_url(place) else _stamp(place, access))
+            known_by.append(self.run if is_url(place) else _stamp(place, access))
         return blake2b("\n".join(known_by).encode(errors="surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
@@ -91,7 +92,7 @@ def settle(source: Any, access: ImageAccess) -> None:
     Some file systems count times in whole seconds: two changes within one would look like one.
     """
     place = place_of(source)
-    if place is None or _is_url(place) or (info := _look_at(place, access)) is None:
+    if place is None or is_url(place) or (info := _look_at(place, access)) is None:
         return
     left = COARSEST_TIME - (time.time() - info.st_mtime)
     if 0 < left <= COARSEST_TIME:
@@ -103,13 +104,9 @@ def place_of(source: Any) -> str | None:
     source = whole_of(source)
     if isinstance(source, Mapping):
         source = source["path"] if source.get("bytes") is None else None
-    if not isinstance(source, str | os.PathLike) or os.fspath(source)[:5].lower() == "data:":
+    if not isinstance(source, str | os.PathLike) or is_data_uri(source):
         return None
     return os.fspath(source)
-
-
-def _is_url(place: str) -> bool:
-    return place.lower().startswith(("http:", "https:"))
 
 
 def _look_at(path: str, access: ImageAccess) -> os.stat_result | None:

@@ -27,7 +27,7 @@ from PIL import Image
 
 from qwenvl.errors import InputError
 from qwenvl.images.image_decoding import decode, rgb_from_image
-from qwenvl.images.image_urls import IPAddress, UrlError, display_url, fetch, is_public_address
+from qwenvl.images.image_urls import IPAddress, UrlError, display_url, fetch, is_data_uri, is_public_address, is_url
 from qwenvl.images.page_references import check_page, find_page, split_page
 from qwenvl.images.pdf_pages import DPI
 from qwenvl.images.pixel_limits import check_pixels
@@ -157,7 +157,7 @@ def _describe(source: Any) -> str:
             return f"{text}, from {filename!r}"[:200] if filename else text
         case bytes() | bytearray() | memoryview():
             return f"{memoryview(source).nbytes} bytes"
-        case str() if source[:5].lower() == "data:":
+        case str() if is_data_uri(source):
             return f"data URI of {len(source)} bytes"
         case str() | os.PathLike():
             text = display_url(os.fsdecode(source) if isinstance(source, os.PathLike) else source)
@@ -173,11 +173,11 @@ def _describe(source: Any) -> str:
 def _load(source: Any, access: ImageAccess, page: int | None) -> Image.Image:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(bytes(source), access, page)
-    if isinstance(source, str) and source[:5].lower() == "data:":
+    if is_data_uri(source):
         return _decode(data_uri_bytes(source, access), access, page)
-    if isinstance(source, str) and re.match("https?:", source, re.IGNORECASE):
+    if is_url(source):
         url, named = split_page(source)
-        return _decode(_url_bytes(url, access), access, _one_page(named, page))
+        return _decode(url_bytes(url, access), access, _one_page(named, page))
     if isinstance(source, (str, os.PathLike)):
         data, named = _file_bytes(os.fsdecode(source), access)
         return _decode(data, access, _one_page(named, page))
@@ -241,7 +241,13 @@ def data_uri_bytes(uri: str, access: ImageAccess) -> bytes:
         raise UnusableImage(f"its base64 is malformed ({error})", "encode it again, without line breaks") from error
 
 
-def _url_bytes(url: str, access: ImageAccess) -> bytes:
+def url_bytes(url: str, access: ImageAccess) -> bytes:
+    """The encoded image at an http(s) URL.
+
+    Raises:
+        UnusableImage: URLs are not allowed.
+        UrlError: it cannot be fetched.
+    """
     if not access.allow_urls:
         raise UnusableImage(
             "URLs are not fetched here", "download the image and give its path, or allow URLs (allow_urls)"
@@ -287,7 +293,7 @@ def _open_path(path: str, access: ImageAccess) -> tuple[int, int | None]:
             )
         # Checked before it is opened, as opening some devices has side effects, and again after, as it may change.
         _check_regular(Path(target).lstat(), access)
-        descriptor = os.open(target, _OPEN_FILE) if access.root is None else _open_inside(root, target)
+        descriptor = open_resolved(target, None if access.root is None else root)
         try:
             _check_regular(os.fstat(descriptor), access)
         except BaseException:
@@ -303,10 +309,21 @@ def _open_path(path: str, access: ImageAccess) -> tuple[int, int | None]:
     return descriptor, page
 
 
-def _open_inside(root: str, target: str) -> int:
-    """Open the resolved `target` under the resolved `root`, folder by folder without following links: a folder or file
-    that was replaced by a link after the check is an error."""
-    if os.open not in os.supports_dir_fd:
+def open_resolved(target: str, root: str | None) -> int:
+    """Open a file that was found, for reading: folder by folder without following links, so that a folder or file
+    that was replaced by a link since is an error.
+
+    Args:
+        target: its path, links followed.
+        root: the folder that it must be in, links followed; None where it may be anywhere.
+
+    Returns:
+        The file's descriptor.
+
+    Raises:
+        OSError: it is not there any more, or a link.
+    """
+    if root is None or os.open not in os.supports_dir_fd:
         return os.open(target, _OPEN_FILE)
     *folders, file = Path(target).relative_to(root).parts
     here = os.open(root, _OPEN_FOLDER)

@@ -2,18 +2,18 @@
 
 pdfium as that package builds it runs no JavaScript and fetches nothing. Fonts that a file does not embed are replaced
 by those of the machine, so its pixels are the same on every machine only where fonts are embedded.
+
+pdfium works for one thread at a time, so these are called where there is one: in the process that reads PDFs
+(`pdf_worker`).
 """
 
 import ctypes
 import math
-import os
 import re
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -30,20 +30,14 @@ POINTS_PER_INCH = 72
 LONGEST_SECONDS = 20.0
 """For drawing one page. Ordinary pages take less than a second."""
 
-# pdfium works for one thread at a time, in the whole process.
-_LOCK = threading.RLock()
-if sys.platform != "win32":
-    # A process that is forked while another thread draws would find the lock taken for ever, and pdfium half done.
-    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
-
-def count_pdf_pages(file: bytes | BinaryIO) -> int:
+def count_pdf_pages(data: bytes) -> int:
     """The number of pages of a PDF; none is read.
 
     Raises:
         UnusableImage: encrypted or damaged, or without pages.
     """
-    with _opened(file) as document:
+    with _opened(data) as document:
         return _count(document)
 
 
@@ -113,27 +107,26 @@ def _count(document: "pypdfium2.PdfDocument") -> int:
 
 
 @contextmanager
-def _opened(file: bytes | BinaryIO) -> "Iterator[pypdfium2.PdfDocument]":
+def _opened(data: bytes) -> "Iterator[pypdfium2.PdfDocument]":
     try:
         import pypdfium2
     except ImportError as error:
         raise UnusableImage(
             "it is a PDF, and the package that draws its pages is missing", "pip install pypdfium2"
         ) from error
-    with _LOCK:
-        try:
-            document = pypdfium2.PdfDocument(file)
-        except pypdfium2.PdfiumError as error:
-            if error.err_code in (pypdfium2.raw.FPDF_ERR_PASSWORD, pypdfium2.raw.FPDF_ERR_SECURITY):
-                raise UnusableImage(
-                    "it is an encrypted PDF", "save it without a password, such as with qpdf --decrypt IN OUT"
-                ) from error
+    try:
+        document = pypdfium2.PdfDocument(data)
+    except pypdfium2.PdfiumError as error:
+        if error.err_code in (pypdfium2.raw.FPDF_ERR_PASSWORD, pypdfium2.raw.FPDF_ERR_SECURITY):
             raise UnusableImage(
-                f"its PDF data cannot be read ({error})",
-                "it is damaged or incomplete: replace it, or drop it from the data",
+                "it is an encrypted PDF", "save it without a password, such as with qpdf --decrypt IN OUT"
             ) from error
-        with closing(document):
-            yield document
+        raise UnusableImage(
+            f"its PDF data cannot be read ({error})",
+            "it is damaged or incomplete: replace it, or drop it from the data",
+        ) from error
+    with closing(document):
+        yield document
 
 
 @contextmanager

@@ -5,7 +5,7 @@ library (pdfium) parses a page as a whole, without a limit or a way to stop it. 
 memory here, and the process that asks stays as it is.
 
 There is one such process for each process that reads PDFs. It starts with the first PDF, in a tenth of a second, and
-ends with the process that asks, or when it needs more than it may.
+ends with the process that asks, or when it needs more than it may. A process that is forked starts its own.
 """
 
 import atexit
@@ -37,7 +37,8 @@ class _PdfProcess:
     """The process, as the one that asks sees it; used by one thread at a time."""
 
     def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("pdf_worker.py"))]
+        # -P: no module beside the program may stand for one of the standard library.
+        command = [sys.executable, "-P", str(Path(__file__).with_name("pdf_worker.py"))]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
@@ -54,7 +55,7 @@ class _PdfProcess:
         timer.daemon = True
         timer.start()
         try:
-            self._requests.write(json.dumps({**request, "bytes": len(data)}).encode() + b"\n")
+            self._requests.write(json.dumps({**request, "bytes": len(data), "ends_in": seconds}).encode() + b"\n")
             self._requests.write(data)
             self._requests.flush()
             line = self._replies.readline()
@@ -85,7 +86,7 @@ class _Asked:
     """The process of this one, and the lock around it."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.process: _PdfProcess | None = None
 
     def close(self) -> None:
@@ -93,17 +94,18 @@ class _Asked:
             self.process.close()
             self.process = None
 
+    def after_fork(self) -> None:
+        """In the process that was forked: the one that reads PDFs is its parent's."""
+        # Nothing is half sent, as no thread holds the lock; so this only closes our copies of the pipes.
+        self.process = None
+        self.lock.release()
+
 
 _asked = _Asked()
-
-
-def _after_fork() -> None:
-    # Another thread may have held the lock; and the process is that of the one that was forked.
-    _asked.__init__()  # type: ignore[misc]
-
-
 if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_asked.lock.acquire, after_in_parent=_asked.lock.release, after_in_child=_asked.after_fork
+    )
 atexit.register(_asked.close)
 
 
@@ -153,10 +155,11 @@ def _ask(request: dict[str, Any], data: bytes, seconds: float, what: str) -> tup
             _asked.close()
             if not isinstance(error, _Lost):
                 raise
-            reply, pixels = {"memory": True}, b""
-    if reply.get("memory"):
+            reply, pixels = {"lost": True}, b""
+    if reply.get("lost"):
         raise UnusableImage(
-            f"{what} takes more than {seconds + _MORE_SECONDS:g} s or {memory / 1e9:.1f} GB of memory",
+            f"{what} takes more than {seconds + _MORE_SECONDS:g} s or {memory / 1e9:.1f} GB of memory, or crashes "
+            "the library that does it",
             "it is no ordinary page: give it as an image, or drop it from the data",
         )
     if "reason" in reply:

@@ -7,6 +7,8 @@ On its input and output are requests and replies, each a line of JSON and then b
 
 import importlib
 import json
+import math
+import os
 import signal
 import sys
 import types
@@ -26,12 +28,17 @@ def _without_the_package() -> None:
 
 def _bound_memory(most: int) -> None:
     """More than this is an error in the library, which ends the process: better than taking that of the machine."""
-    try:
+    if sys.platform == "linux":  # others have no such bound, or do not keep to it
         import resource
-    except ImportError:  # Windows
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _bound_time(seconds: float) -> None:
+    """End this process after this time; 0 is never. The one that asks does so too, but may have ended itself."""
+    if sys.platform != "win32":
+        signal.alarm(math.ceil(seconds))
 
 
 def _answered(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -58,7 +65,7 @@ def _answered(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], byt
     except unusable as error:
         return {"reason": error.reason, "remedy": error.remedy}, b""
     except MemoryError:
-        return {"memory": True}, b""
+        return {"lost": True}, b""
     return {"size": image.size}, image.tobytes()
 
 
@@ -66,7 +73,10 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Answer requests to the last."""
     while line := requests.readline():
         request = json.loads(line)
-        reply, pixels = _answered(request, requests.read(request["bytes"]))
+        data = requests.read(request["bytes"])
+        _bound_time(request["ends_in"])
+        reply, pixels = _answered(request, data)
+        _bound_time(0)
         replies.write(json.dumps({**reply, "bytes": len(pixels)}).encode() + b"\n" + pixels)
         replies.flush()
 
@@ -74,4 +84,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the process that asks
     _without_the_package()
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+    # What a library prints would be taken for a reply.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    serve(sys.stdin.buffer, replies)

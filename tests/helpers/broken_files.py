@@ -21,7 +21,7 @@ from PIL import Image
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.errors import InputError
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 
 ROWS = [
     {"image": "a.png", "question": "What is the total?", "answers": "$ 12.40"},

@@ -16,13 +16,15 @@ from typing import Any
 from files_of_pages import encrypted_pdf, frames, pdf
 from PIL import Image
 
-from finetune.data.checking import Checked, Rules, look_at
+from finetune.data.checked import Checked
+from finetune.data.checking import look_at
 from finetune.data.image_check import open_images, without
 from finetune.data.markup import check_markup_names, markup_kind
 from finetune.data.message_parts import image_sources
+from finetune.data.rules import Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from qwenvl import QwenVLTokenizer
 from qwenvl.images.page_references import find_page
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 
 CAR = [64, 48, 320, 240]
 """Corners in pixels of 640 x 480: (100,100),(500,500) in thousandths."""

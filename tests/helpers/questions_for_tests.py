@@ -50,7 +50,15 @@ def source(path, **given) -> SimpleNamespace:
     return SimpleNamespace(
         path=str(path),
         **defaults
-        | {"weight": 1.0, "limit": None, "streaming": False, "encoding": None, "delimiter": None, "part": None}
+        | {
+            "weight": 1.0,
+            "limit": None,
+            "streaming": False,
+            "encoding": None,
+            "delimiter": None,
+            "part": None,
+            "annotations": None,
+        }
         | given,
     )
 

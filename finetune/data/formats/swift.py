@@ -26,6 +26,7 @@ from finetune.data.formats.messages import Message, fill_images, read_message
 from finetune.data.formats.pixel_boxes import box_inside, four_numbers
 from finetune.data.formats.qwen_json import image_tag_parts
 from finetune.data.formats.system import put_system_first
+from finetune.data.message_parts import content_parts, image_sources
 from finetune.data.sample import BadField
 from finetune.errors import InputError
 from qwenvl.text.boxes import Box, ref_markup, shapes_markup
@@ -182,13 +183,7 @@ def _fill_objects(conversation: list[Message], objects: _Objects, name: str, ima
     for place, given in (("<ref-object>", objects.phrases), ("<bbox>", objects.boxes)):
         if found.count(place) != len(given):
             raise BadField(name, f"has {len(given)} for {found.count(place)} {place} in the texts")
-    images = [
-        part["image"]
-        for message in conversation
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-        if part["type"] == "image"
-    ]
+    images = list(image_sources(conversation))
     try:
         written = {
             "<ref-object>": iter([ref_markup(phrase) for phrase in objects.phrases]),
@@ -215,10 +210,7 @@ def _fill_objects(conversation: list[Message], objects: _Objects, name: str, ima
 
 def _texts(conversation: list[Message]) -> Iterator[str]:
     for message in conversation:
-        if isinstance(message["content"], str):
-            yield message["content"]
-        else:
-            yield from (part["text"] for part in message["content"] if part["type"] == "text")
+        yield from (part["text"] for part in content_parts(message) if part["type"] == "text")
 
 
 def _markup(boxes: _Object, images: list[Any], name: str, image_size: ImageSize) -> str:

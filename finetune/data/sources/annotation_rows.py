@@ -21,7 +21,7 @@ from finetune.data.sources.exports.coco import read_coco
 from finetune.data.sources.exports.cvat import read_cvat
 from finetune.data.sources.exports.find_images import ImageFinder
 from finetune.data.sources.exports.label_studio import read_label_studio
-from finetune.data.sources.exports.labelled import Export, LabelledImage
+from finetune.data.sources.exports.labelled import Box, Export, LabelledImage
 from finetune.data.sources.exports.labelme import read_labelme
 from finetune.data.sources.exports.via import read_via
 from finetune.data.sources.exports.yolo import read_yolo
@@ -29,7 +29,7 @@ from finetune.data.sources.local_files import data_errors
 from finetune.data.sources.rows import Rows
 from finetune.errors import InputError, MissingFileError
 from finetune.recipe.problems import nearest
-from finetune.recipe.sections import Annotations
+from finetune.recipe.sources import Annotations
 from qwenvl.text.boxes import ref_markup
 
 _PROBLEM = "problem"
@@ -183,8 +183,11 @@ def _objects(
     elif annotations.rows == "image":
         yield {"boxes": [box for _, box in named], "labels": [phrase for phrase, _ in named]}
     else:
-        for phrase in dict.fromkeys(phrase for phrase, _ in named):
-            yield {"phrase": phrase, "boxes": [box for own, box in named if own == phrase]}
+        boxes: dict[str, list[Box]] = {}
+        for phrase, box in named:
+            boxes.setdefault(phrase, []).append(box)
+        for phrase, own in boxes.items():
+            yield {"phrase": phrase, "boxes": own}
 
 
 def _answers(

@@ -16,9 +16,9 @@ from finetune.data.sources.local_files import data_errors
 from finetune.data.sources.rows import JsonLinesRows, JsonRows, Rows
 from finetune.data.sources.several_files import WILDCARDS, SeveralFilesRows, files_of, folder_of
 from finetune.data.sources.text_encoding import PACKED, kind_of_file, text_file
-from finetune.errors import Interrupted, MissingFileError
+from finetune.errors import MissingFileError
 from finetune.recipe.document_fields import Prompts
-from finetune.recipe.sections import Annotations
+from finetune.recipe.sources import Annotations
 
 if TYPE_CHECKING:
     import datasets
@@ -37,6 +37,7 @@ class Location(Protocol):
         streaming: fetch a hub dataset's rows one after the other, and none beyond `limit` (see `streams`).
         encoding: of a text file; None is UTF-8 or what the file's own marks say (see `text_encoding`).
         delimiter: between the fields of a .csv, .tsv or .txt file; None is what the file shows.
+        annotations: how an annotation export is read; None for a file, folder or dataset of rows.
     """
 
     @property
@@ -53,6 +54,8 @@ class Location(Protocol):
     def encoding(self) -> str | None: ...
     @property
     def delimiter(self) -> str | None: ...
+    @property
+    def annotations(self) -> Annotations | None: ...
 
 
 class FieldsSource(Protocol):
@@ -107,8 +110,7 @@ def open_rows(source: Location, row_format: str, images_root: str | Path | None)
     Raises:
         MissingFileError, DataError, Failed: as `read_source`.
     """
-    # Sources of other programs, made before there were exports, have no such attribute.
-    annotations: Annotations | None = getattr(source, "annotations", None)
+    annotations = source.annotations
     if annotations is None:
         return read_source(source)
     _refuse_keys(source, str(source.path), "encoding", "delimiter")
@@ -263,8 +265,6 @@ def _read_folder(source: Location, folder: Path, name: str) -> Rows:
 
         try:
             dataset = datasets.load_from_disk(str(folder))
-        except Interrupted:
-            raise
         except Exception as error:  # whatever a damaged folder raises, in several libraries
             raise DataError(f"{name}: cannot be loaded ({type(error).__name__}: {error})") from error
         if is_several:
@@ -293,8 +293,6 @@ def _read_parquet(files: list[Path], name: str, folder: Path) -> Rows:
     try:
         # Converted to Arrow in the datasets library's cache: Parquet cannot be read by row.
         dataset = datasets.Dataset.from_parquet([str(file) for file in files])
-    except Interrupted:
-        raise
     except Exception as error:  # whatever a damaged file raises, in several libraries
         raise DataError(f"{name}: cannot be read as Parquet ({type(error).__name__}: {error})") from error
     return ArrowRows(dataset, name, folder.absolute(), files_digest(files))
@@ -308,8 +306,6 @@ def _read_hub(dataset_id: str, config: str | None, split: str | None) -> Rows:
 
     try:
         dataset = datasets.load_dataset(dataset_id, config, split=split or "train")
-    except Interrupted:
-        raise
     except Exception as error:  # no network, no such dataset, no right to it, an unknown config or split, ...
         raise DataError(
             f"{dataset_id}: there is no such file or folder here, and as a hub dataset it cannot be loaded "

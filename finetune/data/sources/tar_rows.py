@@ -12,7 +12,6 @@ from typing import Any
 from finetune.data.sample import BadRow, DataError, Origin
 from finetune.data.sources.arrow_rows import ArrowRows, files_digest
 from finetune.data.sources.rows import Rows
-from finetune.errors import Interrupted
 
 _OWN = ("__key__", "__url__")
 
@@ -69,7 +68,7 @@ def read_tars(files: Sequence[Path], name: str, folder: Path) -> Rows:
         )
         for file in files:
             _refuse_other_members(file, set(dataset.column_names))
-    except (Interrupted, DataError):
+    except DataError:
         raise
     except Exception as error:  # whatever a damaged file raises, in several libraries
         raise DataError(f"{name}: cannot be read as a WebDataset ({type(error).__name__}: {error})") from error

@@ -21,7 +21,6 @@ from typing import Any
 from finetune.data.sample import DataError
 from finetune.data.sources.rows import JsonLinesRows
 from finetune.data.sources.text_encoding import copy_of, refuse_swelling
-from finetune.errors import Interrupted
 from finetune.files.atomic_writes import writing_file
 
 _NUMBER = re.compile(r"(?P<groups>#,##)?(?P<whole>0+)(?:\.(?P<digits>0+))?(?P<percent>%)?")
@@ -45,7 +44,7 @@ def read_workbook(path: Path, name: str, sheet: str | None) -> JsonLinesRows:
                 with zipfile.ZipFile(path) as packed:
                     refuse_swelling(name, path.stat().st_size, sum(part.file_size for part in packed.infolist()))
                 lines = list(_lines(path, name, sheet))
-            except (DataError, Interrupted):
+            except DataError:
                 raise
             except Exception as error:  # whatever a damaged file raises, in several libraries
                 raise DataError(

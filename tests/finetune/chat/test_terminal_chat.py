@@ -17,7 +17,7 @@ from finetune.chat.conversation_rows import append_row
 from finetune.chat.terminal_chat import TerminalChat, open_conversation
 from finetune.data.samples import Samples
 from finetune.errors import UserError
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from finetune.replies.model_style import find_use
 from finetune.terminal import terminal_text
 from qwenvl import ImageError, load_model, load_processor

@@ -13,7 +13,7 @@ from finetune.check.export_layout import looks_like
 from finetune.cli import main
 from finetune.commands.check import is_data
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 
 USER, ASSISTANT = {"role": "user", "content": "Hi<image>"}, {"role": "assistant", "content": "Hello"}
 HUMAN, GPT = {"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Hello"}

@@ -11,10 +11,11 @@ from files_of_pages import gif_of_frames, pdf_of_calls, tiff_of_directories, web
 from PIL import Image
 
 from finetune.batches.collate import LEFT_OUT, Collator
-from finetune.data.checking import Rules, look_at
+from finetune.data.checking import look_at
 from finetune.data.image_check import open_images
+from finetune.data.rules import Rules
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from qwenvl.images import image_decoding, pdf_process
 
 TAGS = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 1)]

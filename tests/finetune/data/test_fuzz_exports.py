@@ -3,7 +3,7 @@
 import pytest
 from broken_exports import check_broken_exports
 
-from finetune.recipe.sections import LAYOUTS
+from finetune.recipe.sources import LAYOUTS
 
 EXPORTS = 300
 

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from finetune.data import image_check
-from finetune.data.checking import Rules, look_at
+from finetune.data.checking import look_at
 from finetune.data.image_check import open_images, remembered_file, without
+from finetune.data.rules import Rules
 from finetune.data.samples import Samples
 from finetune.recipe import Source
 from qwenvl import load_image

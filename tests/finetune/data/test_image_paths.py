@@ -7,12 +7,13 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from finetune.data.checking import Rules, look_at
+from finetune.data.checking import look_at
 from finetune.data.image_files import check_image
 from finetune.data.image_paths import hint, meant_path
+from finetune.data.rules import Rules
 from finetune.data.samples import Samples
 from finetune.errors import UserError
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from qwenvl import ImageAccess, load_image
 
 FILES = ["scans/deep/x.jpeg", "a b (1).png", "50% off.png", "50%25 off.png", "ä.png", "図/1.png"]

@@ -12,14 +12,15 @@ from recipes_for_tests import TINY
 from said import collect
 
 from finetune.data import checking, overlap
-from finetune.data.checking import Rules, look_at
+from finetune.data.checking import look_at
 from finetune.data.image_check import OpenedImages, without
 from finetune.data.overlap import find_overlap
 from finetune.data.reading import look_for_overlap
+from finetune.data.rules import Rules
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.recipe import parse_recipe
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from finetune.training.train import train as train_run
 
 

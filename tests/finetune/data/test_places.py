@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.data.checking import Rules, look_at
+from finetune.data.checking import look_at
 from finetune.data.places import Gone, align, as_they_were, load_places, places_of, save_places
+from finetune.data.rules import Rules
 from finetune.data.samples import Samples
 from finetune.errors import UserError
 from finetune.recipe import Source
-from finetune.recipe.sections import Part
+from finetune.recipe.sources import Part
 
 
 def chat(number, image=None):

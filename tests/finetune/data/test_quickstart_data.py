@@ -61,6 +61,7 @@ def test_every_row_can_be_trained_on(published_tokenizer, name):
         "streaming": False,
         "encoding": None,
         "delimiter": None,
+        "annotations": None,
         "part": None,
     }
     source = SimpleNamespace(

@@ -11,7 +11,7 @@ from data_page import LOCAL, PAGE, SECTIONS, told_samples, write_page_images, wr
 from finetune.data.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
-from finetune.recipe.sections import LAYOUTS, Source
+from finetune.recipe.sources import LAYOUTS, Source
 from qwenvl.text.chat import render_chat
 
 

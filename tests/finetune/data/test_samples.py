@@ -31,6 +31,7 @@ def source(path, row_format="vqa", **settings):
         "streaming": False,
         "encoding": None,
         "delimiter": None,
+        "annotations": None,
         "part": None,
     }
     return SimpleNamespace(path=str(path), format=row_format, **{"weight": 1.0, "limit": None} | given | settings)

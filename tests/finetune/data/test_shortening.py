@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.batches.collate import Collator
-from finetune.data.checking import Rules, check_samples
+from finetune.data.checking import check_samples
+from finetune.data.rules import Rules
 from finetune.data.samples import Samples
 from finetune.data.shortening import render_fitting, turn_starts
 from finetune.data.summary import count_rows, describe_data, lines_left_out
@@ -143,6 +144,7 @@ def read(tmp_path, tiny_processor, tiny_images):
         "streaming": False,
         "encoding": None,
         "delimiter": None,
+        "annotations": None,
         "part": None,
     }
     samples = Samples([SimpleNamespace(**source)], images_root=tiny_images[0].parent)

@@ -13,7 +13,7 @@ from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.evaluation.tasks import custom_task
 from finetune.recipe import load_recipe
-from finetune.recipe.sections import ROLES
+from finetune.recipe.sources import ROLES
 from finetune.training.train import train
 from qwenvl.text.grounding import strip_markup
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from finetune.recipe import RecipeError, parse_recipe
-from finetune.recipe.sections import PLACEHOLDERS, ROLES
+from finetune.recipe.sources import PLACEHOLDERS, ROLES
 
 TEXT = """\
 model: {path: m}

@@ -10,7 +10,7 @@ from said import collect
 from finetune.evaluation.evaluate import Evaluation, evaluate
 from finetune.evaluation.tasks import task_of
 from finetune.recipe import load_recipe
-from finetune.recipe.sections import LAYOUTS
+from finetune.recipe.sources import LAYOUTS
 from finetune.training.train import train
 
 BRIEF = {"max_steps": 2, "logging_steps": 1, "save_steps": 2, "eval_strategy": "epoch", "learning_rate": 1e-3}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.data.formats.fields import text
 from finetune.data.sample import BadField, DataError, Origin
 from finetune.data.sources.exports.json_file import missing, read_json
 from finetune.data.sources.exports.labelled import (
@@ -18,7 +19,6 @@ from finetune.data.sources.exports.labelled import (
     number,
     numbers,
     size_of,
-    text,
 )
 
 # Of an annotation: read, or harmless.
@@ -170,7 +170,8 @@ def _box(given: Mapping[str, Any], place: str, image: LabelledImage, export: Exp
         ys: list[float] = []
         for part, points in enumerate(items(polygon, f"{place}.segmentation")):
             flat = numbers(points, f"{place}.segmentation[{part}]")
-            xs, ys = xs + flat[0::2], ys + flat[1::2]
+            xs += flat[0::2]
+            ys += flat[1::2]
         box = around(xs, ys, f"{place}.segmentation")
         export.changed["polygons without a box, read as the box around them"] += 1
     export.add_object(image, str(label), box, f"{place}.bbox", numbered=True)

@@ -7,28 +7,27 @@ Boxes are in pixels; polygons, ellipses and masks are the boxes around them. Poi
 are left out. Tracks (CVAT for video) are refused.
 """
 
-import re
 from pathlib import Path
 from typing import Literal
 from xml.etree.ElementTree import Element
 
+from finetune.data.formats.fields import text
 from finetune.data.sample import BadField, DataError, Origin
 from finetune.data.sources.exports.labelled import (
+    TURNED,
     Box,
     Export,
     LabelledImage,
     around,
     around_ellipse,
     around_turned,
-    number,
     refuse_turned,
     size_of,
-    text,
     turned,
+    written_number,
 )
 from finetune.data.sources.exports.xml_file import read_xml
 
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _LEFT_OUT = ("points", "polyline", "cuboid", "skeleton")
 
 
@@ -101,8 +100,8 @@ def _box(shape: Element, place: str, export: Export, rotated: Literal["error", "
         if not turned(degrees):
             return box
         if rotated == "error":
-            raise refuse_turned(f"{place}.rotation", degrees)
-        export.changed["turned boxes, read as the upright box around them"] += 1
+            raise refuse_turned(f"{place}.rotation", f"a box turned by {degrees:g} degrees")
+        export.changed[TURNED] += 1
         return around_turned(box, degrees, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
     if shape.tag not in ("polygon", "ellipse", "mask"):
         raise BadField(place, "is a shape that is not known")
@@ -114,7 +113,7 @@ def _box(shape: Element, place: str, export: Export, rotated: Literal["error", "
     pairs = [pair.split(",") for pair in text(shape.get("points"), f"{place}.points").split(";")]
     if any(len(pair) != 2 for pair in pairs):
         raise BadField(f"{place}.points", "must be x,y;x,y;...")
-    points = [(_as_number(x, f"{place}.points"), _as_number(y, f"{place}.points")) for x, y in pairs]
+    points = [(written_number(x, f"{place}.points"), written_number(y, f"{place}.points")) for x, y in pairs]
     return around([x for x, _ in points], [y for _, y in points], f"{place}.points")
 
 
@@ -122,10 +121,4 @@ def _number(element: Element, key: str, place: str) -> float:
     given = element.get(key)
     if given is None:
         raise BadField(f"{place}.{key}", "is missing")
-    return _as_number(given, f"{place}.{key}")
-
-
-def _as_number(given: str, name: str) -> float:
-    if not _NUMBER.fullmatch(given.strip()):
-        raise BadField(name, f"must be a number, not {given!r}"[:200])
-    return number(float(given), name)
+    return written_number(given, f"{place}.{key}")

@@ -88,7 +88,8 @@ class ImageFinder:
         if not found and (plain := _UPLOAD.sub("", parts[-1])) != parts[-1]:
             found = self._files.get(plain, [])
         agreeing = [_agreeing(parts[:-1], path.split("/")[:-1]) for path in found]
-        best = [path for path, same in zip(found, agreeing, strict=True) if same == max(agreeing)]
+        most = max(agreeing, default=0)
+        best = [path for path, same in zip(found, agreeing, strict=True) if same == most]
         beside = [path for path in best if self._export is not None and path.startswith(f"{self._export}/")]
         return beside if len(beside) == 1 else best
 

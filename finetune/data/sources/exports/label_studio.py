@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
+from finetune.data.formats.fields import text
 from finetune.data.sample import BadField, DataError, Origin
 from finetune.data.sources.exports.json_file import read_json
 from finetune.data.sources.exports.labelled import (
+    TURNED,
     Answer,
     Box,
     Export,
@@ -28,7 +30,6 @@ from finetune.data.sources.exports.labelled import (
     numbers,
     refuse_turned,
     size_of,
-    text,
     turned,
 )
 
@@ -220,9 +221,9 @@ def _box(
     if not turned(degrees):
         return x, y, x + w, y + h
     if rotated == "error":
-        raise refuse_turned(f"{name}.rotation", degrees)
+        raise refuse_turned(f"{name}.rotation", f"a box turned by {degrees:g} degrees")
     if not again:
-        export.changed["turned boxes, read as the upright box around them"] += 1
+        export.changed[TURNED] += 1
     box = (x * width, y * height, (x + w) * width, (y + h) * height)
     x1, y1, x2, y2 = around_turned(box, degrees, (box[0], box[1]))
     return x1 / width, y1 / height, x2 / width, y2 / height

@@ -5,6 +5,7 @@ objects are in the list.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ Unit = Literal["pixels", "fractions"]
 Box = tuple[float, float, float, float]
 LARGEST = 1e7
 """Most pixels, or fractions, that a coordinate may be: what is beyond is no coordinate."""
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _EDGE = 1e-3  # of a pixel or a fraction: what rounding may put outside the image
 
 
@@ -164,17 +166,15 @@ def size_of(item: Mapping[str, Any], width: str, height: str) -> tuple[int, int]
     return pixels(item.get(width), width), pixels(item.get(height), height)
 
 
-def text(value: Any, name: str) -> str:
-    """The value, which must be text that is not blank.
+def written_number(value: str, name: str) -> float:
+    """As `number`, of one that is written as text.
 
     Raises:
         BadField: anything else.
     """
-    if not isinstance(value, str):
-        raise BadField(name, f"must be text, not {type(value).__name__}")
-    if not value.strip():
-        raise BadField(name, "is blank")
-    return value
+    if not _NUMBER.fullmatch(value.strip()):
+        raise BadField(name, f"must be a number, not {value!r}"[:200])
+    return number(float(value), name)
 
 
 def mapping(value: Any, name: str) -> Mapping[str, Any]:
@@ -231,10 +231,14 @@ def turned(degrees: float) -> bool:
     return abs(math.remainder(degrees, 360)) > 1e-6
 
 
-TURNED = "a box turned by {degrees:g} degrees, and the model's boxes are upright: set annotations.rotated: bounds for "
-TURNED += "the upright box around it, or take it out of the export"
+TURNED = "turned boxes, read as the upright box around them"
+"""What `Export.changed` calls them."""
 
 
-def refuse_turned(name: str, degrees: float) -> BadField:
-    """The error for a turned box where the recipe does not say what to make of it."""
-    return BadField(name, f"is {TURNED.format(degrees=degrees)}")
+def refuse_turned(name: str, what: str) -> BadField:
+    """The error for a turned box where the recipe does not say what to make of it; `what` it is, in words."""
+    return BadField(
+        name,
+        f"is {what}, and the model's boxes are upright: set annotations.rotated: bounds for the upright box around "
+        "it, or take it out of the export",
+    )

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from finetune.data.formats.fields import text
 from finetune.data.sample import BadField, DataError, Origin
 from finetune.data.sources.exports.json_file import read_json
 from finetune.data.sources.exports.labelled import (
+    TURNED,
     Box,
     Export,
     LabelledImage,
@@ -20,8 +22,8 @@ from finetune.data.sources.exports.labelled import (
     items,
     mapping,
     numbers,
+    refuse_turned,
     size_of,
-    text,
 )
 
 _AROUND = ("polygon", "mask")
@@ -95,13 +97,9 @@ def _read_shape(
         if kind == "rectangle" and not (len(points) == 2 or (len(points) == 4 and _upright(xs, ys))):
             raise BadField(f"{place}.points", f"a rectangle has two corners, or four upright ones, not {len(points)}")
         if kind in _TURNED and rotated == "error":
-            raise BadField(
-                place,
-                f"is a {kind}, and the model's boxes are upright: set annotations.rotated: bounds for the upright box "
-                "around it, or take it out of the export",
-            )
+            raise refuse_turned(place, f"a {kind}")
         if kind in _TURNED:
-            export.changed["turned boxes, read as the upright box around them"] += 1
+            export.changed[TURNED] += 1
         elif kind != "rectangle":
             export.changed[f"{kind}s, read as the box around them"] += 1
         box = around(xs, ys, f"{place}.points")

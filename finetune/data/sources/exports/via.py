@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.data.formats.fields import text
 from finetune.data.sample import BadField, DataError, Origin
 from finetune.data.sources.exports.json_file import read_json
 from finetune.data.sources.exports.labelled import (
@@ -24,7 +25,6 @@ from finetune.data.sources.exports.labelled import (
     mapping,
     number,
     numbers,
-    text,
 )
 
 _NO_AREA = ("point", "polyline", "line")

@@ -18,14 +18,14 @@ from typing import Any
 import yaml
 
 from finetune.data.sample import BadField, DataError, Origin
-from finetune.data.sources.exports.labelled import Box, Export, LabelledImage, around, number
+from finetune.data.sources.exports.labelled import Box, Export, LabelledImage, around, written_number
 from finetune.data.sources.local_files import data_errors, open_data
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Endings of what counts as an image in the folders."""
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _NAME_LISTS = ("classes.txt", "obj.names")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_CLASS = re.compile("[0-9]{1,9}")
 _FARTHEST = 1.5
 """Fraction beyond which a number is none: it is of pixels, or of another layout."""
 _LONGEST = 1 << 24  # bytes of a text file
@@ -209,9 +209,9 @@ def _read_labels(file: Path, name: str, image: LabelledImage, export: Export, ke
 
 def _read_line(values: Sequence[str], place: str, image: LabelledImage, export: Export, keypoints: bool) -> None:
     label = values[0].removesuffix(".0")
-    if not label.isdecimal() or not label.isascii():
+    if not _CLASS.fullmatch(label):
         raise BadField(place, f"must begin with the number of a class, not {values[0]!r}"[:200])
-    label = str(int(label[:9]))
+    label = str(int(label))
     if export.classes and label not in export.classes:
         raise BadField(place, f"class {label} has no name; there are {len(export.classes)}")
     # Of keypoints, a third number says whether one is visible: no fraction.
@@ -238,9 +238,7 @@ def _read_line(values: Sequence[str], place: str, image: LabelledImage, export: 
 
 
 def _fraction(value: str, place: str) -> float:
-    if not _NUMBER.fullmatch(value):
-        raise BadField(place, f"{value!r} is no number"[:200])
-    found = number(float(value), place)
+    found = written_number(value, place)
     if not -_FARTHEST <= found <= _FARTHEST:
         raise BadField(place, f"{value} is no fraction of the image: are these pixels?"[:200])
     return found

@@ -9,7 +9,7 @@ from finetune.data.formats.document_fields import WantedFields
 from finetune.data.formats.row_format import RowFormat
 from finetune.data.sample import BadField, DataError
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 
 ROW = {"image": "a.png", "no": "A-17", "date": "", "total": 12.5, "paid": True, "count": 3}
 

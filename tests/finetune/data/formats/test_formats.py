@@ -5,8 +5,8 @@ from formats_for_tests import ASSISTANT, USER, asked, conversations, one
 
 from finetune.data.formats.row_format import COLUMNS, PLACEHOLDERS, PROMPTS, RowFormat
 from finetune.data.sample import BadField, DataError
-from finetune.recipe.sections import PLACEHOLDERS as RECIPE_PLACEHOLDERS
-from finetune.recipe.sections import ROLES
+from finetune.recipe.sources import PLACEHOLDERS as RECIPE_PLACEHOLDERS
+from finetune.recipe.sources import ROLES
 from qwenvl.text.chat import render_chat
 
 # --- messages --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from finetune.data.sample import BadRow, DataError
 from finetune.data.samples import Samples
 from finetune.data.sources.exports.labelled import around_ellipse, around_turned
 from finetune.errors import MissingFileError
-from finetune.recipe.sections import LAYOUTS, Source
+from finetune.recipe.sources import LAYOUTS, Source
 
 CAR = ("a.jpg", "<ref>car</ref>", "<box>(100,100),(500,500)</box>")
 SIGN = ("a.jpg", "<ref>sign</ref>", "<box>(500,0),(600,100)</box>")

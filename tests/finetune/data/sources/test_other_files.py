@@ -19,7 +19,7 @@ from finetune.data.samples import Samples
 from finetune.data.sources import csv_rows
 from finetune.data.sources.sources import read_source
 from finetune.errors import MissingFileError, UserError
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 
 
 @pytest.fixture(autouse=True)

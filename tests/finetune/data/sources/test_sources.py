@@ -30,7 +30,9 @@ def read(path, **settings):
             path=str(path),
             weight=1.0,
             limit=None,
-            **{"streaming": False, "encoding": None, "delimiter": None, "part": None} | given | settings,
+            **{"streaming": False, "encoding": None, "delimiter": None, "part": None, "annotations": None}
+            | given
+            | settings,
         )
     )
 

@@ -17,7 +17,7 @@ from finetune.errors import Failed
 ROWS = 60
 
 
-TEXT = {"encoding": None, "delimiter": None, "part": None}
+TEXT = {"encoding": None, "delimiter": None, "part": None, "annotations": None}
 
 
 def source(limit=None, split=None, **settings):

@@ -24,7 +24,15 @@ def own_cache(tmp_path, monkeypatch):
 
 def source(path, **settings):
     given = {"config": None, "split": None, "format": "caption", "columns": {}, "prompt": None, "box_form": None}
-    given |= {"weight": 1.0, "limit": None, "streaming": False, "encoding": None, "delimiter": None, "part": None}
+    given |= {
+        "weight": 1.0,
+        "limit": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "part": None,
+        "annotations": None,
+    }
     return SimpleNamespace(path=str(path), **{**given, **settings})
 
 
