@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from finetune.check.data_guess import IMAGE_COLUMNS, Guess, guess, guess_export
 from finetune.check.export_layout import looks_like
 from finetune.check.sample_preview import image_name, one_line
@@ -24,11 +26,13 @@ from qwenvl.text.chat import is_trained
 
 LOOKED_AT = 100
 """Rows by which the format is guessed, from all parts of the data."""
+FILE_KEYS = ("encoding", "delimiter", "split")
+"""Keys of a source by which its file is read, and which `check FILE` takes."""
 _SHOWN_KINDS = 10
 _LONGEST_TEXT = 300  # characters of a shown turn
 
 
-def check_data(path: Path, *, samples: int = 3, say: Say = say) -> None:
+def check_data(path: Path, *, samples: int = 3, keys: Mapping[str, str] | None = None, say: Say = say) -> None:
     """Look at all rows of a data file and print what is in them, and the `data` section that reads them.
 
     Lengths need a model's tokenizer, so only a check of a recipe knows them.
@@ -36,18 +40,24 @@ def check_data(path: Path, *, samples: int = 3, say: Say = say) -> None:
     Args:
         path: file or folder.
         samples: rows to show.
+        keys: of the source, by which the file is read: `encoding`, `delimiter`, `split`.
         say: prints a line.
 
     Raises:
-        InputError: the data cannot be opened.
+        InputError: the data cannot be opened, or a key is wrong.
         UserError: no format reads its rows, or some rows cannot be used; raised after everything was shown.
     """
-    layout = looks_like(path)
+    keys = keys or {}
+    layout = None if keys else looks_like(path)
     if layout is not None:
         say("data", f"{one_line(path)}: looks like an annotation export of layout {layout}")
         if _read_export(path, layout, say, samples):
             return
-    rows = read_source(Source(path=str(path), format="messages"))
+    try:
+        source = Source.model_validate({"path": str(path), "format": "messages", **keys})
+    except ValidationError as error:
+        raise UserError("; ".join(str(one["msg"]) for one in error.errors())) from error
+    rows = read_source(source)
     if not len(rows):
         raise UserError(f"{path}: holds no rows")
     step = max(1, len(rows) // LOOKED_AT)
@@ -55,7 +65,7 @@ def check_data(path: Path, *, samples: int = 3, say: Say = say) -> None:
     columns = _columns(rows, places)
     say("data", f"{one_line(path)}: {len(rows):,} rows")
     say("columns", one_line(", ".join(columns)[:1000]) or "none")
-    found = guess(str(path), rows, list(columns), places)
+    found = guess(str(path), rows, list(columns), places, keys)
     if found is None or not found.fit:
         if columns and all(name.lower() in IMAGE_COLUMNS for name in columns):
             raise UserError(f"{path}: has images and no text, so there is nothing to learn: add questions or captions")
@@ -105,6 +115,8 @@ def _conclude(path: Path, found: Guess, rows: Rows | None, say: Say, samples: in
         UserError: some rows cannot be used.
     """
     say("format", f"{found.source.format}: {found.fit:,} of {found.looked_at:,} rows looked at fit")
+    if found.images_root is not None:
+        say("images", f"from {one_line(found.images_root)} (data.images_root)")
     bad = _look_at_all(found, rows, say, samples)
     say("recipe", "put this into a recipe:")
     # Without an indent, so that it can be pasted as it stands.
@@ -125,6 +137,7 @@ def section(found: Guess) -> str:
         given["prompt"] = source.prompt
     if source.fields:
         given |= {"fields": list(source.fields), "reply": source.reply}
+    given |= {key: value for key in FILE_KEYS if (value := getattr(source, key)) is not None}
     if source.annotations is not None:
         given["annotations"] = {"layout": source.annotations.layout}
         if source.annotations.questions:

@@ -1,5 +1,6 @@
 """How the rows of a data file may be read: formats by the names of its columns, the best of them by trying."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ _QUESTION = ("question", "query", "questions", "instruction", "prompt")
 _ANSWERS = ("answers", "answer", "label", "labels", "response", "output", "completion")
 _NO_FIELDS = ("id", "idx", "index", "split", "width", "height", "source", "license", "url")
 _TRIED = 100  # rows of an export
+_ROOTS = 50  # folders where images are looked for
+_BESIDE_IMAGES = ("annotations", "annotation", "labels", "json")
+"""Names of folders with exports whose images are in folders beside them, as COCO's are."""
 _ROLES: tuple[tuple[str, Mapping[str, Sequence[str]], Mapping[str, Sequence[str]]], ...] = (
     # format, the roles that it needs, the roles that may be there; each with the names that a column may have
     ("messages", {"messages": ("messages",)}, {"images": _IMAGES, "system": ("system", "system_prompt")}),
@@ -75,28 +79,74 @@ class Guess:
     images_root: str | None = None
 
 
-def guess(path: str, rows: Rows, columns: Sequence[str], places: Sequence[int]) -> Guess | None:
-    """The format and columns that most of the rows fit; None where no format has such columns.
+def guess(
+    path: str, rows: Rows, columns: Sequence[str], places: Sequence[int], keys: Mapping[str, str] | None = None
+) -> Guess | None:
+    """The format, columns and folder of images that most of the rows fit; None where no format has such columns.
+
+    Other folders of images than the data's own are tried where no row fits; one is taken if it alone fits best.
 
     Args:
         path: of the data.
         rows: of the data; `columns`, all their names.
         places: rows to try, from 0.
+        keys: of the source, by which its file was read: `encoding`, `delimiter`.
     """
+    best = _guess(path, rows, columns, places, keys or {}, None)
+    if best is None or best.fit:
+        return best
+    tried = [_guess(path, rows, columns, places, keys or {}, root) for root in _other_roots(Path(path))]
+    fitting = [found for found in tried if found is not None and found.fit]
+    most = max((found.fit for found in fitting), default=0)
+    # Of two folders with files of the same names, neither is clearly meant.
+    clear = [found for found in fitting if found.fit == most]
+    return clear[0] if len(clear) == 1 else best
+
+
+def _other_roots(path: Path) -> list[str]:
+    """Folders where images may be: those in the data's folder, the folder it is in, and those beside it."""
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        return []  # a pattern
+    above = Path(os.path.normpath(folder / ".."))
+    inside = _folders(folder)
+    roots = [*inside, *(inner for outer in inside for inner in _folders(outer)), above, *_folders(above)]
+    own = folder.resolve()
+    return [str(root) for root in dict.fromkeys(roots) if root.resolve() != own][:_ROOTS]
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        inside = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[:1] != ".")
+    except OSError:
+        return []
+    return [folder / name for name in inside[:_ROOTS]]
+
+
+def _guess(
+    path: str,
+    rows: Rows,
+    columns: Sequence[str],
+    places: Sequence[int],
+    keys: Mapping[str, str],
+    root: str | None,
+) -> Guess | None:
     best: Guess | None = None
-    for source in _candidates(path, columns):
-        samples = Samples([source], rows=[_SomeRows(rows, places)])
+    for source in _candidates(path, columns, keys):
+        samples = Samples([source], images_root=root, rows=[_SomeRows(rows, places)])
         for grounding in (False, True):
-            found = Guess(source, grounding, len(places) - _bad_rows(samples, grounding), looked_at=len(places))
+            fit = len(places) - _bad_rows(samples, grounding)
+            found = Guess(source, grounding, fit, looked_at=len(places), images_root=root)
             if best is None or found.fit > best.fit:
                 best = found
             elif found.fit == best.fit and source.box_form == "xywh" and best.source.box_form == "xyxy":
                 best = replace(best, also=("xywh",))
     if best is None or not best.fit:
-        fields = _fields_of(path, rows, columns, places)
+        fields = _fields_of(path, rows, columns, places, keys)
         if fields is not None:
-            samples = Samples([fields], rows=[_SomeRows(rows, places)])
-            found = Guess(fields, False, len(places) - _bad_rows(samples, False), looked_at=len(places))
+            samples = Samples([fields], images_root=root, rows=[_SomeRows(rows, places)])
+            fit = len(places) - _bad_rows(samples, False)
+            found = Guess(fields, False, fit, looked_at=len(places), images_root=root)
             best = found if best is None or found.fit else best
     return best
 
@@ -116,7 +166,10 @@ def guess_export(path: Path, layout: Layout) -> Guess:
             if not annotations["questions"]:
                 continue
         source = Source.model_validate({"path": str(path), "format": row_format, "annotations": annotations})
-        for root in (None, str(path.parent)) if layout in ("labelme", "yolo") else (None,):
+        roots: list[str | None] = [None, str(path.parent)] if layout in ("labelme", "yolo") else [None]
+        if path.parent.name.lower() in _BESIDE_IMAGES:
+            roots.append(os.path.normpath(path.parent / ".."))
+        for root in roots:
             try:
                 samples = Samples([source], images_root=root)
             except InputError as error:
@@ -133,7 +186,9 @@ def guess_export(path: Path, layout: Layout) -> Guess:
     return best
 
 
-def _fields_of(path: str, rows: Rows, columns: Sequence[str], places: Sequence[int]) -> Source | None:
+def _fields_of(
+    path: str, rows: Rows, columns: Sequence[str], places: Sequence[int], keys: Mapping[str, str]
+) -> Source | None:
     """A row as a document with a column a field; None without an image column, or without another one."""
     lower = {column.lower(): column for column in reversed(columns)}
     image = _named(lower, _IMAGE)
@@ -148,10 +203,12 @@ def _fields_of(path: str, rows: Rows, columns: Sequence[str], places: Sequence[i
     if image is None or image not in columns or not fields:
         return None
     given = {"columns": {"image": image}} if image != "image" else {}
-    return Source.model_validate({"path": path, "format": "fields", "fields": fields, "reply": "json", **given})
+    return Source.model_validate(
+        {"path": path, "format": "fields", "fields": fields, "reply": "json", **given, **keys}
+    )
 
 
-def _candidates(path: str, columns: Sequence[str]) -> Iterator[Source]:
+def _candidates(path: str, columns: Sequence[str], keys: Mapping[str, str]) -> Iterator[Source]:
     lower = {column.lower(): column for column in reversed(columns)}
     for name, needed, optional in _ROLES:
         given = {role: _named(lower, names) for role, names in needed.items()}
@@ -167,7 +224,7 @@ def _candidates(path: str, columns: Sequence[str]) -> Iterator[Source]:
             form: dict[str, str] = {} if box_form is None else {"box_form": box_form}
             if "labels" in needed:
                 form["prompt"] = "Find all objects."
-            yield Source.model_validate({"path": path, "format": name, "columns": other_names, **form})
+            yield Source.model_validate({"path": path, "format": name, "columns": other_names, **form, **keys})
 
 
 def _named(lower: Mapping[str, str], names: Sequence[str]) -> str | None:

@@ -13,6 +13,7 @@ WHEN_STOPPED = "a check changes nothing"
 EXAMPLES = """\
 finetune check recipes/quickstart.yaml
 finetune check data/rows.jsonl   # no recipe: guesses the format, and writes the data section
+finetune check data/rows.csv encoding=gbk
 finetune check recipes/docvqa_lora.yaml data.train.limit=2000 --images
 finetune check recipes/grounding_lora.yaml --samples 20 --html runs/grounding.html"""
 
@@ -26,11 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if is_data(arguments.recipe) and not (arguments.recipe.suffix == ".json" and arguments.overrides):
-        if arguments.overrides or arguments.html is not None or arguments.images:
-            raise UserError(f"{arguments.recipe} is data: keys, --html and --images go with a recipe")
         from finetune.check.data_file import check_data
 
-        check_data(arguments.recipe, samples=max(arguments.samples, 0))
+        check_data(arguments.recipe, samples=max(arguments.samples, 0), keys=file_keys(arguments))
         return
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.html is not None:
@@ -39,6 +38,33 @@ def run(arguments: argparse.Namespace) -> None:
     from finetune.check.check import check
 
     check(recipe, samples=max(arguments.samples, 0), html=arguments.html, images=arguments.images)
+
+
+def file_keys(arguments: argparse.Namespace) -> dict[str, str]:
+    """The keys given with a data file: those by which it is read.
+
+    Raises:
+        UserError: other keys or options, or another file.
+    """
+    from finetune.check.data_file import FILE_KEYS
+
+    if arguments.html is not None or arguments.images:
+        raise UserError(f"{arguments.recipe} is data: --html and --images go with a recipe")
+    keys = {}
+    for given in arguments.overrides:
+        key, equals, value = given.partition("=")
+        if not equals and Path(given).exists():
+            raise UserError(
+                f"{arguments.recipe} and {given}: one file or folder is looked at; several with rows of the same kind "
+                "are given as one pattern, in quotes: 'data/*.jsonl'"
+            )
+        if key not in FILE_KEYS or not value:
+            raise UserError(
+                f"{arguments.recipe} is data: keys such as {given} go with a recipe, but for {', '.join(FILE_KEYS)} "
+                "of a file (encoding=gbk)"
+            )
+        keys[key] = value
+    return keys
 
 
 def is_data(path: Path) -> bool:

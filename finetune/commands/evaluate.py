@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--limit", type=count, metavar="N", help="only the first N questions")
     asked.add_argument("--sample", type=count, metavar="N", help="N questions drawn by --seed, the same every time")
     asked.add_argument("--seed", type=int, default=0, help="of --sample; 0 by default")
-    asked.add_argument("--on-bad-row", choices=["error", "skip"], default="error", help="skip leaves out and lists it")
+    asked.add_argument("--on-bad-row", choices=["error", "skip"], help="skip leaves out and lists it; or by --recipe")
     asked.add_argument(
         "--ignore", metavar="COLUMN", action="append", default=[], help="data.ignore of a recipe: left unread; repeat"
     )
@@ -187,7 +187,7 @@ def run(arguments: argparse.Namespace) -> None:
             pages=pages_asked(arguments, recipe),
             views=views_asked(arguments.views),
             recipe_views=None if recipe is None else views_of(recipe),
-            on_bad_row=arguments.on_bad_row,
+            on_bad_row=arguments.on_bad_row or (recipe.data.on_bad_row if recipe else "error"),
             ignore=(*(recipe.data.ignore if recipe else ()), *arguments.ignore),
             markup_as_text=(*(recipe.data.markup_as_text if recipe else ()), *arguments.markup_as_text),
             on_bad_image=arguments.bad_image,

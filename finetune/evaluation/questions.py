@@ -346,7 +346,7 @@ class Questions(Sequence[Question]):
         if bad and on_bad_row == "error":
             raise DataError(
                 f"{self.name}: of {self._count:,} rows, {len(bad):,} cannot be asked as task {self.task.name} "
-                "(fix them, or leave them out with on_bad_row: skip):",
+                "(fix them, or leave them out with --on-bad-row skip, in a recipe data.on_bad_row: skip):",
                 list(bad.values()),
             )
         if not self.ids:
@@ -360,7 +360,8 @@ class Questions(Sequence[Question]):
         if on_bad_row == "error":
             raise DataError(
                 f"{self.name}: the answers of {len(hidden):,} rows are hidden and those of the others are not; score "
-                "the answered rows in a file of their own, or leave the others out with on_bad_row: skip:",
+                "the answered rows in a file of their own, or leave the others out with --on-bad-row skip, in a "
+                "recipe data.on_bad_row: skip:",
                 list(hidden.values()),
             )
         self.ids = [self.ids[place] for place in kept]

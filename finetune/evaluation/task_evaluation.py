@@ -31,6 +31,7 @@ from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
 from finetune.evaluation.reply_progress import ReplyProgress
 from finetune.evaluation.results import Record, Scored, record_of, score_records, with_scores
+from finetune.evaluation.task import Task
 from finetune.evaluation.tasks import task_of
 from finetune.quantities import format_loss
 from finetune.recipe import Recipe
@@ -143,8 +144,8 @@ class TaskEvaluation:
         )
         if not self.questions.answered:
             raise UserError("evaluate.data: its answers are hidden, so there is no score: set evaluate.task: null")
-        if self.task.is_detection:
-            _refuse_cut_replies(self.questions, self.task.max_new_tokens, processor)
+        if self.task.is_detection or self.task.reads_fields:
+            _refuse_cut_replies(self.questions, self.task, processor)
         self.key = f"eval_{self.task.metric}"
         self.processor = processor
         self._otherwise = asked_otherwise(recipe, self.task)
@@ -304,15 +305,18 @@ class TaskScorer:
         return self.evaluate(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator, step)
 
 
-def _refuse_cut_replies(questions: Sequence[Question], most: int, processor: QwenVLProcessor) -> None:
+def _refuse_cut_replies(questions: Sequence[Question], task: Task, processor: QwenVLProcessor) -> None:
     """Refuse a limit of new tokens that no right reply to some questions fits into.
 
     Raises:
         UserError: with the number that is enough.
     """
+    most, grounding = task.max_new_tokens, task.is_detection
     lengths = []
     for question in questions:
-        answer = {"type": "text", "text": question.answers[0], "grounding": True}
+        if not question.answers:  # hidden
+            continue
+        answer = {"type": "text", "text": question.answers[0], "grounding": grounding}
         lengths.append(len(render_prompt([answer], processor.tokenizer).ids) + 1)  # and the end of the turn
     if long := sum(length > most for length in lengths):
         raise UserError(

@@ -1,7 +1,8 @@
 """The fields of a document in a reply: read from JSON or as a single value, and scored.
 
 Values are compared as `exact_match` compares answers: in Unicode's form C, without surrounding white space and letter
-case. Numbers count as the text they are written as. A null, a blank value and a missing key are the same.
+case. Numbers count as the text they are written as. A null, a blank value and a missing key are the same; where a
+reply should be JSON and is none, no field of it is right, not even one without a value.
 """
 
 import json
@@ -61,8 +62,8 @@ class FieldsFound:
 
     @property
     def f1(self) -> float:
-        """2 x right / (given + gold); 1 where there is nothing to find and nothing was given."""
-        return f1_of(self.right, self.given + self.gold)
+        """2 x right / (given + gold); 1 where there is nothing to find and nothing was given, but 0 if broken."""
+        return 0.0 if self.broken else f1_of(self.right, self.given + self.gold)
 
 
 def f1_of(right: float, total: float) -> float:
@@ -91,8 +92,9 @@ def score_fields(reply: str, asked: FieldsAsked, *, compare_trees: bool = True) 
     if asked.is_json and compare_trees:
         tree = 0.0 if broken else tree_accuracy(found, gold)
     return FieldsFound(
-        exact={name: float(found.get(name) == gold[name]) for name in asked.names},
-        anls={name: _similarity(found.get(name), gold[name]) for name in asked.names},
+        # No JSON says of no field that it has no value.
+        exact={name: float(not broken and found.get(name) == gold[name]) for name in asked.names},
+        anls={name: 0.0 if broken else _similarity(found.get(name), gold[name]) for name in asked.names},
         right=(in_gold & in_reply).total(),
         given=in_reply.total(),
         gold=in_gold.total(),

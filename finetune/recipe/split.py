@@ -1,11 +1,14 @@
 """`data.split` written out: a `part` for each source to train on, and the same sources' other part to evaluate on."""
 
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import ValidationError
 
 from finetune.recipe.problems import Problem, dotted
-from finetune.recipe.sources import Split
+from finetune.recipe.sources import Split, name_given_twice
 from finetune.recipe.yaml_file import Document, KeyPath
 
 CUT = "split"
@@ -43,9 +46,30 @@ def cut_sources(document: Document) -> None:
             {key: item for key, item in source.items() if key != "weight"} | {"part": {**split, "take": "eval"}}
             for source in sources
         ]
+        # The sources to train on have no names by which the scores of their other parts could be told apart.
+        names = _names([str(source.get("path")) for source in sources])
+        for source, name in zip(evaluate["data"], names, strict=True):
+            if name is not None:
+                source["name"] = name
     for source in sources:
         source["part"] = {**split, "take": "train"}
     del data["split"]
+
+
+def _names(paths: Sequence[str]) -> list[str | None]:
+    """Names by which sources differ: with as many of their folders as that takes, at last by number; None where the
+    names of their files do."""
+    deepest = max(len(PurePath(path).parts) for path in paths)
+    for folders in range(deepest):
+        names = [_name(path, folders) for path in paths]
+        if name_given_twice(names) is None:
+            return list(names) if folders else [None] * len(paths)
+    return [f"{_name(path, 0)}_{number}" for number, path in enumerate(paths, start=1)]
+
+
+def _name(path: str, folders: int) -> str:
+    parts = PurePath(path).with_suffix("").parts[-1 - folders :]
+    return re.sub(r"[^\w.-]+", "_", "_".join(parts)).lstrip("_.-") or "data"
 
 
 def _fits(split: Any) -> bool:

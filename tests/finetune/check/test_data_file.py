@@ -128,6 +128,8 @@ def test_what_is_wrong_is_counted_and_ends_with_2(capsys):
         ([write], "holds no rows"),
         ([write, {"a": 1}, "--images"], "--images go with a recipe"),
         ([write, {"a": 1}, "data.max_length=3"], "is data: keys"),
+        ([write, {"a": 1}, "encoding=klingon"], "'klingon' is no encoding that is known"),
+        ([write, {"a": 1}, "rows.jsonl"], "are given as one pattern, in quotes"),
     ],
 )
 def test_what_cannot_be_read(arguments, said, capsys):
@@ -135,6 +137,46 @@ def test_what_cannot_be_read(arguments, said, capsys):
     rows = [item for item in rest if isinstance(item, dict)]
     assert main(["check", make(*rows), *(item for item in rest if isinstance(item, str))]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_encoding_of_a_file_is_given_and_proposed(capsys):
+    Image.new("RGB", (64, 64)).save("票据.png")
+    text = "图片;问题;答案\n票据.png;这是什么？;这是票据\n票据.png;多少钱？;十二元\n"
+    Path("rows.csv").write_bytes(text.replace("图片;问题;答案", "image;question;answers").encode("gbk"))
+    assert main(["check", "rows.csv"]) == 2
+    assert "give the file's encoding with `encoding`" in capsys.readouterr().err
+    assert main(["check", "rows.csv", "encoding=gbk"]) == 0
+    section = yaml.safe_load(capsys.readouterr().out.split("put this into a recipe:")[1])
+    assert section["data"]["train"] == {"path": "rows.csv", "format": "vqa", "encoding": "gbk"}
+
+
+@pytest.mark.parametrize(
+    ("data", "images"), [("rows.jsonl", "scans"), ("rows.jsonl", "a/scans"), ("lists/rows.jsonl", "scans")]
+)
+def test_the_folder_of_the_images_is_found_where_it_is_clear(data, images, capsys):
+    row = {"file": "x.png", "total": "3", "date": "May 4"}
+    for path in (data, f"{images}/x.png"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(data).write_text(json.dumps(row) + "\n")
+    Image.new("RGB", (64, 64)).save(f"{images}/x.png")
+    assert main(["check", data]) == 0
+    shown = capsys.readouterr().out
+    assert f"images      from {images} (data.images_root)" in shown
+    assert yaml.safe_load(shown.split("put this into a recipe:")[1])["data"]["images_root"] == images
+    other = Path(images).with_name("other")
+    other.mkdir()
+    Image.new("RGB", (64, 64)).save(other / "x.png")
+    assert main(["check", data]) == 2  # either may be meant
+    assert "images_root" not in capsys.readouterr().out
+
+
+def test_images_beside_the_folder_of_an_export_are_found(tmp_path, capsys):
+    file = write_export(tmp_path, "coco")
+    (tmp_path / "annotations").mkdir()
+    moved = file.rename(tmp_path / "annotations" / file.name)
+    assert main(["check", str(moved)]) == 0
+    section = yaml.safe_load(capsys.readouterr().out.split("put this into a recipe:")[1])
+    assert section["data"]["images_root"] == str(tmp_path)
 
 
 def test_a_folder_of_images_with_metadata(capsys):

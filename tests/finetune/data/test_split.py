@@ -58,6 +58,26 @@ def test_a_split_is_written_out_and_reads_back(tmp_path):
     assert parse_recipe(recipe.to_yaml()) == recipe
 
 
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/train.jsonl", "b/train.jsonl"], ["a_train", "b_train"]),
+        (["x/a/train.jsonl", "y/a/train.jsonl", "b.jsonl"], ["x_a_train", "y_a_train", "b"]),
+        (["a/train.jsonl", "a/train.jsonl"], ["train_1", "train_2"]),
+        (["a/train.jsonl", "a/test.jsonl"], [None, None]),
+        (["a/data", "b/data"], ["a_data", "b_data"]),
+    ],
+)
+def test_sources_of_the_same_file_name_are_told_apart(paths, names):
+    sources = ", ".join(f"{{path: {path}, format: vqa}}" for path in paths)
+    recipe = parse_recipe(
+        f"{{model: {{path: examples/tiny}}, output: runs/x, data: {{train: [{sources}], split: {{eval: 0.2}}}}, "
+        "evaluate: {data: split, task: custom, metric: anls}}"
+    )
+    assert [source.name for source in recipe.evaluate.data] == names
+    assert parse_recipe(recipe.to_yaml()) == recipe
+
+
 def test_documents_are_whole_and_in_one_part(tmp_path):
     train, evals = parts(recipe_of(write(tmp_path / "a.jsonl", range(200))))
     assert len(train) + len(evals) == 600 and not documents(train) & documents(evals)

@@ -7,6 +7,7 @@ from files_of_pages import pdf
 from questions_for_tests import ask
 from recipes_for_tests import finetune, write_recipe
 
+from finetune.cli import main
 from finetune.commands import evaluate as command
 from finetune.errors import UserError
 from finetune.evaluation.field_scores import f1_difference, fields_record, fields_summary, micro_f1
@@ -93,7 +94,7 @@ def trained(tmp_path_factory):
         data__train=[source],
         data__images_root=str(folder),
         data__pages={"dpi": 72, "first": 2},
-        evaluate={"data": [source], "task": "fields", "predictions": 2, "max_new_tokens": 12},
+        evaluate={"data": [source], "task": "fields", "predictions": 2, "max_new_tokens": 40},
         train__max_steps=2,
         train__eval_strategy="steps",
         train__eval_steps=2,
@@ -111,6 +112,32 @@ def test_a_run_trains_and_evaluates_on_documents(trained):
     assert [line["eval_field_f1"] for line in logged if "eval_field_f1" in line]
 
 
+def test_a_limit_that_cuts_the_right_json_is_refused(trained, capsys):
+    assert main(["check", str(trained[1]), "evaluate.max_new_tokens=12"]) == 2
+    assert "max_new_tokens: the right replies to 2 of 2 questions have more than 12 tokens" in capsys.readouterr().err
+
+
+def test_rows_that_the_recipe_leaves_out_are_left_out_in_its_evaluation(trained, tmp_path, capsys):
+    folder, _ = trained
+    rows = folder / "bad.csv"
+    rows.write_text((folder / "rows.csv").read_text() + "none.pdf,A-9,9.40\n")
+    source = {"path": str(rows), "format": "fields", "columns": {"image": "file"}, **JSON}
+    file = write_recipe(
+        tmp_path,
+        data__train=[source],
+        data__images_root=str(folder),
+        data__pages={"dpi": 72, "first": 2},
+        data__on_bad_row="skip",
+        evaluate={"data": [source], "task": "fields", "max_new_tokens": 40},
+    )
+    finetune("evaluate", str(folder / "run"), "--recipe", str(file), "--out", str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["questions"] == 2
+    capsys.readouterr()
+    asked = ["evaluate", str(folder / "run"), "--recipe", str(file), "--out", str(tmp_path / "other")]
+    assert main([*asked, "--on-bad-row", "error"]) == 2
+    assert "leave them out with --on-bad-row skip" in capsys.readouterr().err
+
+
 def test_the_run_is_evaluated_by_its_recipe_and_from_the_command_line(trained, tmp_path):
     folder, file = trained
     finetune("evaluate", str(folder / "run"), "--recipe", str(file), "--out", str(tmp_path / "one"))
@@ -120,7 +147,7 @@ def test_the_run_is_evaluated_by_its_recipe_and_from_the_command_line(trained, t
     page = (tmp_path / "one" / "evaluation.html").read_text()
     assert "<h2>Fields</h2>" in page and "tree edit" in page.lower()
     data = ["--task", "fields", "--data", str(folder / "rows.csv"), "--fields", "no,total", "--column", "image=file"]
-    pages = ["--pages", "2", "--dpi", "72", "--max-new-tokens", "12", "--reply", "json"]
+    pages = ["--pages", "2", "--dpi", "72", "--max-new-tokens", "40", "--reply", "json"]
     finetune("evaluate", str(folder / "run"), *data, *pages, "--out", str(tmp_path / "two"))
     other = json.loads((tmp_path / "two" / "results.json").read_text())
     assert other["fields"] == results["fields"] and other["score"] == results["score"]

@@ -54,7 +54,9 @@ def test_replies_by_hand(reply, tree, f1):
 def test_broken_json_scores_nothing_and_is_counted(reply):
     found = score_fields(reply, asked())
     assert found.broken and found.tree == 0 and found.f1 == 0 and found.given == 0
-    assert found.exact == {"no": 0, "date": 1, "total": 0}  # nothing is right where there is nothing
+    assert found.exact == found.anls == {"no": 0, "date": 0, "total": 0}  # nor does it say that there is no date
+    nothing = score_fields(reply, FieldsAsked(("date",), (None,), is_json=True))
+    assert nothing.f1 == 0 and nothing.exact == {"date": 0}
 
 
 def test_forms_of_unicode_and_kinds_of_values():
