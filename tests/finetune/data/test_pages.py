@@ -3,7 +3,6 @@
 import io
 import json
 import os
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -21,6 +20,7 @@ from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.data.shown_rows import document_of
 from finetune.errors import UserError
+from finetune.recipe import Source
 from finetune.vision_cache.cache import ImageHandles
 from qwenvl import ImageAccess, load_image
 from qwenvl.text.chat_string import write_chat
@@ -41,9 +41,7 @@ def folder(tmp_path):
 
 def samples(folder, *rows, row_format="vqa", pages=None, **given):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
-    settings |= {"encoding": None, "delimiter": None, "part": None}
-    source = SimpleNamespace(path=str(folder / "rows.jsonl"), format=row_format, weight=1.0, limit=None, **settings)
+    source = Source(path=str(folder / "rows.jsonl"), format=row_format)
     return Samples([source], pages=pages, **given)
 
 
@@ -111,9 +109,7 @@ def test_images_inside_rows(folder, monkeypatch):
         ),
     )
     data.to_parquet(folder / "rows.parquet")
-    settings = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
-    settings |= {"encoding": None, "delimiter": None, "part": None}
-    source = SimpleNamespace(path=str(folder / "rows.parquet"), format="vqa", weight=1.0, limit=None, **settings)
+    source = Source(path=str(folder / "rows.parquet"), format="vqa")
     read = Samples([source], pages=ALL)
     for sample in (read[0], next(iter(read.scan(0, 1)))):
         assert [colour(image) for image in images(sample)] == COLOURS

@@ -4,7 +4,6 @@ import io
 import random
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +30,7 @@ from examples.nano.making.documents.write import Plan, conversations_of, documen
 from examples.nano.making.views_experiment import PAGE
 from finetune.data.checking import check_samples
 from finetune.data.samples import Samples
+from finetune.recipe import Source
 
 TRAINED = tuple(family for family in FAMILIES if family not in (*HELD_OUT, *LARGE))
 WITH_TEXT = tuple(family for family in FAMILIES if family != "shapes")
@@ -255,18 +255,7 @@ def contents(folder):
 
 
 def checked(path, tokenizer):
-    settings = {
-        "columns": {},
-        "prompt": None,
-        "box_form": None,
-        "config": None,
-        "split": None,
-        "streaming": False,
-        "encoding": None,
-        "delimiter": None,
-        "part": None,
-    }
-    source = SimpleNamespace(path=str(path), format="messages", weight=1.0, limit=None, **settings)
+    source = Source(path=str(path), format="messages")
     return check_samples(Samples([source]), tokenizer, max_length=1024)
 
 
