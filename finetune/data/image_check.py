@@ -184,11 +184,14 @@ def open_chunk(entries: Entries, chunk: range) -> _Opened:
     """Open some of the images."""
     opened = remembered = 0
     bad, good = [], []
+    index = -1
     for place in chunk:
-        sample = entries.samples[int(entries.indices[place])]
-        sources = list(image_sources(sample.messages))
-        if len(sources) != entries.counts[place]:
-            sources = list(image_sources(entries.rules.fit(sample.messages).messages))
+        if entries.indices[place] != index:  # the images of one sample follow one another
+            index = int(entries.indices[place])
+            sample = entries.samples[index]
+            sources = list(image_sources(sample.messages))
+            if len(sources) != entries.counts[place]:
+                sources = list(image_sources(entries.rules.fit(sample.messages).messages))
         source = sources[int(entries.numbers[place])]
         if is_url(source) and not entries.urls:
             continue

@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from finetune.batches.budget import ENCODED_TOGETHER
-from finetune.batches.image_request import read_pixels
 from finetune.data.loader_workers import ignore_signals_from_others
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import SHOWN_PROBLEMS
@@ -36,15 +35,12 @@ from finetune.recipe import Data
 from finetune.replies.image_features import READERS
 from finetune.run.left_out import LEFT_OUT, LeftOut
 from finetune.terminal import Say, say
-from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, content_key, preprocessing_of, settle
+from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, preprocessing_of
+from finetune.vision_cache.image_groups import LeftGroups, Wanted, WantedPixels, together
 from finetune.vision_cache.run_images import Entry, RunImages, find_images
 from finetune.vision_cache.store import FEATURES, Damaged, FeatureStore, Record
 from finetune.vision_cache.tower_fingerprint import tower_fingerprint
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor
-from qwenvl.images.images import ImageError, ImageReader
-
-Wanted = tuple[bytes, Entry]
-"""An image to encode: its handle, and where the run has it."""
 
 
 def encode_images(
@@ -240,7 +236,7 @@ class _Encoding:
                 ThreadPoolExecutor(1, "write-features") as writer,
             ):
                 written: list[Future[Any]] = []
-                left = _Left(wanted, room, self.store, done)
+                left = LeftGroups(wanted, room, self.store, done)
                 seen: set[bytes] = set()
                 for group in self._loader(left):
                     problems += group.problems
@@ -281,12 +277,12 @@ class _Encoding:
         if self.unreadable:
             self.say("", f"{len(self.unreadable):,} images cannot be read: their samples are left out, see {LEFT_OUT}")
 
-    def _loader(self, left: "_Left") -> DataLoader:
+    def _loader(self, left: LeftGroups) -> DataLoader:
         return DataLoader(
-            _Pixels(self.images, self.handles, self.image_processor),
+            WantedPixels(self.images, self.handles, self.image_processor),
             batch_sampler=left,
             num_workers=self.data.workers,
-            collate_fn=_together,
+            collate_fn=together,
             worker_init_fn=ignore_signals_from_others,
             pin_memory=self.device.type == "cuda",
             # A separate generator leaves the random numbers of the training as they are without a cache.
@@ -320,94 +316,6 @@ class _Encoding:
         for machine, *segment in _gather([(socket.gethostname(), *own)] if own is not None else []):
             if machine == socket.gethostname():
                 self.store.adopt(*segment)
-
-
-class _Read(NamedTuple):
-    """A decoded image, (3, S, S) uint8, or the problem with it; or why it cannot be read at all."""
-
-    handle: bytes
-    pixels: torch.Tensor | None
-    problem: str | None
-    unreadable: str | None = None
-
-
-class _Group(NamedTuple):
-    """Decoded images: (handle, content) of each and their pixels, (images, 3, S, S) uint8; the problems of others; and
-    by handle why others cannot be read."""
-
-    entries: list[tuple[bytes, bytes]]
-    pixels: torch.Tensor
-    problems: list[str]
-    unreadable: dict[bytes, str]
-
-
-@dataclass
-class _Pixels(Dataset[_Read]):
-    """Decodes wanted images, in loader workers."""
-
-    images: RunImages
-    handles: ImageHandles
-    image_processor: QwenVLImageProcessor
-
-    def __getitem__(self, wanted: Wanted) -> _Read:
-        return self._read(wanted, ImageReader())
-
-    def __getitems__(self, group: list[Wanted]) -> list[_Read]:
-        """A group in the order of the data, where the pictures of one image are neighbours: it is decoded once."""
-        reader = ImageReader()
-        return [self._read(wanted, reader) for wanted in group]
-
-    def _read(self, wanted: Wanted, reader: ImageReader) -> _Read:
-        handle, entry = wanted
-        request = self.images.request(entry)
-        settle(request.source, request.access)
-        try:
-            pixels = read_pixels(request, self.image_processor, reader)
-        except ImageError as error:
-            return _Read(handle, None, None, str(error))
-        if self.handles.of(request.source, request.access) != handle:
-            return _Read(handle, None, f"{request.name}: it was changed while the run began")
-        return _Read(handle, pixels, None)
-
-
-def _together(read: Sequence[_Read]) -> _Group:
-    good = [(one.handle, one.pixels) for one in read if one.pixels is not None]
-    return _Group(
-        [(handle, content_key(pixels)) for handle, pixels in good],
-        torch.stack([pixels for _, pixels in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
-        [one.problem for one in read if one.problem is not None],
-        {one.handle: one.unreadable for one in read if one.unreadable is not None},
-    )
-
-
-@dataclass
-class _Left:
-    """Groups of images that are still to be encoded, as a batch sampler; without those that another run encodes.
-
-    Runs of the same data begin at random places, so that they share the work.
-
-    Attributes:
-        room: how many more images may be encoded; the user of the groups counts it down. No group follows at 0.
-        done: called with the number of images that need no encoding.
-    """
-
-    wanted: Sequence[Wanted]
-    room: int
-    store: FeatureStore
-    done: Callable[[int], None]
-
-    def __iter__(self) -> Iterator[list[Wanted]]:
-        starts = list(range(0, len(self.wanted), ENCODED_TOGETHER))
-        first = secrets.randbelow(len(starts))
-        for start in starts[first:] + starts[:first]:
-            if self.room <= 0:
-                return
-            self.store.refresh()
-            group = self.wanted[start : start + ENCODED_TOGETHER]
-            left = [one for one in group if not self.store.has(one[0])]
-            self.done(len(group) - len(left))
-            if left:
-                yield left
 
 
 @contextlib.contextmanager

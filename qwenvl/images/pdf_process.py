@@ -103,6 +103,7 @@ class _Asked:
 
 _asked = _Asked()
 if sys.platform != "win32":
+    # A fork waits until a page that another thread has asked for is there.
     os.register_at_fork(
         before=_asked.lock.acquire, after_in_parent=_asked.lock.release, after_in_child=_asked.after_fork
     )

@@ -227,6 +227,7 @@ def test_boxes_are_cut_at_the_edge_and_counted(tmp_path):
         ("yolo", "0 0.5 0.5 0 0.1\n", "its width is 0"),
         ("yolo", "\n5 0.5 0.5 0.1 0.1\n", "line 2: class 5 has no name; there are 2"),
         ("yolo", "car 0.5 0.5 0.1 0.1\n", "must begin with the number of a class"),
+        ("yolo", "0000000001 0.5 0.5 0.1 0.1\n", "must begin with the number of a class"),
     ],
 )
 def test_a_bad_box_refuses_its_image_alone(tmp_path, layout, content, said):
