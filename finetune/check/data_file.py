@@ -13,7 +13,7 @@ from finetune.check.sample_preview import image_name, one_line
 from finetune.data.message_parts import content_parts, image_sources
 from finetune.data.problems import find_problems, together
 from finetune.data.row_progress import RowProgress
-from finetune.data.sample import SHOWN_PROBLEMS, BadField, BadRow, Sample
+from finetune.data.sample import SHOWN_PROBLEMS, UNKNOWN_TEXT, BadField, BadRow, Sample
 from finetune.data.samples import Samples
 from finetune.data.sources.rows import Rows
 from finetune.data.sources.sources import read_source
@@ -65,11 +65,14 @@ def check_data(path: Path, *, samples: int = 3, keys: Mapping[str, str] | None =
     columns = _columns(rows, places)
     say("data", f"{one_line(path)}: {len(rows):,} rows")
     say("columns", one_line(", ".join(columns)[:1000]) or "none")
+    for name, cell in _cells_of_unknown_text(rows, places).items():
+        say("note", one_line(f"column {name}: the sheet shows cells in a way that is not known here, such as {cell}"))
     found = guess(str(path), rows, list(columns), places, keys)
     if found is None or not found.fit:
         if columns and all(name.lower() in IMAGE_COLUMNS for name in columns):
             raise UserError(f"{path}: has images and no text, so there is nothing to learn: add questions or captions")
-        reason = "no format has such columns" if found is None else f"{found.source.format} comes nearest"
+        reason = "no format has such columns; `columns` of a recipe maps other names"
+        reason = reason if found is None else f"{found.source.format} comes nearest"
         if found is not None:
             _look_at_all(found, rows, say, samples=0)
         raise UserError(f"{path}: its rows are in no known format ({reason}); finetune/data/README.md has all of them")
@@ -163,6 +166,17 @@ def _columns(rows: Rows, places: list[int]) -> dict[str, None]:
             if isinstance(row, Mapping):
                 columns |= {str(name): None for name, value in row.items() if value is not None}
     return columns
+
+
+def _cells_of_unknown_text(rows: Rows, places: list[int]) -> dict[str, str]:
+    """The columns of a workbook with cells that no format reads, and one of these each."""
+    cells: dict[str, str] = {}
+    for place in places:
+        for row in rows.scan(place, place + 1):
+            for name, value in row.items() if isinstance(row, Mapping) else ():
+                if isinstance(value, Mapping) and UNKNOWN_TEXT in value:
+                    cells.setdefault(str(name), str(value[UNKNOWN_TEXT]))
+    return cells
 
 
 def _look_at_all(found: Guess, rows: Rows | None, say: Say, samples: int) -> int:

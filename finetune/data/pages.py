@@ -74,11 +74,13 @@ class Pages:
         """
         left_out = number = pages = 0
         fixed: int | None = None  # images whose numbers stay
+        changed = False  # also where one page is left of a file: its image then names it
 
         def pages_of(source: Any) -> list[Any]:
-            nonlocal left_out, number, pages, fixed
+            nonlocal left_out, number, pages, fixed, changed
             images, more = self.of(source, access, f"images[{number}]")
             left_out, number, pages = left_out + more, number + 1, pages + len(images)
+            changed = changed or more > 0 or len(images) > 1
             if fixed is None and len(images) > 1:
                 fixed = number
             return images
@@ -89,9 +91,10 @@ class Pages:
             raise
         except InputError as error:
             raise BadField("messages", str(error)) from error
-        if fixed is None:
+        if not changed:
             return Expanded(tuple(messages), left_out, 0)
-        refuse_moved_pictures(messages, fixed, "data.pages")
+        if fixed is not None:
+            refuse_moved_pictures(messages, fixed, "data.pages")
         expanded = ({**message, "content": content} for message, content in zip(messages, contents, strict=True))
         return Expanded(tuple(expanded), left_out, pages - number)
 

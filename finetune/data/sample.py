@@ -9,6 +9,8 @@ from qwenvl.images.images import ImageAccess
 
 SHOWN_PROBLEMS = 20
 """Rows that one error lists; it always says how many there are."""
+UNKNOWN_TEXT = "cell whose text is not known"
+"""The one key of what stands for a cell of a workbook that shows something else than its value; it says which cell."""
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,7 @@ def _value(value: Any, name: str, *, is_json: bool = False, left: int = DEEPEST)
         case float() if math.isfinite(value):
             return repr(value)
         case Mapping():
+            fields.refuse_unknown_text(value, name)
             return {str(key): _value(item, f"{name}.{key}", left=left - 1) for key, item in value.items()}
         case list() | tuple():
             return [_value(item, f"{name}[{place}]", left=left - 1) for place, item in enumerate(value)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from finetune.data.sample import BadField
+from finetune.data.sample import UNKNOWN_TEXT, BadField
 
 IMAGE_KEYS = {"bytes", "path", "page"}
 _WRITTEN_LIST = re.compile(r"""\s*\[\s*(?:(['"]).*\1\s*)?\]\s*""", re.DOTALL)
@@ -29,6 +29,20 @@ def field(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
+def refuse_unknown_text(value: Any, name: str) -> None:
+    """Refuse a cell of a workbook that shows something else than its value.
+
+    Raises:
+        BadField: it is one.
+    """
+    if isinstance(value, Mapping) and UNKNOWN_TEXT in value:
+        raise BadField(
+            name,
+            f"the sheet shows this cell in a way that is not known here ({value[UNKNOWN_TEXT]}): write what it shows "
+            'as text, as =TEXT(C2, "dd.mm.yyyy") gives it, or set its number format to yyyy-mm-dd, 0.00 or General',
+        )
+
+
 def text(value: Any, name: str) -> str:
     """The value, which must be text that is not blank.
 
@@ -36,6 +50,7 @@ def text(value: Any, name: str) -> str:
         BadField: not a string, or a blank one.
     """
     if not isinstance(value, str):
+        refuse_unknown_text(value, name)
         raise BadField(name, f"must be text, not {type(value).__name__}")
     if not value.strip():
         raise BadField(name, "is blank")

@@ -1,9 +1,9 @@
 """Rows of an Excel workbook (.xlsx): one sheet, its first row with the names of the columns.
 
 A cell is the text that the sheet shows: numbers in their plain formats (`0`, `0.00`, `#,##0.00`, `0%`), and dates as
-`yyyy-mm-dd`. What is shown in any other format (a currency, a local date) stays a number or a date, which formats of
-text refuse by name. The rows are written once as JSON Lines in the datasets cache, on the lines that they have in the
-sheet, and read from there.
+`yyyy-mm-dd`. What is shown in any other format (a currency, a local date) is known by its value only: every format
+refuses that by name where it reads the cell. The rows are written once as JSON Lines in the datasets cache, on the
+lines that they have in the sheet, and read from there.
 """
 
 import json
@@ -18,7 +18,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from finetune.data.sample import DataError
+from finetune.data.sample import UNKNOWN_TEXT, DataError
 from finetune.data.sources.rows import JsonLinesRows
 from finetune.data.sources.text_encoding import copy_of, refuse_swelling
 from finetune.files.atomic_writes import writing_file
@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"(?P<groups>#,##)?(?P<whole>0+)(?:\.(?P<digits>0+))?(?P<pe
 _MERGED = re.compile(rb"<(?:\w+:)?mergeCell\s[^>]*?ref=\"([A-Z0-9:$]+)\"")
 _ISO = re.compile(r"yyyy\\?-mm\\?-dd", re.IGNORECASE)
 _MOST_ROWS = 1 << 20
-_VERSION = 2  # of what is made of a sheet
+_VERSION = 3  # of what is made of a sheet
 
 
 def read_workbook(path: Path, name: str, sheet: str | None) -> JsonLinesRows:
@@ -142,7 +142,8 @@ def _row(header: Sequence[str | None], values: Sequence[Any], cells: Sequence[An
 
 
 def _value(cell: Any, source: Any, name: str) -> Any:
-    """What a cell shows, as text; a number or {"date": ...} where that is not known, None where it is empty."""
+    """What a cell shows, as text; a mapping, which no format reads as text, where that is not known; None where it is
+    empty."""
     value = cell.value
     if value is None:
         if source.value is not None:
@@ -161,13 +162,13 @@ def _value(cell: Any, source: Any, name: str) -> Any:
     if isinstance(value, datetime) and value.time() == time() and _ISO.fullmatch(shown):
         return value.date().isoformat()
     if isinstance(value, datetime | date | time | timedelta):
-        return {"date": str(value)}
+        return {UNKNOWN_TEXT: f"{source.coordinate}, number format {shown}, value {value}"}
     if shown in ("General", "@"):
         text = str(value) if isinstance(value, int) else f"{value:.15g}"
-        return value if "e" in text else text
+        return {UNKNOWN_TEXT: f"{source.coordinate}, value {text}"} if "e" in text else text
     form = _NUMBER.fullmatch(shown)
     if form is None:
-        return value
+        return {UNKNOWN_TEXT: f"{source.coordinate}, number format {shown}, value {value}"}
     number = Decimal(repr(value)) * (100 if form["percent"] else 1)
     number = number.quantize(Decimal(1).scaleb(-len(form["digits"] or "")), ROUND_HALF_UP)
     text = f"{abs(number):{',' if form['groups'] else ''}f}"

@@ -73,6 +73,14 @@ def test_more_pages_than_asked_for_are_refused_or_counted(folder):
     assert len(images(sample)) == 2 and sample.pages_left_out == 1
 
 
+def test_the_one_page_that_is_left_of_a_file_is_named(folder):
+    one = Pages(dpi=72, first=1, on_more="drop")
+    for row_format, given in [("vqa", row("file.pdf")), ("messages", {"prompt": "Q", "completion": "A"})]:
+        given = given if row_format == "vqa" else {**given, "images": ["file.pdf"]}
+        [sample] = samples(folder, given, row_format=row_format, pages=one)
+        assert images(sample) == [f"{folder / 'file.pdf'}#1"] and sample.pages_left_out == 2
+
+
 def test_what_cannot_be_read_is_named_with_its_row(folder):
     read = samples(folder, row("locked.pdf"), row("none.pdf"), pages=ALL)
     outcomes = list(read.scan(0, 2))

@@ -14,7 +14,7 @@ import openpyxl
 import pytest
 from PIL import Image
 
-from finetune.data.sample import DataError
+from finetune.data.sample import UNKNOWN_TEXT, DataError
 from finetune.data.samples import Samples
 from finetune.data.sources import csv_rows
 from finetune.data.sources.sources import read_source
@@ -75,10 +75,26 @@ def test_a_sheet_s_cells_are_what_it_shows(tmp_path):
 def test_a_cell_that_shows_something_else_is_not_text(tmp_path, form):
     file = workbook(tmp_path / "a.xlsx", ["image", "question", "answers"], ["a.png", "Q", 12.4], formats={"C2": form})
     samples = Samples([Source(path=str(file), format="vqa")])
-    with pytest.raises(UserError, match="row 2, answers: must be text, not float"):
+    with pytest.raises(
+        UserError, match=r"row 2, answers: the sheet shows this cell in a way that is not known here \(C2"
+    ):
         samples[0]
     file = workbook(tmp_path / "b.xlsx", ["caption"], [datetime.datetime(2024, 5, 4)], formats={"A2": "d-mmm-yy"})
-    assert read(file)[0] == {"caption": {"date": "2024-05-04 00:00:00"}}
+    assert read(file)[0] == {"caption": {UNKNOWN_TEXT: "A2, number format d-mmm-yy, value 2024-05-04 00:00:00"}}
+
+
+@pytest.mark.parametrize("reply", ["json", "value"])
+def test_fields_of_a_document_are_what_the_sheet_shows_or_refused(tmp_path, reply):
+    day = datetime.datetime(2024, 5, 4)
+    rows = [["image", "when", "sum"], ["a.png", day, 12.4], ["b.png", day, 12], ["c.png", "4 May", 1e-9]]
+    formats = {"B2": "dd.mm.yyyy", "C2": "0.00", "B3": "yyyy-mm-dd", "C3": '"$"#,##0.00'}
+    file = workbook(tmp_path / "a.xlsx", *rows, formats=formats)
+    samples = Samples([Source(path=str(file), format="fields", fields=["when", "sum"], reply=reply)])
+    assert [f"{problem.origin.row} {problem.field}" for problem in samples.scan(0, len(samples))] == [
+        "2 when",
+        "3 sum",
+        "4 sum",
+    ]
 
 
 def test_sheets(tmp_path):
