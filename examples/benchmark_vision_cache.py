@@ -24,8 +24,8 @@ from PIL import Image
 
 from finetune.batches.collate import Collator
 from finetune.batches.images import image_arguments
-from finetune.data.checking import look_at
-from finetune.data.rules import Rules
+from finetune.data.checks.checking import look_at
+from finetune.data.checks.rules import Rules
 from finetune.data.samples import Samples
 from finetune.model.adapters import put_lora
 from finetune.quantities import format_bytes

@@ -9,8 +9,8 @@ from torch.utils.data import get_worker_info
 
 from finetune.batches.image_request import ImageRequest, VisionCache, read_pixels
 from finetune.batches.images import image_columns
+from finetune.data.checks.rules import Rules
 from finetune.data.places import Gone
-from finetune.data.rules import Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.errors import InputError, UserError

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from finetune.check.data_guess import IMAGE_COLUMNS, Guess, guess, guess_export
 from finetune.check.export_layout import looks_like
 from finetune.check.sample_preview import image_name, one_line
+from finetune.data.checks.problems import find_problems, together
 from finetune.data.message_parts import content_parts, image_sources
-from finetune.data.problems import find_problems, together
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import SHOWN_PROBLEMS, UNKNOWN_TEXT, BadField, BadRow, Sample
 from finetune.data.samples import Samples

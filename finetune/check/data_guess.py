@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.check.export_layout import asked_names
-from finetune.data.problems import find_problems
+from finetune.data.checks.problems import find_problems
 from finetune.data.sample import BadField, BadRow, Origin, Sample
 from finetune.data.samples import Samples
 from finetune.data.sources.rows import Rows

@@ -7,7 +7,7 @@ from math import ceil
 import numpy as np
 
 from finetune.batches.packing import pack
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
 from finetune.recipe import Recipe
 
 SAMPLED_BATCHES = 200  # that are packed for the estimate

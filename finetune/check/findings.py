@@ -9,7 +9,7 @@ from finetune.check.epoch_estimate import Epoch, estimate_epoch
 from finetune.check.export_layout import looks_like
 from finetune.check.legibility import Legibility, look_at_letters
 from finetune.check.sample_preview import Preview, choose_samples, preview
-from finetune.data.image_check import OpenedImages
+from finetune.data.checks.image_check import OpenedImages
 from finetune.data.reading import DataPart, look_at_data, look_for_overlap, rules_of
 from finetune.data.sample import BadRow, DataError
 from finetune.errors import InputError

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.check.letter_height import letter_height
-from finetune.data.checked import Checked
-from finetune.data.rules import Rules
+from finetune.data.checks.checked import Checked
+from finetune.data.checks.rules import Rules
 from finetune.data.sample import Origin
 from finetune.data.samples import Samples
 from finetune.errors import InputError

@@ -8,7 +8,7 @@ from finetune.check.epoch_estimate import Epoch
 from finetune.check.findings import Findings
 from finetune.check.histogram import histogram_chart, make_histogram
 from finetune.check.sample_preview import Piece, Preview, image_name
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
 from finetune.data.message_parts import grounding_texts
 from finetune.data.samples import Samples
 from finetune.data.summary import count_sources, problem_kinds

@@ -9,12 +9,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from finetune.data.checks.problems import find_problems
+from finetune.data.checks.rules import Rules
+from finetune.data.checks.shortening import Fitted
 from finetune.data.message_parts import image_sources
-from finetune.data.problems import find_problems
 from finetune.data.reading import DataPart
-from finetune.data.rules import Rules
 from finetune.data.sample import Sample
-from finetune.data.shortening import Fitted
 from finetune.quantities import format_bytes
 from finetune.report.page import readable
 from qwenvl.text.chat import IGNORED, Rendered, is_trained

@@ -9,7 +9,7 @@ from finetune.errors import UserError
 from finetune.files.output_paths import refuse_unwritable_folder
 
 if TYPE_CHECKING:
-    from finetune.data.pages import Pages
+    from finetune.data.images.pages import Pages
     from finetune.evaluation.evaluate import EvaluationSource
     from finetune.evaluation.tasks import Task
     from finetune.recipe import Recipe
@@ -235,7 +235,7 @@ def text_file_keys(path: str, like: "EvaluationSource | NamedSource") -> dict[st
 
 def pages_asked(arguments: argparse.Namespace, recipe: "Recipe | None") -> "Pages | None":
     """How files of several pages are read."""
-    from finetune.data.pages import Pages
+    from finetune.data.images.pages import Pages
     from finetune.data.reading import pages_of
     from qwenvl.images.pdf_pages import DPI
 

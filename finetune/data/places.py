@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.checked import Checked
-from finetune.data.image_files import file_size, image_paths
+from finetune.data.checks.checked import Checked
+from finetune.data.images.image_files import file_size, image_paths
 from finetune.data.sample import BadRow, Origin, Sample
 from finetune.data.samples import LOOKED_AT, Samples
 from finetune.errors import UserError

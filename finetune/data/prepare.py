@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.prepared_rows import JPEG_QUALITY, BadImages, try_row, write_shard
 from finetune.data.reading import read_checked, views_of

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from finetune.data.image_files import read_encoded
+from finetune.data.images.image_files import read_encoded
 from finetune.data.message_parts import content_parts
 from finetune.data.sample import BadRow, DataError, Sample
 from finetune.data.samples import Samples

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.data.checked import Checked
-from finetune.data.checking import look_at, refusal
+from finetune.data.checks.checked import Checked
+from finetune.data.checks.checking import look_at, refusal
+from finetune.data.checks.image_check import CheckImages, OpenedImages, open_images, without
+from finetune.data.checks.markup import check_markup_names
+from finetune.data.checks.overlap import find_overlap
+from finetune.data.checks.rules import Rules
 from finetune.data.formats.places import PLACE
-from finetune.data.image_check import CheckImages, OpenedImages, open_images, without
-from finetune.data.markup import check_markup_names
-from finetune.data.overlap import find_overlap
-from finetune.data.pages import Pages
-from finetune.data.rules import Rules
+from finetune.data.images.pages import Pages
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.errors import InputError

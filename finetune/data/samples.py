@@ -14,8 +14,8 @@ from finetune.data.annotated_boxes import in_pixels
 from finetune.data.formats.document_fields import WantedFields
 from finetune.data.formats.grounding import NO_OBJECT
 from finetune.data.formats.row_format import RowFormat
-from finetune.data.image_files import absolute, file_size, image_paths, upright_size
-from finetune.data.pages import Pages
+from finetune.data.images.image_files import absolute, file_size, image_paths, upright_size
+from finetune.data.images.pages import Pages
 from finetune.data.sample import BadField, BadRow, DataError, Origin, Sample
 from finetune.data.sources.rows import Rows
 from finetune.data.sources.sources import FieldsSource, RowSource

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
 from finetune.data.message_parts import image_sources
 from finetune.data.samples import Samples
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.data.checked import Checked
-from finetune.data.rules import Rules
+from finetune.data.checks.checked import Checked
+from finetune.data.checks.rules import Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.recipe.sources import Source

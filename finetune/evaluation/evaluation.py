@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.batches.budget import REPLY_BATCH_TOKENS
-from finetune.data.pages import Pages
+from finetune.data.images.pages import Pages
 from finetune.evaluation.task import Task
 from finetune.recipe.document_fields import Prompts
 from finetune.recipe.sources import Annotations, NamedSource, Part

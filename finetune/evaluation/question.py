@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.formats.messages import Message
-from finetune.data.image_files import read_encoded
+from finetune.data.images.image_files import read_encoded
 from finetune.data.sample import Origin
 from finetune.errors import UserError
 from finetune.metrics.choices import LETTERS

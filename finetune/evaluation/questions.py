@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from finetune.data.annotated_boxes import in_pixels
+from finetune.data.checks.markup import check_markup_names, find_markup, why_refused
+from finetune.data.checks.problems import MOST_IMAGES, refuse_views, too_many_images
 from finetune.data.formats.names import FIELDS
 from finetune.data.formats.places import PLACE
 from finetune.data.formats.unread import unread_names
-from finetune.data.image_files import absolute, check_image, upright_size
-from finetune.data.markup import check_markup_names, find_markup, why_refused
-from finetune.data.pages import Pages
-from finetune.data.problems import MOST_IMAGES, refuse_views, too_many_images
+from finetune.data.images.image_files import absolute, check_image, upright_size
+from finetune.data.images.pages import Pages
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.sources.rows import Rows

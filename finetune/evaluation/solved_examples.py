@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.image_files import read_encoded
+from finetune.data.images.image_files import read_encoded
 from finetune.data.sample import DataError
 from finetune.errors import InputError
 from qwenvl.images.image_urls import is_data_uri, is_url

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
 
 
 @dataclass(frozen=True)

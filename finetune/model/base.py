@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
 from finetune.errors import UserError
 from finetune.model.adapters import TrainableModel, put_lora, train_in_full, trains_embeddings, trains_vision_only
 from finetune.model.computing import quantization_arguments

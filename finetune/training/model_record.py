@@ -1,6 +1,6 @@
 """What a run trains its model as: the record beside the adapter or the weights, see `qwenvl.checkpoint.record`."""
 
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
 from finetune.data.formats.row_format import PROMPTS
 from finetune.data.reading import views_of
 from finetune.model.base import Base

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 from transformers import set_seed
 
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
 from finetune.data.reading import views_of
 from finetune.memory.switches import Switches
 from finetune.model.adapters import TrainableModel

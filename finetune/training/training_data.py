@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
 from finetune.data.places import Aligned, Places, align, as_they_were, load_places, places_of
 from finetune.data.reading import look_for_overlap, read_checked, rules_of
 from finetune.data.samples import Samples

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
 from finetune.data.reading import DataPart, rules_of
 from finetune.data.samples import Samples
 from finetune.errors import Failed, UserError

@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 
 from finetune.batches.image_request import ImageRequest
-from finetune.data.checked import Checked
+from finetune.data.checks.checked import Checked
+from finetune.data.checks.rules import Rules
 from finetune.data.epoch_draw import epochs_of
 from finetune.data.message_parts import image_sources
 from finetune.data.row_progress import RowProgress
-from finetune.data.rules import Rules
 from finetune.data.samples import Samples
 from finetune.data.shown_rows import shown_samples
 from finetune.data.worker_processes import map_chunks

@@ -16,12 +16,12 @@ from typing import Any
 from files_of_pages import encrypted_pdf, frames, pdf
 from PIL import Image
 
-from finetune.data.checked import Checked
-from finetune.data.checking import look_at
-from finetune.data.image_check import open_images, without
-from finetune.data.markup import check_markup_names, markup_kind
+from finetune.data.checks.checked import Checked
+from finetune.data.checks.checking import look_at
+from finetune.data.checks.image_check import open_images, without
+from finetune.data.checks.markup import check_markup_names, markup_kind
+from finetune.data.checks.rules import Rules
 from finetune.data.message_parts import image_sources
-from finetune.data.rules import Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.recipe.sources import Source

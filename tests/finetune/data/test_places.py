@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.data.checking import look_at
+from finetune.data.checks.checking import look_at
+from finetune.data.checks.rules import Rules
 from finetune.data.places import Gone, align, as_they_were, load_places, places_of, save_places
-from finetune.data.rules import Rules
 from finetune.data.samples import Samples
 from finetune.errors import UserError
 from finetune.recipe import Source

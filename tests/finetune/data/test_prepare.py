@@ -14,7 +14,7 @@ from PIL import Image
 from recipes_for_tests import IMAGES, TINY, finetune, write_recipe, write_rows
 
 import finetune.data.prepare as preparing
-from finetune.data.checking import check_samples
+from finetune.data.checks.checking import check_samples
 from finetune.data.prepare import prepare
 from finetune.data.reading import read_checked
 from finetune.data.sample import DataError

@@ -14,7 +14,7 @@ from recipes_for_tests import ROOT
 sys.path.insert(0, str(ROOT))  # the examples are not installed
 
 from examples.nano.making.documents.__main__ import main
-from finetune.data.checking import check_samples
+from finetune.data.checks.checking import check_samples
 from finetune.data.samples import Samples
 
 QUICKSTART = ROOT / "examples" / "quickstart"

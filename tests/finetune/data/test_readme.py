@@ -8,7 +8,7 @@ import datasets
 import pytest
 from data_page import LOCAL, PAGE, SECTIONS, told_samples, write_page_images, write_section
 
-from finetune.data.checking import check_samples
+from finetune.data.checks.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.recipe.sources import LAYOUTS, Source

@@ -12,9 +12,9 @@ from recipes_for_tests import write_recipe
 
 from finetune.batches.collate import Collator
 from finetune.batches.image_request import ImageRequest, image_key
-from finetune.data.checking import look_at, refusal
-from finetune.data.image_check import open_images
-from finetune.data.image_files import image_paths
+from finetune.data.checks.checking import look_at, refusal
+from finetune.data.checks.image_check import open_images
+from finetune.data.images.image_files import image_paths
 from finetune.data.prepare import prepare
 from finetune.data.reading import open_samples, rules_of
 from finetune.data.summary import describe_long

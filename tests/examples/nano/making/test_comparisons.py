@@ -4,7 +4,7 @@ import re
 from types import SimpleNamespace
 
 from examples.nano.making.comparisons import TURNS, conversation, write_comparisons
-from finetune.data.checking import check_samples
+from finetune.data.checks.checking import check_samples
 from finetune.data.samples import Samples
 
 UNITS = {"kg": 1000.0, "g": 1.0, "lb": 453.6, "t": 1e6}

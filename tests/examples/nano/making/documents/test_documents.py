@@ -28,7 +28,7 @@ from examples.nano.making.documents.values import (
 from examples.nano.making.documents.values import KINDS as VALUE_KINDS
 from examples.nano.making.documents.write import Plan, conversations_of, document_of
 from examples.nano.making.views_experiment import PAGE
-from finetune.data.checking import check_samples
+from finetune.data.checks.checking import check_samples
 from finetune.data.samples import Samples
 from finetune.recipe import Source
 

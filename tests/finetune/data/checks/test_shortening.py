@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.batches.collate import Collator
-from finetune.data.checking import check_samples
-from finetune.data.rules import Rules
+from finetune.data.checks.checking import check_samples
+from finetune.data.checks.rules import Rules
+from finetune.data.checks.shortening import render_fitting, turn_starts
 from finetune.data.samples import Samples
-from finetune.data.shortening import render_fitting, turn_starts
 from finetune.data.summary import count_rows, describe_data, lines_left_out
 from qwenvl.text.chat import IGNORED, render_chat
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from finetune.data.image_files import count_pages, named_page
-from finetune.data.picture_numbers import refuse_moved_pictures
+from finetune.data.images.image_files import count_pages, named_page
+from finetune.data.images.picture_numbers import refuse_moved_pictures
 from finetune.data.sample import BadField
 from finetune.errors import InputError
 from qwenvl import ImageAccess

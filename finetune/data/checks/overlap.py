@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.data.image_files import file_size, read_encoded
+from finetune.data.images.image_files import file_size, read_encoded
 from finetune.data.message_parts import content_parts, image_sources
 from finetune.data.sample import BadRow, Sample
 from finetune.errors import InputError

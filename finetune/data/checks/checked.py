@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from finetune.data.checks.overlap import Identities
 from finetune.data.epoch_draw import EpochDraws
-from finetune.data.overlap import Identities
 from finetune.data.sample import BadRow, Origin
 
 

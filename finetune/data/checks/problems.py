@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from finetune.data.image_files import check_image
-from finetune.data.markup import find_markup, grounding_problems, talk_about_markup, why_refused
+from finetune.data.checks.markup import find_markup, grounding_problems, talk_about_markup, why_refused
+from finetune.data.images.image_files import check_image
+from finetune.data.images.picture_numbers import refuse_moved_pictures
 from finetune.data.message_parts import boxes_inside, content_parts, grounding_texts, image_sources
-from finetune.data.picture_numbers import refuse_moved_pictures
 from finetune.data.sample import BadField, Sample
 from finetune.errors import InputError
 from qwenvl.text.chat import is_trained

@@ -8,7 +8,7 @@ import pytest
 from encoded_images import AVIF, encode, noise
 from PIL import ExifTags, Image
 
-from finetune.data.image_files import absolute, check_image, count_pages, read_encoded, upright_size
+from finetune.data.images.image_files import absolute, check_image, count_pages, read_encoded, upright_size
 from finetune.errors import InputError, Interrupted, UserError
 from qwenvl.images.images import ImageAccess, load_image
 

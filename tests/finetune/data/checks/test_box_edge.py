@@ -2,8 +2,8 @@
 
 import pytest
 
-from finetune.data.checking import _check
-from finetune.data.rules import Rules
+from finetune.data.checks.checking import _check
+from finetune.data.checks.rules import Rules
 from finetune.data.sample import BadField, Origin, Sample
 from qwenvl import ImageAccess
 

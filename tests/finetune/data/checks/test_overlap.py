@@ -11,12 +11,12 @@ from PIL import Image
 from recipes_for_tests import TINY
 from said import collect
 
-from finetune.data import checking, overlap
-from finetune.data.checking import look_at
-from finetune.data.image_check import OpenedImages, without
-from finetune.data.overlap import find_overlap
+from finetune.data.checks import checking, overlap
+from finetune.data.checks.checking import look_at
+from finetune.data.checks.image_check import OpenedImages, without
+from finetune.data.checks.overlap import find_overlap
+from finetune.data.checks.rules import Rules
 from finetune.data.reading import look_for_overlap
-from finetune.data.rules import Rules
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.recipe import parse_recipe

@@ -12,10 +12,10 @@ import datasets
 import pytest
 from PIL import Image
 
-from finetune.data import image_check
-from finetune.data.checking import look_at
-from finetune.data.image_check import open_images, remembered_file, without
-from finetune.data.rules import Rules
+from finetune.data.checks import image_check
+from finetune.data.checks.checking import look_at
+from finetune.data.checks.image_check import open_images, remembered_file, without
+from finetune.data.checks.rules import Rules
 from finetune.data.samples import Samples
 from finetune.recipe import Source
 from qwenvl import load_image

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune.data.checks.shortening import Fitted, OnLong, render_fitting
 from finetune.data.message_parts import boxes_inside
-from finetune.data.shortening import Fitted, OnLong, render_fitting
 from qwenvl.text.chat import LabelRule
 from qwenvl.text.tokenizer import QwenVLTokenizer
 from qwenvl.views import Views

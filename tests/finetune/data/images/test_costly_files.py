@@ -11,9 +11,9 @@ from files_of_pages import gif_of_frames, pdf_of_calls, tiff_of_directories, web
 from PIL import Image
 
 from finetune.batches.collate import LEFT_OUT, Collator
-from finetune.data.checking import look_at
-from finetune.data.image_check import open_images
-from finetune.data.rules import Rules
+from finetune.data.checks.checking import look_at
+from finetune.data.checks.image_check import open_images
+from finetune.data.checks.rules import Rules
 from finetune.data.samples import Samples
 from finetune.recipe.sources import Source
 from qwenvl.images import image_decoding, pdf_process
@@ -98,7 +98,7 @@ def test_each_is_named_with_its_row_wherever_images_are_read(tmp_path, tiny_proc
 def test_a_row_of_very_many_images_is_refused_before_one_is_opened(tmp_path, tiny_processor, monkeypatch):
     row = {"images": ["a.png"] * 100_000, "messages": [{"role": "user", "content": "x"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    monkeypatch.setattr("finetune.data.problems.check_image", lambda *_: pytest.fail("an image was looked at"))
+    monkeypatch.setattr("finetune.data.checks.problems.check_image", lambda *_: pytest.fail("an image was looked at"))
     samples = Samples([Source(path=str(tmp_path / "rows.jsonl"), format="messages")])
     found = look_at(samples, Rules(tiny_processor.tokenizer, 2048, on_bad_row="skip"), show_progress=False)
     [problem] = found.problems

@@ -7,10 +7,10 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from finetune.data.checking import look_at
-from finetune.data.image_files import check_image
-from finetune.data.image_paths import hint, meant_path
-from finetune.data.rules import Rules
+from finetune.data.checks.checking import look_at
+from finetune.data.checks.rules import Rules
+from finetune.data.images.image_files import check_image
+from finetune.data.images.image_paths import hint, meant_path
 from finetune.data.samples import Samples
 from finetune.errors import UserError
 from finetune.recipe.sources import Source

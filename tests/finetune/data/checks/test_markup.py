@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.data.markup import (
+from finetune.data.checks.markup import (
     check_markup_names,
     find_markup,
     grounding_problems,
@@ -10,7 +10,7 @@ from finetune.data.markup import (
     talk_about_markup,
     why_refused,
 )
-from finetune.data.problems import find_problems
+from finetune.data.checks.problems import find_problems
 from finetune.data.sample import Origin, Sample
 from finetune.errors import UserError
 from qwenvl.text.vocabulary import CONTROL_TOKENS

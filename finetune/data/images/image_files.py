@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
-from finetune.data.image_paths import hint, meant_path
+from finetune.data.images.image_paths import hint, meant_path
 from finetune.data.message_parts import image_sources
 from finetune.data.sample import Sample
 from finetune.errors import UserError

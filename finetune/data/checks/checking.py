@@ -13,16 +13,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from finetune.data.checked import Checked, Shortened, TooLong
+from finetune.data.checks.checked import Checked, Shortened, TooLong
+from finetune.data.checks.overlap import Identities
+from finetune.data.checks.problems import find_problems, together
+from finetune.data.checks.row_digest import row_digest
+from finetune.data.checks.rules import Rules
+from finetune.data.checks.shortening import Fitted, OnLong
 from finetune.data.message_parts import system_message
-from finetune.data.overlap import Identities
-from finetune.data.problems import find_problems, together
-from finetune.data.row_digest import row_digest
 from finetune.data.row_progress import RowProgress
-from finetune.data.rules import Rules
 from finetune.data.sample import BadField, BadRow, DataError, Sample
 from finetune.data.samples import Samples
-from finetune.data.shortening import Fitted, OnLong
 from finetune.data.worker_processes import map_chunks
 from finetune.errors import InputError
 from qwenvl.images.images import ImageAccess

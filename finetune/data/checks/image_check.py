@@ -17,11 +17,11 @@ import numpy as np
 import PIL
 from huggingface_hub import constants
 
-from finetune.data.checked import Checked
-from finetune.data.image_files import check_header, named_page
+from finetune.data.checks.checked import Checked
+from finetune.data.checks.rules import Rules
+from finetune.data.images.image_files import check_header, named_page
 from finetune.data.message_parts import image_sources
 from finetune.data.row_progress import RowProgress
-from finetune.data.rules import Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.data.worker_processes import default_processes, map_chunks

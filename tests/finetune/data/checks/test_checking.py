@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from finetune.data import checking, row_progress
-from finetune.data.checking import check_samples
+from finetune.data import row_progress
+from finetune.data.checks import checking
+from finetune.data.checks.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from qwenvl.text.chat import IGNORED, render_chat

@@ -12,9 +12,9 @@ from PIL import Image
 from questions_for_tests import ask
 
 from finetune.batches.image_request import image_key
-from finetune.data.image_check import _stamp
-from finetune.data.image_files import check_image, count_pages, file_size, read_encoded, upright_size
-from finetune.data.pages import Pages
+from finetune.data.checks.image_check import _stamp
+from finetune.data.images.image_files import check_image, count_pages, file_size, read_encoded, upright_size
+from finetune.data.images.pages import Pages
 from finetune.data.prepared_rows import make_row
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
