@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 _WORDS = {"None": "null", "True": "true", "False": "false", "nan": "null", "undefined": "null"}
 """Values of Python and JavaScript that are not JSON -> what they are there."""
@@ -50,5 +51,31 @@ def _missing(constant: str) -> float | None:
     return None if constant == "NaN" else float(constant.replace("Infinity", "inf"))
 
 
+class KeyTwice(ValueError):
+    """A key stands twice in one object, so that one of its values would be lost.
+
+    Attributes: `key`.
+    """
+
+    def __init__(self, key: str):
+        super().__init__(f"the key {key!r} stands twice in one object")
+        self.key = key
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON by its keys and values.
+
+    Raises:
+        KeyTwice: it has a key twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise KeyTwice(next(key for place, key in enumerate(keys) if key in keys[:place]))
+    return found
+
+
 DECODER = json.JSONDecoder(parse_constant=_missing)
 """Reads JSON, and NaN as null."""
+ROW_DECODER = json.JSONDecoder(parse_constant=_missing, object_pairs_hook=each_key_once)
+"""The same, where the values are wanted and not only their ends."""

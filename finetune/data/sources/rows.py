@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune.data.sample import BadRow, Origin
-from finetune.data.sources.json_faults import DECODER, named_fault
+from finetune.data.sources.json_faults import ROW_DECODER, KeyTwice, named_fault
 from finetune.data.sources.json_list import find_elements, kind_of, why_unreadable
 from finetune.data.sources.local_files import open_data
 from finetune.data.sources.text_encoding import not_utf8
@@ -174,15 +174,19 @@ def row_from_json(data: bytes, origin: Origin, field: str) -> Mapping[str, Any]:
     """The row of a JSON text; `field` is what a problem calls the text.
 
     Raises:
-        BadRow: not JSON, or not an object.
+        BadRow: not JSON, not an object, or a key stands twice in one.
     """
     try:
         text = data.decode("utf-8-sig")
-        row = DECODER.decode(text)
+        row = ROW_DECODER.decode(text)
     except json.JSONDecodeError as error:
         reason, place = named_fault(text, error)
         column = place - text.rfind("\n", 0, place)
         raise BadRow(origin, field, f"is not JSON (column {column}: {reason})") from error
+    except KeyTwice as error:
+        raise BadRow(
+            origin, error.key, "stands twice in one object of the row: one of its values would be lost"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise BadRow(origin, field, f"cannot be read as JSON ({why_unreadable(error)})") from error
     if not isinstance(row, dict):

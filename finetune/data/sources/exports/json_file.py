@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune.data.sample import DataError
+from finetune.data.sources.json_faults import each_key_once
 from finetune.data.sources.json_list import why_unreadable
 from finetune.data.sources.local_files import open_data
 
@@ -18,12 +19,16 @@ def read_json(path: Path, name: str, changed: Callable[[dict[str, Any]], Any] | 
         changed: called with each object as it is read; what it returns stands in its place.
 
     Raises:
-        DataError: it cannot be read, or is not JSON.
+        DataError: it cannot be read, is not JSON, or has a key twice in one object.
     """
     with open_data(path) as file:
         data = file.read()
+
+    def as_read(pairs: list[tuple[str, Any]]) -> Any:
+        return each_key_once(pairs) if changed is None else changed(each_key_once(pairs))
+
     try:
-        return json.loads(data.decode("utf-8-sig"), object_hook=changed, parse_constant=_refuse_constant)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=as_read, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise DataError(f"{name}: not JSON ({place}: {error.msg})") from error

@@ -531,3 +531,11 @@ def test_an_export_has_no_encoding_of_its_own(tmp_path):
     with pytest.raises(DataError, match=r"encoding is of text files; remove it"):
         source = Source(path=str(write_export(tmp_path, "coco")), format="grounding", annotations={"layout": "coco"})
         Samples([source.model_copy(update={"encoding": "gbk"})])
+
+
+def test_a_key_twice_in_an_export_is_refused(tmp_path):
+    file = write_export(tmp_path, "via")
+    text = file.read_text()
+    file.write_text(text.replace('"filename":', '"filename": "b.jpg", "filename":', 1))
+    with pytest.raises(DataError, match=r"cannot be read as JSON \(the key 'filename' stands twice in one object\)"):
+        samples_of(file, "via")

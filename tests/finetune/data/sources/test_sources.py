@@ -80,6 +80,8 @@ def test_json_and_json_lines(tmp_path, name, data, lines):
         (b"null", "row", "not null"),
         (b"3.5", "row", "not a number"),
         (b'{"a": "\xff"}', "line", "byte 7 is not UTF-8"),
+        (b'{"image": "a.png", "image": "b.png"}', "image", "stands twice in one object of the row"),
+        (b'{"turns": [{"from": "a", "value": 1, "value": 2}]}', "value", "stands twice in one object of the row"),
         (b"[" * 200_000, "line", "cannot be read as JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "line", "cannot be read as JSON"),
     ],
