@@ -23,7 +23,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.batches.collate import Collator
-from finetune.data.checking import Rules, check_samples
+from finetune.data.checks.checking import check_samples
+from finetune.data.checks.rules import Rules
 from finetune.data.samples import Samples
 from finetune.data.worker_processes import default_processes
 from finetune.recipe import Source

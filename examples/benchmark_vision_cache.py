@@ -23,18 +23,19 @@ from peft import PeftModel
 from PIL import Image
 
 from finetune.batches.collate import Collator
-from finetune.batches.image_request import ImageRequest
 from finetune.batches.images import image_arguments
-from finetune.data.checking import Rules
+from finetune.data.checks.checking import look_at
+from finetune.data.checks.rules import Rules
 from finetune.data.samples import Samples
 from finetune.model.adapters import put_lora
 from finetune.quantities import format_bytes
-from finetune.recipe.sections import Adapter, Data, Freeze, Source
+from finetune.recipe.sections import Adapter, Data, Freeze
+from finetune.recipe.sources import Source
 from finetune.terminal import say_nothing
 from finetune.vision_cache.cache import VisionCache
 from finetune.vision_cache.encoding import encode_images
 from finetune.vision_cache.phase import remove_vision_tower
-from finetune.vision_cache.run_images import RunImages
+from finetune.vision_cache.run_images import RunImages, SampleImages
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, load_processor
 from qwenvl.model.configuration import PUBLISHED_VISUAL
 from qwenvl.text.chat import IGNORED
@@ -124,15 +125,11 @@ def main() -> None:
         )
         print(f"{BATCH} samples a step, pages of {PAGE[0]} x {PAGE[1]}")
         without = seconds(lambda rows: step(model, collator(None), rows), arguments.steps)
-        requests = [
-            [ImageRequest(part["image"], sample.access, str(sample.origin))]
-            for sample in samples
-            for part in sample.messages[0]["content"]
-            if part["type"] == "image"
-        ]
+        rules = Rules(tiny.tokenizer, None, tiny.n_queries)
+        shown = SampleImages(samples, look_at(samples, rules, show_progress=False), rules, range(len(samples)))
         data = Data(train=(Source(path="-", format="messages"),), vision_cache="disk", workers=0)
         started = time.perf_counter()
-        cache = encode_images(base, RunImages([requests]), image_processor, data, say_nothing)
+        cache = encode_images(base, RunImages([shown]), image_processor, data, say_nothing)
         encoding = time.perf_counter() - started
         freed = sum(tensor.nbytes for tensor in base.transformer.visual.state_dict().values())
         remove_vision_tower(base)

@@ -18,7 +18,7 @@ import numpy as np
 from transformers import GenerationConfig
 
 from finetune.batches.budget import packing_budget
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.errors import UserError
 from finetune.memory.auto_budget import auto_budget
 from finetune.memory.auto_switches import choose_switches

@@ -41,8 +41,12 @@ class Failed(RuntimeError):
     """The work could not be done though the input was right; the message says all there is to say. Exit code 1."""
 
 
-class Interrupted(Exception):
-    """The command was asked to stop. `exit_code` is 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT."""
+class Interrupted(BaseException):
+    """The command was asked to stop. `exit_code` is 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT.
+
+    A BaseException, as KeyboardInterrupt is: it can come anywhere, and what makes a bad image of any error that a
+    decoder raises must let it pass.
+    """
 
     def __init__(self, number: int, saved: bool):
         super().__init__(signal.Signals(number).name)

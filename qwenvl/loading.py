@@ -198,7 +198,9 @@ def _puts_head_on_cpu(device_map: DeviceMap) -> bool:
 
 def load_processor(path: str | Path) -> QwenVLProcessor:
     """Load the processor of a hub id, a checkpoint, or the base of an adapter or run, with the system message that the
-    model was trained under, for conversations that bring none.
+    model was trained under, for conversations that bring none, and with the views that its images were.
+
+    `QwenVLProcessor.from_pretrained` and `AutoProcessor` read neither: set `processor.system` and `processor.views`.
 
     Raises:
         MissingFileError: nothing to load at `path`.
@@ -206,7 +208,8 @@ def load_processor(path: str | Path) -> QwenVLProcessor:
     """
     source = find_source(path)
     processor = QwenVLProcessor.from_pretrained(source.base)
-    processor.system = trained_as(source.base, source.adapter).system
+    record = trained_as(source.base, source.adapter)
+    processor.system, processor.views = record.system, record.views
     return processor
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qwenvl.text.chat import Rendered, TurnOptions, render_chat
 from qwenvl.text.chat_string import CHAT_TEMPLATE, IMAGE_PLACEHOLDER, read_string, write_chat
 from qwenvl.text.model_inputs import ModelInputs, check_template_arguments, conversation_batch, input_columns
 from qwenvl.text.tokenizer import QwenVLTokenizer
+from qwenvl.views import PagePart, Views
 
 
 class QwenVLProcessor(ProcessorMixin):
@@ -33,6 +35,8 @@ class QwenVLProcessor(ProcessorMixin):
     Attributes:
         system: the system message of conversations that bring none; None for the default one. `load_processor` sets it
             to that of the model's training.
+        views: what pictures each image becomes, in conversations and in `__call__`; None is itself alone.
+            `load_processor` sets it to that of the model's training.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class QwenVLProcessor(ProcessorMixin):
     ):
         self.n_queries = n_queries
         self.system: str | None = None
+        self.views: Views | None = None
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_pad_id
         self.image_placeholder = IMAGE_PLACEHOLDER
@@ -142,7 +147,8 @@ class QwenVLProcessor(ProcessorMixin):
         that a message's text spells. An image is `<img></img>`.
 
         Args:
-            images: one image, a list, or a list for each string: in reading order, one for each placeholder.
+            images: one image, a list, or a list for each string: in reading order, one for each placeholder; with
+                `views` one for the placeholders of all its pictures.
             text: one string or a batch of them.
             access: what image references may reach; see `images.ImageAccess`.
             return_tensors: as in Transformers.
@@ -161,9 +167,14 @@ class QwenVLProcessor(ProcessorMixin):
         if text is None:
             if images is None:
                 raise InputError("give text, images or both")
-            return BatchFeature({"pixel_values": self._pixel_values(_flatten(images), access)})
+            sources = _flatten(images)
+            if self.views is not None:
+                sources = [picture for source in sources for picture in self.views.pictures(source)]
+            return BatchFeature({"pixel_values": self._pixel_values(sources, access)})
         strings = [text] if isinstance(text, str) else list(text)
         rendered = [read_string(string, self.tokenizer, n_queries=self.n_queries) for string in strings]
+        if self.views is not None:
+            rendered = [_with_views(one, self.views, f"text {index}") for index, one in enumerate(rendered)]
         return self._batch(rendered, images=images, access=access, return_tensors=return_tensors, **layout)
 
     def apply_chat_template(  # type: ignore[override]  # options by keyword only, and no tools or documents
@@ -209,6 +220,7 @@ class QwenVLProcessor(ProcessorMixin):
             "continue_final_message": continue_final_message,
             "grounding": grounding,
             "numbered": numbered,
+            "views": self.views,
         }
         if not tokenize:
             strings = [write_chat(messages, **how) for messages in conversations]
@@ -238,7 +250,7 @@ class QwenVLProcessor(ProcessorMixin):
         return_tensors: str | None = None,
         **layout: Any,
     ) -> BatchFeature:
-        sources = _fill_sources([one.images for one in rendered], images)
+        sources = _fill_sources([one.images for one in rendered], images, self.views)
         columns = input_columns(rendered, self.tokenizer, **layout)
         batch = ModelInputs(columns, tensor_type=return_tensors, image_token_id=self.image_token_id)
         if any(sources):
@@ -261,8 +273,25 @@ def _flatten(images: Any) -> list[Any]:
     return [image for item in images for image in _flatten(item)]
 
 
-def _fill_sources(sources: list[list[Any]], images: Any) -> list[list[Any]]:
-    """Assign the images given beside the messages to the places without a source, in reading order.
+def _with_views(rendered: Rendered, views: Views, name: str) -> Rendered:
+    """A string's placeholders as the pictures of images that are given beside it.
+
+    Raises:
+        InputError: the placeholders are not those of whole images.
+    """
+    images, left = divmod(len(rendered.images), views.count)
+    if left:
+        raise InputError(
+            f"{name}: it has {len(rendered.images)} image placeholder(s), and this model was trained with views, so "
+            f"that each image takes {views.count} ({views}): write it with processor.apply_chat_template, or set "
+            "processor.views = None to give every picture yourself"
+        )
+    return replace(rendered, images=[picture for _ in range(images) for picture in views.pictures(None)])
+
+
+def _fill_sources(sources: list[list[Any]], images: Any, views: Views | None) -> list[list[Any]]:
+    """Assign the images given beside the messages to the places without a source, in reading order; an image has one
+    place, which with views is that of all its pictures.
 
     Raises:
         InputError: more or fewer images than such places, in the batch or, for nested images, in one row.
@@ -270,19 +299,29 @@ def _fill_sources(sources: list[list[Any]], images: Any) -> list[list[Any]]:
     given = [] if images is None else images if isinstance(images, list | tuple) else [images]
     if given and len(given) == len(sources) and all(isinstance(item, list | tuple) for item in given):
         return [
-            _fill_row(row, _flatten(list(row_images)), f"row {index}: ")
+            _fill_row(row, _flatten(list(row_images)), views, f"row {index}: ")
             for index, (row, row_images) in enumerate(zip(sources, given, strict=True))
         ]
-    flat = _fill_row([source for row in sources for source in row], _flatten(list(given)), "")
+    flat = _fill_row([source for row in sources for source in row], _flatten(list(given)), views, "")
     remaining = iter(flat)
     return [[next(remaining) for _ in row] for row in sources]
 
 
-def _fill_row(sources: list[Any], images: list[Any], where: str) -> list[Any]:
-    open_places = sum(source is None for source in sources)
-    if open_places != len(images):
+def _fill_row(sources: list[Any], images: list[Any], views: Views | None, where: str) -> list[Any]:
+    open_places = [index for index, source in enumerate(sources) if _is_open(source)]
+    pictures = 1 if views is None else views.count
+    if len(open_places) != len(images) * pictures:
+        of_views = "" if views is None else f" (each is shown as {views}: give whole images, not their parts)"
         raise InputError(
-            f"{where}{len(images)} image(s) are given for {open_places} place(s) without an image of their own"
+            f"{where}{len(images)} image(s) are given for {len(open_places) // pictures} place(s) without an image of "
+            f"their own{of_views}"
         )
-    remaining = iter(images)
-    return [next(remaining) if source is None else source for source in sources]
+    filled = list(sources)
+    for number, place in enumerate(open_places):
+        image, part = images[number // pictures], sources[place]
+        filled[place] = image if part is None else replace(part, source=image)
+    return filled
+
+
+def _is_open(source: Any) -> bool:
+    return source is None or (isinstance(source, PagePart) and source.source is None)

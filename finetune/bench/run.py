@@ -20,7 +20,7 @@ from finetune.bench.published import PUBLISHED_ARGUMENTS, PUBLISHED_SWITCHES, Pu
 from finetune.bench.subject import Subject
 from finetune.bench.table import PUBLISHED, SAMPLES, Row
 from finetune.bench.workload import MIX, BenchCollator, Lengths, PaddedCollator, draw_lengths
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.free_memory import USABLE, free_device_memory

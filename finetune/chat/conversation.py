@@ -13,8 +13,10 @@ from finetune.errors import UserError
 from finetune.replies.replies import reply_text, stop_ids_of, without_adapter
 from finetune.replies.task_replies import Style
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer, load_image
+from qwenvl.images.page_references import find_page
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
 from qwenvl.text.grounding import split_markup
+from qwenvl.views import Views
 
 Message = dict[str, Any]
 
@@ -33,8 +35,8 @@ class ChatImage:
         path: absolute.
         size: width and height of the upright image in pixels.
         version: modification time and size of the file, which may change during the conversation.
-        pixels: (3, S, S) uint8.
-        features: (n_queries, hidden), None until it is encoded.
+        pixels: (pictures, 3, S, S) uint8, of the image or, with views, of its pictures.
+        features: (pictures, n_queries, hidden), None until they are encoded.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class Conversation:
         style: "chat" for ChatML with all turns so far; "base" for raw text, each prompt by itself.
         system: the system message; None for the default one.
         prompt: the template that each question is put into, in place of its `PLACEHOLDERS`; None asks it as it is.
+        views: what pictures each image becomes, as the model was trained; None is itself alone.
         markup_is_text: well-formed `<ref>`, `<box>` and `<quad>` in messages are text, as the model was trained;
             otherwise tokens.
         max_new_tokens: most tokens of a reply.
@@ -87,6 +90,7 @@ class Conversation:
     style: Style = "chat"
     system: str | None = None
     prompt: str | None = None
+    views: Views | None = None
     markup_is_text: bool = False
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -95,7 +99,7 @@ class Conversation:
     waiting: list[ChatImage] = field(default_factory=list)
 
     def add_image(self, path: str | Path) -> ChatImage:
-        """Put an image into the next message.
+        """Put an image, or a page such as `file.pdf#3`, into the next message.
 
         Raises:
             UserError: the model reads text only.
@@ -105,13 +109,14 @@ class Conversation:
             raise UserError("this is a text-only checkpoint: it takes no images")
         path = Path(path).expanduser().absolute()
         image = load_image(path)
-        status = path.stat()
+        status = Path(find_page(str(path), None)[0]).stat()
         version = (status.st_mtime_ns, status.st_size)
         for known in (*self.images, *self.waiting):
             if (known.path, known.version) == (path, version):
                 self.waiting.append(known)
                 return known
-        pixels = self.image_processor(image, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        pictures = [image] if self.views is None else self.views.pictures(image)
+        pixels = self.image_processor(pictures, do_normalize=False, return_tensors="pt")["pixel_values"]
         self.waiting.append(ChatImage(path, image.size, version, pixels))
         return self.waiting[-1]
 
@@ -146,14 +151,21 @@ class Conversation:
         room = self._base.config.max_position_embeddings - len(prompt.ids)
         if room < 1:
             raise UserError(
-                f"the conversation is {len(prompt.ids):,} tokens long, and the model takes "
-                f"{self._base.config.max_position_embeddings:,}: start a new one"
+                f"the conversation is {len(prompt.ids):,} tokens long{self.cost_of_pictures(images)}, and the model "
+                f"takes {self._base.config.max_position_embeddings:,}: start a new one"
             )
         answer = self._generate(prompt, images, min(room, self.max_new_tokens), on_text)
         if answer.text.strip():
             reply = {"role": "assistant", "content": answer.text, **self._grounding_flag(answer.text)}
             self.messages, self.images, self.waiting = [*messages, reply], images, []
         return answer
+
+    def cost_of_pictures(self, images: Sequence[ChatImage]) -> str:
+        """What the views take of a conversation's length, in words; empty without views or images."""
+        if self.views is None or not images:
+            return ""
+        pictures = self.views.count * len(images)
+        return f" ({pictures * (self._base.config.n_queries + 2):,} of them for {pictures:,} pictures, {self.views})"
 
     @property
     def _base(self) -> QwenVLForConditionalGeneration:
@@ -181,10 +193,15 @@ class Conversation:
                 message["content"],
                 self.tokenizer,
                 grounding=message.get("grounding", False),
+                views=self.views,
                 n_queries=n_queries,
             )
         return render_chat(
-            self._with_system(messages), self.tokenizer, add_generation_prompt=True, n_queries=n_queries
+            self._with_system(messages),
+            self.tokenizer,
+            add_generation_prompt=True,
+            views=self.views,
+            n_queries=n_queries,
         )
 
     def _generate(
@@ -217,13 +234,13 @@ class Conversation:
 
     @torch.no_grad()
     def _features(self, images: Sequence[ChatImage]) -> torch.Tensor | None:
-        """(images, n_queries, hidden) in reading order; None where there are none."""
+        """(pictures, n_queries, hidden) in reading order; None where there are none."""
         features = []
         for image in images:
             if image.features is None:
-                image.features = self._base.get_image_features(image.pixels[None].to(self._base.device))[0]
+                image.features = self._base.get_image_features(image.pixels.to(self._base.device))
             features.append(image.features)
-        return torch.stack(features) if features else None
+        return torch.cat(features) if features else None
 
 
 def in_prompt(question: str, prompt: str | None) -> str:

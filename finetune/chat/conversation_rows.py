@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.errors import UserError
 from finetune.files.path_errors import path_errors
+from qwenvl.images.page_references import find_page
 
 
 def append_row(file: str | Path, messages: Sequence[Mapping[str, Any]]) -> int:
@@ -73,14 +74,16 @@ def _without_sources(message: Mapping[str, Any], images: list[str]) -> dict[str,
 
 def _place(image: Path, file: Path) -> str:
     """The path of an image in the row; the image is copied below the file's folder if it is not there."""
+    name, page = find_page(str(image), None)
+    image, named = Path(name), "" if page is None else f"#{page}"
     folder = file.parent.resolve()
     if image.resolve().is_relative_to(folder):
-        return str(image.resolve().relative_to(folder))
+        return f"{image.resolve().relative_to(folder)}{named}"
     copies = file.with_name(f"{file.stem}_images")
     with path_errors(copies, "copy images to", "Give another file"):
         copies.mkdir(exist_ok=True)
     with path_errors(image, f"copy to {copies} the image", "See that it can be read, or give another file"):
-        return f"{copies.name}/{_copy_name(image, copies)}"
+        return f"{copies.name}/{_copy_name(image, copies)}{named}"
 
 
 def _copy_name(image: Path, copies: Path) -> str:

@@ -95,6 +95,8 @@ def chat(
         )
     if use.style == "chat" and system is None and use.record.system is not None:
         tell(f"after the system message {use.record.system!r} (as it was trained; --system TEXT gives another)")
+    if use.record.views is not None:
+        tell(f"each image is shown as {use.record.views} (as it was trained)")
     loaded = load_model(
         use.source.base,
         adapter=use.source.adapter,
@@ -123,7 +125,13 @@ def open_conversation(use: ModelUse, loaded: torch.nn.Module) -> Conversation:
     if without_adapter(loaded).config.visual is not None:
         image_processor = load_processor(base).image_processor
     return Conversation(
-        loaded, tokenizer, image_processor, use.style, record.system, markup_is_text=record.markup_is_text
+        loaded,
+        tokenizer,
+        image_processor,
+        use.style,
+        record.system,
+        views=record.views,
+        markup_is_text=record.markup_is_text,
     )
 
 
@@ -227,9 +235,8 @@ class TerminalChat:
         elif command == "/image" and argument:
             image = self.conversation.add_image(argument)
             waiting = len(self.conversation.waiting)
-            tell(
-                f"{image.path.name}, {image.size[0]} x {image.size[1]} pixels: {waiting} image(s) for the next message"
-            )
+            size = f"{image.size[0]} x {image.size[1]} pixels"
+            tell(f"{image.path.name}, {size}{self._picture_numbers()}: {waiting} image(s) for the next message")
         elif command == "/save" and argument:
             row = append_row(argument, self.conversation.with_system)
             tell(f"{argument}, row {row}")
@@ -237,6 +244,14 @@ class TerminalChat:
             tell(f"{command} needs a file: {command} path/to/file")
         else:
             tell(f"There is no {command}. /help lists the commands; to send it, put a space before it.")
+
+    def _picture_numbers(self) -> str:
+        """Which pictures the last image that waits is, where that is not its own number."""
+        views, conversation = self.conversation.views, self.conversation
+        if views is None or conversation.style == "base":
+            return ""
+        last = views.count * (len(conversation.images) + len(conversation.waiting))
+        return f", pictures {last - views.count + 1} to {last}"
 
     def _ask(self, text: str) -> None:
         self._tell_of_markup(text)
@@ -260,18 +275,22 @@ class TerminalChat:
         trained = without_adapter(self.conversation.model).config.seq_length
         if answer.prompt_tokens > trained and not self._warned:
             self._warned = True
+            cost = self.conversation.cost_of_pictures(self.conversation.images)
             tell(
-                f"(the conversation is {answer.prompt_tokens:,} tokens long, and the model was trained on up to "
+                f"(the conversation is {answer.prompt_tokens:,} tokens long{cost}, and the model was trained on up to "
                 f"{trained:,}: replies may get worse. /new forgets it)"
             )
 
     def _show_regions(self, reply: str, *, draw: bool) -> None:
-        """Tell boxes and quads in pixels of the last image, and draw them on it."""
+        """Tell boxes and quads in pixels of the last image as a whole, and draw them on it."""
         regions = parse_grounding(reply).regions
         if not regions:
             return
         if not self.conversation.images:
             tell("(the reply has boxes, but there is no image in the conversation)")
+            return
+        if self.conversation.views is not None and not self.conversation.views.page:
+            tell("(the reply has boxes, and the model was not shown the whole image that they would be of)")
             return
         image = self.conversation.images[-1]
         for region in regions:

@@ -7,7 +7,7 @@ from math import ceil
 import numpy as np
 
 from finetune.batches.packing import pack
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.recipe import Recipe
 
 SAMPLED_BATCHES = 200  # that are packed for the estimate
@@ -48,7 +48,7 @@ def estimate_epoch(recipe: Recipe, checked: Checked, budget: int | None) -> Epoc
         budget: tokens of one forward (see `finetune.memory.auto_budget.choose_budget`).
     """
     train = recipe.train
-    indices = checked.weighted_indices(recipe.seed)
+    indices = checked.first_epoch(recipe.seed)
     places = np.searchsorted(checked.kept, indices)
     lengths = checked.lengths[places]
     processes = int(os.environ.get("WORLD_SIZE", "1"))

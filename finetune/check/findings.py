@@ -1,12 +1,16 @@
 """Everything that a run does before it loads weights: model, data, what is trained; and all problems together."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from finetune.batches.budget import ChosenBudget, packing_budget
 from finetune.check.epoch_estimate import Epoch, estimate_epoch
+from finetune.check.export_layout import looks_like
+from finetune.check.legibility import Legibility, look_at_letters
 from finetune.check.sample_preview import Preview, choose_samples, preview
-from finetune.data.image_check import OpenedImages, open_images
-from finetune.data.reading import DataPart, look_at_data, rules_of
+from finetune.data.checks.image_check import OpenedImages
+from finetune.data.reading import DataPart, look_at_data, look_for_overlap, rules_of
 from finetune.data.sample import BadRow, DataError
 from finetune.errors import InputError
 from finetune.evaluation.task_evaluation import TaskEvaluation
@@ -27,10 +31,12 @@ class Findings:
         parameters: per component; None where the model cannot be set up as the recipe says.
         parts: "train" and, where there is evaluation, "eval".
         budget: tokens of one forward; None, like the epoch, where no training sample is left.
+        overlap: what is evaluated on and trained on as well, in lines.
         task: description of the evaluation's task.
         vision_cache: description of the phase that encodes the images; None where there is none.
         memory: what a run on this machine would hold; None where the model cannot be set up or no sample is left.
         opened: for each part, if images were opened.
+        legibility: of the text on some images of each part that has any.
         refusals: (what, why) of everything at which a run would stop.
     """
 
@@ -40,10 +46,12 @@ class Findings:
     parts: dict[str, DataPart] = field(default_factory=dict)
     budget: ChosenBudget | None = None
     epoch: Epoch | None = None
+    overlap: list[str] = field(default_factory=list)
     task: str | None = None
     vision_cache: str | None = None
     memory: RunPlan | None = None
     opened: dict[str, OpenedImages] = field(default_factory=dict)
+    legibility: dict[str, Legibility] = field(default_factory=dict)
     previews: list[Preview] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
 
@@ -53,7 +61,8 @@ class Findings:
         refused = [problem for error in part.errors if isinstance(error, DataError) for problem in error.problems]
         # Rows that are refused are in both lists; those that are skipped only in the second.
         found = dict.fromkeys([*refused, *(part.checked.problems if part.checked is not None else ())])
-        return [*found, *(self.opened[name].problems if name in self.opened else ())]
+        found |= dict.fromkeys(self.opened[name].problems if name in self.opened else ())
+        return [*found]
 
     def skipped(self, name: str) -> int:
         """How many rows of a part are left out because of a problem."""
@@ -67,7 +76,7 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
     Args:
         recipe: the resolved recipe.
         samples: how many to prepare for display.
-        images: open every image too.
+        images: decode every image, whatever `data.check_images` says.
         processes: see `checking.look_at`.
 
     Raises:
@@ -76,10 +85,22 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
     """
     findings = Findings(recipe, find_base(recipe.model))
     base, rules = findings.base, rules_of(recipe, findings.base.processor)
-    findings.parts = look_at_data(recipe, base.processor, processes=processes)
+    mode = "all" if images else recipe.data.check_images
+    findings.parts = look_at_data(recipe, base.processor, processes=processes, check_images=mode)
+    findings.opened = {name: part.opened for name, part in findings.parts.items() if part.opened is not None}
     for name, part in findings.parts.items():
         findings.refusals += [(f"{name} data", _without_rows(error)) for error in part.errors]
+    findings.refusals += _exports_as_rows(recipe, findings.parts)
     training = findings.parts["train"].checked
+    whole = {
+        name: (part.samples, part.checked)
+        for name, part in findings.parts.items()
+        if part.samples is not None and part.checked is not None
+    }
+    try:
+        findings.overlap = look_for_overlap(recipe, whole)
+    except DataError as error:
+        findings.refusals.append(("eval data", str(error)))
     try:
         model = build_without_weights(recipe, base)
         findings.parameters = count_parameters(model)
@@ -112,18 +133,28 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         findings.vision_cache = describe_phase(
             recipe, QwenVLConfig.from_pretrained(base.path), base.processor, findings.parts, task, processes
         )
-    if images:
-        for name, part in findings.parts.items():
-            if part.samples is not None and part.checked is not None:
-                opened = open_images(part.samples, part.checked, rules, processes=processes)
-                findings.opened[name] = opened
-                if opened.problems:
-                    findings.refusals.append((f"{name} data", f"{len(opened.problems):,} images cannot be decoded"))
+    side = int(base.processor.image_processor.size["height"])
+    for name, (opened, checked) in whole.items():
+        if checked.images.any():
+            findings.legibility[name] = look_at_letters(opened, checked, rules, side)
     for name, index in choose_samples(findings.parts, samples, recipe.seed):
         chosen = findings.parts[name].samples
         assert chosen is not None, "samples are chosen from parts that were opened"
         findings.previews.append(preview(name, chosen[index], rules))
     return findings
+
+
+def _exports_as_rows(recipe: Recipe, parts: Mapping[str, DataPart]) -> Iterator[tuple[str, str]]:
+    """Sources of parts with errors that are read as plain rows and look like the export of an annotation tool."""
+    sources = {"train": recipe.data.train, "eval": recipe.evaluate.data if recipe.evaluate is not None else ()}
+    for name, part in parts.items():
+        for source in sources[name] if part.errors else ():
+            layout = None if source.annotations is not None else looks_like(Path(source.path))
+            if layout is not None:
+                reason = (
+                    f"{source.path} looks like an annotation export, which `annotations: {{layout: {layout}}}` reads"
+                )
+                yield f"{name} data", reason
 
 
 def _without_rows(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Single samples as the model reads them, split for display: text, control tokens, images; trained or not."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import PurePath
@@ -9,24 +9,31 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from finetune.data.checking import Rules
+from finetune.data.checks.problems import find_problems
+from finetune.data.checks.rules import Rules
+from finetune.data.checks.shortening import Fitted
+from finetune.data.message_parts import image_sources
 from finetune.data.reading import DataPart
 from finetune.data.sample import Sample
-from finetune.data.shortening import Fitted
 from finetune.quantities import format_bytes
 from finetune.report.page import readable
-from qwenvl.text.chat import IGNORED, Rendered
+from qwenvl.text.chat import IGNORED, Rendered, is_trained
 from qwenvl.text.tokenizer import QwenVLTokenizer
+from qwenvl.views import PagePart
 
 LONGEST_NAME = 80  # characters of an image's name
 
 
 class Piece(NamedTuple):
-    """Neighbouring tokens of one kind, decoded; for an image, a description of it."""
+    """Neighbouring tokens of one kind, decoded; for an image, a description of it.
+
+    `context`: they are of a reply that is marked as untrained.
+    """
 
     text: str
     kind: Literal["text", "control", "image"]
     trained: bool
+    context: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,14 @@ class Preview:
         part: "train" or "eval".
         sample: as it is in the data; `fitted`, as it is trained.
         pieces: of all its tokens.
+        left_out: what of the row is not trained on, or not as it stands there, in lines.
     """
 
     part: str
     sample: Sample
     fitted: Fitted
     pieces: Sequence[Piece]
+    left_out: Sequence[str] = ()
 
 
 def choose_samples(parts: Mapping[str, DataPart], count: int, seed: int) -> list[tuple[str, int]]:
@@ -65,12 +74,45 @@ def choose_samples(parts: Mapping[str, DataPart], count: int, seed: int) -> list
 def preview(part: str, sample: Sample, rules: Rules) -> Preview:
     """Prepare a valid sample for display."""
     fitted = rules.fit(sample.messages)
-    return Preview(part, sample, fitted, take_apart(fitted.rendered, rules.tokenizer))
+    marked = [not is_trained(message) for message in fitted.messages if message["role"] == "assistant"]
+    pieces = take_apart(fitted.rendered, rules.tokenizer, marked)
+    return Preview(part, sample, fitted, pieces, list(_left_out(sample, fitted, rules)))
 
 
-def take_apart(rendered: Rendered, tokenizer: QwenVLTokenizer) -> list[Piece]:
-    """All tokens of a conversation in order; each image is one piece, `[image 1: receipt.jpg, 258 tokens]`."""
+def _left_out(sample: Sample, fitted: Fitted, rules: Rules) -> Iterator[str]:
+    """What of a row is not trained on, or not as it stands there."""
+    if sample.unread:
+        yield f"not read: {', '.join(sample.unread)}"
+    if fitted.turns_dropped:
+        turns = "turn" if fitted.turns_dropped == 1 else f"{fitted.turns_dropped} turns"
+        images = sum(1 for _ in image_sources(sample.messages)) - sum(1 for _ in image_sources(fitted.messages))
+        more = f", and with them {images} {'image' if images == 1 else 'images'}" if images else ""
+        yield f"left out for its length (on_long: drop_turns): its first {turns}{more}"
+    if sample.pages_left_out:
+        pages = "page" if sample.pages_left_out == 1 else "pages"
+        yield f"left out (data.pages.first): {sample.pages_left_out} {pages}"
+    context = sum(message["role"] == "assistant" and not is_trained(message) for message in fitted.messages)
+    if context:
+        yield f"context, marked in the row as untrained: {context} {'reply' if context == 1 else 'replies'}"
+    if rules.box_edge == "clamp" and list(map(dict, rules.read(sample.messages))) != list(map(dict, sample.messages)):
+        yield "coordinates of 1000 are read as 999 (data.box_edge: clamp)"
+    _, markup = find_problems(
+        sample, grounding=rules.grounding, markup_as_text=rules.markup_as_text, box_edge=rules.box_edge,
+        views=rules.views,
+    )  # fmt: skip
+    if kinds := [kind for kind in dict.fromkeys(markup) if kind in rules.markup_as_text]:
+        yield f"trained as words (data.markup_as_text): {', '.join(kinds)}"
+
+
+def take_apart(rendered: Rendered, tokenizer: QwenVLTokenizer, untrained: Sequence[bool] = ()) -> list[Piece]:
+    """All tokens of a conversation in order; each image is one piece, `[image 1: receipt.jpg, 258 tokens]`.
+
+    Args:
+        rendered: of the conversation.
+        untrained: of each reply in order, whether it is marked as context.
+    """
     control = frozenset(tokenizer.control_tokens.values())
+    context = _context(rendered.ids, tokenizer, untrained)
     pieces: list[Piece] = []
     number = 0
     start = 0
@@ -84,17 +126,35 @@ def take_apart(rendered: Rendered, tokenizer: QwenVLTokenizer) -> list[Piece]:
             end = start + 1
             while end < len(rendered.ids) and rendered.ids[end] != tokenizer.image_start_id:
                 end += 1
-            run = zip(rendered.ids[start:end], rendered.labels[start:end], strict=True)
-            for (is_control, trained), tokens in groupby(run, lambda pair: (pair[0] in control, pair[1] != IGNORED)):
-                text = tokenizer.decode([token for token, _ in tokens])
+            run = zip(rendered.ids[start:end], rendered.labels[start:end], context[start:end], strict=True)
+            for (is_control, trained, marked), tokens in groupby(
+                run, lambda token: (token[0] in control, token[1] != IGNORED, token[2])
+            ):
+                text = tokenizer.decode([token for token, _, _ in tokens])
                 assert isinstance(text, str), "the ids of one text, not of a batch"
-                pieces.append(Piece(text, "control" if is_control else "text", trained))
+                pieces.append(Piece(text, "control" if is_control else "text", trained, marked))
         start = end
     return pieces
 
 
+def _context(ids: Sequence[int], tokenizer: QwenVLTokenizer, untrained: Sequence[bool]) -> list[bool]:
+    """Of each token, whether it is of a reply that is marked as context: without the role before it."""
+    context = [False] * len(ids)
+    if not any(untrained):
+        return context
+    head = [tokenizer.im_start_id, *tokenizer.encode_text("assistant"), *tokenizer.encode_text("\n")]
+    starts = [place + len(head) for place in range(len(ids)) if [*ids[place : place + len(head)]] == head]
+    for start, marked in zip(starts, untrained, strict=True):
+        if marked:
+            end = ids.index(tokenizer.im_end_id, start)
+            context[start:end] = [True] * (end - start)
+    return context
+
+
 def image_name(source: Any) -> str:
-    """A name for an image: the last part of its path or URL, or its size in bytes."""
+    """A name for an image: the last part of its path or URL, or its size in bytes; and which part of it, if one."""
+    if isinstance(source, PagePart):
+        return f"{image_name(source.source)}, {source.place}"
     if isinstance(source, Mapping):
         source = source.get("path") or source.get("bytes")
     if isinstance(source, bytes):

@@ -9,18 +9,20 @@ from rich.text import Text
 from finetune.check.findings import Findings
 from finetune.check.histogram import bars, make_histogram
 from finetune.check.sample_preview import Piece, Preview, one_line
+from finetune.data.reading import rules_of, views_of
 from finetune.data.sample import SHOWN_PROBLEMS
-from finetune.data.summary import count_sources, describe_data, problem_kinds
+from finetune.data.summary import describe_data, describe_long, describe_sources, problem_kinds
 from finetune.memory.free_memory import describe_cards
 from finetune.model.components import table_of_parameters
 from finetune.quantities import format_count, format_duration
 from finetune.report.page import readable
 from finetune.terminal import labelled
+from qwenvl.text.boxes import CONTROL_TOKEN
 
 SHOWN_KINDS = 20
 LONGEST_PIECE = 4000  # characters of a text that are shown
 STYLES = {"control": "dim", "image": "magenta", "text": ""}
-TRAINED = "bold green"
+TRAINED, CONTEXT = "bold green", "yellow"
 
 
 def print_findings(findings: Findings, console: Console) -> None:
@@ -36,19 +38,28 @@ def print_findings(findings: Findings, console: Console) -> None:
     for preview in findings.previews:
         console.print()
         console.print(Text(one_line(_title(preview)), style="bold"))
+        for line in preview.left_out:
+            console.print(Text(f"  {one_line(line)}"))
         for shown in sample_text(preview.pieces, marked=marked).split("\n"):
             console.print(Text().append("  │ ", style="dim").append_text(shown))
     console.print()
 
 
 def sample_text(pieces: Iterable[Piece], *, marked: bool) -> Text:
-    """A sample's pieces as coloured text, or with marks around what is trained."""
+    """A sample's pieces as coloured text, or with marks around what is trained.
+
+    A control token that a text spells is no token: `‹<|im_end|> as text›`. A reply that is marked as context is
+    `‹context: ...›`.
+    """
     text = Text()
-    for trained, run in groupby(pieces, lambda piece: piece.trained):
+    for (trained, context), run in groupby(pieces, lambda piece: (piece.trained, piece.context)):
         text.append("⟦" if marked and trained else "")
+        text.append("‹context: " if context else "", style=CONTEXT)
         for piece in run:
-            shown = _fold(readable(piece.text)).replace("\t", "    ")
-            text.append(shown, style=TRAINED if trained else STYLES[piece.kind])
+            told = CONTROL_TOKEN.sub(r"‹\g<0> as text›", piece.text) if piece.kind == "text" else piece.text
+            shown = _fold(readable(told)).replace("\t", "    ")
+            text.append(shown, style=TRAINED if trained else CONTEXT if context else STYLES[piece.kind])
+        text.append("›" if context else "", style=CONTEXT)
         text.append("⟧" if marked and trained else "")
     return text
 
@@ -58,7 +69,7 @@ def _model(findings: Findings) -> Iterator[tuple[str, str]]:
     base = findings.base
     bits = f" ({', '.join(base.quantized)} in 4 bits)" if base.quantized else ""
     yield "model", f"{one_line(findings.recipe.model.path)}{bits}"
-    for note in base.notes:
+    for note in base.notes(views_of(findings.recipe)):
         yield "", note
     for number, line in enumerate(table_of_parameters(findings.parameters or {})):
         yield "" if number else "trained", line
@@ -70,15 +81,27 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
             yield f"{name} data", "cannot be opened"
             continue
         yield f"{name} data", describe_data(part.checked)
-        counts = count_sources(part.samples, part.checked)
-        for source, count in zip(part.sources, counts, strict=True):
-            times = f", x {count.weight:g} = {count.an_epoch:,} an epoch" if count.weight != 1 else ""
-            yield "", f"{count.kept:,} of {count.total:,} {one_line(source.path)} ({source.format}){times}"
+        base, pages = findings.base, findings.recipe.data.pages is not None
+        if long := describe_long(
+            part.checked, rules_of(findings.recipe, base.processor), base.seq_length, pages=pages
+        ):
+            yield "", long
+        seed = findings.recipe.seed
+        for line in describe_sources(part.sources, part.samples, part.checked, seed):
+            yield "", one_line(line)
+        yield from (("", one_line(note)) for note in part.samples.notes)
         if name in findings.opened:
             opened = findings.opened[name]
             rate = format_count(opened.opened / max(opened.seconds, 1e-9))
             speed = f"opened in {format_duration(opened.seconds)}, {rate} images/s"
-            yield "", f"{opened.opened:,} images {speed}; {len(opened.problems):,} cannot be decoded"
+            before = f" and {opened.remembered:,} decoded before" if opened.remembered else ""
+            yield "", f"{opened.opened:,} images{before} {speed}; {len(opened.problems):,} cannot be decoded"
+            if opened.note:
+                yield "", opened.note
+        if name in findings.legibility and findings.legibility[name].warning:
+            yield "", one_line(f"warning: {findings.legibility[name].warning}")
+    for number, line in enumerate(findings.overlap):
+        yield "" if number else "overlap", one_line(line)
     if findings.task is not None:
         yield "eval task", one_line(findings.task)
 

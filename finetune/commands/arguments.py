@@ -41,6 +41,13 @@ def add_style(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--style", choices=("chat", "base"), help="ChatML, or raw text; by default as the model says")
 
 
+def views(text: str) -> str:
+    """`none`, or the grid of the parts of a page, rows x columns, and their overlap: `2x2`, `3x2:0.2`."""
+    if text != "none" and not re.fullmatch(r"[1-9]x[1-9](:[01]?(\.\d+)?)?", text):
+        raise argparse.ArgumentTypeError(f"must be none, or rows x columns such as 2x2 or 3x2:0.2, not {text!r}")
+    return text
+
+
 def count(text: str) -> int:
     """A whole number from 1."""
     return _from_1(text, "whole number")

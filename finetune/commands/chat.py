@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=Path,
-        help="for the first message; may be repeated",
+        help="for the first message; may be repeated; scan.pdf#3 is the third page of a file",
     )
     parser.add_argument("--once", metavar="TEXT", help="ask this; only the reply goes to stdout")
     parser.add_argument("--system", metavar="TEXT", help="system message; by default as trained")
@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     for image in arguments.image:
-        if not image.is_file():
+        # A page of a file, such as scan.pdf#3, is not a file by itself.
+        file, hash_sign, page = str(image).rpartition("#")
+        if not image.is_file() and not (hash_sign and page.isdecimal() and Path(file).is_file()):
             raise UserError(f"--image {image}: there is no such file")
     if arguments.once is not None and not arguments.once.strip():
         raise UserError("--once is empty: give the text to ask")

@@ -17,15 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from hashlib import file_digest, sha256
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.data.formats.names import CONVERSATIONS
 from finetune.data.prepared_rows import JPEG_QUALITY, BadImages, try_row, write_shard
-from finetune.data.reading import read_checked
+from finetune.data.reading import read_checked, views_of
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadRow, DataError
 from finetune.data.samples import Samples
@@ -36,7 +37,7 @@ from finetune.files.disk_space import check_disk_space
 from finetune.files.path_errors import path_errors
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
-from finetune.recipe.sections import source_names
+from finetune.recipe.sources import source_names
 from finetune.recipe.yaml_file import write_yaml
 from finetune.run.folder import RunFolder
 from finetune.run.identity import compare_runs
@@ -132,9 +133,14 @@ def prepare(recipe: Recipe, to: Path, image_size: int | None = None, say: Say = 
     """
     base = find_source(recipe.model.path).base
     processor = QwenVLProcessor.from_pretrained(base)
-    seen = processor.image_processor.size["height"]
+    seen, views = processor.image_processor.size["height"], views_of(recipe)
     if image_size is not None and image_size < seen:
         raise UserError(f"--image-size {image_size}: the model sees images at {seen} x {seen} pixels; give no less")
+    if image_size is not None and views is not None and image_size < (least := ceil(seen * views.scale)):
+        raise UserError(
+            f"--image-size {image_size}: with data.views the model sees each part of an image at {seen} x {seen} "
+            f"pixels, which are {least} for the whole side; give no less"
+        )
     with _folder_errors(to):
         make_folder(to)
     with RunFolder(to).lock():
@@ -155,7 +161,7 @@ def prepare(recipe: Recipe, to: Path, image_size: int | None = None, say: Say = 
                 write_text(to / LEFT_OUT, "".join(lines))
                 manifest.complete = True
                 manifest.write(to)
-    _say_result(to, manifest, groups, image_size, say)
+    _say_result(to, manifest, groups, image_size, recipe, say)
     return manifest
 
 
@@ -167,9 +173,12 @@ def _folder_errors(to: Path) -> AbstractContextManager[None]:
 
 
 def _read_data(recipe: Recipe, processor: QwenVLProcessor, say: Say) -> dict[str, tuple[Samples, Checked]]:
-    parts = read_checked(recipe, processor)
-    for name, (_, checked) in parts.items():
+    # Each image is decoded when it is written.
+    parts = read_checked(recipe, processor, opens_images=False)
+    for name, (samples, checked) in parts.items():
         say(f"{name} data", describe_data(checked))
+        for note in samples.notes:
+            say("", note)
     evaluate = recipe.evaluate
     # Of conversations a task reads the answer, but of other formats also columns that conversations do not have.
     if evaluate is not None and evaluate.task and {source.format for source in evaluate.data} - set(CONVERSATIONS):
@@ -212,11 +221,16 @@ def _groups(name: str, samples: Samples, checked: Checked, names: Sequence[str] 
 def _made_from(recipe: Recipe, image_size: int | None, parts: Mapping[str, tuple[Samples, Checked]]) -> dict[str, Any]:
     data = recipe.data
     settings = ("max_length", "labels", "grounding", "on_long", "on_bad_row", "images_root", "allow_urls")
+    set_only = ("ignore", "markup_as_text")  # earlier calls know neither
     sources = {"train": data.train, "eval": () if recipe.evaluate is None else recipe.evaluate.data}
     return {
         "image_size": image_size,
         "shard_rows": SHARD_ROWS,
-        "data": {key: getattr(data, key) for key in settings},
+        "data": {
+            **{key: getattr(data, key) for key in settings},
+            **{key: list(value) for key in set_only if (value := getattr(data, key))},
+            **({} if data.views is None else {"views": data.views.model_dump(mode="json")}),
+        },
         "sources": {
             name: [{"path": source.path, "weight": source.weight} for source in sources[name]] for name in parts
         },
@@ -360,6 +374,7 @@ def _say_result(
     manifest: Manifest,
     groups: Mapping[str, list[Group]],
     image_size: int | None,
+    recipe: Recipe,
     say: Say,
 ) -> None:
     shards = manifest.shards.values()
@@ -375,12 +390,12 @@ def _say_result(
             f"{JPEG_QUALITY}; all others are PNG): training on them differs from training on the originals",
         )
     say("to use it", "put this into the recipe, in place of what is there:")
-    for line in snippet(to, groups).splitlines():
+    for line in snippet(to, groups, recipe).splitlines():
         say("", line)
 
 
-def snippet(to: Path, groups: Mapping[str, list[Group]]) -> str:
-    """The part of a recipe, as YAML, that uses the prepared data."""
+def snippet(to: Path, groups: Mapping[str, list[Group]], recipe: Recipe) -> str:
+    """The part of a recipe, as YAML, that uses the prepared data; `recipe` is what it was prepared for."""
     used = {
         name: [
             {"path": str(to / group.folder), "format": "messages"}
@@ -390,5 +405,18 @@ def snippet(to: Path, groups: Mapping[str, list[Group]]) -> str:
         ]
         for name, ones in groups.items()
     }
-    sections = {"data": {"train": used["train"]}} | ({"evaluate": {"data": used["eval"]}} if "eval" in used else {})
+    sections: dict[str, dict[str, Any]] = {"data": {"train": used["train"]}}
+    if recipe.data.markup_as_text:
+        # The rows hold it still. What is not read is not in them, so that data.ignore is not needed.
+        sections["data"]["markup_as_text"] = list(recipe.data.markup_as_text)
+    if "eval" in used:
+        sections["evaluate"] = {"data": used["eval"]}
+    if any(source.part is not None for source in recipe.data.train):
+        # What was prepared is cut already, and what was not keeps its part.
+        sections["data"]["split"] = None
+        if recipe.evaluate is not None and "eval" not in used:
+            kept = [source.model_dump(mode="json", exclude_defaults=True) for source in recipe.evaluate.data]
+            sections["evaluate"] = {"data": kept}
+    if recipe.data.views is not None:
+        sections["data"]["views"] = recipe.data.views.model_dump(mode="json")
     return write_yaml(sections)

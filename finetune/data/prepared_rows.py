@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from finetune.data.image_files import read_encoded
+from finetune.data.images.image_files import read_encoded
+from finetune.data.message_parts import content_parts
 from finetune.data.sample import BadRow, DataError, Sample
 from finetune.data.samples import Samples
 from finetune.data.sources.arrow_rows import ORIGIN
 from finetune.errors import InputError, UserError
 from finetune.files.atomic_writes import writing_file
+from qwenvl.images.image_urls import is_data_uri, is_url
 from qwenvl.images.images import ImageAccess, ImageError, load_image
 from qwenvl.images.resizing import resize
 
@@ -39,7 +41,9 @@ def schema() -> pa.Schema:
     part = {"type": text, "text": text, "grounding": flag, "numbered": flag}
     features = datasets.Features(
         {
-            "messages": datasets.List({"role": text, "content": datasets.List(part), "grounding": flag}),
+            "messages": datasets.List(
+                {"role": text, "content": datasets.List(part), "grounding": flag, "train": flag}
+            ),
             "images": datasets.List(datasets.Image()),
             "origin": {name: datasets.Value(str(kind)) for name, kind in ORIGIN.items()},
         }
@@ -59,17 +63,16 @@ def make_row(sample: Sample, image_size: int | None) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     for message in sample.messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
+        for part in content_parts(message):
             if part["type"] == "image":
                 name = f"images[{len(images)}]"
                 try:
                     images.append(make_image(part["image"], sample.access, image_size))
                 except InputError as error:
                     raise BadRow(sample.origin, name, str(error)) from error
-        parts = [{key: value for key, value in part.items() if key != "image"} for part in parts]
-        messages.append({"role": message["role"], "content": parts, "grounding": message.get("grounding")})
+        parts = [{key: value for key, value in part.items() if key != "image"} for part in content_parts(message)]
+        flags = {key: message.get(key) for key in ("grounding", "train")}
+        messages.append({"role": message["role"], "content": parts, **flags})
     origin = {"file": sample.origin.file, "row": sample.origin.row}
     return {"messages": messages, "images": images, "origin": origin}
 
@@ -94,7 +97,7 @@ def make_image(source: Any, access: ImageAccess, image_size: int | None) -> dict
 def _file_name(source: Any) -> str | None:
     """What messages call the image."""
     path = source.get("path") if isinstance(source, Mapping) else source
-    if not isinstance(path, str) or path.lower().startswith(("data:", "http:", "https:")):
+    if not isinstance(path, str) or is_url(path) or is_data_uri(path):
         return None
     return Path(path).name or None
 

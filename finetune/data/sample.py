@@ -9,6 +9,8 @@ from qwenvl.images.images import ImageAccess
 
 SHOWN_PROBLEMS = 20
 """Rows that one error lists; it always says how many there are."""
+UNKNOWN_TEXT = "cell whose text is not known"
+"""The one key of what stands for a cell of a workbook that shows something else than its value; it says which cell."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,17 @@ class Sample:
             a URL, encoded bytes, or {"bytes", "path"}.
         origin: the row it was made from.
         access: what its image references may reach: the source's own folder, unless the recipe says another.
+        pages_left_out: pages of its files that are not among its images, as `data.pages` says.
+        more_pages: images that it has more since files became their pages.
+        unread: the columns of its row, and keys of its turns, that hold something and are not read.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     origin: Origin
     access: ImageAccess = field(default_factory=ImageAccess)
+    pages_left_out: int = 0
+    unread: tuple[str, ...] = ()
+    more_pages: int = 0
 
 
 class BadField(UserError):

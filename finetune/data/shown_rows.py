@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from finetune.data.checking import Checked, image_sources
+from finetune.data.checks.checked import Checked
+from finetune.data.message_parts import image_sources
 from finetune.data.samples import Samples
 
 
@@ -46,6 +47,8 @@ def document_of(images: Sequence[Any]) -> Hashable | None:
 
 def _image_key(source: Any) -> Hashable:
     if isinstance(source, Mapping):
+        if source.get("page") is not None:
+            return source["page"], _image_key({**source, "page": None})
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     return hashlib.sha256(source).digest() if isinstance(source, bytes) else str(source)
 
@@ -56,5 +59,6 @@ def shown_samples(samples: Samples, checked: Checked, count: int) -> list[int]:
     def document(index: int) -> Hashable | None:
         return document_of(list(image_sources(samples[index].messages)))
 
-    sources = [checked.kept[checked.source == number].tolist() for number in range(len(samples.ranges))]
+    there = checked.supervised > 0  # not the empty places of rows that are gone since the run began
+    sources = [checked.kept[there & (checked.source == number)].tolist() for number in range(len(samples.ranges))]
     return choose_shown(sources, document, count)

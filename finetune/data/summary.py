@@ -3,27 +3,35 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
+from finetune.data.checks.rules import Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
+from finetune.recipe.sources import Source
 
 # In the text of a problem, what is of one row only: quoted data, and numbers.
 _DETAIL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d[\d,.]*""")
 _LONGEST_KIND = 160  # characters
+_SHOWN_NAMES = 12  # columns that are named
+_LONGEST_NAME = 60  # characters
 
 
 def describe_data(checked: Checked) -> str:
-    """One line: rows, tokens, images, trained share, and how full the packs are."""
+    """One line: rows, tokens, images, trained share, what was left out, and what of the rows is not read."""
     lengths = checked.lengths
     text = (
         f"{len(checked.kept):,} of {checked.total:,} rows, {int(lengths.sum()):,} tokens "
-        f"({checked.supervised.sum() / max(lengths.sum(), 1):.1%} trained), {int(checked.images.sum()):,} images"
+        f"({checked.supervised.sum() / max(lengths.sum(), 1):.1%} trained), "
+        f"{int(checked.images.sum()) // checked.pictures:,} images"
     )
+    if checked.pictures > 1:
+        text += f" as {int(checked.images.sum()):,} pictures (data.views)"
     left_out = [
         f"{len(checked.dropped_long):,} too long" if checked.dropped_long else "",
         f"{len(checked.problems):,} bad" if checked.problems else "",
@@ -33,7 +41,46 @@ def describe_data(checked: Checked) -> str:
     if checked.shortened:
         turns = sum(sample.turns_dropped for sample in checked.shortened)
         text += f"; shortened: {len(checked.shortened):,}, by {turns:,} turns at the front"
+    if checked.pages_left_out:
+        text += f"; {checked.pages_left_out:,} pages beyond data.pages.first left out"
+    if checked.markup:
+        text += f"; markup trained as text: {name_counts(checked.markup)}"
+    if checked.unread:
+        text += f"; not read: {name_counts(checked.unread)}"
     return text
+
+
+def describe_long(checked: Checked, rules: Rules, seq_length: int, *, pages: bool = False) -> str:
+    """What to say of samples that are longer than what the model was trained on; empty where there are none.
+
+    Args:
+        rules: that the samples were checked by.
+        seq_length: tokens, of the model's configuration.
+        pages: whether files may have become several images (`data.pages`).
+    """
+    count = int((checked.lengths > seq_length).sum())
+    if not count:
+        return ""
+    longest = int(checked.lengths.argmax())
+    pictures = int(checked.images[longest])
+    keys = [*(["data.pages"] if pages else []), *(["data.views"] if rules.views is not None else [])]
+    cost = f", {pictures * (rules.n_queries + 2):,} of them for {pictures:,} pictures ({', '.join(keys)})"
+    return (
+        f"{count:,} samples are longer than the model's seq_length of {seq_length:,} tokens, the longest has "
+        f"{int(checked.lengths[longest]):,}{cost if keys and pictures else ''}: beyond it the model stretches "
+        f"positions in use, and not in training; data.max_length: {seq_length} refuses them"
+    )
+
+
+def name_counts(counts: Mapping[str, int]) -> str:
+    """`notes (12 rows), score (3 rows)`, the most frequent first; data may have any number of columns."""
+    shown = [f"{_short(name)} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in counts.items()]
+    more = f" and {len(shown) - _SHOWN_NAMES:,} more" if len(shown) > _SHOWN_NAMES else ""
+    return ", ".join(shown[:_SHOWN_NAMES]) + more
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…"
 
 
 def lines_left_out(checked: Checked) -> Iterator[str]:
@@ -41,7 +88,7 @@ def lines_left_out(checked: Checked) -> Iterator[str]:
     for problem in checked.problems:
         yield json.dumps({"origin": str(problem.origin), "reason": str(problem)}, ensure_ascii=False) + "\n"
     for long in checked.dropped_long:
-        yield json.dumps({"origin": str(long.origin), "reason": f"too long: {long.tokens} tokens"}) + "\n"
+        yield json.dumps({"origin": str(long.origin), "reason": f"too long: {long.tokens} tokens{long.cost}"}) + "\n"
     for shortened in checked.shortened:
         turns = shortened.turns_dropped
         reason = f"shortened: trained without its first {turns} turns"
@@ -57,6 +104,7 @@ def count_rows(checked: Checked) -> dict[str, int]:
         "bad": len(checked.problems),
         "shortened": len(checked.shortened),
         "turns_dropped": sum(sample.turns_dropped for sample in checked.shortened),
+        **({"pages_left_out": checked.pages_left_out} if checked.pages_left_out else {}),
     }
 
 
@@ -73,13 +121,49 @@ def _kind(problem: BadRow) -> str:
 
 
 class SourceCount(NamedTuple):
-    """Numbers of a source's samples: all, those that are kept, and those that an epoch draws by its weight."""
+    """Numbers of a source's samples: all, those that are kept, and those that an epoch draws by its weight, on
+    average."""
 
     total: int
     kept: int
     weight: float
-    an_epoch: int
+    an_epoch: float
     tokens: int
+
+    @property
+    def times(self) -> str:
+        """`, x 0.1 = 0.4 an epoch`; empty for a weight of 1."""
+        return "" if self.weight == 1 else f", x {self.weight:g} = {self.drawn} an epoch"
+
+    @property
+    def drawn(self) -> str:
+        """Samples of an epoch, with two decimals where it is no whole number."""
+        return f"{self.an_epoch:,.2f}".rstrip("0").rstrip(".")
+
+
+def describe_sources(sources: Sequence[Source], samples: Samples, checked: Checked, seed: int) -> list[str]:
+    """A line for each source: how many of its rows are kept, and how many an epoch draws.
+
+    Args:
+        sources: of the recipe, those that were opened.
+        seed: of the run.
+    """
+    lines = [
+        f"{count.kept:,} of {count.total:,} {source.path} ({source.format}){_part(source)}{count.times}"
+        for source, count in zip(sources, count_sources(samples, checked), strict=True)
+    ]
+    draws = checked.epochs(seed)
+    if draws is not None:
+        share = sum(draws.shares)
+        said = f"each epoch draws {draws.size:,} samples, other rows of the sources whose weight is no whole number"
+        if share != draws.size:
+            said += ", one of them at times from any source to make the epochs equally long"
+        lines.append(said)
+    return lines
+
+
+def _part(source: Source) -> str:
+    return "" if source.part is None else f", part to {source.part.take} (by {source.part.by})"
 
 
 def count_sources(samples: Samples, checked: Checked) -> list[SourceCount]:
@@ -88,7 +172,8 @@ def count_sources(samples: Samples, checked: Checked) -> list[SourceCount]:
     for number, (indices, weight) in enumerate(zip(samples.ranges, checked.weights, strict=True)):
         places = checked.source == number
         kept = int(np.count_nonzero(places))
-        # As `Checked.weighted_indices` draws them.
-        an_epoch = int(weight) * kept + round((weight - int(weight)) * kept)
+        # Exactly where each epoch draws; else as `Checked.weighted_indices` does.
+        whole = int(weight) * kept + round((weight - int(weight)) * kept)
+        an_epoch = float(Fraction(repr(float(weight))) * kept) if checked.redraws else whole
         counts.append(SourceCount(len(indices), kept, weight, an_epoch, int(checked.lengths[places].sum())))
     return counts

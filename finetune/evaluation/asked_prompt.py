@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.data.formats.names import CONVERSATIONS
+from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.data.formats.row_format import PROMPTS
 from finetune.errors import UserError
 from finetune.evaluation.task import Task
 from finetune.evaluation.tasks import check_prompt, missing_in
 from finetune.recipe import Recipe, load_recipe
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from finetune.replies.task_replies import Style
 
 PUBLISHED, TRAINED, TASK = "published", "trained", "task"
@@ -79,7 +79,7 @@ def recipe_prompts(recipe: Recipe, found_in: str = "the recipe") -> TrainedPromp
 
 def asked_otherwise(recipe: Recipe, task: Task) -> str:
     """What to say where a recipe's evaluation asks by other prompts than its training does; else an empty text."""
-    if recipe.evaluate is None or task.format in CONVERSATIONS:
+    if recipe.evaluate is None or task.format in (*CONVERSATIONS, FIELDS):
         return ""
     asked = list(dict.fromkeys(source.prompt or task.chat_prompt for source in recipe.evaluate.data))
     trained = _fitting("", task, recipe_prompts(recipe), must_be_one=False)
@@ -126,6 +126,10 @@ def choose_prompt(
         UserError: a prompt for data that brings its own, one without its placeholder, or "trained" where that is not
             known or not one.
     """
+    if task.format == FIELDS:
+        if given not in (None, TASK):
+            raise UserError("--prompt: format fields has the prompts of its source: set `prompts` in the recipe")
+        return AskedPrompt("rows", None, "by the prompts of its fields")
     if task.format in CONVERSATIONS:
         if given not in (None, TASK):
             raise UserError(f"--prompt: data of format {task.format} brings its own prompts, the messages of its rows")

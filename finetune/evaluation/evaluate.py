@@ -6,9 +6,10 @@ Wrong data, folders and settings are reported before weights are loaded. Replies
 interruption, the same call asks the remaining questions.
 """
 
+import contextlib
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,13 @@ from finetune.evaluation.results import (
     write_json,
 )
 from finetune.model.computing import choose_dtype, is_random, own_device
-from finetune.recipe.sections import source_names
+from finetune.recipe.sources import source_names
 from finetune.replies.replies import Decoding, generate_replies, plan_replies, stop_ids_of, without_adapter
 from finetune.run.environment import describe_environment
 from finetune.terminal import Say, say
 from qwenvl import ImageAccess, load_model, load_processor
 from qwenvl.checkpoint.identity import BaseIdentity
+from qwenvl.images.images import ImageError
 
 __all__ = ["Evaluation", "EvaluationSource", "evaluate"]
 
@@ -134,9 +136,14 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
                 shots=evaluation.shots,
                 shot_source=evaluation.shots_from,
                 grounding=asking.grounding,
+                box_edge=evaluation.box_edge,
                 on_bad_row=evaluation.on_bad_row,
+                ignore=evaluation.ignore,
+                markup_as_text=evaluation.markup_as_text,
                 # With "wrong", a missing image counts as wrong, like a damaged one.
                 look_for_images=evaluation.on_bad_image == "refuse",
+                pages=evaluation.pages,
+                views=asking.views,
             )
             for source in evaluation.sources
         ]
@@ -147,6 +154,9 @@ def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say
             sample=evaluation.sample,
             seed=evaluation.seed,
         )
+        for source, part in zip(evaluation.sources, parts, strict=True):
+            for note in part.notes if len(samples) == 1 else ():
+                say("data", f"{source.path}: {note}")
     first = samples[models[0].asking]
     say("task", f"{evaluation.task.name}: {evaluation.task.metric} on {first}")
     if evaluation.shots:
@@ -187,6 +197,8 @@ def prediction_file(
             "style": model.style,
             "prompt": model.prompt.text,
             "system": model.asking.system,
+            # Only where there are some: earlier evaluations know no views.
+            **({} if model.asking.views is None else {"views": model.asking.views.to_json()}),
             "shots": evaluation.shots,
             "dtype": choose_dtype(evaluation.dtype),
             "quantization": model.use.quantization,
@@ -259,6 +271,14 @@ def generate(
     notes = []
     if is_random(without_adapter(loaded)):
         notes.append(f"{model.name} has random weights: it shows that evaluation works, not that it reads.")
+    trained_up_to = without_adapter(loaded).config.seq_length
+    if beyond := sum(length > trained_up_to for length in plan.lengths):
+        views = model.asking.views
+        cost = "" if views is None else f"; each image is {views.count} pictures (--views)"
+        notes.append(
+            f"{beyond:,} prompts of {model.name} are longer than the {trained_up_to:,} tokens that it was trained on "
+            f"(seq_length), up to {max(plan.lengths):,}: replies to them may be worse{cost}."
+        )
     stop_texts = task.stop if model.style == "base" else ()
     decoding = Decoding(
         task.max_new_tokens,
@@ -270,7 +290,7 @@ def generate(
     )
     records = []
     started = time.monotonic()
-    with ReplyProgress(f"{task.name}, {model.name}", len(numbers)) as progress:
+    with ReplyProgress(f"{task.name}, {model.name}", len(numbers)) as progress, _naming_the_way_on():
         for reply in generate_replies(
             loaded,
             prompts,
@@ -293,6 +313,21 @@ def generate(
     return Replies(records, speed, tuple(notes))
 
 
+@contextlib.contextmanager
+def _naming_the_way_on() -> Iterator[None]:
+    """Raises:
+    ImageError: as within, with what else can be done than to mend the image.
+    """
+    try:
+        yield
+    except ImageError as error:
+        remedy = (
+            f"{error.remedy}. The replies so far are kept. --bad-image wrong counts the questions on such images as "
+            "wrong and lists them"
+        )
+        raise ImageError(error.image, error.reason, remedy) from error
+
+
 def describe(
     evaluation: Evaluation,
     questions: QuestionSample,
@@ -313,6 +348,8 @@ def describe(
     """
     notes = [note for one in replies for note in one.notes]
     notes += evaluation.task.notes(questions)
+    if questions.pages_left_out:
+        notes.append(f"{questions.pages_left_out:,} pages beyond data.pages.first are not shown to the model")
     return {
         "model": evaluation.model,
         "task": evaluation.task.name,
@@ -333,6 +370,7 @@ def describe(
             "style": identity["settings"]["style"],
             "prompt": identity["settings"]["prompt"],
             "asked": asked_by,
+            **({"views": views} if (views := identity["settings"].get("views")) else {}),
             "max_new_tokens": evaluation.task.max_new_tokens,
             "shots": evaluation.shots,
             "limit": evaluation.limit,
@@ -355,7 +393,7 @@ def score_summary(
     ours, *others = scores
     found = ours.summary()
     if others:
-        difference = compare_scored(evaluation.task, records[0], ours, others[0])
+        difference = compare_scored(evaluation.task, records[0], ours, others[0], records[1])
         found["compared"] = {
             "model": evaluation.compare,
             **others[0].summary(),

@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.batches.budget import REPLY_BATCH_TOKENS
+from finetune.data.images.pages import Pages
 from finetune.evaluation.task import Task
-from finetune.recipe.sections import NamedSource
+from finetune.recipe.document_fields import Prompts
+from finetune.recipe.sources import Annotations, NamedSource, Part
 from finetune.replies.task_replies import Style
+from qwenvl.views import Views
+
+NO_VIEWS: Literal["none"] = "none"
+"""Each image by itself, whatever a model was trained with."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,16 @@ class EvaluationSource:
     weight: float = 1.0
     limit: int | None = None
     streaming: bool = False
+    encoding: str | None = None
+    delimiter: str | None = None
+    part: Part | None = None
     name: str | None = None
+    annotations: Annotations | None = None
+    fields: tuple[str, ...] = ()
+    reply: Literal["value", "json"] = "value"
+    missing: Literal["write_null", "leave_out"] | None = None
+    nested: tuple[str, ...] = ()
+    prompts: Prompts | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,12 @@ class Evaluation:
         dtype: as `load_model` takes it; "auto" is the device's own.
         quantization: "nf4" or "none" for both models; None is each model's own, as it was trained.
         batch_tokens: see `replies.Decoding`.
-        grounding: read markup in all texts as tokens.
+        grounding, box_edge: read markup in all texts as tokens, and coordinates of 1000, see `Questions`.
+        pages: how files of several pages become several images; None refuses them unless a page is named.
+        views: what pictures an image becomes for both models; "none" is itself alone, None what each was trained with.
+        recipe_views: of the recipe that says what is asked, for models whose training is not recorded.
         on_bad_row: what happens to a row that cannot be asked.
+        ignore, markup_as_text: as in a recipe's `data`.
         on_bad_image: what happens to an image that is missing or damaged; "wrong" counts its questions as wrong.
         out: where results go; None is `runs/evaluations/MODEL-TASK`, or in a run's own folder.
     """
@@ -76,6 +95,12 @@ class Evaluation:
     quantization: str | None = None
     batch_tokens: int = REPLY_BATCH_TOKENS
     grounding: bool = False
+    box_edge: Literal["error", "clamp"] = "error"
+    pages: Pages | None = None
+    views: Views | Literal["none"] | None = None
+    recipe_views: Views | None = None
     on_bad_row: Literal["error", "skip"] = "error"
+    ignore: tuple[str, ...] = ()
+    markup_as_text: tuple[str, ...] = ()
     on_bad_image: Literal["refuse", "wrong"] = "refuse"
     out: Path | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from finetune.evaluation.detection_scores import SHARES, share_texts
 from finetune.evaluation.questions import Question
 from finetune.evaluation.results import unread_lines
 from finetune.files.atomic_writes import write_text
@@ -53,7 +54,9 @@ def write_evaluation_page(
         _headline(results),
         _notes(results),
         _sources(results),
+        _fields(results),
         _groups(results),
+        _detection(results),
         _changed(questions, records, compared) if compared and "score" in results else "",
         _worst(questions, records) if "score" in results else _first(questions, records),
         _facts(results),
@@ -141,6 +144,56 @@ def _groups(results: Mapping[str, Any]) -> str:
     return f'<h2>Groups</h2>\n<div class="panel">{table(rows, head=head, numeric=range(1, len(head)))}</div>'
 
 
+def _detection(results: Mapping[str, Any]) -> str:
+    """All boxes together and by name; empty for other metrics than detection."""
+    detection = results.get("detection")
+    if not detection:
+        return ""
+    counted = [("all boxes", detection), *list(detection["names"].items())[:LISTED]]
+    rows = [
+        [name, *share_texts(counts), f"{counts['found']:,}", f"{counts['extra']:,}", f"{counts['missed']:,}"]
+        for name, counts in counted
+    ]
+    head = ["name", *(share.lower() if share != "F1" else share for share in SHARES), "found", "too many", "missed"]
+    one, nothing = detection["one_box"], detection["nothing"]
+    said = [f"A box is found where the IoU is at least {detection['iou']:g}."]
+    if one["questions"]:
+        accuracy = format_loss(one["accuracy"])
+        said.append(f"Accuracy of the first box, on the {one['questions']:,} questions with one box: {accuracy}.")
+    if nothing["questions"]:
+        right = f"{nothing['right']:,} of {nothing['questions']:,}"
+        said.append(f"Replies without a box, to questions with nothing to find: {right}.")
+    if left := len(detection["names"]) + detection["more_names"] - (len(rows) - 1):
+        said.append(f"{left:,} more names are not shown.")
+    return (
+        f'<h2>Boxes</h2>\n<div class="panel">{table(rows, head=head, numeric=range(1, len(head)))}'
+        f"<p>{show(' '.join(said))}</p></div>"
+    )
+
+
+def _fields(results: Mapping[str, Any]) -> str:
+    """A line for each field; empty where the task reads none."""
+    fields = results.get("fields")
+    if fields is None:
+        return ""
+    theirs = (results.get("compared") or {}).get("fields", {}).get("by_field", {})
+    head = ["field", "documents", "exact", "anls"] + (["compared exact", "compared anls"] if theirs else [])
+    rows = []
+    for name, one in fields["by_field"].items():
+        row = [name, f"{one['documents']:,}", format_loss(one["exact"]), format_loss(one["anls"])]
+        if theirs:
+            row += [format_loss(theirs[name]["exact"]), format_loss(theirs[name]["anls"])]
+        rows.append(row)
+    said = f"Over all fields: precision {format_loss(fields['precision'])}, recall {format_loss(fields['recall'])}."
+    if found := fields.get("json"):
+        accuracy = "none" if found["tree_accuracy"] is None else format_loss(found["tree_accuracy"])
+        said += f" Tree edit accuracy of the JSON: {accuracy}; {found['broken']:,} replies hold no JSON object."
+    return (
+        f'<h2>Fields</h2>\n<div class="panel">{table(rows, head=head, numeric=range(1, len(head)))}'
+        f"<p>{show(said)}</p></div>"
+    )
+
+
 def _changed(questions: Sequence[Question], records: Records, compared: Records) -> str:
     gained = [ours["score"] - theirs["score"] for ours, theirs in zip(records, compared, strict=True)]
     order = sorted(range(len(records)), key=lambda number: gained[number])
@@ -173,7 +226,7 @@ def _panel(question: Question, record: Mapping[str, Any], compared: Mapping[str,
     gold = _gold_regions(record)
     replies = [record] if compared is None else [record, compared]
     drawn = [""] * len(replies)
-    if single is not None and gold:
+    if single is not None and (gold or "objects" in record):
         for number, one in enumerate(replies):
             pair = gold, _reply_regions(one["reply"])
             drawn[number] = image_tag(draw_pair(single, *pair)) + pair_legend(*pair)
@@ -213,10 +266,13 @@ def _side(name: str, record: Mapping[str, Any], drawn: str) -> str:
 
 
 def _gold_regions(record: Mapping[str, Any]) -> tuple[Region, ...]:
-    if "box" not in record:
-        return ()
-    width, height = record["image_size"]
-    return parse_grounding(box_markup(record["box"], width=width, height=height)).regions
+    boxes = [(None, record["box"])] if "box" in record else []
+    boxes += [(one["label"], one["box"]) for one in record.get("objects", ())]
+    regions: list[Region] = []
+    for label, box in boxes:
+        width, height = record["image_size"]
+        regions += parse_grounding(box_markup(box, width=width, height=height, label=label)).regions
+    return tuple(regions)
 
 
 def _reply_regions(reply: str) -> tuple[Region, ...]:

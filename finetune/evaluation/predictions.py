@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from finetune.batches.collate import Collator
+from finetune.data.message_parts import image_sources
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
 from finetune.replies.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
@@ -56,6 +57,7 @@ def write_predictions(
             collator.tokenizer,
             add_generation_prompt=True,
             grounding=collator.rules.grounding,
+            views=collator.rules.views,
             n_queries=collator.rules.n_queries,
         )
         asked.append((sample, *parts))
@@ -68,19 +70,23 @@ def write_predictions(
         collator.tokenizer,
         collator.image_processor,
         decoding,
+        on_bad_image="wrong" if collator.rules.on_bad_row == "skip" else "refuse",
         vision_cache=collator.vision_cache,
     )
-    replies = {reply.index: reply.text for reply in made}
+    # A row that is left out because its image cannot be read has no reply to show.
+    replies = {reply.index: reply.text for reply in made if reply.unreadable is None}
     records = [
         {
             "when": when,
             "origin": str(sample.origin),
             "question": _last_question(question),
-            "images": keep_images(prompt.images, sample.access, str(sample.origin), run),
+            # As a whole each: boxes are of these, and not of their parts.
+            "images": keep_images(list(image_sources(question)), sample.access, str(sample.origin), run),
             "target": target,
             "prediction": replies[index],
         }
-        for index, ((sample, question, target), prompt) in enumerate(zip(asked, prompts, strict=True))
+        for index, (sample, question, target) in enumerate(asked)
+        if index in replies
     ]
     replace_records(run / PREDICTIONS, when, records)
 

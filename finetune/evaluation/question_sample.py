@@ -15,7 +15,7 @@ import numpy as np
 from finetune.data.sample import BadRow
 from finetune.errors import UserError
 from finetune.evaluation.questions import Question, Questions
-from finetune.recipe.sections import name_given_twice
+from finetune.recipe.sources import name_given_twice
 from finetune.replies.replies import Prompt
 from qwenvl import QwenVLTokenizer
 
@@ -34,6 +34,7 @@ class QuestionSample(Sequence[Question]):
         chosen: (questions,) int64, their numbers among the questions of all sources, ascending.
         total: number of questions of all sources.
         answered: whether all questions have gold answers to score with.
+        pages_left_out: pages of files that are not shown, over the questions of all sources.
         counts: name of each source -> number of questions chosen from it; empty where there is one source.
 
     Raises:
@@ -54,6 +55,7 @@ class QuestionSample(Sequence[Question]):
         self._parts, self._names = list(parts), list(names)
         self._ends = np.cumsum([len(part) for part in parts])
         self.total = int(self._ends[-1])
+        self.pages_left_out = sum(part.pages_left_out for part in parts)
         self.answered = all(part.answered for part in parts)
         count = self.total if limit is None else min(limit, self.total)
         starts = self._ends - [len(part) for part in parts]

@@ -10,45 +10,37 @@ read on access, and its images only when it is rendered.
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
-from finetune.data.formats.names import CONVERSATIONS
-from finetune.data.formats.row_format import COLUMNS, RowFormat
-from finetune.data.image_files import absolute, check_image, upright_size
+from finetune.data.annotated_boxes import in_pixels
+from finetune.data.checks.markup import check_markup_names, find_markup, why_refused
+from finetune.data.checks.problems import MOST_IMAGES, refuse_views, too_many_images
+from finetune.data.formats.names import FIELDS
+from finetune.data.formats.places import PLACE
+from finetune.data.formats.unread import unread_names
+from finetune.data.images.image_files import absolute, check_image, upright_size
+from finetune.data.images.pages import Pages
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import BadField, BadRow, DataError
 from finetune.data.sources.rows import Rows
-from finetune.data.sources.sources import Location, read_source
+from finetune.data.split import read_part
+from finetune.data.summary import name_counts
 from finetune.errors import InputError, UserError
-from finetune.evaluation.question import Question
+from finetune.evaluation.question import Question, fill_images
+from finetune.evaluation.question_source import QuestionSource, box_form_of, columns_of, fields_asked, known_columns
 from finetune.evaluation.solved_examples import SolvedExamples
 from finetune.evaluation.task import Task
-from finetune.evaluation.task_rows import Asked, RowReader
+from finetune.evaluation.task_rows import Asked, RowReader, without_sources
 from finetune.evaluation.tasks import check_prompt
-from finetune.recipe.problems import nearest
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess
+from qwenvl.views import Views
 
 __all__ = ["Question", "Questions"]
-
-# Roles of columns in addition to those of the formats.
-_MORE_ROLES = ("id", "group", "options", "hint", "document")
-
-
-class QuestionSource(Location, Protocol):
-    """A source of questions: where its rows are, and how they are read. A `format` of None is the task's."""
-
-    @property
-    def format(self) -> str | None: ...
-    @property
-    def columns(self) -> Mapping[str, str]: ...
-    @property
-    def prompt(self) -> str | None: ...
-    @property
-    def box_form(self) -> str | None: ...
 
 
 class RowImages(Sequence[Any]):
@@ -82,8 +74,13 @@ class Questions(Sequence[Question]):
             draw, so they are the same in every run.
         shot_source: where they are drawn from; None is the source itself. None of them shares an image or a document
             with the question, see `solved_examples`.
-        grounding: read markup in all texts as tokens, as `data.grounding` of a recipe does.
+        grounding, box_edge: read markup in all texts as tokens, and coordinates of 1000, as these keys of a recipe's
+            `data` do.
         on_bad_row: "error" reports all bad rows together; "skip" leaves them out and lists them.
+        pages: how files of several pages become several images; None refuses them unless a page is named. Where
+            boxes are asked for, a page is named in any case.
+        views: what pictures each image becomes; None is itself alone.
+        ignore, markup_as_text: as in a recipe's `data`: columns that are not read, and markup that is asked as text.
         look_for_images: treat a row whose image file is missing as a bad row; False leaves that to the reader of the
             image.
 
@@ -96,6 +93,9 @@ class Questions(Sequence[Question]):
         ids: unique ids of the questions.
         answered: whether there are gold answers to score with; False where all are hidden.
         problems: the problems of the rows that were left out.
+        pages_left_out: pages of files that are not shown, as `pages` says, over all questions.
+        unread: columns and keys that hold something and are not read -> rows that have them.
+        markup: kinds of markup that are asked as text -> rows that have them.
 
     Raises:
         MissingFileError: the source's file does not exist.
@@ -117,34 +117,50 @@ class Questions(Sequence[Question]):
         shots: int = 0,
         shot_source: QuestionSource | None = None,
         grounding: bool = False,
+        box_edge: Literal["error", "clamp"] = "error",
         on_bad_row: Literal["error", "skip"] = "error",
+        ignore: Collection[str] = (),
+        markup_as_text: Sequence[str] = (),
         look_for_images: bool = True,
+        pages: Pages | None = None,
+        views: Views | None = None,
     ):
         if shots and style == "chat":
             raise UserError("solved examples are for base models: set shots to 0, or style to base")
         self.task, self.style = task, style
         self._look_for_images = look_for_images
-        self.name, self.columns = str(source.path), _columns(source, task)
+        self._pages = None if task.is_grounding else pages
+        self._views = views
+        if views is not None and not views.page and task.is_grounding:
+            raise UserError(
+                f"task {task.name} asks for boxes, which are of the whole page, and the views leave it out ({views})"
+            )
+        self._ignore, self._markup_as_text = frozenset(ignore), check_markup_names(markup_as_text)
+        wanted = fields_asked(source) if task.format == FIELDS else None
+        self.name, self.columns = str(source.path), columns_of(source, task, wanted)
         if source.prompt is not None:
             check_prompt(task, source.prompt)
         self.prompt = source.prompt or prompt or task.prompt(style)
-        self._rows: Rows = read_source(source)
+        access = ImageAccess() if access is None else access
+        root = images_root if images_root is not None else access.root
+        self._rows: Rows = read_part(source, task.format, root)
         self._count = len(self._rows) if source.limit is None else min(source.limit, len(self._rows))
         if self._count < 1:
             raise DataError(f"{source.path}: {'limit is below 1' if len(self._rows) else 'holds no rows'}")
-        access = ImageAccess() if access is None else access
-        root = images_root if images_root is not None else access.root
         self._root = Path(self._rows.folder if root is None else root).absolute()
-        self.access = replace(access, root=self._root)
+        self.access = replace(access, root=self._root, dpi=access.dpi if pages is None else pages.dpi)
         self._reader = RowReader(
             task=task,
             columns=self.columns,
             prompt=self.prompt,
             style=style,
-            box_form=_box_form(source, task),
+            box_form=box_form_of(source, task),
             grounding=grounding,
+            box_edge=box_edge,
             image_size=self._image_size,
             system=system,
+            wanted=wanted,
+            text_places=PLACE not in self._markup_as_text,
         )
         self._read_all(on_bad_row)
         self._shots, self._examples = shots, self
@@ -157,7 +173,12 @@ class Questions(Sequence[Question]):
                 access=access,
                 style=style,
                 grounding=grounding,
+                box_edge=box_edge,
                 on_bad_row=on_bad_row,
+                pages=pages,
+                views=views,
+                ignore=ignore,
+                markup_as_text=markup_as_text,
             )
         self._solved = SolvedExamples(self, self._examples, shots) if shots else None
 
@@ -185,8 +206,8 @@ class Questions(Sequence[Question]):
     def plain(self, index: int) -> Question:
         """The question with this number, without solved examples; errors as for `[]`."""
         row, item = self._row_of[index], self._item_of[index]
-        # A scan leaves image bytes on disk; grounding reads the image's size from them.
-        given = self._rows[row] if self.task.is_grounding else next(iter(self._rows.scan(row, row + 1)))
+        # A scan leaves image bytes on disk.
+        given = self._rows[row] if self._reads_images else next(iter(self._rows.scan(row, row + 1)))
         if isinstance(given, BadRow):
             raise given
         asked = self._item(given, row, item)
@@ -204,24 +225,48 @@ class Questions(Sequence[Question]):
             messages=asked.messages,
             options=asked.options,
             by_likelihood=self.task.by_likelihood,
+            objects=asked.objects,
+            fields=asked.fields,
+            views=self._views,
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the source as a whole: what was left out of it, and what of its rows is not read."""
+        said = {"markup asked as text": self.markup, "not read": self.unread}
+        counted = [f"{what}: {name_counts(dict(counts.most_common()))}" for what, counts in said.items() if counts]
+        return [*self._rows.notes, *counted]
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of the rows, how they are read, the prompt and the solved examples."""
         reader = self._reader
-        asked = {
+        asked: dict[str, Any] = {
             "rows": self._rows.fingerprint(),
             "used": self._count,
             "task": [self.task.name, self.task.metric, self.task.format],
-            "columns": dict(sorted(reader.columns.items())),
+            "columns": known_columns(task=self.task, columns=reader.columns),
             "prompt": [reader.prompt, reader.system, self.style, reader.box_form, reader.grounding],
             "shots": [
                 self._shots,
                 self._examples.fingerprint() if self._examples is not self else "",
                 "other documents" if self._shots else "",
             ],
+            # Only where they are set: earlier evaluations have neither.
+            **({"ignore": sorted(self._ignore)} if self._ignore else {}),
+            **({"markup_as_text": sorted(self._markup_as_text)} if self._markup_as_text else {}),
         }
+        if reader.wanted is not None:
+            asked["fields"] = asdict(reader.wanted)
+        if self._pages is not None:
+            asked["pages"] = asdict(self._pages)
+        if self._views is not None:
+            asked["views"] = self._views.to_json()
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    @property
+    def _reads_images(self) -> bool:
+        """Whether the images of a row are looked at for its questions: for their sizes, or their pages."""
+        return self.task.is_grounding or self.task.format == "swift" or self._pages is not None
 
     # ---- all rows, once
 
@@ -232,8 +277,11 @@ class Questions(Sequence[Question]):
         bad: dict[int, BadRow] = {}
         hidden: dict[int, BadRow] = {}
         taken: set[str] = set()
-        # A scan may replace image bytes by placeholders, from which no size can be read.
-        scan = Rows.scan if self.task.is_grounding else type(self._rows).scan
+        self.pages_left_out = 0
+        self.unread: Counter[str] = Counter()
+        self.markup: Counter[str] = Counter()
+        # A scan may replace image bytes by placeholders, from which neither size nor pages can be read.
+        scan = Rows.scan if self._reads_images else type(self._rows).scan
         with RowProgress("reading questions", self._count) as progress:
             for row, given in enumerate(scan(self._rows, 0, self._count)):
                 progress.add(1)
@@ -242,7 +290,7 @@ class Questions(Sequence[Question]):
                     bad[row] = given
                     continue
                 try:
-                    asked = self._checked(given, row)
+                    asked, unread, markup = self._checked(given, row)
                     name = self._reader.question_id(given) or f"row {origin.row}"
                 except BadRow as error:
                     bad[row] = error
@@ -250,6 +298,9 @@ class Questions(Sequence[Question]):
                 except BadField as error:
                     bad[row] = BadRow(origin, error.field, error.reason)
                     continue
+                self.pages_left_out += sum(question.pages_left_out for question in asked)
+                self.unread.update(unread)
+                self.markup.update(markup)
                 if any(not question.answers for question in asked):
                     hidden[row] = BadRow(origin, "answers", "are hidden")
                 for item in range(len(asked)):
@@ -263,21 +314,39 @@ class Questions(Sequence[Question]):
                     self._item_of.append(item)
         self._leave_out(bad, hidden, on_bad_row)
 
-    def _checked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
+    def _checked(self, given: Mapping[str, Any], row: int) -> tuple[list[Asked], Collection[str], Collection[str]]:
+        """The questions of a row, what of it is not read, and the kinds of markup that are asked as text."""
+        try:
+            unread = unread_names(given, self.task.format, self.columns, self._ignore)
+        except BadField as error:
+            raise BadRow(self._rows.origin(row), error.field, error.reason) from None
         asked = self._asked(given, row)
+        if len(asked[0].sources) > MOST_IMAGES:
+            raise BadRow(self._rows.origin(row), "images", too_many_images(len(asked[0].sources)))
+        markup: set[str] = set()
+        for question in asked:
+            if self._views is not None and question.sources:
+                try:
+                    refuse_views(question.messages, self._views, self._reader.grounding)
+                except BadField as error:
+                    raise BadRow(self._rows.origin(row), error.field, error.reason) from None
+            found = find_markup(question.messages, self._reader.grounding)
+            markup |= {look.kind for look in found}
+            if refused := [look for look in found if look.kind not in self._markup_as_text]:
+                raise BadRow(self._rows.origin(row), refused[0].place, why_refused(refused))
         for number, source in enumerate(asked[0].sources if self._look_for_images else ()):
             try:
                 check_image(absolute(source, self._root), self.access)
             except InputError as error:
                 raise BadRow(self._rows.origin(row), f"images[{number}]", str(error)) from error
-        return asked
+        return asked, unread, markup
 
     def _leave_out(self, bad: dict[int, BadRow], hidden: dict[int, BadRow], on_bad_row: str) -> None:
         """Leave out bad rows and rows with hidden answers, both by row; or raise, as `on_bad_row` says."""
         if bad and on_bad_row == "error":
             raise DataError(
                 f"{self.name}: of {self._count:,} rows, {len(bad):,} cannot be asked as task {self.task.name} "
-                "(fix them, or leave them out with on_bad_row: skip):",
+                "(fix them, or leave them out with --on-bad-row skip, in a recipe data.on_bad_row: skip):",
                 list(bad.values()),
             )
         if not self.ids:
@@ -291,7 +360,8 @@ class Questions(Sequence[Question]):
         if on_bad_row == "error":
             raise DataError(
                 f"{self.name}: the answers of {len(hidden):,} rows are hidden and those of the others are not; score "
-                "the answered rows in a file of their own, or leave the others out with on_bad_row: skip:",
+                "the answered rows in a file of their own, or leave the others out with --on-bad-row skip, in a "
+                "recipe data.on_bad_row: skip:",
                 list(hidden.values()),
             )
         self.ids = [self.ids[place] for place in kept]
@@ -314,7 +384,7 @@ class Questions(Sequence[Question]):
         Images inside the data may be placeholders, see `Rows.scan`.
         """
         asked = set(self._row_of)
-        scan = Rows.scan if self.task.is_grounding else type(self._rows).scan
+        scan = Rows.scan if self._reads_images else type(self._rows).scan
         for row, given in enumerate(scan(self._rows, 0, self._count)):
             if row in asked and not isinstance(given, BadRow):
                 sources = self._asked(given, row)[0].sources
@@ -336,36 +406,22 @@ class Questions(Sequence[Question]):
 
     def _asked(self, given: Mapping[str, Any], row: int) -> list[Asked]:
         try:
+            given, _ = in_pixels(given, self._image_size)
+            if not self._ignore.isdisjoint(given):
+                given = {column: value for column, value in given.items() if column not in self._ignore}
             self._reader.group(given)
-            return self._reader.questions(given)
+            asked = self._reader.questions(given)
+            return asked if self._pages is None else [self._with_pages(one, self._pages) for one in asked]
         except BadField as error:
             raise BadRow(self._rows.origin(row), error.field, error.reason) from None
 
+    def _with_pages(self, asked: Asked, pages: Pages) -> Asked:
+        """A question whose files of several pages are several images; its sources are absolute."""
+        filled = fill_images(asked.messages, [absolute(source, self._root) for source in asked.sources])
+        expanded = pages.expand(filled, self.access)
+        sources: list[Any] = []
+        messages = tuple(without_sources(message, sources) for message in expanded.messages)
+        return replace(asked, messages=messages, sources=tuple(sources), pages_left_out=expanded.left_out)
+
     def _image_size(self, source: Any) -> tuple[int, int]:
         return upright_size(absolute(source, self._root), self.access)
-
-
-def _columns(source: QuestionSource, task: Task) -> dict[str, str]:
-    """Role -> column: the source's name for it, else the task's, else the format's own."""
-    if source.format is not None and source.format != task.format:
-        raise DataError(f"{source.path}: task {task.name} reads format {task.format}, not {source.format}")
-    own = COLUMNS[task.format]
-    roles = own if task.format in CONVERSATIONS else (*own, *_MORE_ROLES)
-    for role in source.columns or {}:
-        if role not in roles:
-            meant = nearest(role, roles)
-            said = f"did you mean {' or '.join(meant)}? " if meant else ""
-            raise DataError(f"{source.path}: columns: there is no role {role}; {said}The roles are {', '.join(roles)}")
-    if task.format in CONVERSATIONS:
-        return dict(RowFormat(task.format, source.columns or {}).columns)
-    return {role: role for role in own} | dict(task.columns) | dict(source.columns or {})
-
-
-def _box_form(source: QuestionSource, task: Task) -> str | None:
-    """How gold boxes are written in their column."""
-    if task.format != "grounding":
-        return None
-    box_form = source.box_form or task.box_form
-    if box_form is None:
-        raise DataError(f"{source.path}: boxes are stored in two ways, and box_form does not say which: xyxy or xywh")
-    return box_form

@@ -24,6 +24,9 @@ import numpy as np
 
 from finetune.errors import UserError
 from finetune.evaluation.bootstrap import Interval, difference_interval, score_interval
+from finetune.evaluation.detection_scores import detection_lines, detection_summary
+from finetune.evaluation.field_scores import KEY as FIELDS_FOUND
+from finetune.evaluation.field_scores import f1_difference, field_lines, fields_record, fields_summary, micro_f1
 from finetune.evaluation.questions import Question
 from finetune.evaluation.task import Task
 from finetune.files.atomic_writes import make_folder, write_text
@@ -102,7 +105,7 @@ def _read_object(file: Path, remedy: str) -> dict[str, Any] | None:
 
 def record_of(task: Task, number: int, question: Question, reply: Reply) -> Record:
     """The line of one question, without its score: some metrics look at all replies at once."""
-    record = {
+    record: Record = {
         "number": number,
         "id": question.id,
         "origin": str(question.origin),
@@ -115,9 +118,17 @@ def record_of(task: Task, number: int, question: Question, reply: Reply) -> Reco
         record["source"] = question.source
     if question.group is not None:
         record["group"] = question.group
+    if question.fields is not None:
+        record[FIELDS_FOUND] = fields_record(record["prediction"], question.fields)
     if question.box is not None:
         assert question.image_size is not None, "a box comes with the size of its image"
         record |= {"box": list(question.box), "image_size": list(question.image_size)}
+    if question.objects is not None:
+        assert question.image_size is not None, "boxes come with the size of their image"
+        record |= {
+            "objects": [{"label": one.label, "box": list(one.box)} for one in question.objects.boxes],
+            "image_size": list(question.image_size),
+        }
     if reply.unreadable is not None:
         record["unreadable"] = reply.unreadable
         return record
@@ -244,8 +255,10 @@ class Scored:
         interval: of the total, 95%.
         groups: name -> score.
         counts: name -> questions.
+        fields: of a task of fields, see `fields_summary`.
         sources: name -> the task's score of its questions, in the order of the data; empty where there is one source.
             A metric that looks at all replies at once (cider_d) has looked at those of all sources.
+        detection: the boxes of all replies together, see `detection.detection_summary`; None for other metrics.
     """
 
     values: list[float]
@@ -254,28 +267,48 @@ class Scored:
     groups: dict[str, float]
     counts: dict[str, int]
     sources: dict[str, PartScore]
+    detection: dict[str, Any] | None = None
+    fields: dict[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
         """As in `results.json`."""
         groups = {name: {"score": score, "questions": self.counts[name]} for name, score in self.groups.items()}
         sources = {name: part.summary() for name, part in self.sources.items()}
-        return {"score": self.total, "interval": list(self.interval), "sources": sources, "groups": groups}
+        found: dict[str, Any] = {
+            "score": self.total,
+            "interval": list(self.interval),
+            "sources": sources,
+            "groups": groups,
+        }
+        if self.detection is not None:
+            found["detection"] = self.detection
+        if self.fields is not None:
+            found["fields"] = self.fields
+        return found
 
 
 def score_records(task: Task, questions: Sequence[Question], records: Sequence[Record]) -> Scored:
     """Score the replies to all questions; `records` are in the order of `questions`."""
     scores = task.score_all(questions, [record["reply"] for record in records])
     values = [0.0 if "unreadable" in record else value for record, value in zip(records, scores.values, strict=True)]
-    groups = _groups(records)
     members = _by_key(records, values, "group")
     return Scored(
         values,
-        task.aggregate(np.array(values), groups),
-        score_interval(values, groups, task.aggregate),
+        *_total(task, records, values),
         {name: sum(members[name]) / len(members[name]) for name in sorted(members)},
         {name: len(members[name]) for name in members},
         _source_scores(task, records, values),
+        detection_summary(task, questions, records) if task.is_detection else None,
+        fields_summary(records) if task.reads_fields else None,
     )
+
+
+def _total(task: Task, records: Sequence[Record], values: Sequence[float]) -> tuple[float, Interval]:
+    """The task's score of these records, and its interval."""
+    if task.reads_fields:
+        return micro_f1(records)
+    groups = _groups(records)
+    return task.aggregate(np.array(values), groups), score_interval(values, groups, task.aggregate)
 
 
 def with_scores(records: Sequence[Record], scored: Scored) -> list[Record]:
@@ -295,19 +328,27 @@ def _by_key(records: Sequence[Record], values: Sequence[float], key: str) -> dic
 def _source_scores(task: Task, records: Sequence[Record], values: Sequence[float]) -> dict[str, PartScore]:
     scores = {}
     for name, part in _by_key(records, values, "source").items():
-        groups = _groups([record for record in records if record.get("source") == name])
-        scores[name] = PartScore(
-            task.aggregate(np.array(part), groups), score_interval(part, groups, task.aggregate), len(part)
-        )
+        own = [record for record in records if record.get("source") == name]
+        scores[name] = PartScore(*_total(task, own, part), len(part))
     return scores
 
 
-def compare_scored(task: Task, records: Sequence[Record], ours: Scored, theirs: Scored) -> dict[str, Any]:
-    """The difference between two models on the same questions, as in `results.json`."""
+def compare_scored(
+    task: Task, records: Sequence[Record], ours: Scored, theirs: Scored, compared: Sequence[Record] = ()
+) -> dict[str, Any]:
+    """The difference between two models on the same questions, as in `results.json`.
+
+    Args:
+        records, compared: of the two models; those of the second are needed for fields only.
+    """
+    if task.reads_fields:
+        interval = f1_difference(records, compared)
+    else:
+        interval = difference_interval(ours.values, theirs.values, _groups(records), task.aggregate)
     pairs = list(zip(ours.values, theirs.values, strict=True))
     return {
         "difference": ours.total - theirs.total,
-        "difference_interval": list(difference_interval(ours.values, theirs.values, _groups(records), task.aggregate)),
+        "difference_interval": list(interval),
         "better": sum(mine > other for mine, other in pairs),
         "worse": sum(mine < other for mine, other in pairs),
     }
@@ -343,6 +384,7 @@ def summary(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, source in results["sources"].items():
             other = f"; compared: {format_loss(compared['sources'][name]['score'])}" if compared else ""
             lines.append((f"  {name}", f"{score_text(source)}, {source['questions']:,} questions{other}"))
+        lines += field_lines(results, compared)
         for name, group in results["groups"].items():
             score = format_loss(group["score"])
             lines.append((f"  {terminal_line(name)}", f"{score}, {group['questions']:,} questions"))
@@ -356,6 +398,8 @@ def summary(results: Mapping[str, Any]) -> list[tuple[str, str]]:
                     f"{compared['better']:,} questions better, {compared['worse']:,} worse",
                 )
             )
+        if "detection" in results:
+            lines += detection_lines(results["detection"])
     else:
         lines.append(("submission", f"the answers are hidden: {results['submission']} is written in place of a score"))
     if results["unreadable"]:

@@ -8,13 +8,14 @@ their path or URL, and those that are drawn also by their content.
 import hashlib
 import os
 import random
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.image_files import read_encoded
+from finetune.data.images.image_files import read_encoded
 from finetune.data.sample import DataError
 from finetune.errors import InputError
+from qwenvl.images.image_urls import is_data_uri, is_url
+from qwenvl.images.page_references import split_page
 
 if TYPE_CHECKING:
     from finetune.evaluation.question import Question
@@ -25,8 +26,6 @@ DOCUMENT_COLUMNS = (
     *("image_id", "imageId", "img_id", "imgname", "image_name", "image_path", "image_local_name", "file_name"),
 )
 """Columns of public data whose value names a document or an image; `document` in a source's columns names another."""
-
-_URL = re.compile("(?:https?|data):", re.IGNORECASE)
 
 
 class SolvedExamples:
@@ -108,7 +107,7 @@ class SolvedExamples:
         """Digests of the encoded images of a row, without those behind a URL."""
         key = questions is self._asked, questions.row_of(index)
         if key not in self._digests:
-            sources = [source for source in questions.image_sources(index) if not _is_url(source)]
+            sources = [source for source in questions.image_sources(index) if not is_url(source)]
             self._digests[key] = frozenset(
                 hashlib.sha256(read_encoded(source, questions.access)).digest() for source in sources
             )
@@ -133,7 +132,11 @@ def _keys_of_rows(questions: "Questions", own_rows: bool) -> dict[int, tuple[str
     for row, given, images in questions.scan_rows():
         # Images inside the data have no name; those that are drawn are compared by their content.
         paths = [source for source in images if isinstance(source, str)]
-        named = [f"image {path if _is_url(path) else os.path.realpath(path)}" for path in paths]
+        # Two pages of a file are one document.
+        named = [
+            f"image {path if is_url(path) or is_data_uri(path) else os.path.realpath(split_page(path)[0])}"
+            for path in paths
+        ]
         keys[row] = (*([f"row {row}"] if own_rows else []), *_documents(given, questions, row), *named)
     return keys
 
@@ -145,7 +148,3 @@ def _documents(given: Mapping[str, Any], questions: "Questions", row: int) -> li
         raise DataError(f"{questions.name}: row {row + 1} has no {own}, which the columns name as its document")
     values = [(name, given.get(name)) for name in ([own] if own is not None else DOCUMENT_COLUMNS)]
     return [f"{name} {value}" for name, value in values if isinstance(value, str | int) and value != ""]
-
-
-def _is_url(source: Any) -> bool:
-    return isinstance(source, str) and _URL.match(source) is not None

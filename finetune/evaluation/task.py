@@ -21,7 +21,9 @@ from finetune.metrics import (
     vqa_score,
 )
 from finetune.metrics.answers import as_number
-from finetune.metrics.boxes import IOU_THRESHOLD, box_iou
+from finetune.metrics.boxes import IOU_THRESHOLD, as_markup, box_iou
+from finetune.metrics.detection import GoldBoxes, Matched, match_boxes, reply_boxes
+from finetune.metrics.document_fields import FieldsAsked, read_json_object, score_fields
 from finetune.metrics.published import published_box, published_gqa_answer, published_grounding_accuracy
 from finetune.metrics.vqa import FEWEST_ANSWERS, can_match
 from finetune.recipe.sections import MetricName
@@ -95,7 +97,17 @@ class Task:
     @property
     def is_grounding(self) -> bool:
         """Whether replies are boxes."""
-        return self.metric in ("grounding", "click")
+        return self.metric in ("grounding", "click", "detection")
+
+    @property
+    def is_detection(self) -> bool:
+        """Whether all boxes of a reply count, and not the first alone."""
+        return self.metric == "detection"
+
+    @property
+    def reads_fields(self) -> bool:
+        """Whether replies are fields of documents."""
+        return self.metric == "field_f1"
 
     @property
     def by_likelihood(self) -> bool:
@@ -139,14 +151,27 @@ class Task:
                 return grounding_accuracy(answer, *_gold_box(question))
             case "click":
                 return click_accuracy(answer, *_gold_box(question))
+            case "detection":
+                return self.matched(question, reply).counts.f1
+            case "field_f1":
+                return score_fields(answer, _fields_of(question), compare_trees=False).f1
         raise UserError(f"{self.metric} is not the score of one reply: use score_all")
+
+    def matched(self, question: "Question", reply: str) -> Matched:
+        """The boxes of a reply against all gold boxes, for detection."""
+        gold, size = _gold_boxes(question)
+        return match_boxes(reply_boxes(self.extract(reply, question.style), size), gold)
 
     def unread(self, question: "Question", reply: str) -> str | None:
         """Why a reply could not be read as an answer, so that it counts as wrong whatever it means; None if it was."""
         answer = self.extract(reply, question.style)
+        if self.is_detection:  # where nothing is to be found, an empty reply is right
+            return "hold box markup that cannot be read" if _is_unreadable(answer) else None
         if not answer.strip():
             return "are empty"
         match self.metric:
+            case "field_f1" if _fields_of(question).is_json and read_json_object(answer) is None:
+                return "hold no JSON object"
             case "multiple_choice" if read_choice(answer, question.options) is None:
                 return "choose none of the options, or several"
             case "grounding" if self.published and published_box(answer, (1, 1)) is None:
@@ -201,14 +226,11 @@ class Task:
             return [f"{count:,} questions {why}"] if count else []
         if not self.is_grounding:
             return []
-        several = sum(_gold_boxes(question) > 1 for question in questions)
-        found = [f"{several:,} questions have several gold boxes, of which the first counts"] if several else []
-        if self.metric == "grounding":
-            boxes = [_gold_box(question) for question in questions if question.box is not None]
-            missed = sum(box_iou(box, within(box, size)) < IOU_THRESHOLD for box, size in boxes)
-            why = "have a gold box that no reply can match: it has no area, or most of it is outside the image"
-            found += [f"{missed:,} questions {why}"] if missed else []
-        return found
+        if self.metric == "click":
+            return []
+        missed = sum(any(_cannot_match(*boxed) for boxed in _each_gold_box(question)) for question in questions)
+        why = "have a gold box that no reply can match: it has no area, or most of it is outside the image"
+        return [f"{missed:,} questions {why}"] if missed else []
 
     def aggregate(self, values: np.ndarray, groups: np.ndarray | None = None) -> float:
         """The task's score from those of its questions: their mean, or the mean of the groups' means.
@@ -239,15 +261,37 @@ class Task:
         return Scores(self.metric, values, self.aggregate(np.array(values), np.array(groups)), means)
 
 
+def _fields_of(question: "Question") -> FieldsAsked:
+    assert question.fields is not None, "questions of a task of fields come with them"
+    return question.fields
+
+
 def _gold_box(question: "Question") -> tuple[tuple[float, float, float, float], tuple[int, int]]:
     assert question.box is not None and question.image_size is not None, "answers of grounding come with their box"
     return question.box, question.image_size
 
 
-def _gold_boxes(question: "Question") -> int:
+def _gold_boxes(question: "Question") -> tuple[GoldBoxes, tuple[int, int]]:
+    assert question.objects is not None and question.image_size is not None, "answers of detection come with boxes"
+    return question.objects, question.image_size
+
+
+def _each_gold_box(question: "Question") -> list[tuple[tuple[float, float, float, float], tuple[int, int]]]:
+    if question.objects is not None:
+        objects, size = _gold_boxes(question)
+        return [(one.box, size) for one in objects.boxes]
+    return [] if question.box is None else [_gold_box(question)]
+
+
+def _cannot_match(box: tuple[float, float, float, float], size: tuple[int, int]) -> bool:
+    return box_iou(box, within(box, size)) < IOU_THRESHOLD
+
+
+def _is_unreadable(answer: str) -> bool:
+    """Whether a reply has the markup of boxes, and a part of it cannot be read."""
     from qwenvl.text.grounding import parse_grounding  # costs seconds to import
 
-    return len(parse_grounding(question.answers[0]).regions) if question.answers else 0
+    return any(not problem.repaired for problem in parse_grounding(as_markup(answer)).problems)
 
 
 def within(box: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -20,20 +20,26 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 
 from finetune.batches.image_request import VisionCache
+from finetune.data.reading import pages_of, views_of
 from finetune.data.shown_rows import choose_shown, document_of
 from finetune.errors import UserError
 from finetune.evaluation.asked_prompt import asked_otherwise
+from finetune.evaluation.detection_scores import BOX_COUNTS, boxes_text
 from finetune.evaluation.predictions import PREDICTIONS, keep_images, replace_records
+from finetune.evaluation.question import Question
 from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
 from finetune.evaluation.questions import Questions
 from finetune.evaluation.reply_progress import ReplyProgress
 from finetune.evaluation.results import Record, Scored, record_of, score_records, with_scores
+from finetune.evaluation.task import Task
 from finetune.evaluation.tasks import task_of
 from finetune.quantities import format_loss
 from finetune.recipe import Recipe
-from finetune.recipe.sections import source_names
+from finetune.recipe.sources import source_names
 from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies
+from finetune.run.left_out import LeftOut
 from qwenvl import ImageAccess, QwenVLProcessor
+from qwenvl.text.chat import render_prompt
 
 _WHEN = ("before", "after")
 BATCH_TOKENS = 4096  # leaves memory for gradients and optimizer states; halved after an out-of-memory error
@@ -46,7 +52,7 @@ class TaskScore:
     Attributes:
         step: optimizer steps done.
         metric: of the task.
-        records: one for each question, with its score.
+        records: one for each question, with its score; none for questions that were left out.
         scored: their scores together.
     """
 
@@ -57,8 +63,8 @@ class TaskScore:
 
     def added_to(self, summary: Mapping[str, Any], when: str) -> dict[str, Any]:
         """The score in `run.json`, with this one added as `before` or `after`: over all questions, and over those of
-        each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`; and under `unread` how
-        many replies could not be read as answers."""
+        each source and group, `{"sources": {"boarding": {"questions": 100, "before": 0.02}}}`; under `unread` how many
+        replies could not be read as answers; and of detection, under `boxes`, the numbers of all boxes."""
         scored = self.scored
         sources = {name: (part.questions, part.score) for name, part in scored.sources.items()}
         groups = {name: (scored.counts[name], score) for name, score in scored.groups.items()}
@@ -72,7 +78,11 @@ class TaskScore:
         }
         unread = {**summary.get("unread", {}), when: sum("unread" in record for record in self.records)}
         total = {"metric": self.metric, "questions": len(self.records), when: scored.total}
-        return {**summary, **total, **parts, "unread": unread}
+        boxes = {}
+        if scored.detection is not None:
+            counts = {key: scored.detection[key] for key in BOX_COUNTS}
+            boxes = {"boxes": {**summary.get("boxes", {}), when: counts}}
+        return {**summary, **total, **parts, **boxes, "unread": unread}
 
     def metrics(self) -> dict[str, float]:
         """The scores by logged key: `eval_anls`, and one for each source and group, `eval_anls_boarding`."""
@@ -116,7 +126,12 @@ class TaskEvaluation:
                 style="chat",
                 system=system,
                 grounding=data.grounding,
+                box_edge=data.box_edge,
                 on_bad_row=data.on_bad_row,
+                pages=pages_of(recipe),
+                views=views_of(recipe),
+                ignore=data.ignore,
+                markup_as_text=data.markup_as_text,
             )
             for source in evaluate.data
         ]
@@ -129,6 +144,8 @@ class TaskEvaluation:
         )
         if not self.questions.answered:
             raise UserError("evaluate.data: its answers are hidden, so there is no score: set evaluate.task: null")
+        if self.task.is_detection or self.task.reads_fields:
+            _refuse_cut_replies(self.questions, self.task, processor)
         self.key = f"eval_{self.task.metric}"
         self.processor = processor
         self._otherwise = asked_otherwise(recipe, self.task)
@@ -146,8 +163,11 @@ class TaskEvaluation:
     def write_predictions(self, score: TaskScore, count: int, run: Path, when: str) -> None:
         """Write some replies of a score for the run's report; see `evaluation.predictions` and `shown_rows`."""
         records = []
+        by_number = {record["number"]: record for record in score.records}
         for number in self._shown(count):
-            question, record = self.questions[number], score.records[number]
+            if number not in by_number:  # left out: its image cannot be read
+                continue
+            question, record = self.questions[number], by_number[number]
             answers = list(dict.fromkeys(record["answers"]))
             records.append(
                 {
@@ -181,15 +201,23 @@ class TaskScorer:
         asked: the task and its questions.
         stop_ids: ids that end a reply: those of the model before Transformers' trainer changes its generation config.
         vision_cache: has the features of the images that were encoded before training; None reads every image.
+        left_out: notes questions whose images cannot be read, or refuses them; None refuses them.
 
     Attributes:
         last: the latest score, with its step.
     """
 
-    def __init__(self, asked: TaskEvaluation, stop_ids: tuple[int, ...], vision_cache: VisionCache | None = None):
+    def __init__(
+        self,
+        asked: TaskEvaluation,
+        stop_ids: tuple[int, ...],
+        vision_cache: VisionCache | None = None,
+        left_out: LeftOut | None = None,
+    ):
         self.asked = asked
         self.stop_ids = stop_ids
         self.vision_cache = vision_cache
+        self.left_out = left_out or LeftOut(None, "error")
         self.last: TaskScore | None = None
 
     def evaluate(
@@ -218,13 +246,22 @@ class TaskScorer:
             replies = gather_object(replies)
         replies = sorted(replies, key=lambda reply: reply.index)
         # After the gathering, so that all processes raise together and none waits for another.
-        if bad := [reply.unreadable for reply in replies if reply.unreadable]:
-            lines = "\n  ".join(bad)
+        bad = [reply for reply in replies if reply.unreadable]
+        if bad and (self.left_out.on_bad_row == "error" or len(bad) == len(replies)):
+            lines = "\n  ".join(str(reply.unreadable) for reply in bad)
             raise UserError(f"evaluate.data: {len(bad)} of the sampled questions are on damaged images:\n  {lines}")
+        questions: Sequence[Question] = self.asked.questions
+        if bad:
+            for reply in bad if accelerator.is_main_process else ():
+                origin = str(self.asked.questions[reply.index].origin)
+                self.left_out.meet("questions", reply.index, origin, str(reply.unreadable))
+            replies = [reply for reply in replies if not reply.unreadable]
+            questions = [self.asked.questions[reply.index] for reply in replies]
         records = [
-            record_of(self.asked.task, reply.index, self.asked.questions[reply.index], reply) for reply in replies
+            record_of(self.asked.task, reply.index, question, reply)
+            for reply, question in zip(replies, questions, strict=True)
         ]
-        scored = score_records(self.asked.task, self.asked.questions, records)
+        scored = score_records(self.asked.task, questions, records)
         if both := scored.sources.keys() & scored.groups.keys():
             named = ", ".join(sorted(both))
             raise UserError(f"evaluate.data: {named} is the name of a source and of a group: rename the source")
@@ -268,6 +305,26 @@ class TaskScorer:
         return self.evaluate(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator, step)
 
 
+def _refuse_cut_replies(questions: Sequence[Question], task: Task, processor: QwenVLProcessor) -> None:
+    """Refuse a limit of new tokens that no right reply to some questions fits into.
+
+    Raises:
+        UserError: with the number that is enough.
+    """
+    most, grounding = task.max_new_tokens, task.is_detection
+    lengths = []
+    for question in questions:
+        if not question.answers:  # hidden
+            continue
+        answer = {"type": "text", "text": question.answers[0], "grounding": grounding}
+        lengths.append(len(render_prompt([answer], processor.tokenizer).ids) + 1)  # and the end of the turn
+    if long := sum(length > most for length in lengths):
+        raise UserError(
+            f"evaluate.max_new_tokens: the right replies to {long:,} of {len(lengths):,} questions have more than "
+            f"{most} tokens, the longest {max(lengths):,}: set it to that at least"
+        )
+
+
 def score_line(score: Mapping[str, Any]) -> tuple[str, str]:
     """Label and text of a line: `anls`, `0.3100 -> 0.8200 on 200 questions`, from the score in `run.json`.
 
@@ -278,6 +335,9 @@ def score_line(score: Mapping[str, Any]) -> tuple[str, str]:
     counts = score.get("unread", {})
     unread = " -> ".join(f"{counts[when]:,}" for when in _WHEN if when in counts)
     said = f"{_course(score)} questions" + (f" ({', '.join(each)})" if each else "")
+    boxes = [score["boxes"][when] for when in _WHEN if when in score.get("boxes", {})]
+    if boxes:
+        said += "; all boxes: " + " -> ".join(map(boxes_text, boxes))
     return score["metric"], said + (f"; {unread} replies could not be read" if any(counts.values()) else "")
 
 

@@ -11,9 +11,10 @@ public datasets; prompts, lengths and metrics are those of Qwen-VL's published e
 from collections.abc import Mapping
 from dataclasses import replace
 
-from finetune.data.formats.names import CONVERSATIONS
+from finetune.data.formats.names import CONVERSATIONS, FIELDS
 from finetune.errors import UserError
 from finetune.evaluation.task import BoxForm, Scores, Task
+from finetune.recipe.document_fields import DEFAULT_QUESTION
 from finetune.recipe.problems import nearest
 from finetune.recipe.sections import Evaluate, MetricName
 
@@ -82,6 +83,9 @@ TASKS: dict[str, Task] = {
             10,
             _NEXT_QUESTION,
         ),
+        Task(
+            "fields", "field_f1", FIELDS, {}, DEFAULT_QUESTION, DEFAULT_QUESTION, 512, _END
+        ),  # prompts are those of the sources
     )
 }
 """The tasks of public datasets; `custom_task` makes others."""
@@ -90,6 +94,7 @@ _CUSTOM: dict[str, Task] = {
     "vqa": _vqa("custom", "exact_match", {}, 100),
     "caption": _captions("custom", {}),
     "grounding": _grounding("custom", "grounding", {}),
+    FIELDS: Task("custom", "field_f1", FIELDS, {}, DEFAULT_QUESTION, DEFAULT_QUESTION, 512, _END),
 }
 _METRIC_FORMATS: dict[MetricName, tuple[str, ...]] = {
     "anls": ("vqa", "caption", *CONVERSATIONS),
@@ -99,9 +104,19 @@ _METRIC_FORMATS: dict[MetricName, tuple[str, ...]] = {
     "multiple_choice": ("vqa",),
     "grounding": ("grounding", *CONVERSATIONS),
     "click": ("grounding", *CONVERSATIONS),
+    "detection": ("grounding", *CONVERSATIONS),
     "cider_d": ("vqa", "caption", *CONVERSATIONS),
+    "field_f1": (FIELDS,),
 }
-_LENGTHS = {"grounding": 28, "click": 28, "cider_d": 30, "multiple_choice": 10, "vqa_score": 10}
+_LENGTHS = {
+    "grounding": 28,
+    "click": 28,
+    "detection": 512,
+    "cider_d": 30,
+    "multiple_choice": 10,
+    "vqa_score": 10,
+    "field_f1": 512,
+}
 
 
 def find_task(name: str) -> Task:
@@ -125,12 +140,14 @@ def custom_task(
     """A task on the user's own data.
 
     Args:
-        metric: anls, relaxed_accuracy, vqa_score, exact_match, multiple_choice, grounding, click or cider_d.
+        metric: anls, relaxed_accuracy, vqa_score, exact_match, multiple_choice, grounding, click, detection or
+            cider_d.
         prompt: for base and chat models, with the placeholder {question} or {phrase} (and {options} for
-            multiple_choice); None is the published form. Must be None for conversations.
+            multiple_choice); None is the published form. Must be None for conversations. That of detection may have
+            no placeholder, to ask for all objects.
         max_new_tokens: most tokens of a reply; None is the published number for such a metric.
         format: vqa, grounding, caption; or messages, qwen_json, llava: conversations, asked up to their last reply,
-            which is the gold answer (its first box for grounding and click).
+            which is the gold answer (for grounding and click it has one box, for detection any number).
 
     Raises:
         UserError: an unknown metric or format, a metric that does not go with the format, or a prompt without its
@@ -147,11 +164,14 @@ def custom_task(
         raise UserError(f"metric {metric} needs data of format {', '.join(_METRIC_FORMATS[known])}, not {format}")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    stop = _END if metric in ("grounding", "click") else _NEXT_QUESTION
+    stop = _END if metric in ("grounding", "click", "detection", "field_f1") else _NEXT_QUESTION
     if metric == "multiple_choice":
         task = replace(TASKS["multiple_choice"], columns={"options": "options"})
     else:
         task = _CUSTOM.get(format) or Task("custom", "exact_match", format, {}, "", "", 100)
+    if metric == "detection" and format == "grounding":
+        # An open <box> would make every reply one with a box.
+        task = replace(task, base_prompt=_REF)
     task = replace(
         task,
         name="custom",
@@ -161,8 +181,8 @@ def custom_task(
     )
     if prompt is None:
         return task
-    if format in CONVERSATIONS:
-        raise UserError(f"format {format} has no prompt: its rows hold the user's messages")
+    if format in (*CONVERSATIONS, FIELDS):
+        raise UserError(f"format {format} has no prompt of the task: its rows or its source bring them")
     check_prompt(task, prompt)
     return replace(task, base_prompt=prompt, chat_prompt=prompt)
 
@@ -181,8 +201,8 @@ def published_task(task: Task) -> Task:
     Raises:
         UserError: the scripts have no such task.
     """
-    if task.format in CONVERSATIONS or task.metric == "click":
-        what = f"data of format {task.format}" if task.format in CONVERSATIONS else f"metric {task.metric}"
+    if task.format in (*CONVERSATIONS, FIELDS) or task.metric in ("click", "detection"):
+        what = f"data of format {task.format}" if task.format in (*CONVERSATIONS, FIELDS) else f"metric {task.metric}"
         raise UserError(f"--prompt published: the published scripts have nothing like task {task.name} ({what})")
     task = replace(task, stop=(), published=True)
     if task.by_likelihood:
@@ -210,6 +230,8 @@ def check_prompt(task: Task, prompt: str) -> None:
 def missing_in(task: Task, prompt: str) -> list[str]:
     """The placeholders of the task that a prompt lacks."""
     needed = {"vqa": ["{question}"], "grounding": ["{phrase}"]}.get(task.format, [])
+    if task.is_detection:
+        needed = []
     if task.metric == "multiple_choice":
         needed = [*needed, "{options}"]
     return [placeholder for placeholder in needed if placeholder not in prompt]
@@ -223,6 +245,8 @@ def task_of(evaluate: Evaluate) -> Task:
     """
     if evaluate.task is None:
         raise UserError("the evaluate section names no task: set evaluate.task")
+    if evaluate.task == "fields" and "max_new_tokens" not in evaluate.model_fields_set:
+        return find_task("fields")
     if evaluate.task == "custom":
         assert evaluate.metric is not None, "the section refuses task custom without a metric"
         return custom_task(evaluate.metric, max_new_tokens=evaluate.max_new_tokens, format=evaluate.data[0].format)

@@ -26,8 +26,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qwenvl import QwenVLConfig, load_image, load_processor
+from qwenvl import QwenVLConfig, load_processor
 from qwenvl.chat import render_chat
+from qwenvl.checkpoint.record import read_record
 from qwenvl.image_span import place_image_features
 from qwenvl.vision import VisionTransformer
 
@@ -65,6 +66,8 @@ class PromptEncoder:
         visual = self.folder / "visual"
         self.config = QwenVLConfig.from_pretrained(visual, attn_implementation="sdpa")
         self.processor = load_processor(visual)
+        record = read_record(self.folder)
+        self.views = None if record is None else record.views
         weights = load_file(visual / "visual.safetensors", device=device)
         with torch.device("meta"):
             self.tower = VisionTransformer(self.config)
@@ -74,7 +77,7 @@ class PromptEncoder:
 
     @torch.no_grad()
     def __call__(self, messages: Sequence[Mapping[str, Any]], *, grounding: bool = False) -> PromptEmbeddings:
-        """Encode a conversation up to the beginning of the reply.
+        """Encode a conversation up to the beginning of the reply; with the views that the model was trained with.
 
         Args:
             messages: `{"role": ..., "content": text or parts}`; parts are `{"type": "text", "text": ...}` and
@@ -89,13 +92,13 @@ class PromptEncoder:
             self.processor.tokenizer,
             add_generation_prompt=True,
             grounding=grounding,
+            views=self.views,
             n_queries=self.config.n_queries,
         )
         ids = torch.tensor([rendered.ids])
         embeddings = self._rows(ids)
         if rendered.images:
-            images = [load_image(source) for source in rendered.images]
-            pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            pixels = self.processor.image_processor(rendered.images, return_tensors="pt")["pixel_values"]
             features = self.tower(pixels.to(self.tower.proj.device)).cpu()
             embeddings = place_image_features(embeddings, ids, features, self.config)
         return PromptEmbeddings(embeddings, ids, torch.ones_like(ids))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.batches.budget import NOTES, ChosenBudget, packing_budget
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.fitting import largest_budget
 from finetune.memory.free_memory import USABLE, device_type, free_device_memory

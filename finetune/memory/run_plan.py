@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.errors import UserError
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.fitting import what_does_not_fit

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def worst_workload(
     Supervised tokens and images are bounded each by the conversations with most of them per token.
 
     Args:
-        lengths, supervised, images: of each conversation (see `data.checking.Checked`); at least one.
+        lengths, supervised, images: of each conversation (see `data.checked.Checked`); at least one.
         budget: tokens of one forward (`packing.pack`); None is one conversation at a time.
         batch: conversations that are packed together.
     """
@@ -87,7 +87,11 @@ def different_rows(checked: Checked, seed: int, batch: int) -> dict[str, list[in
     Conversations with equal values are listed `batch` times at most, as a pack has no more of them. This leaves some
     thousands of a million.
     """
-    places = np.searchsorted(checked.kept, checked.weighted_indices(seed))
+    if checked.epochs(seed) is None:
+        places = np.searchsorted(checked.kept, checked.weighted_indices(seed))
+    else:  # any of the samples may be drawn, as often as its weight rounded up
+        times = np.ceil(np.array(checked.weights)).astype(np.int64)[checked.source]
+        places = np.repeat(np.arange(len(checked.kept)), times)
     columns = np.stack([values[places] for values in (checked.lengths, checked.supervised, checked.images)])
     different, times = np.unique(columns, axis=1, return_counts=True)
     several = np.repeat(different, np.minimum(times, batch), axis=1)

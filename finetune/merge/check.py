@@ -203,11 +203,13 @@ def sample_prompt(path: str | Path, *, visual: bool) -> dict[str, torch.Tensor]:
     draw.rectangle((40, 30, 200, 130), fill="red")
     draw.ellipse((220, 100, 330, 210), fill="blue")
     draw.text((60, 70), "SIGN 42", fill="white")
-    # The same for base and merged model, whatever system message the latter was trained under.
+    # The same for base and merged model, whatever system message and views the latter was trained with.
     system = {"role": "system", "content": DEFAULT_SYSTEM}
     question = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]}
     messages = [system, question, {"role": "assistant", "content": ANSWER}]
-    encoded = load_processor(path).apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    processor = load_processor(path)
+    processor.views = None
+    encoded = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
     assert isinstance(encoded, BatchFeature), "return_dict=True"
     return dict(encoded)
 

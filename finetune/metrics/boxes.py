@@ -37,13 +37,19 @@ def first_box(prediction: str, image_size: tuple[int, int]) -> Box | None:
     from qwenvl.text.boxes import Box as PixelBox
     from qwenvl.text.grounding import parse_grounding
 
-    opening = _OPENING_POINTS.match(prediction)
-    text = f"<box>{opening[1]}</box>" if opening else prediction
-    for region in parse_grounding(text).regions:
+    for region in parse_grounding(as_markup(prediction)).regions:
         shape = region.to_pixels(*image_size)
         if isinstance(shape, PixelBox):
             return shape.x1, shape.y1, shape.x2, shape.y2
     return None
+
+
+def as_markup(prediction: str) -> str:
+    """A reply with the `<box>` around its first points that the prompt of a base model has opened already."""
+    opening = _OPENING_POINTS.match(prediction)
+    if not opening:
+        return prediction
+    return f"<box>{opening[1]}</box>{prediction[opening.end() :].removeprefix('</box>')}"
 
 
 def grounding_accuracy(prediction: str, gold: Sequence[float], image_size: tuple[int, int]) -> float:

@@ -9,6 +9,7 @@ from typing import Literal
 
 LONGEST_RUN = 256
 """Combining marks in a row; no language has more than a few. Normalisation sorts each run, in quadratic time."""
+_MARK_PAIRS = "\u0f73\u0f75\u0f81"  # count as letters, and decompose into two marks each
 
 
 def composed(text: str, form: Literal["NFC", "NFKC"] = "NFC") -> str:
@@ -29,6 +30,6 @@ def _longest_run(text: str) -> int:
     """The most combining marks in a row."""
     longest = run = 0
     for character in text:
-        run = run + 1 if unicodedata.combining(character) else 0
+        run = run + 1 if unicodedata.combining(character) or character in _MARK_PAIRS else 0
         longest = max(longest, run)
     return longest

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.errors import UserError
 from finetune.model.adapters import TrainableModel, put_lora, train_in_full, trains_embeddings, trains_vision_only
 from finetune.model.computing import quantization_arguments
@@ -21,6 +21,7 @@ from qwenvl.model.host_embedding import HostEmbedding
 from qwenvl.model.nf4_weights import linear_4bit
 from qwenvl.model.quantization import quantized_names
 from qwenvl.model.whole import require_whole
+from qwenvl.views import Views
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Base:
         processor: of the checkpoint.
         packed: the checkpoint is packed by GPTQ, and is read as the 16-bit weights that it stands for.
         record: what it was trained as.
+        seq_length: tokens that it was made for, by its configuration.
     """
 
     path: str
@@ -40,19 +42,31 @@ class Base:
     processor: QwenVLProcessor
     packed: bool = False
     record: ModelRecord = field(default_factory=ModelRecord)
+    seq_length: int = 2048
 
     @property
     def taken_for(self) -> str:
         """`, a chat model (qwenvl.json)`; empty where nothing says it."""
         return "" if self.record.style is None else f", a {self.record.style} model ({self.record.read_from})"
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of a run on it has to know."""
-        if not self.packed:
-            return ()
-        then = "quantised anew, to NF4" if self.quantized else "take the memory of 16-bit ones"
-        return (f"The checkpoint is packed by GPTQ in 4 bits; its weights are read as 16-bit ones, and {then}.",)
+    def notes(self, views: Views | None) -> tuple[str, ...]:
+        """What a reader of a run on it has to know.
+
+        Args:
+            views: what pictures an image is in the run.
+        """
+        notes = []
+        if self.packed:
+            then = "quantised anew, to NF4" if self.quantized else "take the memory of 16-bit ones"
+            notes.append(
+                f"The checkpoint is packed by GPTQ in 4 bits; its weights are read as 16-bit ones, and {then}."
+            )
+        if self.record.views is not None and self.record.views != views:
+            now = "alone" if views is None else f"as {views}"
+            notes.append(
+                f"The checkpoint was trained on images as {self.record.views}; this run shows them {now} (data.views)."
+            )
+        return tuple(notes)
 
 
 def find_base(model: Model) -> Base:
@@ -78,10 +92,12 @@ def find_base(model: Model) -> Base:
         )
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    packed = is_gptq_checkpoint(source.base, QwenVLConfig.from_pretrained(source.base))
+    config = QwenVLConfig.from_pretrained(source.base)
+    packed = is_gptq_checkpoint(source.base, config)
     record = trained_as(source.base)
     refuse_other_record(source, record)
-    return Base(source.base, quantized, QwenVLProcessor.from_pretrained(source.base), packed, record)
+    processor = QwenVLProcessor.from_pretrained(source.base)
+    return Base(source.base, quantized, processor, packed, record, config.seq_length)
 
 
 def read_generation_config(base: str) -> GenerationConfig:

@@ -15,7 +15,10 @@ from pydantic import Field
 from finetune.recipe.checks import findings_across
 from finetune.recipe.overrides import apply_overrides, read_overrides
 from finetune.recipe.problems import Place, Problem, RecipeError
-from finetune.recipe.sections import Adapter, Data, Evaluate, Finding, Freeze, Model, Section, Source, Word
+from finetune.recipe.section import Finding, Section, Word
+from finetune.recipe.sections import Adapter, Data, Evaluate, Freeze, Model
+from finetune.recipe.sources import Source
+from finetune.recipe.split import cut_sources
 from finetune.recipe.train_section import DECIDING, LearningRates, OwnTrainKeys, Train
 from finetune.recipe.validation import validate
 from finetune.recipe.yaml_file import Document, read_file, read_yaml, write_yaml
@@ -107,6 +110,7 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), file: str = "recipe")
     lost = list(apply_overrides(document, given))
     document.problems += [((), problem) for problem in [*problems, *lost]]
     _put_single_sources_in_lists(document)
+    cut_sources(document)
     return validate(document, Recipe)
 
 

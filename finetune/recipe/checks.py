@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetune.recipe.sections import Adapter, Data, Evaluate, Finding, Freeze, Model
+from finetune.recipe.section import Finding
+from finetune.recipe.sections import Adapter, Data, Evaluate, Freeze, Model
 from finetune.recipe.train_section import Train
 
 

@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Any
 
-from finetune.recipe.sections import Section
+from finetune.recipe.section import Section
 
 
 @cache

@@ -1,103 +1,12 @@
 """The sections of a recipe other than `train`: every key with its type, unit and one sentence."""
 
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Protocol, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, Strict
 
-from finetune.recipe.problems import nearest
-
-NAME = re.compile(r"\w[\w.-]*")
-"""Of a source: it becomes part of a logged key and of a folder's name."""
-
-
-class Named(Protocol):
-    """A source that has a name: the one it was given, else that of its path."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def name(self) -> str | None: ...
-
-
-def source_name(source: Named) -> str:
-    """The name given, or that of the file, folder or hub dataset without folders and ending."""
-    if source.name is not None:
-        return source.name
-    return re.sub(r"[^\w.-]+", "_", Path(source.path).stem).lstrip("_.-") or "data"
-
-
-def source_names(sources: Sequence[Named]) -> list[str]:
-    """The name of each source, in their order; one may come twice, see `name_given_twice`."""
-    return [source_name(source) for source in sources]
-
-
-def name_given_twice(names: Sequence[str]) -> str | None:
-    """The first name that several sources share; None where all differ, as they must: scores go by these names."""
-    return next((name for number, name in enumerate(names) if name in names[:number]), None)
-
-
-class Finding(NamedTuple):
-    """Keys that do not go together, or a value that its type allows but that is wrong."""
-
-    keys: tuple[str, ...]
-    """Dotted paths from the section that found it; the first is the one to look at."""
-    reason: str
-    remedy: str = ""
-
-
-CONTRADICTION = "contradiction"
-"""Type of the pydantic error that carries findings."""
-
-
-class Section(BaseModel):
-    """Immutable; unknown keys are refused; `"3"` is not 3, 3.0 is not 3, true is not 1, but 3 may stand for 3.0."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    def findings(self) -> Iterator[Finding]:
-        """Keys of this section that do not go together, though each is right by itself."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _refuse_findings(self) -> Self:
-        findings = tuple(self.findings())
-        if findings:
-            text = "; ".join(f"{', '.join(finding.keys)}: {finding.reason}" for finding in findings)
-            raise PydanticCustomError(CONTRADICTION, "{text}", {"text": text, "findings": findings})
-        return self
-
-
-class ReadOnlyDict(dict[str, Any]):
-    """A mapping in a recipe, as immutable as the sections."""
-
-    def _refuse(self, *_: object, **__: object) -> NoReturn:
-        raise TypeError("a recipe does not change after it was read")
-
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
-
-    def __reduce__(self) -> tuple[type[Self], tuple[dict[str, Any]]]:
-        return type(self), (dict(self),)
-
-
-def read_only(value: Any) -> Any:
-    """Lists as tuples and mappings as read-only ones, all the way down."""
-    if isinstance(value, dict):
-        return ReadOnlyDict({key: read_only(item) for key, item in value.items()})
-    if isinstance(value, list | tuple):
-        return tuple(read_only(item) for item in value)
-    return value
-
-
-Word = Annotated[str, Field(min_length=1)]
-Words = Annotated[tuple[Word, ...], Strict(False)]
-Count = Annotated[int, Field(ge=1)]
+from finetune.recipe.section import Count, Finding, Section, Word, Words
+from finetune.recipe.sources import NamedSources, Sources, Split, name_given_twice, source_names
 
 
 class Model(Section):
@@ -170,101 +79,32 @@ class Freeze(Section):
     """The language model (7.7 B parameters with embeddings and output head)."""
 
 
-ROLES = {
-    "messages": ("messages", "images", "prompt", "completion"),
-    "qwen_json": ("conversations",),
-    "llava": ("image", "conversations"),
-    "vqa": ("image", "question", "answers"),
-    "grounding": ("image", "phrase", "box"),
-    "caption": ("image", "caption"),
-}
-"""The roles that the columns of each format can have."""
+class Pages(Section):
+    """Files of several pages that a row names without a page, as several images."""
 
-PLACEHOLDERS = {"vqa": "{question}", "grounding": "{phrase}", "caption": ""}
-"""What the prompt of each format must hold; the rows of other formats bring their prompts."""
+    dpi: Annotated[int, Field(ge=36, le=1200)] = 150
+    """Pixels an inch that a page of a PDF is drawn with, also where its page is named."""
+    first: Count = 8
+    """Most pages, from the first, that one file becomes; each is an image of its own."""
+    on_more: Literal["error", "drop"] = "error"
+    """A file with more pages than first: refuse its row, or leave the others out and count them."""
 
 
-class Source(Section):
-    """A dataset, or a part of one, in one of the formats."""
+class Views(Section):
+    """Each image as several pictures: the whole page, picture 1, and its parts, row by row."""
 
-    path: Word
-    """File, folder or hub dataset id; a relative path is taken from the working directory."""
-    format: Literal["messages", "qwen_json", "llava", "vqa", "grounding", "caption"]
-    """What a row looks like."""
-    config: Word | None = None
-    """Configuration of a hub dataset that has several."""
-    split: Word | None = None
-    """Split of a hub dataset, such as train or validation."""
-    columns: Annotated[dict[str, Word], AfterValidator(ReadOnlyDict)] = Field(default_factory=ReadOnlyDict)
-    """Role -> name of its column, where the two differ."""
-    box_form: Literal["xyxy", "xywh"] | None = None
-    """Boxes, in pixels, are two corners (xyxy) or a corner, width and height (xywh); for format grounding only."""
-    prompt: Word | None = None
-    """What the user says: {question} (vqa) or {phrase} (grounding) is filled in; the instruction for caption."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often each row is used an epoch: 2.0 twice, 0.5 half of the rows."""
-    limit: Count | None = None
-    """Only this many of the first rows."""
-    streaming: bool = False
-    """Fetch a hub dataset row by row, and none beyond limit, instead of whole."""
+    page: bool = True
+    """Whether the whole page comes first; boxes are of it, and without it there can be none."""
+    grid: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=8)], ...], Strict(False), Field(min_length=2, max_length=2)
+    ] = (2, 2)
+    """Rows and columns of the parts, as [2, 2]; each is a picture of its own and takes 258 tokens."""
+    overlap: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """What neighbouring parts share, as a share of a part's side: a line of text that one cuts is whole in another."""
 
     def findings(self) -> Iterator[Finding]:
-        roles = ROLES[self.format]
-        for role in self.columns:
-            if role not in roles:
-                meant = nearest(role, roles)
-                remedy = f"did you mean {' or '.join(meant)}? " if meant else ""
-                remedy += f"The roles are {', '.join(roles)}"
-                yield Finding((f"columns.{role}", "format"), f"format {self.format} has no such role", remedy)
-        if self.format == "grounding" and self.box_form is None:
-            yield Finding(
-                ("format", "box_form"),
-                "boxes in pixels are stored in two ways, and box_form does not say which",
-                "set box_form: xyxy or xywh",
-            )
-        if self.format != "grounding" and self.box_form is not None:
-            yield Finding(("box_form", "format"), f"format {self.format} has no boxes in pixels", "remove box_form")
-        if self.prompt is not None and self.format not in PLACEHOLDERS:
-            yield Finding(("prompt", "format"), f"rows of format {self.format} bring their prompts", "remove prompt")
-        elif self.prompt is not None and PLACEHOLDERS[self.format] not in self.prompt:
-            needed = PLACEHOLDERS[self.format]
-            yield Finding(("prompt", "format"), f"there is no {needed} in it to fill in", f"write {needed} in it")
-
-
-def one_as_list(value: Any) -> Any:
-    """A single source as a list of one."""
-    return (value,) if isinstance(value, dict | Source) else value
-
-
-Sources = Annotated[
-    tuple[Source, ...],
-    Strict(False),
-    Field(min_length=1),
-    BeforeValidator(one_as_list, json_schema_input_type=Source | Annotated[tuple[Source, ...], Field(min_length=1)]),
-]
-
-
-class NamedSource(Source):
-    """A dataset to evaluate on, whose score is told apart from those of the others."""
-
-    name: Word | None = None
-    """The word its score is logged under, such as old for eval_anls_old; null takes the name of its file."""
-
-    def findings(self) -> Iterator[Finding]:
-        yield from super().findings()
-        if self.name is not None and not NAME.fullmatch(self.name):
-            yield Finding(("name",), f"{self.name!r} is not one word", "use letters, digits, _, . and - only")
-
-
-NamedSources = Annotated[
-    tuple[NamedSource, ...],
-    Strict(False),
-    Field(min_length=1),
-    BeforeValidator(
-        one_as_list,
-        json_schema_input_type=NamedSource | Annotated[tuple[NamedSource, ...], Field(min_length=1)],
-    ),
-]
+        if self.grid == (1, 1):
+            yield Finding(("grid",), "a grid of [1, 1] is the whole page", "give more parts, or set data.views: null")
 
 
 class Data(Section):
@@ -272,14 +112,26 @@ class Data(Section):
 
     train: Sources
     """The sources to train on, mixed; one source may stand without a list."""
+    split: Split | None = None
+    """Cut the sources by documents: evaluate.data: split takes the other part. Written out as `part` of each."""
     images_root: Word | None = None
     """Folder that image paths are relative to and may not leave; null takes the folder of each data file."""
+    pages: Pages | None = None
+    """A file of several pages (PDF, TIFF, animation) becomes as many images; null wants a page named: file.pdf#3."""
+    views: Views | None = None
+    """Each image becomes several pictures, also where the model is evaluated, asked or served; null is one picture."""
     max_length: Count | None = 2048
     """Most tokens of one conversation; an image takes 258. null sets no limit."""
     on_long: Literal["error", "drop", "drop_turns"] = "error"
     """A conversation beyond max_length: refuse the data, leave it out, or only its first turns. Both are counted."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be read: refuse the data, or leave it out and report it."""
+    ignore: Words = ()
+    """Columns (or keys of turns, as messages.name) that are left unread though they would change training."""
+    markup_as_text: Words = ()
+    """Markup that is trained as words where no format reads it, such as <image>, <box> or <|im_end|>; else refused."""
+    check_images: Literal["auto", "all", "headers"] = "auto"
+    """Before step 1, decode all images, or read only headers; auto decodes all where that takes under ten minutes."""
     tokens_per_batch: Count | Literal["auto"] | None = None
     """Most tokens of one packed forward; auto takes what fits into the memory, null max_length or the longest row."""
     packing: bool = True
@@ -288,6 +140,10 @@ class Data(Section):
     """What is learned: replies and their end, or also the turn structure as the published script does."""
     grounding: bool = False
     """Read well-formed <ref>, <box> and <quad> in the texts as the model's own tokens instead of as text."""
+    box_edge: Literal["error", "clamp"] = "error"
+    """Coordinates of 1000 in boxes and quads, the image's far edge: refuse them, or read them as 999, the last one."""
+    no_object: Word = "[]"
+    """The reply of rows of format grounding that have no box."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode images; 0 decodes in the training process."""
     allow_urls: bool = False
@@ -300,6 +156,12 @@ class Data(Section):
     """Most GB of the vision cache; null takes what fits, in memory at most half of what is free."""
 
     def findings(self) -> Iterator[Finding]:
+        if self.views is not None and not self.views.page:
+            reason = "boxes are of the whole page, which is not among the pictures"
+            if self.grounding:
+                yield Finding(("grounding", "views.page"), reason, "set views.page: true")
+            if any(source.format == "grounding" for source in self.train):
+                yield Finding(("views.page", "train"), reason, "set views.page: true")
         if self.vision_cache_gb is not None and self.vision_cache == "off":
             yield Finding(
                 ("vision_cache_gb", "vision_cache"),
@@ -337,10 +199,20 @@ TaskName = Literal[
     "nocaps",
     "screenspot",
     "multiple_choice",
+    "fields",
     "custom",
 ]
 MetricName = Literal[
-    "anls", "relaxed_accuracy", "vqa_score", "exact_match", "multiple_choice", "grounding", "click", "cider_d"
+    "anls",
+    "relaxed_accuracy",
+    "vqa_score",
+    "exact_match",
+    "multiple_choice",
+    "grounding",
+    "click",
+    "detection",
+    "cider_d",
+    "field_f1",
 ]
 
 
@@ -348,7 +220,9 @@ class Evaluate(Section):
     """Evaluation during training, and replies shown before and after; null in its place does without."""
 
     data: NamedSources
-    """The sources to evaluate on; one may stand without a list, of several each has a score of its own as well."""
+    """The sources to evaluate on, one without a list or several, each scored; split is what data.split cuts off."""
+    overlap: Literal["warn", "error"] = "warn"
+    """Rows or images to evaluate on that are trained on as well: say so, or refuse to run."""
     task: TaskName | None = None
     """What replies are scored as, besides the loss; its score selects the best checkpoint. custom takes `metric`."""
     metric: MetricName | None = None
@@ -358,7 +232,7 @@ class Evaluate(Section):
     predictions: Annotated[int, Field(ge=0)] = 8
     """Rows whose replies are shown before and after training."""
     max_new_tokens: Count = 64
-    """Most tokens of a reply."""
+    """Most tokens of a reply; where it is not given, task fields takes its own 512."""
     patience: Count | None = None
     """Stop after this many evaluations without a better score (without a task: loss); null trains to the end."""
     limit: Count | None = None

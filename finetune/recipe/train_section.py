@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from pydantic import AfterValidator, Field, create_model
 
-from finetune.recipe.sections import Finding, Section, Words, read_only
+from finetune.recipe.section import Finding, Section, Words, read_only
 
 FIELDS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("train_fields.json").read_text())["fields"]
 """Every field of `SFTConfig`; `fields` writes the file."""

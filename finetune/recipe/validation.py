@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from finetune.recipe.checks import findings_across
 from finetune.recipe.problems import Problem, RecipeError, dotted, nearest
 from finetune.recipe.schema import keys_at, part, schema_of
-from finetune.recipe.sections import CONTRADICTION, Finding, Section
+from finetune.recipe.section import CONTRADICTION, Finding, Section
 from finetune.recipe.train_section import OWNED
 from finetune.recipe.wording import expected, found, remedy
 from finetune.recipe.yaml_file import Document, KeyPath

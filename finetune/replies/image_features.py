@@ -3,13 +3,15 @@
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 
 import torch
 
 from finetune.batches.budget import ENCODED_TOGETHER, KEPT_FEATURE_BYTES
 from finetune.batches.image_request import ImageRequest, VisionCache, read_pixels
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor
-from qwenvl.images.images import ImageError
+from qwenvl.images.images import ImageError, ImageReader
+from qwenvl.views import whole_of
 
 READERS = 4  # threads that decode; Pillow releases the GIL while it decodes and resizes
 
@@ -36,7 +38,8 @@ class ImageStore:
         self._model, self._image_processor, self._keep_bytes = model, image_processor, keep_bytes
         self._cache = cache
         self._readers = ThreadPoolExecutor(READERS, "read-images")
-        self._pending: dict[str, Future[torch.Tensor]] = {}  # being read, or read and not encoded yet
+        # Being read, or read and not encoded yet: the pictures of one image together, by key.
+        self._pending: dict[str, Future[dict[str, torch.Tensor]]] = {}
         self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._unreadable: dict[str, ImageError] = {}
         self._bytes = 0
@@ -50,9 +53,15 @@ class ImageStore:
 
     def read_ahead(self, requests: Mapping[str, ImageRequest]) -> None:
         """Start to read images, by key, except those that are here or being read already."""
-        for key, request in requests.items():
-            if key not in self._pending and key not in self._features and key not in self._unreadable:
-                self._pending[key] = self._readers.submit(self._read, request)
+        missing = [
+            (key, request)
+            for key, request in requests.items()
+            if key not in self._pending and key not in self._features and key not in self._unreadable
+        ]
+        # Neighbours that are pictures of one image are read together, so that it is decoded once.
+        for _, pictures in groupby(missing, lambda item: (id(whole_of(item[1].source)), item[1].access)):
+            group = dict(pictures)
+            self._pending |= dict.fromkeys(group, self._readers.submit(self._read, group))
 
     def features(self, requests: Mapping[str, ImageRequest]) -> dict[str, torch.Tensor | ImageError]:
         """The features of images, by key.
@@ -77,18 +86,19 @@ class ImageStore:
             self._bytes -= dropped.nbytes
         return found
 
-    def _read(self, request: ImageRequest) -> torch.Tensor:
-        """(3, S, S) uint8, or (n_queries, hidden) of an image that is in the cache."""
+    def _read(self, requests: Mapping[str, ImageRequest]) -> dict[str, torch.Tensor]:
+        """By key (3, S, S) uint8, or (n_queries, hidden) of an image that is in the cache."""
+        reader = ImageReader()
         if self._cache is not None:
-            return self._cache.get(request)
-        return read_pixels(request, self._image_processor)
+            return {key: self._cache.get(request, reader) for key, request in requests.items()}
+        return {key: read_pixels(request, self._image_processor, reader) for key, request in requests.items()}
 
     @torch.no_grad()
     def _encode(self, keys: Sequence[str]) -> None:
         read: dict[str, torch.Tensor] = {}
         for key in keys:
             try:
-                read[key] = self._pending[key].result()
+                read[key] = self._pending[key].result()[key]
             except ImageError as error:
                 self._unreadable[key] = error
                 del self._pending[key]

@@ -39,6 +39,14 @@ def image_tag(small: Image.Image | str) -> str:
     return f'<img {size} alt="image of this row" src="data:image/jpeg;base64,{data}">'
 
 
+def picture_tag(picture: Image.Image) -> str:
+    """An `<img>` of what a model gets: almost lossless, so that what is hard to read is so for the model too."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=95, subsampling=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img width="{picture.width}" height="{picture.height}" alt="" src="data:image/jpeg;base64,{data}">'
+
+
 def jpeg_settings(image: Image.Image, quality: int) -> dict[str, int]:
     """Settings to save an image as JPEG: almost lossless for a small one, whose letters would become unreadable."""
     return {"quality": 95, "subsampling": 0} if max(image.size) <= SMALL else {"quality": quality}

@@ -88,6 +88,17 @@ pre { margin: 0; font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; 
 .match .said { background: var(--good-soft); border-radius: 4px; padding: 2px 8px; margin-left: -8px; }
 mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 0 2px; }
 del { color: var(--muted); }
+code.token { font: .85em ui-monospace, monospace; color: var(--muted); border: 1px solid var(--rule);
+  border-radius: 4px; padding: 0 3px; }
+.note { font-size: .75em; color: var(--warn); margin-left: .3em; }
+.spelled { border-bottom: 1px dashed var(--warn); }
+.context { border-left: 3px solid var(--warn); padding-left: .4em; }
+.context > .note { margin: 0 .5em 0 0; }
+.left-out { margin: 0 0 10px; padding-left: 1.2em; font-size: .9em; color: var(--warn); }
+.seen { display: flex; flex-wrap: wrap; gap: 10px; margin-bottom: 12px; align-items: flex-start; }
+.seen figure { margin: 0; flex: 1 1 140px; max-width: 300px; }
+.seen img { min-width: 0; width: 100%; object-fit: contain; object-position: top left; }
+.seen figcaption { font-size: .8em; color: var(--muted); overflow-wrap: anywhere; }
 .nothing { border: 1px dashed var(--rule); border-radius: 4px; padding: 12px; color: var(--muted); font-size: .85em; }
 @media (max-width: 640px) {
   main { padding: 20px 12px 48px; }

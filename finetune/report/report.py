@@ -47,6 +47,7 @@ from finetune.report.phases import phases_table
 from finetune.report.predictions import pair_rows, predictions_section
 from finetune.report.scores import score_charts, score_title, scores_section
 from finetune.run.json_values import NON_FINITE
+from finetune.run.left_out import LEFT_OUT, describe_left_out
 
 REPORT = "report.html"
 LARGEST_STEP = 10**12  # beyond any run
@@ -63,7 +64,7 @@ _CHARTS = (
 )
 _OWN_PLACE = (
     *("status", "started", "finished", "wall_seconds", "model", "parameters", "rows"),
-    *("packing_efficiency", "environment", "notes", "identity", "score", "phases"),
+    *("packing_efficiency", "environment", "notes", "identity", "score", "phases", "left_out"),
 )
 
 
@@ -317,6 +318,9 @@ def _composition(facts: Mapping[str, Any]) -> str:
     data = _rows_table(facts.get("rows"))
     if is_number(packing := facts.get("packing_efficiency")):
         data += table([("packing efficiency", f"{packing:.1%}")], numeric=(1,))
+    rows, met = (found if isinstance(found := facts.get(key), dict) else {} for key in ("rows", "left_out"))
+    if said := describe_left_out(rows, met):
+        data += f'<p class="muted">Left out: {show("; ".join(said))}. {LEFT_OUT} beside this page lists them.</p>'
     if data:
         panels.append(_panel("Rows", data))
     return f'<h2>What was trained</h2>\n<div class="columns">{"".join(panels)}</div>' if panels else ""

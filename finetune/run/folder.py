@@ -25,6 +25,8 @@ class RunFolder:
     | `checkpoints/step-N/` | state after N optimizer steps, with a manifest (`checkpoints.py`) |
     | `adapter/` | the result, in PEFT's format |
     | `report.html` | the run to look at |
+    | `left_out.jsonl` | the rows that are not trained on, or not whole, with reasons (`left_out.py`) |
+    | `rows.npz` | a digest of each row, by which its place in the order is found again |
     | `run.lock` | held while a process trains here |
     """
 
@@ -35,6 +37,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.rows_file = self.path / "rows.npz"
         self.report_file = self.path / "report.html"
         self.lock_file = self.path / LOCK_FILE
 

@@ -1,7 +1,8 @@
 """What a run trains its model as: the record beside the adapter or the weights, see `qwenvl.checkpoint.record`."""
 
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.data.formats.row_format import PROMPTS
+from finetune.data.reading import views_of
 from finetune.model.base import Base
 from finetune.recipe import Recipe
 from qwenvl.checkpoint.identity import BaseIdentity
@@ -23,6 +24,7 @@ def record_of_run(recipe: Recipe, base: Base, base_identity: BaseIdentity, check
         stop_ids=(tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id),
         prompts=_prompts(recipe),
         system=checked.system,
+        views=views_of(recipe),
         grounding=recipe.data.grounding,
         labels=recipe.data.labels,
     )

@@ -1,12 +1,20 @@
 """What the processes of a distributed run do together: average gradients, and close their process group."""
 
+import atexit
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from finetune.errors import Interrupted
+
+_KEPT: list[Any] = []
+"""Closed groups, until the process ends. DistributedDataParallel refers to its group. If it is the last to do so, it
+destroys it with the GIL held, waiting for gloo's threads; one of these may wait for the GIL, to release the tensors of
+the last collective. Python's own reference lets go of the GIL first."""
+atexit.register(_KEPT.clear)
 
 
 def _is_initialized() -> bool:
@@ -33,8 +41,10 @@ def closing_process_group() -> Iterator[None]:
 
 
 def _destroy_group(existed: bool) -> None:
-    if not existed and _is_initialized():
-        dist.destroy_process_group()
+    if existed or not _is_initialized():
+        return
+    _KEPT.append(dist.group.WORLD)
+    dist.destroy_process_group()
 
 
 BUCKET_BYTES = 64_000_000

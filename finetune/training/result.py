@@ -11,6 +11,7 @@ from finetune.model.base import Base
 from finetune.report.report import write_report
 from finetune.run.checkpoints import writing
 from finetune.run.folder import RunFolder
+from finetune.run.left_out import LEFT_OUT, describe_left_out
 from finetune.terminal import Say
 from finetune.training.summary import summary
 from finetune.training.trainer import QwenVLTrainer
@@ -61,8 +62,11 @@ def report_result(
     )
     for label, text in lines.items():
         say(label, text)
+    facts = run.read_run() or {}
+    if said := describe_left_out(facts["rows"], trainer.left_out.counts()):
+        say("left out", f"{'; '.join(said)}: {run.path / LEFT_OUT} lists them")
     if task is not None:
-        say(*score_line((run.read_run() or {})["score"]))
+        say(*score_line(facts["score"]))
     is_adapter = result == run.adapter
     say("adapter" if is_adapter else "model", f"{result}{_of_which_step(trainer)}")
     say("report", report)

@@ -1,25 +1,30 @@
 """What `run.json` says of a training run, from its start to its end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
+from finetune.data.places import Places, save_places
 from finetune.data.summary import count_rows, lines_left_out
 from finetune.errors import Interrupted, UserError
 from finetune.evaluation.task_evaluation import TaskScore
-from finetune.files.atomic_writes import write_text
+from finetune.files.atomic_writes import write_text, writing_file
 from finetune.memory.run_plan import SWITCHES
 from finetune.memory.switches import Switches
 from finetune.model.base import Base
 from finetune.recipe import Recipe
 from finetune.run.environment import describe_environment
 from finetune.run.folder import RunFolder
+from finetune.run.left_out import LEFT_OUT, lines_of_before
 from finetune.training.phases import Phases
 from finetune.training.trained_model import TrainedModel
-from finetune.training.training_data import TrainingData
+from finetune.training.training_data import PLACES, TrainingData
 
-LEFT_OUT = "left_out.jsonl"
+WEIGHTS = "weights"
+"""Key of run.json: whether samples are drawn by the weights of their sources in each epoch or once for all."""
+EACH_EPOCH, ONCE = "each epoch", "once"
 
 
 def begin_record(
@@ -28,16 +33,27 @@ def begin_record(
     identity: Mapping[str, Any],
     base: Base,
     data: TrainingData,
+    places: Mapping[str, Places],
     switches: Switches,
     trained: TrainedModel,
     score: Mapping[str, Any] | None,
+    *,
+    resumes: bool = False,
+    mended: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> None:
     """Write recipe.yaml, run.json and the list of rows left out, when the run is ready to train.
 
     Args:
+        places: of the rows when the run began; empty for a run that an older version began.
         score: of the parts of the run before this one; None of a new run.
+        resumes: the run goes on: samples that it has left out before stay in the list.
+        mended: of each part of the data, the samples that were left out before and are others now.
     """
     run.write_recipe(recipe.to_yaml())
+    if places and not resumes:
+        # Before run.json, which says that it is there.
+        with writing_file(run.rows_file) as partial:
+            save_places(partial, dict(places))
     run.write_run(
         {
             "status": "running",
@@ -51,11 +67,15 @@ def begin_record(
             },
             "rows": {name: count_rows(checked) for name, checked in data.checked.items()},
             "notes": list(trained.notes),
+            WEIGHTS: EACH_EPOCH if data.checked["train"].redraws else ONCE,
+            PLACES: bool(places),
             SWITCHES: {"optim": switches.optim},
             **({"score": dict(score)} if score else {}),
         }
     )
     left_out = [line for checked in data.checked.values() for line in lines_left_out(checked)]
+    if resumes:
+        left_out += lines_of_before(run.path / LEFT_OUT, mended)
     write_text(run.path / LEFT_OUT, "".join(left_out))
 
 
@@ -77,8 +97,20 @@ def record_score(run: RunFolder, score: TaskScore, when: str) -> None:
     run.update_run({"score": score.added_to(so_far, when)})
 
 
-def finish_record(run: RunFolder, phases: Phases, *, seconds: float, steps: int, best_checkpoint: str | None) -> None:
-    """Note that the run is finished: its result is there."""
+def finish_record(
+    run: RunFolder,
+    phases: Phases,
+    *,
+    seconds: float,
+    steps: int,
+    left_out: Mapping[str, int],
+    best_checkpoint: str | None,
+) -> None:
+    """Note that the run is finished: its result is there.
+
+    Args:
+        left_out: samples of each part of the data that were met and could not be read.
+    """
     run.update_run(
         {
             "status": "finished",
@@ -86,6 +118,7 @@ def finish_record(run: RunFolder, phases: Phases, *, seconds: float, steps: int,
             "wall_seconds": round(seconds, 1),
             "phases": phases.record(),
             "steps": steps,
+            "left_out": dict(left_out),
             "best_checkpoint": best_checkpoint,
         }
     )

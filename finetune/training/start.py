@@ -1,10 +1,14 @@
 """Where a run stands: it starts at step 0, resumes from a checkpoint, or is finished."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from finetune.data.places import Aligned
 from finetune.data.samples import Samples
 from finetune.errors import UserError
 from finetune.recipe import Recipe
@@ -20,6 +24,7 @@ FREE_TO_CHANGE = (
     # The base is known by its identity, wherever it is stored.
     *("model.path", "output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
     "data.tokens_per_batch",  # changes rounding, and which inputs dropout zeroes
+    *("data.on_bad_row", "data.check_images"),  # what is left out is known by row, see `data.places`
     *("data.vision_cache", "data.vision_cache_gb", "model.attention", "model.kernels"),  # change rounding
     "train.checkpointing",
     *(f"train.{key}" for key in ("logging_steps", "logging_strategy", "save_steps", "save_total_limit", "report_to")),
@@ -66,6 +71,18 @@ def run_identity(
     }
 
 
+def with_new_keys(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored identity with the keys that recipes got since then, at their defaults: those say what was done before.
+
+    A recipe that is not one any more stays as it is.
+    """
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(identity["recipe"])).model_dump(mode="json")
+    except (ValidationError, KeyError):
+        return dict(identity)
+    return {**identity, "recipe": recipe}
+
+
 def find_start(
     run: RunFolder,
     recipe: Recipe,
@@ -74,12 +91,15 @@ def find_start(
     say: Say,
     *,
     is_main: bool,
+    aligned: Mapping[str, Aligned] | None = None,
 ) -> Start:
     """Find where a run stands, and clear what a killed process left behind.
 
     Args:
         identity: of the run about to start, see `run_identity`.
         stored: what run.json says; None where there is none.
+        aligned: where the rows of each part of the data are now, if the run folder tells what they were; the data's
+            fingerprints are compared where it does not.
         is_main: whether this is the process that writes into the run folder.
 
     Raises:
@@ -90,8 +110,15 @@ def find_start(
         clean_partials(run.checkpoints)
     if stored is None or "identity" not in stored:
         return Fresh()
-    ignored = ("base", TRAIN_EMBEDDINGS, *(f"recipe.{key}" for key in FREE_TO_CHANGE))
-    changes = compare_runs(dict(stored["identity"]), dict(identity), ignore=ignored)
+    aligned = {} if aligned is None else aligned
+    ignored = [
+        "base",
+        TRAIN_EMBEDDINGS,
+        *(f"recipe.{key}" for key in FREE_TO_CHANGE),
+        *(f"data.{name}" for name in aligned),
+    ]
+    changes = compare_runs(with_new_keys(stored["identity"]), dict(identity), ignore=ignored)
+    changes += [f"data.{name}: {change}" for name, part in aligned.items() for change in part.changes]
     was, now = (each.get(TRAIN_EMBEDDINGS) for each in (stored["identity"], identity))
     if None not in (was, now) and was != now:  # runs of before have not noted it
         changes.append(
@@ -128,4 +155,7 @@ def find_start(
     if last.path is None:
         return Fresh()
     say("resume", f"from step {last.step}")
+    for name, part in aligned.items():
+        for note in part.notes(name):
+            say("", note)
     return Resume(last.path, last.step)

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from finetune.batches.collate import NO_SAMPLE
 from qwenvl.text.chat import IGNORED
 
 
@@ -18,7 +19,9 @@ class Throughput:
 
     def count(self, batch: dict[str, torch.Tensor]) -> None:
         """Add one collated batch of this process."""
-        tokens, images = batch["input_ids"].numel(), int(batch["sequence_images"].sum())
+        # The one token of an empty place is no sample's.
+        tokens = batch["input_ids"].numel() - int((batch["samples"] == NO_SAMPLE).sum())
+        images = int(batch["sequence_images"].sum())
         self.tokens += tokens
         self.images += images
         self.all_tokens += tokens

@@ -10,6 +10,7 @@ from finetune.model.base import embeddings_by_auto, find_base
 from finetune.model.computing import choose_backends
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
+from finetune.run.left_out import LeftOut
 from finetune.terminal import Say, say, say_nothing
 from finetune.training.arguments import trainer_arguments
 from finetune.training.interrupts import StopOnSignal
@@ -18,12 +19,12 @@ from finetune.training.phases import Phases
 from finetune.training.processes import closing_process_group
 from finetune.training.progress import Progress
 from finetune.training.result import report_result, save_result
-from finetune.training.run_record import begin_record, finish_record, record_failure
+from finetune.training.run_record import EACH_EPOCH, WEIGHTS, begin_record, finish_record, record_failure
 from finetune.training.sample_replies import reply_to_samples
 from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
 from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
-from finetune.training.training_data import read_data
+from finetune.training.training_data import data_as_it_was, find_places, read_data
 from finetune.training.training_plan import plan_training
 
 
@@ -59,7 +60,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         base = find_base(recipe.model)
         computing = choose_backends(recipe.model)
         say("model", f"{recipe.model.path}: {computing}{base.taken_for}")
-        data = read_data(recipe, base.processor, say, show_progress=is_main)
+        data = read_data(recipe, base.processor, say, show_progress=is_main, seq_length=base.seq_length)
 
         # Only now, with the data known to be right: for a hub id this downloads the weights.
         # All of it is read, by one process of each machine.
@@ -67,7 +68,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         base_identity = identify(base.path, page_cache=True) if reads_base else None
         identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base))
         stored = run.read_run()
-        start = find_start(run, recipe, identity, stored, say, is_main=is_main)
+        places = find_places(data, identity["data"], run, stored)
+        start = find_start(run, recipe, identity, stored, say, is_main=is_main, aligned=places.aligned)
         if isinstance(start, Finished):
             say(
                 "finished",
@@ -75,19 +77,43 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             )
             return run.path
 
+        resumes = isinstance(start, Resume)
+        if resumes:
+            data = data_as_it_was(data, places)
+            if stored is not None and stored.get(WEIGHTS) != EACH_EPOCH:
+                # The run began before each epoch had its own draw.
+                if data.checked["train"].epochs(recipe.seed) is not None:
+                    say(
+                        "weights",
+                        "this run drew its samples once for all epochs when it began, and goes on with those",
+                    )
+                data = data.drawn_once()
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
         trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say)
         if is_main:
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
             stack.enter_context(record_failure(run, phases))
-            begin_record(run, recipe, identity, base, data, plan.switches, trained, score_so_far)
+            begin_record(
+                run,
+                recipe,
+                identity,
+                base,
+                data,
+                places.then if resumes else places.now,  # of a run that goes on: as they were when it began
+                plan.switches,
+                trained,
+                score_so_far,
+                resumes=resumes,
+                mended={name: part.mended for name, part in places.aligned.items()},
+            )
         record = None
         if base_identity is not None:
             record = record_of_run(recipe, base, base_identity, data.checked["train"])
         # This opens the process group of a distributed run, whose processes encode images together.
         arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
-        cache = encode_images(recipe, base, data, trained, phases, say)
+        left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
+        cache = encode_images(recipe, base, data, trained, phases, left_out, say)
         progress = Progress(checkpoints=run.checkpoints)
         trainer = make_trainer(
             recipe,
@@ -99,6 +125,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             arguments,
             cache,
             record,
+            left_out,
             stop=stop,
             progress=progress,
             phases=phases,
@@ -117,6 +144,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         phases.begin("save")
         result = save_result(trainer, run, base, record, is_main=is_main)
         reply_to_samples(trainer, recipe, run, data, phases, "after", is_main=is_main)
+        trainer.gather_left_out()
         if is_main:
             seconds = time.monotonic() - began
             finish_record(
@@ -124,6 +152,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
                 phases,
                 seconds=seconds,
                 steps=trainer.state.global_step,
+                left_out=left_out.counts(),
                 best_checkpoint=trainer.state.best_model_checkpoint,
             )
             report_result(trainer, run, result, data.task, seconds, say)

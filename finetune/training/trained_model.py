@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from peft import PeftModel
 from transformers import set_seed
 
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
+from finetune.data.reading import views_of
 from finetune.memory.switches import Switches
 from finetune.model.adapters import TrainableModel
 from finetune.model.base import Base, make_trainable, refuse_text_only_samples
@@ -63,7 +64,7 @@ def load_trained_model(
     loaded.set_attn_implementation(computing.attention)
     use_kernels(loaded, computing.kernels)
     assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
-    notes = (*((RANDOM_WEIGHTS,) if is_random(loaded) else ()), *base.notes)
+    notes = (*((RANDOM_WEIGHTS,) if is_random(loaded) else ()), *base.notes(views_of(recipe)))
     model = make_trainable(loaded, recipe)
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(loaded.generation_config, loaded.config, ModelRecord(chat_format="chatml"))

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -23,16 +24,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from finetune.batches.attempt import OutOfMemory, attempt
-from finetune.batches.collate import Collator
+from finetune.batches.collate import LEFT_OUT, NO_SAMPLE, Collator
 from finetune.batches.packing import split_batch
+from finetune.data.epoch_draw import EpochDraws
 from finetune.data.loader_workers import ignore_signals_from_others
-from finetune.errors import Failed
+from finetune.errors import Failed, UserError
 from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
 from finetune.model.adapters import TrainableModel, parameter_groups, write_plain_config
 from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
+from finetune.run.left_out import LeftOut
+from finetune.training.epoch_sampler import EpochSampler
 from finetune.training.processes import average_gradients
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
@@ -58,12 +62,14 @@ class QwenVLTrainer(SFTTrainer):
         collators: for "train" and, where there is evaluation, "eval".
         indices: for the same names, the samples to use, as indices into the collator's samples.
         run: the folder that checkpoints are written to.
+        left_out: notes samples whose images cannot be decoded, or refuses them; None refuses them.
         record: what the model is trained as, written into each checkpoint; None writes none.
         tokens_per_batch: tokens of one forward; None runs every sequence by itself. A pack that does not fit into the
             memory lowers it (see `step_in_packs`).
         out_of_memory: what earlier parts of a resumed run noted in run.json about packs that did not fit.
         learning_rates, vision_layer_decay: see `adapters.parameter_groups`.
         shuffle: draw a new order of the training samples in each epoch.
+        draws: which of the training samples in `indices` each epoch has; None takes all of them in each.
         task_scorer: scores replies at each evaluation, besides the loss; None evaluates the loss alone.
         callbacks: Transformers' callbacks, besides its own.
         optimizer: in place of the one that `args.optim` names.
@@ -77,18 +83,21 @@ class QwenVLTrainer(SFTTrainer):
         collators: dict[str, Collator],
         indices: dict[str, Sequence[int]],
         run: RunFolder,
+        left_out: LeftOut | None = None,
         record: ModelRecord | None = None,
         tokens_per_batch: int | None,
         out_of_memory: Sequence[Mapping[str, Any]] = (),
         learning_rates: dict[str, float | None] | None = None,
         vision_layer_decay: float | None = None,
         shuffle: bool = True,
+        draws: EpochDraws | None = None,
         task_scorer: TaskScorer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
     ):
         self.collators = collators
         self.run = run
+        self.left_out = left_out or LeftOut(None, "error")
         self.record = record
         self.train_budget = PackBudget("tokens_per_batch", tokens_per_batch, out_of_memory)
         # Evaluation keeps no activations. If it runs out of memory, training need not have smaller packs.
@@ -97,8 +106,10 @@ class QwenVLTrainer(SFTTrainer):
         self.learning_rates = learning_rates or {}
         self.vision_layer_decay = vision_layer_decay
         self.shuffle = shuffle
+        self.epoch_sampler = None if draws is None else EpochSampler(draws, indices["train"], args.seed, shuffle)
         self.task_scorer = task_scorer
         self.throughput = Throughput()
+        self._supervised: torch.Tensor | int = 0  # tokens of all processes since the last log
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
         config = self._config_of(model)
         use_cache = config.use_cache
@@ -138,10 +149,18 @@ class QwenVLTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         assert isinstance(dataset, Dataset)
+        if self.epoch_sampler is not None:
+            return self.epoch_sampler
         if not self.shuffle:
             return SequentialSampler(dataset)
         # Accelerate replaces its generator by one seeded from the seed and the epoch, the same on every process.
         return RandomSampler(dataset)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # Not by the loader's `set_epoch`, which does not reach a sampler behind those that skip and share batches.
+        if self.epoch_sampler is not None:
+            self.epoch_sampler.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader: Any = super()._get_dataloader(*args, **kwargs)
@@ -187,6 +206,9 @@ class QwenVLTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """Forward and backward of one batch, pack by pack; returns its part of the step's loss."""
         model.train()
+        self._note_left_out("train", inputs)
+        if num_items_in_batch is not None:
+            self._supervised = self._supervised + num_items_in_batch
         if self.step_in_packs is None:
             self.train_budget.reach(self.state.global_step + 1)
             self.step_in_packs = StepInPacks(
@@ -231,6 +253,11 @@ class QwenVLTrainer(SFTTrainer):
     ) -> Any:
         """Return the cross-entropy summed over the supervised tokens, divided by `num_items_in_batch` (of all
         processes); with `return_outputs` a pair of it and the model's output."""
+        # None are supervised where all samples of a step were left out: its loss is 0.
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        elif num_items_in_batch is not None:
+            num_items_in_batch = max(num_items_in_batch, 1)
         outputs = forward_with_loss(model, self.accelerator.unwrap_model(self.model), inputs, num_items_in_batch)
         loss = outputs.loss
         if num_items_in_batch is not None and model.training:
@@ -249,7 +276,25 @@ class QwenVLTrainer(SFTTrainer):
     def _origins(self, name: str, pack: Batch) -> str:
         """File and row of each sample of a pack."""
         samples = self.collators[name].samples
-        return "; ".join(str(samples[index].origin) for index in pack["samples"].tolist())
+        return "; ".join(str(samples[index].origin) for index in pack["samples"].tolist() if index != NO_SAMPLE)
+
+    def _note_left_out(self, name: str, batch: Batch) -> None:
+        """Take what a batch had to leave out from it, and note it.
+
+        Raises:
+            UserError: the recipe refuses such samples.
+        """
+        for index, origin, reason in batch.pop(LEFT_OUT, ()):
+            self.left_out.meet(name, index, origin, reason)
+
+    def gather_left_out(self) -> None:
+        """Tell all processes what each has left out; a collective call."""
+        if self.accelerator.num_processes > 1:
+            others = gather_object([self.left_out.found])
+            # The others know it too: all log the same counts.
+            self.left_out.join(others if self.args.should_save else ())
+            for found in others:
+                self.left_out.found |= found
 
     def _refuse_out_of_memory(self, name: str, pack: Batch, failure: OutOfMemory) -> NoReturn:
         images = int(pack["sequence_images"].sum())
@@ -288,12 +333,17 @@ class QwenVLTrainer(SFTTrainer):
         beyond = self._config_of(self.model).seq_length
         for batch in self.get_eval_dataloader(eval_dataset):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            self._note_left_out("eval", batch)
             for pack, loss in self._losses(model, batch):
-                lengths = pack["sequence_lengths"]
-                counts = [(pack["labels"] != IGNORED).sum(), len(lengths), (lengths > beyond).sum()]
+                there = (pack["samples"] != NO_SAMPLE).sum()
+                counts = [(pack["labels"] != IGNORED).sum(), there, (pack["sequence_lengths"] > beyond).sum()]
                 sums += torch.tensor([loss, *counts], dtype=torch.float64, device=sums.device)
         sums = self.accelerator.reduce(sums, reduction="sum")
         self._log_lowered(self.eval_budget)
+        if not sums[1]:
+            raise UserError(
+                f"evaluate.data: none of its samples can be read now; {self.left_out.file or 'the log'} lists them"
+            )
         metrics = {
             f"{metric_key_prefix}_loss": (sums[0] / sums[1]).item(),
             f"{metric_key_prefix}_supervised_tokens": int(sums[1]),
@@ -356,6 +406,10 @@ class QwenVLTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            if not self._supervised:
+                # All samples were left out. A loss of 0 would look like one that was learned.
+                del logs["loss"]
+            self._supervised = 0
             logs |= self.throughput.since_last(self.accelerator.num_processes, self.args.device)
         # Not SFTTrainer's, which adds figures of its own loss.
         Trainer.log(self, logs, start_time)
@@ -370,6 +424,7 @@ class QwenVLTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the base class's, but complete or absent: written under another name, synced, hashed, then renamed."""
         step = self.state.global_step
+        self.gather_left_out()
         final = checkpoint_path(self.run.checkpoints, step)
         with contextlib.ExitStack() as stack:
             partial = self._from_main_process(stack.enter_context(writing(final)) if self.args.should_save else None)

@@ -1,6 +1,6 @@
 """The trainer of a run, with its batches, callbacks and vision cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import TrainerCallback
@@ -15,6 +15,7 @@ from finetune.model.base import Base
 from finetune.recipe import Recipe
 from finetune.replies.replies import stop_ids_of
 from finetune.run.folder import RunFolder
+from finetune.run.left_out import LeftOut
 from finetune.terminal import Say
 from finetune.training.arguments import KEPT_CHECKPOINTS
 from finetune.training.best_checkpoint import Patience, SaveBest
@@ -34,11 +35,18 @@ OwnOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
 
 
 def encode_images(
-    recipe: Recipe, base: Base, data: TrainingData, trained: TrainedModel, phases: Phases, say: Say
+    recipe: Recipe,
+    base: Base,
+    data: TrainingData,
+    trained: TrainedModel,
+    phases: Phases,
+    left_out: LeftOut,
+    say: Say,
 ) -> VisionCache | None:
     """Encode the images of the run, where the recipe has a vision cache."""
     phases.begin("load" if recipe.data.vision_cache == "off" else "encode")
-    cache = cache_images(recipe, trained.model, base.processor, data.samples, data.checked, data.task, say)
+    model, processor = trained.model, base.processor
+    cache = cache_images(recipe, model, processor, data.samples, data.checked, data.task, left_out, say)
     phases.begin("load")
     return cache
 
@@ -53,6 +61,7 @@ def make_trainer(
     arguments: SFTConfig,
     cache: VisionCache | None,
     record: ModelRecord | None,
+    left_out: LeftOut,
     *,
     stop: StopOnSignal,
     progress: Progress,
@@ -66,6 +75,7 @@ def make_trainer(
         arguments: the trainer's configuration.
         cache: has the features of images that were encoded before; None where there is none.
         record: what the model is trained as, for its checkpoints.
+        left_out: of this run.
         stop, progress, phases: callbacks.
         optimizer: makes the optimizer, in place of the one that the recipe names.
 
@@ -74,12 +84,18 @@ def make_trainer(
     """
     scorer = None
     if data.task is not None:
-        scorer = TaskScorer(data.task, stop_ids_of(trained.model, base.processor.tokenizer), cache)
+        scorer = TaskScorer(data.task, stop_ids_of(trained.model, base.processor.tokenizer), cache, left_out)
     if is_main:
         check_disk_space(run.path, checkpoint_bytes(trained, arguments), "the checkpoints")
     budget = plan.budget.of_all_processes(arguments.device)
     rules = rules_of(recipe, base.processor)
     limits = {"eval": None if recipe.evaluate is None else recipe.evaluate.limit}
+    indices: dict[str, Sequence[int]] = {
+        name: checked.weighted_indices(recipe.seed)[: limits.get(name)] for name, checked in data.checked.items()
+    }
+    draws = data.checked["train"].epochs(recipe.seed)
+    if draws is not None:
+        indices["train"] = draws.used().tolist()
     trainer = QwenVLTrainer(
         trained.model,
         arguments,
@@ -87,16 +103,16 @@ def make_trainer(
             name: Collator(samples, rules, base.processor.image_processor, cache)
             for name, samples in data.samples.items()
         },
-        indices={
-            name: checked.weighted_indices(recipe.seed)[: limits.get(name)] for name, checked in data.checked.items()
-        },
+        indices=indices,
         run=run,
+        left_out=left_out,
         record=record,
         tokens_per_batch=budget.tokens,
         out_of_memory=budget.lowered,
         learning_rates=None if recipe.train.learning_rates is None else recipe.train.learning_rates.model_dump(),
         vision_layer_decay=recipe.train.vision_layer_decay,
         shuffle=recipe.data.shuffle,
+        draws=draws,
         task_scorer=scorer,
         callbacks=[
             stop,

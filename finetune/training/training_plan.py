@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.batches.budget import ChosenBudget
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.run_plan import plan_run, settled
 from finetune.memory.switches import Switches

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from finetune.errors import UserError
 from finetune.terminal import terminal_line
 from finetune.vision_cache.store import KEY_BYTES, Damaged, FeatureStore
 from qwenvl import ImageAccess, QwenVLImageProcessor
+from qwenvl.images.image_urls import is_data_uri, is_url
+from qwenvl.images.images import ImageReader
+from qwenvl.images.page_references import split_page
+from qwenvl.images.pdf_pages import SIGNATURE
+from qwenvl.views import whole_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +68,22 @@ class ImageHandles:
     def of(self, source: Any, access: ImageAccess) -> bytes:
         """The handle of an image."""
         known_by = [self.preprocessing, image_key(source, access)]
+        if _is_pdf(source):
+            known_by.append(f"pdfium {version('pypdfium2')}")
         if (place := place_of(source)) is not None:
-            known_by.append(self.run if _is_url(place) else _stamp(place, access))
+            known_by.append(self.run if is_url(place) else _stamp(place, access))
         return blake2b("\n".join(known_by).encode(errors="surrogatepass"), digest_size=KEY_BYTES).digest()
+
+
+def _is_pdf(source: Any) -> bool:
+    source = whole_of(source)
+    if isinstance(source, Mapping):
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, bytes):
+        return SIGNATURE.match(source) is not None
+    if not isinstance(source, str | os.PathLike):
+        return False
+    return split_page(os.fspath(source))[0].lower().endswith(".pdf")
 
 
 def settle(source: Any, access: ImageAccess) -> None:
@@ -73,7 +92,7 @@ def settle(source: Any, access: ImageAccess) -> None:
     Some file systems count times in whole seconds: two changes within one would look like one.
     """
     place = place_of(source)
-    if place is None or _is_url(place) or (info := _look_at(place, access)) is None:
+    if place is None or is_url(place) or (info := _look_at(place, access)) is None:
         return
     left = COARSEST_TIME - (time.time() - info.st_mtime)
     if 0 < left <= COARSEST_TIME:
@@ -82,22 +101,21 @@ def settle(source: Any, access: ImageAccess) -> None:
 
 def place_of(source: Any) -> str | None:
     """Path or URL of an image; None for image data."""
+    source = whole_of(source)
     if isinstance(source, Mapping):
         source = source["path"] if source.get("bytes") is None else None
-    if not isinstance(source, str | os.PathLike) or os.fspath(source)[:5].lower() == "data:":
+    if not isinstance(source, str | os.PathLike) or is_data_uri(source):
         return None
     return os.fspath(source)
 
 
-def _is_url(place: str) -> bool:
-    return place.lower().startswith(("http:", "https:"))
-
-
 def _look_at(path: str, access: ImageAccess) -> os.stat_result | None:
-    try:
-        return Path(access.root or "", path).stat()
-    except (OSError, ValueError):  # reported when it is opened
-        return None
+    for file in dict.fromkeys((path, split_page(path)[0])):
+        try:
+            return Path(access.root or "", file).stat()
+        except (OSError, ValueError):  # reported when it is opened
+            continue
+    return None
 
 
 def _stamp(path: str, access: ImageAccess) -> str:
@@ -128,8 +146,11 @@ class VisionCache:
     image_processor: QwenVLImageProcessor
     complete: bool
 
-    def get(self, request: ImageRequest) -> torch.Tensor:
+    def get(self, request: ImageRequest, reader: ImageReader | None = None) -> torch.Tensor:
         """The features of an image, or its pixels if it was left out for the cache's bound.
+
+        Args:
+            reader: see `read_pixels`.
 
         Returns:
             (n_queries, hidden) features, or (3, S, S) uint8 pixels.
@@ -142,7 +163,7 @@ class VisionCache:
         pixels = None
         if content not in self.store.places:
             # The file was touched, or the image was left out for the bound.
-            pixels = read_pixels(request, self.image_processor)
+            pixels = read_pixels(request, self.image_processor, reader)
             content = content_key(pixels)
         damage = "it is not what it was when its features were computed"
         if content in self.store.places:
@@ -157,4 +178,4 @@ class VisionCache:
             )
         if damage.startswith("its"):
             logger.warning("%s: %s: encoded again", terminal_line(request.name), terminal_line(damage))
-        return read_pixels(request, self.image_processor) if pixels is None else pixels
+        return read_pixels(request, self.image_processor, reader) if pixels is None else pixels

@@ -14,17 +14,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from finetune.batches.budget import ENCODED_TOGETHER
-from finetune.batches.image_request import read_pixels
 from finetune.data.loader_workers import ignore_signals_from_others
 from finetune.data.row_progress import RowProgress
 from finetune.data.sample import SHOWN_PROBLEMS
@@ -34,16 +33,14 @@ from finetune.model.computing import own_device
 from finetune.quantities import format_bytes, format_count, format_duration
 from finetune.recipe import Data
 from finetune.replies.image_features import READERS
+from finetune.run.left_out import LEFT_OUT, LeftOut
 from finetune.terminal import Say, say
-from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, content_key, preprocessing_of, settle
+from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, preprocessing_of
+from finetune.vision_cache.image_groups import LeftGroups, Wanted, WantedPixels, together
 from finetune.vision_cache.run_images import Entry, RunImages, find_images
 from finetune.vision_cache.store import FEATURES, Damaged, FeatureStore, Record
 from finetune.vision_cache.tower_fingerprint import tower_fingerprint
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor
-from qwenvl.images.images import ImageError
-
-Wanted = tuple[bytes, Entry]
-"""An image to encode: its handle, and where the run has it."""
 
 
 def encode_images(
@@ -52,6 +49,7 @@ def encode_images(
     image_processor: QwenVLImageProcessor,
     data: Data,
     say: Say = say,
+    left_out: LeftOut | None = None,
 ) -> VisionCache:
     """Encode the images that are not in the cache yet, in all processes of the run together.
 
@@ -60,13 +58,15 @@ def encode_images(
         images: of the run; the same in all processes.
         data: of the recipe, with `vision_cache` memory or disk.
         say: prints a labelled line; `say_nothing` in all processes but the main one.
+        left_out: notes the samples of images that cannot be read, where it skips them; None refuses such images.
 
     Returns:
-        The cache, with images that were there before; `complete` unless the bound left images out.
+        The cache, with images that were there before; `complete` unless the bound left images out. Images that cannot
+        be read are in no cache, and no sample with one is used.
 
     Raises:
-        UserError: images that cannot be read (all are listed), no room on the disk or in memory, or a disk that fails
-            (`PathError`). Features that were written until then stay.
+        UserError: images that cannot be read and are not skipped (all are listed), no room on the disk or in memory,
+            or a disk that fails (`PathError`). Features that were written until then stay.
         WorkerDied: a worker process ended unexpectedly.
     """
     if data.vision_cache == "memory" and not hasattr(os, "memfd_create"):
@@ -78,7 +78,8 @@ def encode_images(
     record = Record((model.config.n_queries, model.config.hidden_size), model.transformer.visual.proj.dtype)
     folder = None if data.vision_cache == "memory" else cache_folder() / tower_fingerprint(model, device)
     store = FeatureStore(folder, record)
-    return _Encoding(model, images, image_processor, data, store, handles, device, say).run()
+    left_out = left_out or LeftOut(None, "error")
+    return _Encoding(model, images, image_processor, data, store, handles, device, say, left_out).run()
 
 
 @dataclass
@@ -88,6 +89,7 @@ class _Encoding:
     Attributes:
         encoded: images that were encoded here.
         found: images whose pixels were in the cache under another handle.
+        unreadable: handles of the images that cannot be read, of all processes.
     """
 
     model: QwenVLForConditionalGeneration
@@ -98,8 +100,10 @@ class _Encoding:
     handles: ImageHandles
     device: torch.device
     say: Say
+    left_out: LeftOut
     encoded: int = 0
     found: int = 0
+    unreadable: set[bytes] = field(default_factory=set)
 
     def run(self) -> VisionCache:
         started, state = time.monotonic(), PartialState()
@@ -117,13 +121,17 @@ class _Encoding:
         self._share()
         if self.store.folder is not None and allowed == all_missing:
             # Machines without a shared file system: images that the others encoded are not in this one's folder.
-            absent = [one for one in wanted if not self.store.has(one[0])][local[0] :: local[1]]
+            absent = [one for one in self._readable(wanted) if not self.store.has(one[0])][local[0] :: local[1]]
             self._encode(absent, len(absent))
             self._share()
         self.store.keep_only(handle for handle, _ in wanted)
-        left_out = max(_gather([sum(1 for handle, _ in wanted if not self.store.has(handle))]))
+        beyond = sum(1 for handle, _ in self._readable(wanted) if not self.store.has(handle))
+        left_out = max(_gather([beyond]))
         self._say_result(time.monotonic() - started, left_out)
         return VisionCache(self.store, self.handles, self.image_processor, complete=left_out == 0)
+
+    def _readable(self, wanted: Sequence[Wanted]) -> list[Wanted]:
+        return [one for one in wanted if one[0] not in self.unreadable]
 
     def _find(self, state: PartialState) -> list[Wanted]:
         """All distinct images, in the same order in every process; each process looks at a share of the data."""
@@ -221,16 +229,18 @@ class _Encoding:
             UserError: images that cannot be read; in all processes, with the images of all.
         """
         problems: list[str] = []
+        unreadable: dict[bytes, str] = {}
         if wanted and room:
             with (
                 _progress("encoding images", len(wanted)) as done,
                 ThreadPoolExecutor(1, "write-features") as writer,
             ):
                 written: list[Future[Any]] = []
-                left = _Left(wanted, room, self.store, done)
+                left = LeftGroups(wanted, room, self.store, done)
                 seen: set[bytes] = set()
                 for group in self._loader(left):
                     problems += group.problems
+                    unreadable |= group.unreadable
                     new: list[int] = []
                     known: list[int] = []
                     for number, (_, content) in enumerate(group.entries):
@@ -245,21 +255,34 @@ class _Encoding:
                         one.result()
                     entries = ([group.entries[number] for number in numbers] for numbers in (new, known))
                     written = [writer.submit(self._write, features, *entries)]
-                    done(len(group.entries) + len(group.problems))
+                    done(len(group.entries) + len(group.problems) + len(group.unreadable))
                 for one in written:
                     one.result()
+        if self.left_out.on_bad_row == "skip":
+            self._leave_out(wanted, unreadable)
+        else:
+            problems += unreadable.values()
         # Raised in all processes together: none is left waiting in a collective operation.
         if problems := _gather(problems):
             more = len(problems) - SHOWN_PROBLEMS
             lines = [*problems[:SHOWN_PROBLEMS], *([f"... and {more:,} more"] if more > 0 else [])]
             raise UserError("\n  ".join([f"{len(problems):,} images cannot be encoded:", *lines]))
 
-    def _loader(self, left: "_Left") -> DataLoader:
+    def _leave_out(self, wanted: Sequence[Wanted], unreadable: dict[bytes, str]) -> None:
+        """Note the first sample of each image that cannot be read; the others are noted when they are met."""
+        for handle, (index, _) in wanted:
+            if handle in unreadable:
+                self.left_out.meet(*self.images.sample(index), unreadable[handle])
+        self.unreadable |= set(_gather(list(unreadable)))
+        if self.unreadable:
+            self.say("", f"{len(self.unreadable):,} images cannot be read: their samples are left out, see {LEFT_OUT}")
+
+    def _loader(self, left: LeftGroups) -> DataLoader:
         return DataLoader(
-            _Pixels(self.images, self.handles, self.image_processor),
+            WantedPixels(self.images, self.handles, self.image_processor),
             batch_sampler=left,
             num_workers=self.data.workers,
-            collate_fn=_together,
+            collate_fn=together,
             worker_init_fn=ignore_signals_from_others,
             pin_memory=self.device.type == "cuda",
             # A separate generator leaves the random numbers of the training as they are without a cache.
@@ -293,82 +316,6 @@ class _Encoding:
         for machine, *segment in _gather([(socket.gethostname(), *own)] if own is not None else []):
             if machine == socket.gethostname():
                 self.store.adopt(*segment)
-
-
-class _Read(NamedTuple):
-    """A decoded image, (3, S, S) uint8, or the problem with it."""
-
-    handle: bytes
-    pixels: torch.Tensor | None
-    problem: str | None
-
-
-class _Group(NamedTuple):
-    """Decoded images: (handle, content) of each and their pixels, (images, 3, S, S) uint8; the problems of others."""
-
-    entries: list[tuple[bytes, bytes]]
-    pixels: torch.Tensor
-    problems: list[str]
-
-
-@dataclass
-class _Pixels(Dataset[_Read]):
-    """Decodes wanted images, in loader workers."""
-
-    images: RunImages
-    handles: ImageHandles
-    image_processor: QwenVLImageProcessor
-
-    def __getitem__(self, wanted: Wanted) -> _Read:
-        handle, entry = wanted
-        request = self.images.request(entry)
-        settle(request.source, request.access)
-        try:
-            pixels = read_pixels(request, self.image_processor)
-        except ImageError as error:
-            return _Read(handle, None, str(error))
-        if self.handles.of(request.source, request.access) != handle:
-            return _Read(handle, None, f"{request.name}: it was changed while the run began")
-        return _Read(handle, pixels, None)
-
-
-def _together(read: Sequence[_Read]) -> _Group:
-    good = [(one.handle, one.pixels) for one in read if one.pixels is not None]
-    return _Group(
-        [(handle, content_key(pixels)) for handle, pixels in good],
-        torch.stack([pixels for _, pixels in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
-        [one.problem for one in read if one.problem is not None],
-    )
-
-
-@dataclass
-class _Left:
-    """Groups of images that are still to be encoded, as a batch sampler; without those that another run encodes.
-
-    Runs of the same data begin at random places, so that they share the work.
-
-    Attributes:
-        room: how many more images may be encoded; the user of the groups counts it down. No group follows at 0.
-        done: called with the number of images that need no encoding.
-    """
-
-    wanted: Sequence[Wanted]
-    room: int
-    store: FeatureStore
-    done: Callable[[int], None]
-
-    def __iter__(self) -> Iterator[list[Wanted]]:
-        starts = list(range(0, len(self.wanted), ENCODED_TOGETHER))
-        first = secrets.randbelow(len(starts))
-        for start in starts[first:] + starts[:first]:
-            if self.room <= 0:
-                return
-            self.store.refresh()
-            group = self.wanted[start : start + ENCODED_TOGETHER]
-            left = [one for one in group if not self.store.has(one[0])]
-            self.done(len(group) - len(left))
-            if left:
-                yield left
 
 
 @contextlib.contextmanager

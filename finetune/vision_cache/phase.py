@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.data.reading import DataPart, rules_of
 from finetune.data.samples import Samples
 from finetune.errors import Failed, UserError
@@ -23,10 +23,11 @@ from finetune.memory.weights import weights_dtype
 from finetune.model.adapters import TrainableModel, trains_vision, without_adapter
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
+from finetune.run.left_out import LeftOut
 from finetune.terminal import Say, say
 from finetune.vision_cache.cache import ImageHandles, VisionCache, cache_folder, preprocessing_of
 from finetune.vision_cache.encoding import encode_images
-from finetune.vision_cache.run_images import find_images, images_of_run
+from finetune.vision_cache.run_images import drawn_in_run, find_images, images_of_run
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration, QwenVLProcessor
 
 
@@ -37,6 +38,7 @@ def cache_images(
     samples: Mapping[str, Samples],
     checked: Mapping[str, Checked],
     task: TaskEvaluation | None,
+    left_out: LeftOut | None = None,
     say: Say = say,
 ) -> VisionCache | None:
     """Encode the images of a run, and remove the vision side from the model if nothing needs it any more.
@@ -48,6 +50,7 @@ def cache_images(
         model: with what shall be trained requiring gradients.
         samples, checked: for "train" and, if the recipe evaluates, "eval".
         task: asks about images of its own, which are encoded too.
+        left_out: notes samples whose images cannot be decoded, where the recipe skips them; None refuses them.
         say: prints a labelled line.
 
     Returns:
@@ -67,7 +70,7 @@ def cache_images(
     if not len(images):
         return None
     with trained_parameters_on_host(model) if isinstance(model, PeftModel) else contextlib.nullcontext():
-        cache = encode_images(base, images, processor.image_processor, recipe.data, say)
+        cache = encode_images(base, images, processor.image_processor, recipe.data, say, left_out)
         if note := _note_unused_samples(recipe, checked["train"]):
             say("", note)
         if cache.complete and isinstance(model, PeftModel):
@@ -115,7 +118,7 @@ def describe_phase(
 
 def _note_unused_samples(recipe: Recipe, training: Checked) -> str | None:
     """A note for a run whose `max_steps` end it before it has trained on all samples."""
-    train, samples = recipe.train, len(training.weighted_indices(recipe.seed))
+    train, samples = recipe.train, len(drawn_in_run(recipe, training))
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
     seen = train.max_steps * batch * int(os.environ.get("WORLD_SIZE", "1"))
     if not 0 < seen < samples:

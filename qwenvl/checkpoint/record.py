@@ -8,6 +8,7 @@ writes a model writes this record, and whatever opens one reads it here.
      "base": {"path": "Qwen/Qwen-VL", "weights": "9f2c...", "computation": {"seq_length": 2048, ...}, ...},
      "quantize": ["language"],
      "chat_format": "chatml", "stop_ids": [151645, 151644, 151643],
+     "views": {"page": true, "grid": [2, 2], "overlap": 0.1},
      "labels": "assistant", "prompts": {"vqa": ["{question}\\nAnswer in one word."]}}
 """
 
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from qwenvl.checkpoint.checkpoint_files import find_file, read_json
 from qwenvl.checkpoint.identity import BaseIdentity, identity_from_json, identity_to_json
 from qwenvl.errors import InputError
+from qwenvl.views import Views
 
 RECORD = "qwenvl.json"
 VERSION = 1
@@ -67,6 +69,7 @@ class ModelRecord:
         prompts: templates of the user's text in training, by format of the data, such as
             `{"vqa": ("{question} Answer:",)}`; empty for a format whose rows bring what the user says.
         system: the system message of training; None for the default one, or where it differed from row to row.
+        views: what pictures an image was in training; None for itself alone.
         grounding: whether `<ref>`, `<box>` and `<quad>` in texts were tokens in training.
         labels: what was learned: the "assistant" replies, or the "structure" of turns too; None if not known.
         read_from: the file that says `chat_format`, or in words why it is assumed. Not stored.
@@ -80,6 +83,7 @@ class ModelRecord:
     stop_ids: tuple[int, ...] = ()
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     system: str | None = None
+    views: Views | None = None
     grounding: bool = False
     labels: str | None = None
     read_from: str = ""
@@ -180,6 +184,8 @@ def write_record(folder: str | Path, record: ModelRecord) -> None:
         content["labels"] = record.labels
     if record.grounding:
         content["grounding"] = True
+    if record.views is not None:
+        content["views"] = record.views.to_json()
     if record.system is not None:
         content["system"] = record.system
     if record.prompts:
@@ -250,6 +256,8 @@ def _from_json(read: Mapping[str, Any], file: Path) -> ModelRecord:
                 record = replace(record, grounding=value)
             case "system", str():
                 record = replace(record, system=value)
+            case "views", dict():
+                record = replace(record, views=_read_views(value, file))
             case "prompts", dict() if all(_are_templates(templates) for templates in value.values()):
                 record = replace(record, prompts={name: tuple(templates) for name, templates in value.items()})
             case _:
@@ -258,6 +266,13 @@ def _from_json(read: Mapping[str, Any], file: Path) -> ModelRecord:
                     "as it was written, or update this software"
                 )
     return record
+
+
+def _read_views(value: Mapping[str, Any], file: Path) -> Views:
+    try:
+        return Views.from_json(value)
+    except InputError as error:
+        raise InputError(f"{file}: {error}. Restore the file as it was written, or update this software") from None
 
 
 def _are_templates(value: Any) -> bool:

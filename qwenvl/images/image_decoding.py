@@ -1,10 +1,11 @@
-"""Encoded images -> RGB pixels, with decoders that run in this process and a limit on pixels."""
+"""Encoded images -> RGB pixels, with decoders that run in this process (but for PDFs) and a limit on pixels."""
 
 import io
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 from PIL import (
     AvifImagePlugin,
@@ -20,8 +21,13 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from qwenvl.errors import InputError
+from qwenvl.images import pdf_pages, pdf_process
+from qwenvl.images.image_bounds import MOST_FRAMES, exif_is_costly, too_costly
 from qwenvl.images.image_color import to_rgb
+from qwenvl.images.page_references import choose_page
+from qwenvl.images.pixel_limits import check_pixels
+from qwenvl.images.tiff_pages import tiff_pages
+from qwenvl.images.unusable_image import UnusableImage
 
 # Pillow's name of a format, the first bytes of its files, and its decoder. Decoders are called directly, not through
 # Image.open: that would try every registered plugin (EPS starts Ghostscript) and apply Pillow's pixel limit in place
@@ -54,8 +60,12 @@ _OTHER_CONTENT = [
     (re.compile(rb"[\x09\x0a\x0d\x20-\x7e]{16}"), "text"),
 ]
 
-# The longest side in pixels: each row costs memory of its own, so 100 million rows of one pixel take a lot of it.
-_MAX_SIDE = 500_000
+_OF_SEVERAL = ("TIFF", "GIF", "WEBP", "PNG", "AVIF")
+"""Formats that can hold several pages or frames. (What a JPEG holds besides its picture are previews of it.)"""
+_MOST_DRAWN = 300_000_000
+"""Pixels that are decoded to reach a frame of an animation."""
+
+_SAVE_AGAIN = "save it again with an image program, or drop it from the data"
 
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -68,44 +78,115 @@ _ORIENTATIONS = {
 }
 
 
-class UnusableImage(InputError):
-    """An image cannot be used. `qwenvl.images.images.load_image` makes an `ImageError` of it, which names the image.
+def decode(data: bytes, max_pixels: int, *, page: int | None = None, dpi: int = pdf_pages.DPI) -> Image.Image:
+    """Decode an image, or a page of a PDF or TIFF: RGB, upright, on white.
 
-    Attributes: `reason`, `remedy`.
-    """
-
-    def __init__(self, reason: str, remedy: str):
-        super().__init__(reason, remedy)
-        self.reason, self.remedy = reason, remedy
-
-    def __str__(self) -> str:
-        return f"{self.reason}; {self.remedy}"
-
-
-def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode an image: RGB, upright, on white; of an animation, the first frame.
+    Args:
+        page: of a file of several pages or frames, from 1; None for the only one.
+        dpi: pixels an inch of a PDF's page.
 
     Raises:
-        UnusableImage: not an image of a supported format, damaged, or beyond `max_pixels`.
+        UnusableImage: not an image of a supported format, damaged, encrypted, or beyond `max_pixels`; several pages
+            or frames and none named, or no such page.
     """
-    if not data:
-        raise UnusableImage("it is empty (0 bytes)", "replace it, or drop it from the data")
-    found = next(((name, decoder) for name, signature, decoder in _DECODERS if signature.match(data)), None)
-    if found is None:
-        what = next((what for signature, what in _OTHER_CONTENT if signature.match(data)), "of an unknown kind")
-        raise UnusableImage(
-            f"its content is not an image this project reads but {what}", f"give one of {', '.join(_FORMATS)}"
-        )
-    name, decoder = found
+    if pdf_pages.SIGNATURE.match(data):
+        return pdf_process.render_pdf_page(data, page, dpi=dpi, max_pixels=max_pixels)
+    name, decoder = _checked_decoder(data)
     with _decoding(name, max_pixels):
         image = decoder(io.BytesIO(data))
         check_pixels(image.size, max_pixels)
+        if frame := _frame(image, data, page, name):
+            image.seek(frame)
+            check_pixels(image.size, max_pixels)
         white = _correct_header(image)
         image.load()
     result = _upright_rgb(image, white)
     # The orientation and the transparent colour are applied: nobody may find and apply them again.
     result.info = {}
     return result
+
+
+def check_kind(data: bytes) -> None:
+    """Check by its first bytes that an image is of a kind that is decoded.
+
+    Args:
+        data: the encoded image or PDF, or its beginning.
+
+    Raises:
+        UnusableImage: it is not of a supported format, or would take too long to decode.
+    """
+    if not pdf_pages.SIGNATURE.match(data):
+        _checked_decoder(data)
+
+
+def refuses_cost(data: bytes) -> bool:
+    """Whether `decode` refuses an image for the time that it would take, so that nothing of it should be read."""
+    found = _find_decoder(data)
+    return found is not None and too_costly(found[0], data) is not None
+
+
+def count_pages(file: BinaryIO, max_pixels: int) -> int:
+    """The number of pages or frames of an encoded image or PDF, by its structure; 1 for what cannot be decoded.
+
+    Raises:
+        UnusableImage: a PDF that is encrypted or damaged, an animation that is damaged, or one of too many frames.
+    """
+    file.seek(0)
+    head = file.read(256)
+    file.seek(0)
+    if pdf_pages.SIGNATURE.match(head):
+        return pdf_process.count_pdf_pages(file.read())
+    found = _find_decoder(head)
+    if found is None or found[0] not in _OF_SEVERAL:
+        return 1
+    if found[0] == "TIFF":
+        return len(tiff_pages(file))
+    data = file.read()
+    if reason := too_costly(found[0], data):
+        raise UnusableImage(reason, _SAVE_AGAIN)
+    with _decoding(found[0], max_pixels):
+        return _count_frames(found[1](io.BytesIO(data)))
+
+
+def _checked_decoder(data: bytes) -> tuple[str, type[ImageFile.ImageFile]]:
+    """As `_find_decoder`; raises `UnusableImage` as `check_kind`."""
+    if not data:
+        raise UnusableImage("it is empty (0 bytes)", "replace it, or drop it from the data")
+    found = _find_decoder(data)
+    if found is None:
+        what = next((what for signature, what in _OTHER_CONTENT if signature.match(data)), "of an unknown kind")
+        raise UnusableImage(
+            f"its content is not an image this project reads but {what}",
+            f"give one of {', '.join(_FORMATS)}, or a PDF",
+        )
+    if reason := too_costly(found[0], data):
+        raise UnusableImage(reason, _SAVE_AGAIN)
+    return found
+
+
+def _find_decoder(data: bytes) -> tuple[str, type[ImageFile.ImageFile]] | None:
+    return next(((name, decoder) for name, signature, decoder in _DECODERS if signature.match(data)), None)
+
+
+def _frame(image: ImageFile.ImageFile, data: bytes, page: int | None, name: str) -> int:
+    """The decoder's number, from 0, of the page or frame to read."""
+    if name == "TIFF":
+        pages = tiff_pages(io.BytesIO(data))
+        return pages[choose_page(page, len(pages)) - 1]
+    frame = choose_page(page, _count_frames(image), "frame") - 1
+    # Each frame is drawn upon the ones before it.
+    if (frame + 1) * image.width * image.height > _MOST_DRAWN and frame:
+        raise UnusableImage(
+            f"frame {frame + 1} comes after more than {_MOST_DRAWN:,} pixels of others", "save that frame by itself"
+        )
+    return frame
+
+
+def _count_frames(image: ImageFile.ImageFile) -> int:
+    count = getattr(image, "n_frames", 1)
+    if count > MOST_FRAMES:
+        raise UnusableImage(f"it has more than {MOST_FRAMES:,} frames", "save the frames that are used by themselves")
+    return count
 
 
 def rgb_from_image(image: Image.Image, max_pixels: int) -> Image.Image:
@@ -131,18 +212,6 @@ def rgb_from_image(image: Image.Image, max_pixels: int) -> Image.Image:
     return result
 
 
-def check_pixels(size: tuple[int, int], max_pixels: int) -> None:
-    """Raise `UnusableImage` for a (width, height) beyond the limits, or without pixels."""
-    width, height = size
-    if width * height > max_pixels or max(size) > _MAX_SIDE:
-        raise UnusableImage(
-            f"it has {width} x {height} pixels, more than {max_pixels} in all or {_MAX_SIDE} a side",
-            "shrink it, or raise max_pixels",
-        )
-    if width * height == 0:
-        raise UnusableImage(f"it has {width} x {height} pixels", "replace it, or drop it from the data")
-
-
 def _correct_header(image: ImageFile.ImageFile) -> int | None:
     """Correct what Pillow reads differently from what the file says; returns the argument `white` of `to_rgb`."""
     layout = image.tile[0][3] if image.tile else None
@@ -159,10 +228,13 @@ def _correct_header(image: ImageFile.ImageFile) -> int | None:
 
 
 def _upright_rgb(image: Image.Image, white: int | None) -> Image.Image:
+    orientation = None
+    exif = image.info.get("exif")
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if not (isinstance(exif, bytes) and exif_is_costly(exif)):
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF can raise any exception, and the pixels are usable without it
-        orientation = None
+        pass
     try:
         result = to_rgb(image, white=white)
     except Exception as error:

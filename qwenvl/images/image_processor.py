@@ -21,7 +21,7 @@ from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 from qwenvl.errors import InputError
-from qwenvl.images.images import ImageAccess, load_image
+from qwenvl.images.images import ImageAccess, ImageReader
 from qwenvl.images.resizing import resize
 
 # CLIP's, as the published vision tower was trained with.
@@ -134,8 +134,9 @@ class QwenVLImageProcessor(BaseImageProcessor):
 
         sources = list(_in_reading_order(images, "images"))
         levels = np.empty((len(sources), 3, side, side), np.uint8)
+        reader = ImageReader()
         for row, (name, source) in zip(levels, sources, strict=True):
-            image = load_image(source, access=access, name=name)
+            image = reader.load(source, access=access, name=name)
             row[:] = np.asarray(resize(image, side, side)).transpose(2, 0, 1)
 
         pixels = torch.from_numpy(levels)

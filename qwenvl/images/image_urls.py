@@ -17,7 +17,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from qwenvl.errors import InputError
@@ -77,6 +77,16 @@ class UrlError(InputError):
 
     def __str__(self) -> str:
         return f"{self.url}: {self.reason}; {self.remedy}"
+
+
+def is_url(source: Any) -> bool:
+    """Whether an image source is an http(s) URL."""
+    return isinstance(source, str) and source[:6].lower().startswith(("http:", "https:"))
+
+
+def is_data_uri(source: Any) -> bool:
+    """Whether an image source is a data URI, which holds the image itself."""
+    return isinstance(source, str) and source[:5].lower() == "data:"
 
 
 def is_public_address(address: IPAddress) -> bool:

@@ -54,7 +54,7 @@ class Box:
         if self.x2 < self.x1 or self.y2 < self.y1:
             raise InputError(
                 f"box corners are the wrong way round: ({self.x1}, {self.y1}), ({self.x2}, {self.y2}). Give the top "
-                "left corner first; boxes stored as x, y, width, height need form='xywh'."
+                "left corner first; boxes stored as x, y, width, height are of form xywh."
             )
 
     @classmethod

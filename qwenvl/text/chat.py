@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from qwenvl.errors import InputError
 from qwenvl.text.grounding import split_markup
+from qwenvl.text.image_parts import IMAGE_TYPES, image_source, picture_prefix, put_pictures
+from qwenvl.views import Views
 
 if TYPE_CHECKING:
     from qwenvl.text.tokenizer import QwenVLTokenizer
@@ -21,9 +23,6 @@ IGNORED = -100
 LabelRule = Literal["assistant", "structure"]
 LABEL_RULES: tuple[LabelRule, ...] = ("assistant", "structure")
 ROLES = ("system", "user", "assistant")
-
-# Keys under which a part of type image may have its source, in the order of the search.
-IMAGE_SOURCE_KEYS = ("image", "path", "url", "image_url")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class Rendered:
 
     ids: token ids; an image is `<img>`, n_queries x `<imgpad>`, `</img>`.
     labels: as long as ids; the id of a trained token, `IGNORED` elsewhere.
-    images: the sources in reading order, one for each image span; None for a part without a source.
+    images: the sources in reading order, one for each image span; None for a part without a source. With views, those
+        of all pictures.
     """
 
     ids: list[int]
@@ -70,6 +70,7 @@ class TurnOptions(TypedDict, total=False):
     continue_final_message: bool
     grounding: bool
     numbered: bool
+    views: Views | None
 
 
 def render_chat(
@@ -81,6 +82,7 @@ def render_chat(
     continue_final_message: bool = False,
     grounding: bool = False,
     numbered: bool = True,
+    views: Views | None = None,
     n_queries: int = 256,
 ) -> Rendered:
     """Write a conversation in ChatML.
@@ -89,7 +91,8 @@ def render_chat(
         messages: `{"role": "system" | "user" | "assistant", "content": text | [parts]}`. Parts are
             `{"type": "text", "text": ...}` and `{"type": "image", "image": source}`. A message (or one text part)
             with `"grounding": True` is grounding text. An image part with `"numbered": False` gets no "Picture k:".
-            Without a system message the default one is written.
+            An assistant's message with `"train": False` is context: it is written, and not trained. Without a system
+            message the default one is written.
         tokenizer: for the ids.
         labels: which tokens are trained. "assistant": assistant text and its `<|im_end|>`. "structure", as in the
             published training script: also every `<|im_start|>`, `<|im_end|>` and the newline after it.
@@ -98,6 +101,7 @@ def render_chat(
         grounding: treat every message as grounding text: well-formed `<ref>`, `<box>`, `<quad>` become tokens. All
             other markup, and markup in text that is not grounding text, stays text.
         numbered: write "Picture k:" before the k-th image of the conversation and a newline after it.
+        views: what pictures an image becomes, each with a number of its own; None is the image alone.
         n_queries: positions an image takes between its tags.
 
     Returns:
@@ -110,14 +114,14 @@ def render_chat(
         raise InputError(f"labels must be one of {', '.join(LABEL_RULES)}, not {labels!r}")
     writer = Writer(tokenizer, n_queries)
     every_frame = labels == "structure"
-    turns = list(read_turns(messages, grounding, numbered, continue_final_message, add_generation_prompt))
+    turns = list(read_turns(messages, grounding, numbered, continue_final_message, add_generation_prompt, views))
     for turn in turns:
         writer.control(tokenizer.im_start_id, train=every_frame)
         writer.text(turn.role, train=False)
         writer.text("\n", train=False)
-        writer.pieces(turn.pieces, train=turn.role == "assistant")
+        writer.pieces(turn.pieces, train=turn.trained)
         if turn.closed:
-            writer.control(tokenizer.im_end_id, train=every_frame or turn.role == "assistant")
+            writer.control(tokenizer.im_end_id, train=every_frame or turn.trained)
             writer.text("\n", train=every_frame)
     return writer.rendered
 
@@ -129,6 +133,7 @@ def render_prompt(
     completion: str | None = None,
     grounding: bool = False,
     numbered: bool = False,
+    views: Views | None = None,
     n_queries: int = 256,
 ) -> Rendered:
     """Write raw text without ChatML, as the base model reads it: `<img>..</img>{question} Answer:`.
@@ -138,12 +143,13 @@ def render_prompt(
         completion: the expected reply; it and the `<|endoftext|>` after it are trained.
         grounding: as in `render_chat`; a prompt may also end in an open `<box>` for the model to complete.
         numbered: write "Picture k:" before each image.
+        views: as in `render_chat`.
 
     Raises:
         InputError: parts that are not as in `render_chat`.
     """
     writer = Writer(tokenizer, n_queries)
-    writer.pieces(read_prompt(content, grounding, numbered, open_box=completion is None), train=False)
+    writer.pieces(read_prompt(content, grounding, numbered, completion is None, views), train=False)
     if completion is not None:
         writer.pieces(_pieces(completion, "completion", grounding, numbered, _ImageCounter()), train=True)
         writer.control(tokenizer.eod_id, train=True)
@@ -152,11 +158,12 @@ def render_prompt(
 
 @dataclass(frozen=True)
 class Turn:
-    """One message as pieces; `closed` unless it is the open one at the end."""
+    """One message as pieces; `closed` unless it is the open one at the end; whether its text is `trained`."""
 
     role: str
     pieces: list[Piece]
     closed: bool = True
+    trained: bool = False
 
 
 def read_turns(
@@ -165,6 +172,7 @@ def read_turns(
     numbered: bool = True,
     continue_final_message: bool = False,
     add_generation_prompt: bool = False,
+    views: Views | None = None,
 ) -> Iterator[Turn]:
     """The conversation's turns, the default system message included; arguments and errors as in `render_chat`."""
     if isinstance(messages, Mapping | str) or not isinstance(messages, Sequence):
@@ -177,6 +185,9 @@ def read_turns(
         _check_message(message, index)
     if continue_final_message and messages[-1]["role"] != "assistant":
         raise InputError("continue_final_message needs an assistant message at the end")
+    contents = [message["content"] for message in messages]
+    if views is not None:
+        contents = put_pictures(contents, views.pictures)
     if messages[0]["role"] != "system":
         yield Turn("system", [DEFAULT_SYSTEM])
     counter = _ImageCounter()
@@ -184,24 +195,30 @@ def read_turns(
         is_open = continue_final_message and index == len(messages) - 1
         is_grounding = grounding or bool(message.get("grounding"))
         place = f"message {index} ({message['role']})"
-        pieces = _pieces(message["content"], place, is_grounding, numbered, counter, open_box=is_open)
+        pieces = _pieces(contents[index], place, is_grounding, numbered, counter, open_box=is_open)
         if message["role"] != "user" and any(isinstance(piece, ImageSlot) for piece in pieces):
             raise InputError(f"{place}: only a user's message can hold images")
-        yield Turn(message["role"], pieces, closed=not is_open)
+        yield Turn(message["role"], pieces, closed=not is_open, trained=is_trained(message))
     if add_generation_prompt:
         yield Turn("assistant", [], closed=False)
 
 
 def read_prompt(
-    content: str | Sequence[Mapping[str, Any]], grounding: bool = False, numbered: bool = False, open_box: bool = False
+    content: str | Sequence[Mapping[str, Any]],
+    grounding: bool = False,
+    numbered: bool = False,
+    open_box: bool = False,
+    views: Views | None = None,
 ) -> list[Piece]:
     """A raw prompt's pieces; arguments and errors as in `render_prompt`, and `open_box`: it may end in an open one."""
+    if views is not None:
+        (content,) = put_pictures([content], views.pictures)
     return _pieces(content, "prompt", grounding, numbered, _ImageCounter(), open_box=open_box)
 
 
-def picture_prefix(number: int) -> str:
-    """The text before the `number`-th image of a conversation."""
-    return f"Picture {number}:"
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether the text of a message is trained: it is the assistant's, and not marked `"train": False`."""
+    return message["role"] == "assistant" and message.get("train") is not False
 
 
 def _check_message(message: Any, index: int) -> None:
@@ -213,6 +230,11 @@ def _check_message(message: Any, index: int) -> None:
         raise InputError(f"message {index}: a system message can only be the first")
     if message.get("content") is None:
         raise InputError(f"message {index} ({message['role']}) has no content")
+    train = message.get("train")
+    if train is not None and not isinstance(train, bool):
+        raise InputError(f"message {index} ({message['role']}): train must be true or false, not {train!r}"[:200])
+    if train and message["role"] != "assistant":
+        raise InputError(f"message {index} ({message['role']}): train is true, and only the assistant's are trained")
 
 
 @dataclass
@@ -263,9 +285,9 @@ def _pieces(
                     pieces.append(Tag(piece))
                 else:
                     add_text(piece)
-        elif part.get("type") in ("image", "image_url"):
+        elif part.get("type") in IMAGE_TYPES:
             is_numbered = numbered if part.get("numbered") is None else part["numbered"]
-            slot = ImageSlot(counter.next(), _image_source(part, where))
+            slot = ImageSlot(counter.next(), image_source(part, where))
             if is_numbered:
                 add_text(picture_prefix(slot.number))
             pieces.append(slot)
@@ -274,21 +296,6 @@ def _pieces(
         else:
             raise InputError(f"{where}: type must be text or image, not {part.get('type')!r}")
     return pieces
-
-
-def _image_source(part: Mapping[str, Any], where: str) -> Any:
-    """The part's image source, not opened; None if it names none (the image is then given beside the messages)."""
-    given = [key for key in IMAGE_SOURCE_KEYS if part.get(key) is not None]
-    if len(given) > 1:
-        raise InputError(f"{where}: names more than one image ({', '.join(given)})")
-    if not given:
-        return None
-    source = part[given[0]]
-    if given[0] == "image_url" and isinstance(source, Mapping):
-        source = source.get("url")
-        if source is None:
-            raise InputError(f"{where}: image_url has no url")
-    return source
 
 
 @dataclass

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwenvl.errors import InputError
-from qwenvl.text.chat import IMAGE_SOURCE_KEYS, ImageSlot, Piece, Rendered, Tag, Writer, read_prompt, read_turns
+from qwenvl.text.chat import ImageSlot, Piece, Rendered, Tag, Writer, read_prompt, read_turns
+from qwenvl.text.image_parts import IMAGE_SOURCE_KEYS
 from qwenvl.text.vocabulary import CONTROL_TOKENS
+from qwenvl.views import Views
 
 if TYPE_CHECKING:
     from qwenvl.text.tokenizer import QwenVLTokenizer
@@ -30,7 +32,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['role'] == 'assistant' -%}
+{%- if message['role'] == 'assistant' and message['train'] is not false -%}
 {%- generation -%}
 {%- if message['content'] is string -%}
 {{- message['content'] -}}
@@ -67,10 +69,11 @@ def write_chat(
     continue_final_message: bool = False,
     grounding: bool = False,
     numbered: bool = True,
+    views: Views | None = None,
 ) -> str:
     """Write the conversation as a string; an image is `<img></img>`. Arguments and errors as in `chat.render_chat`."""
     written = []
-    for turn in read_turns(messages, grounding, numbered, continue_final_message, add_generation_prompt):
+    for turn in read_turns(messages, grounding, numbered, continue_final_message, add_generation_prompt, views):
         written += [f"<|im_start|>{turn.role}\n", _write_pieces(turn.pieces), "<|im_end|>\n" if turn.closed else ""]
     return "".join(written)
 

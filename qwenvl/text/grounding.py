@@ -24,6 +24,7 @@ _ANY_POINTS = re.compile(rf"\s*+{_ANY_POINT}(?:\s*+,\s*+{_ANY_POINT})*+\s*+")
 _EXACT_POINT = r"\([0-9]{1,3},[0-9]{1,3}\)"
 _EXACT_POINTS = {kind: re.compile(",".join([_EXACT_POINT] * count)) for kind, count in _POINTS.items()}
 _LAYOUT: dict[ShapeKind, str] = {"box": "(x1,y1),(x2,y2)", "quad": "(x1,y1),(x2,y2),(x3,y3),(x4,y4)"}
+_EDGE = re.compile(rf"(?<![-0-9]){UNITS}(?![0-9])")
 # What may stand between the boxes of one phrase without ending the list.
 _LIST_SEPARATORS = re.compile(r"[\s,;，；、]*+")
 
@@ -161,6 +162,24 @@ def split_markup(text: str, *, open_box: bool = False) -> list[tuple[str, bool]]
     if cursor < len(text):
         pieces.append((text[cursor:], False))
     return pieces
+
+
+def clamp_to_edge(text: str) -> str:
+    """Write coordinates of exactly 1000, in a text's boxes and quads, as 999: the image's far edge in 0..999.
+
+        >>> clamp_to_edge("<box>(0,1000),(1000,1001)</box> 1000")
+        '<box>(0,999),(999,1001)</box> 1000'
+
+    Everything else stays as it is, coordinates further out as well.
+    """
+    if str(UNITS) not in text:
+        return text
+    kept, cursor = [], 0
+    for element in _elements(text):
+        if element.name != "ref" and _ANY_POINTS.fullmatch(element.body):
+            kept += [text[cursor : element.body_start], _EDGE.sub(str(UNITS - 1), element.body)]
+            cursor = element.body_end
+    return "".join([*kept, text[cursor:]])
 
 
 def strip_markup(text: str) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 from qwenvl.errors import InputError
 from qwenvl.text.boxes import UNITS, ref_markup
-from qwenvl.text.chat import picture_prefix
 from qwenvl.text.chat_string import write_prompt
+from qwenvl.text.image_parts import picture_prefix
 
 
 @dataclass(frozen=True)

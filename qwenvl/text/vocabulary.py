@@ -6,7 +6,7 @@ import binascii
 import itertools
 import unicodedata
 from collections.abc import Collection, Iterable
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 
 import tiktoken
 
@@ -31,6 +31,38 @@ _PRINTABLE_BYTES = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _spare_characters = itertools.count(0x100)
 _BYTE_ALPHABET = {byte: byte if byte in _PRINTABLE_BYTES else next(_spare_characters) for byte in range(256)}
 _ORDINARY = "␛"
+
+_SHORT = 32  # characters of a text whose ids are remembered
+
+MOST_MARKS = 256
+"""Combining marks in a row. Normalisation sorts each run of them, in quadratic time. The Stream-Safe Text Format of
+Unicode Standard Annex #15 allows 30; stacked Vietnamese, Hebrew or Tibetan signs, and most pranks, are below that."""
+
+
+@cache
+def _marks() -> frozenset[str]:
+    """The characters that are, decomposed, nothing but combining marks.
+
+    Among them are three signs of Tibetan that count as letters and decompose into two marks each.
+    """
+    decomposed = ((chr(code), unicodedata.normalize("NFD", chr(code))) for code in range(0x300, 0x20000))
+    return frozenset(character for character, parts in decomposed if unicodedata.combining(parts[0]))
+
+
+def long_run_of_marks(text: str) -> int | None:
+    """Where a run of more than `MOST_MARKS` combining marks begins; None where there is none."""
+    # Such a run has one of these characters.
+    if len(text) <= MOST_MARKS or text.isascii() or (marks := _marks()).isdisjoint(text[::MOST_MARKS]):
+        return None
+    for place in range(0, len(text), MOST_MARKS):
+        start = end = place
+        while end < len(text) and end - start <= MOST_MARKS and text[end] in marks:
+            end += 1
+        while end > place and start > 0 and end - start <= MOST_MARKS and text[start - 1] in marks:
+            start -= 1
+        if end - start > MOST_MARKS:
+            return start
+    return None
 
 
 class Vocabulary:
@@ -59,6 +91,7 @@ class Vocabulary:
         self._encoding = tiktoken.Encoding(
             "qwen-vl", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.control_tokens
         )
+        self._encode_short = lru_cache(maxsize=1024)(self._encode)
 
     def __len__(self) -> int:
         return len(self.token_bytes)
@@ -72,6 +105,10 @@ class Vocabulary:
 
     def encode(self, text: str, tokens: Collection[str]) -> list[int]:
         """Encode `text`; only the control tokens in `tokens` are recognised. See `QwenVLTokenizer.encode_text`."""
+        # Most texts of a chat are the same few: roles, newlines, "Picture 1: ".
+        return list(self._encode_short(text) if len(text) <= _SHORT and not tokens else self._encode(text, tokens))
+
+    def _encode(self, text: str, tokens: Collection[str] = ()) -> list[int]:
         if not text.isascii():
             try:
                 text.encode()
@@ -81,6 +118,11 @@ class Vocabulary:
                     "which no encoding can write. Read its file as UTF-8, or repair it: "
                     "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
                 ) from None
+            if (run := long_run_of_marks(text)) is not None:
+                raise InputError(
+                    f"the text has more than {MOST_MARKS} combining marks in a row, near character {run}: no "
+                    "writing has more than a few on a letter, and they would take minutes to sort. Remove them"
+                )
             text = unicodedata.normalize("NFC", text)
         try:  # not encode_ordinary, which panics where this raises
             ids = self._encoding.encode(text, allowed_special=frozenset(tokens), disallowed_special=())

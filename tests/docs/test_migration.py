@@ -91,7 +91,7 @@ def test_its_table_of_arguments_gives_a_recipe(workplace):
 def test_its_data_are_read():
     (block,) = blocks("json")
     (row,) = json.loads(block)
-    ((user, assistant),) = qwen_json(row, {"conversations": "conversations"})
+    ((user, assistant),) = qwen_json(row, {"conversations": "conversations", "system": "system"})
     assert [part["image"] for part in user["content"] if part["type"] == "image"] == ["receipt.jpg"]
     assert assistant["role"] == "assistant"
 

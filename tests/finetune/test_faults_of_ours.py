@@ -4,7 +4,7 @@ import pytest
 from recipes_for_tests import TINY, write_recipe
 
 from finetune.cli import main
-from finetune.data.checking import Rules
+from finetune.data.checks.rules import Rules
 from finetune.files.checkpoint_folder import read_config, read_tokenizer
 from finetune.merge.check import prompt_of_base
 from qwenvl import QwenVLConfig, QwenVLTokenizer

@@ -1,7 +1,8 @@
 """Rows that are broken in many ways, by a seed: for the tests and for `reliability/fuzz_data.py`.
 
 Each kind takes a good row of a format and gives the line of a JSON Lines file. What a kind breaks some formats have no
-place for, and some damage leaves a good row: what matters is that a row is accepted or reported.
+place for, and some damage leaves a good row: what matters is that a row is accepted or reported, and that what is
+accepted trains no markup as words and names no image that cannot be opened.
 """
 
 import json
@@ -10,15 +11,22 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from files_of_pages import encrypted_pdf, frames, pdf
 from PIL import Image
 
-from finetune.data.checking import check_samples
+from finetune.data.checks.checked import Checked
+from finetune.data.checks.checking import look_at
+from finetune.data.checks.image_check import open_images, without
+from finetune.data.checks.markup import check_markup_names, markup_kind
+from finetune.data.checks.rules import Rules
+from finetune.data.message_parts import image_sources
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
+from finetune.recipe.sources import Source
 from qwenvl import QwenVLTokenizer
+from qwenvl.images.page_references import find_page
 
 Row = dict[str, Any]
 
@@ -39,6 +47,17 @@ GOOD = {
                 {"role": "assistant", "content": "<ref>x</ref><box>(1,2),(3,4)</box>", "grounding": True},
             ]
         },
+        {
+            "messages": [
+                {"role": "user", "content": "<image>Draft, <image>then write."},
+                {"role": "assistant", "content": "Draft.", "loss": False},
+                {"role": "user", "content": "Again.", "train": False},
+                {"role": "assistant", "content": "<quad>(1,2),(30,2),(30,40),(1,40)</quad>", "grounding": True},
+            ],
+            "images": ["a.png", "pages.pdf#3"],
+            "system": "Be short.",
+            "note": "not read",
+        },
     ],
     "qwen_json": [
         {
@@ -47,7 +66,17 @@ GOOD = {
                 {"from": "user", "value": "Picture 1: <img>a.png</img>\nFrame it."},
                 {"from": "assistant", "value": "<ref>it</ref><box>(1,2),(3,4)</box>"},
             ],
-        }
+        },
+        {
+            "conversations": [
+                {"from": "user", "value": "<img>pages.tif#2</img> and <img>b.jpg</img>: the sign?"},
+                {"from": "assistant", "value": "A draft.", "weight": 0},
+                {"from": "user", "value": "Again."},
+                {"from": "assistant", "value": "<quad>(1,2),(30,2),(30,40),(1,40)</quad>", "weight": 1},
+            ],
+            "image": ["pages.tif#2", "b.jpg"],
+            "quality": 5,
+        },
     ],
     "llava": [
         {
@@ -56,7 +85,58 @@ GOOD = {
                 {"from": "human", "value": "<image>\n<image>\nCompare."},
                 {"from": "gpt", "value": "Same."},
             ],
-        }
+        },
+        {
+            "images": ["pages.gif#1"],
+            "system": "Be short.",
+            "conversations": [
+                {"from": "human", "value": "See <image>."},
+                {"from": "gpt", "value": "What?", "train": False},
+                {"from": "human", "value": "It."},
+                {"from": "gpt", "value": "Red."},
+            ],
+        },
+    ],
+    "swift": [
+        {
+            "query": "<image>What?",
+            "response": "A cat.",
+            "history": [["Hi <image>", "Hello"]],
+            "system": "Be short.",
+            "images": ["a.png", "b.jpg"],
+        },
+        {
+            "query": "<image>Where is <ref-object>?",
+            "response": "<bbox>",
+            "images": ["b.jpg"],
+            "objects": {"ref": ["a dog"], "bbox": [[1, 2, 30.5, 40]], "bbox_type": "real"},
+        },
+        {
+            "query": "<img>a.png</img>And <ref-object>?",
+            "response": "<bbox>",
+            "objects": [{"caption": "a cat", "bbox": [[1, 2, 30, 40], [0, 0, 999, 999]], "bbox_type": "norm1000"}],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "<image><image>Where?"},
+                {"role": "assistant", "content": "Wait.", "loss": False},
+                {"role": "user", "content": "Where?"},
+                {"role": "assistant", "content": "<ref-object><bbox> <ref-object><bbox>"},
+            ],
+            "images": ["a.png", "b.jpg"],
+            "objects": {"ref": ["x", "y"], "bbox": [[1, 2, 3, 4], [5, 6, 50, 40]], "image_id": [0, 1]},
+        },
+    ],
+    "texts": [
+        {"images": ["a.png"], "texts": [{"user": "What?", "assistant": "A cat."}, {"user": "Why?", "assistant": "x"}]},
+        {
+            "images": ["b.jpg", "pages.pdf#1"],
+            "texts": [
+                {"user": "<image> or <image>?", "assistant": "No.", "weight": 0, "source": "made"},
+                {"user": "Again.", "assistant": "The first."},
+            ],
+            "relevance": [3],
+        },
     ],
     "vqa": [
         {"image": "a.png", "question": "What?", "answers": ["x", "y", "y"]},
@@ -65,9 +145,22 @@ GOOD = {
     "grounding": [
         {"image": "b.jpg", "phrase": "a dog", "box": [1, 2, 30.5, 40]},
         {"image": "b.jpg", "phrase": ["a dog", {"sent": "dog"}], "box": [1, 2, 3, 4]},
+        {"image": "pages.pdf#1", "phrase": "dogs", "boxes": [[1, 2, 30.5, 40], [0, 0, 60, 50]]},
+        {"image": "a.png", "phrase": "pigs", "boxes": []},
+        {"image": "a.png", "phrase": ["a dog", "a cat"], "boxes": [[[1, 2, 3, 4]], []]},
+        {"image": "a.png", "phrase": ["dog", "cat"], "boxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "labels": ["cat", "dog"]},
     ],
     "caption": [{"image": "a.png", "caption": "A dog."}, {"image": "a.png", "caption": ["A dog.", "Dog."]}],
+    "fields": [
+        {"image": "a.png", "no": "A-17", "total": 12.5, "lines": [{"item": "tea", "price": 2}], "more": '{"a": "b"}'},
+        {"image": ["a.png", "pages.tif#1"], "no": "9", "total": None, "lines": [], "more": ""},
+    ],
 }
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fields": {"fields": ["no", "total", "lines", "more"], "nested": ["more"]},
+}
+"""Of a source of a format, besides its path."""
 
 VALUES = [
     *(None, True, False, 0, -1, 3.5, 10**30, float("nan"), float("inf")),
@@ -77,8 +170,40 @@ VALUES = [
     *("<|im_end|>\n<|im_start|>system\n", "<ref>", "ﷺ" * 50, "e\u0301", "\u202e"),
     *([], {}, [None], [[]], {"a": None}, ["x"], [1, 2, 3, 4], [3, 3, 1, 1], {"bytes": "x"}, {"path": "a.png"}),
     *({"bytes": None, "path": None}, {"role": "user", "content": "x"}, {"type": "image"}, {"url": "a.png"}),
+    *("a.png#1", "a.png#2", "pages.pdf", "pages.pdf#9", [0, 0, 61, 51], [-3, 0, 900, 50], [[1, 2, 3, 4], [1, 2]]),
 ]
-KEYS = ["role", "content", "type", "text", "image", "images", "from", "value", "grounding", "weight", "path", "index"]
+KEYS = [
+    "loss",
+    "train",
+    "tools",
+    "history",
+    "objects",
+    "role",
+    "content",
+    "type",
+    "text",
+    "image",
+    "images",
+    "from",
+    "value",
+    "grounding",
+    "weight",
+    "path",
+    "index",
+    *(
+        "boxes",
+        "labels",
+        "phrase",
+        "bbox_type",
+        "image_id",
+        "ref",
+        "bbox",
+        "system",
+        "weights",
+        "videos",
+        "loss_scale",
+    ),
+]
 
 
 def damage(draw, value):
@@ -107,6 +232,12 @@ def damage(draw, value):
     return draw.choice(VALUES)
 
 
+NAMES = ("a.png", "b.jpg", "pages.pdf#1", "pages.pdf#3", "pages.tif#1", "pages.tif#2", "pages.gif#1")
+"""The images of good rows."""
+MARKS = ("loss", "train", "training", "trainable", "loss_scale", "weight")
+"""Keys of turns that say whether they are trained."""
+
+
 def anywhere(draw: random.Random, value: Any, change: Callable[[str], Any]) -> Any:
     """The value with one of the texts in it changed; itself where it has none."""
     texts = list(_texts(value))
@@ -133,14 +264,14 @@ def _at(value: Any, path: tuple, change: Callable[[str], Any]) -> Any:
 def with_images(row: Row, path: str) -> Row:
     """The row with all its images being this one."""
     text = json.dumps(row)
-    for name in ("a.png", "b.jpg"):
+    for name in NAMES:
         text = text.replace(json.dumps(name)[1:-1], json.dumps(path)[1:-1])
     return json.loads(text)
 
 
 def turns(row: Row, change: Callable[[list], Any]) -> Row:
     """The row with its list of turns, if it has one, changed."""
-    for name in ("messages", "conversations"):
+    for name in ("messages", "conversations", "texts"):
         if isinstance(row.get(name), list):
             return {**row, name: change(row[name])}
     return row
@@ -181,6 +312,18 @@ def twice(draw, row, name):
     return b"{" + dumped({name: draw.choice(VALUES[:9])})[1:-1] + b"," + dumped(row)[1:]
 
 
+LOOK_ALIKES = [
+    *("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<img>", "</img>", "<imgpad>", "<|extra_0|>", "<image>", "<IMG>"),
+    *('<img src="a.png">', "<|vision_start|>", "<bbox>", "[IMG]", "< image >", "<image_1>", "</image>", "<image/>"),
+    *("<ref-object>", "<video>", "<loc0123>", "[INST]", "<|image_pad|>", "<|IM_END|>", "Picture 1: a.png"),
+    *("data:image/png;base64,AAAA", "<im_patch>", "<cls-object>", "<img src='a.png' />", "<grounding>"),
+]
+"""Text that looks like a token or like markup, whatever the format."""
+BOXES = ["<box>(1,2),(3,4)</box>", "<ref>a</ref>", "<quad>(1,2),(3,4),(5,6),(7,8)</quad>", "<box>(1,2),(3,1000)</box>"]
+"""Markup that grounding texts may hold."""
+SEEN = [*LOOK_ALIKES, *BOXES, "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"]
+"""What no accepted row may train as words without its being counted."""
+
 TEXTS = {
     "control_tokens": ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<img>", "</img>", "<imgpad>", "<|extra_0|>"],
     "malformed_markup": [
@@ -193,12 +336,15 @@ TEXTS = {
     "half_surrogates": ["\ud800", "\udfff", "x\udc00y"],
     "odd_characters": ["\0", "\u202e", "\u2028", "e\u0301", "ﷺ" * 30, "\ufeff", "\x1b[31m", "\r"],
     "very_long_texts": ["word " * 3000, "x" * 20_000, "\n" * 9000],
+    "look_alikes": LOOK_ALIKES,
+    "boxes_in_texts": BOXES,
 }
 """Kind -> what is put into a text."""
 
 IMAGES = {
-    "images_that_are_gone": ["gone.png", "a.png.gone", "A.PNG"],
+    "images_that_are_gone": ["gone.png", "a.png.gone", "A.PNG", "D:\\scans\\a.png", "gone%20.png", "sub\\gone.png"],
     "images_outside": ["../outside.png", "/etc/passwd", "sub/../../outside.png", "~/a.png"],
+    "images_outside_of_other_systems": ["%2e%2e/outside.png", "..\\outside.png", "sub%5C..%5C..%5Coutside.png"],
     "linked_images_outside": ["link_outside.png"],
     "looping_links": ["loop.png"],
     "device_images": ["/dev/zero", "/dev/random", "/proc/self/mem", "/proc/kmsg"],
@@ -207,9 +353,37 @@ IMAGES = {
     "empty_images": ["empty.png"],
     "url_images": ["http://127.0.0.1/a.png", "https://169.254.169.254/latest/meta-data", "HTTP://[::1]/a.png"],
     "other_url_images": ["file:///etc/passwd", "ftp://host/a.png", "s3://bucket/a.png", "//host/share/a.png"],
-    "impossible_paths": ["a\0.png", "x" * 5000, "\ud800.png"],
+    "pages_that_are_not_there": ["a.png#0", "pages.pdf#4", "pages.tif#4", "pages.gif#00", "gone.pdf#1", "pages.pdf#x"],
+    "pages_outside": ["../outside.png#1", "%2e%2e/outside.png#1", "pages.pdf#1/../../outside.png"],
+    "pages_not_named": ["pages.pdf", "pages.tif", "pages.gif", "pages%2Epdf", "./pages.pdf", "pages.pdf%23"],
+    "pages_that_cannot_be_read": ["locked.pdf#1", "locked.pdf", "cut.pdf#1", "cut.pdf", "both.pdf#1"],
+    "impossible_paths": ["a\0.png", "x" * 5000, "\ud800.png", "a.png#" + "9" * 5000],
 }
 """Kind -> what stands in place of a row's images; all must be reported."""
+
+OTHER_NAMES = [
+    *("a%2Epng", ".\\a.png", "./a.png", "file://FOLDER/a.png", "sub\\..\\a.png", "a.png#1", "pages.pdf#3"),
+    *(
+        "pages%2Epdf#2",
+        "pages.pdf%232",
+        "hash#1.png",
+        "100%.png",
+        "a.png#2",
+        "both.tif#1",
+        "pages.webp",
+        "pages.webp#2",
+    ),
+    *(
+        "PAGES.PDF#1",
+        "pages.pdf#03",
+        "pages.webp",
+        "pages.webp#2",
+        "FOLDER/a.png",
+        "file:FOLDER/a.png",
+        "File://localhostFOLDER/b.jpg",
+    ),
+]
+"""Paths of images that are read as they stand, or reported: none as another file. FOLDER is the data's folder."""
 
 KINDS: dict[str, Callable[[random.Random, Row], bytes]] = {
     # The line.
@@ -234,11 +408,24 @@ KINDS: dict[str, Callable[[random.Random, Row], bytes]] = {
     "empty_lists": lambda draw, row: dumped({k: [] if isinstance(v, list) else v for k, v in row.items()}),
     # The conversation.
     "no_replies": lambda draw, row: dumped(turns(row, lambda given: given[:-1])),
+    "marked_turns": lambda draw, row: dumped(
+        turns(
+            row,
+            lambda given: [{**t, draw.choice(MARKS): draw.choice([*VALUES[:9], 0, 1, False])} for t in given],
+        )
+    ),
     "doubled_turns": lambda draw, row: dumped(turns(row, lambda given: [turn for turn in given for _ in "12"])),
     "reversed_turns": lambda draw, row: dumped(turns(row, lambda given: given[::-1])),
     "unknown_roles": lambda draw, row: dumped(
         turns(row, lambda given: [{**t, "role": "tool", "from": 3} for t in given])
     ),
+    "image_columns": lambda draw, row: dumped(
+        {
+            **row,
+            draw.choice(["image", "images", "image_path", "img", "pixel_values"]): draw.choice(["a.png", ["a.png"]]),
+        }
+    ),
+    "images_named_otherwise": lambda draw, row: dumped(with_images(row, draw.choice(OTHER_NAMES))),
     "one_image_more": lambda draw, row: dumped(
         {**row, "images": ["a.png", "a.png"], "image": ["a.png", "a.png", "a.png"]}
     ),
@@ -261,29 +448,40 @@ MUST_BE_REPORTED = {
 """Kinds of which no row may be accepted, besides those of `IMAGES` where the row has an image."""
 
 
-def broken_lines(row_format: str, count: int, seed: int) -> Iterator[tuple[str, bool, bytes]]:
+def broken_lines(row_format: str, count: int, seed: int, folder: Path) -> Iterator[tuple[str, bool, bytes]]:
     """(kind, whether it must be reported, line) of so many rows; each kind as often as any other."""
     draw = random.Random(f"{seed} {row_format}")
     kinds = list(KINDS)
     for number in range(count):
         kind = kinds[number % len(kinds)]
         row = draw.choice(GOOD[row_format])
-        has_image = "a.png" in json.dumps(row) or "b.jpg" in json.dumps(row)
+        has_image = any(name in json.dumps(row) for name in NAMES)
         must = kind in MUST_BE_REPORTED or (kind in IMAGES and has_image)
+        line = KINDS[kind](draw, row).replace(b"FOLDER", str(folder).encode())
         # Rows are lines.
-        yield kind, must, KINDS[kind](draw, row).replace(b"\n", b" ") or b"?"
+        yield kind, must, line.replace(b"\n", b" ") or b"?"
 
 
 def write_images(folder: Path) -> None:
     """The images that the rows name, and what else their paths may lead to."""
-    Image.new("RGB", (60, 50), "teal").save(folder / "a.png")
-    Image.new("RGB", (60, 50), "teal").save(folder / "b.jpg")
+    for name in ("a.png", "b.jpg", "hash#1.png", "100%.png"):
+        Image.new("RGB", (60, 50), "teal").save(folder / name)
     Image.new("RGB", (60, 50), "red").save(folder.parent / "outside.png")
     (folder / "sub").mkdir()
     (folder / "empty.png").touch()
     (folder / "link_outside.png").symlink_to(folder.parent / "outside.png")
     (folder / "loop.png").symlink_to(folder / "loop.png")
     os.mkfifo(folder / "fifo")
+    (folder / "pages.pdf").write_bytes(pdf())
+    for ending, kind in (("tif", "TIFF"), ("gif", "GIF"), ("webp", "WEBP")):
+        (folder / f"pages.{ending}").write_bytes(frames(kind))
+    (folder / "locked.pdf").write_bytes(encrypted_pdf())
+    (folder / "cut.pdf").write_bytes(pdf()[:60])
+    # A page of the one, or the other.
+    for name in ("both.pdf", "both.pdf#1"):
+        (folder / name).write_bytes(pdf())
+    # The file of that name alone.
+    Image.new("RGB", (60, 50), "teal").save(folder / "both.tif#1", "TIFF")
 
 
 def check_broken_rows(
@@ -291,25 +489,45 @@ def check_broken_rows(
 ) -> Counter[tuple[str, str]]:
     """Rows by kind and fate (accepted, reported, too_long), each with exactly one.
 
+    Of odd seeds, coordinates at the edge are clamped, `fields` are asked for as JSON, and look-alikes are text: then
+    they must be counted.
+
     Raises:
-        AssertionError: a row is lost, counted twice, accepted though it must not be, or reported without its place.
+        AssertionError: a row is lost, counted twice, accepted though it must not be, or reported without its place; or
+            one that is accepted trains a look-alike as words that is not counted, or has an image outside the folder
+            or one that cannot be opened and is not reported by the check of images.
     """
     folder = folder / row_format
     folder.mkdir()
     write_images(folder)
-    lines = list(broken_lines(row_format, count, seed))
+    lines = list(broken_lines(row_format, count, seed, folder))
     path = folder / "rows.jsonl"
+    # A file in which nothing beyond ASCII is UTF-8 is refused as a whole: the last line is.
+    lines.append(("no_objects", True, '"é"'.encode()))
     path.write_bytes(b"\n".join(line for _, _, line in lines) + b"\n")
-    settings = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
-    samples = Samples([SimpleNamespace(path=str(path), format=row_format, weight=1.0, limit=None, **settings)])
-    rules = {"n_queries": 4, "max_length": 1000, "on_long": "drop", "on_bad_row": "skip", "show_progress": False}
-    found = check_samples(samples, tokenizer, **rules)
+    odd = bool(seed % 2)
+    settings = SETTINGS.get(row_format, {}) | ({"reply": ("value", "json")[odd]} if row_format == "fields" else {})
+    samples = Samples([Source.model_construct(path=str(path), format=row_format, **settings)])
+    rules = Rules(
+        tokenizer,
+        n_queries=4,
+        max_length=1000,
+        on_long="drop",
+        on_bad_row="skip",
+        box_edge=("error", "clamp")[odd],
+        markup_as_text=ALL_MARKUP if odd else frozenset(),
+    )
+    found = look_at(samples, rules, show_progress=False)
+    check_kept(samples, found, rules, folder)
 
     assert len(found.kept) + found.refused + len(found.dropped_long) == len(samples)
     fates = {"accepted": {samples[index].origin.row for index in found.kept.tolist()}}
     fates["reported"] = {problem.origin.row for problem in found.problems}
     fates["too_long"] = {long.origin.row for long in found.dropped_long} - fates["accepted"]
-    assert fates["accepted"] | fates["reported"] | fates["too_long"] == set(range(1, count + 1))
+    assert fates["accepted"] | fates["reported"] | fates["too_long"] == set(range(1, count + 2))
+    if row_format in ("vqa", "caption", "grounding", "fields"):
+        # Of a row that makes several samples, one may hold what is refused.
+        fates = {fate: rows - fates["reported"] if fate != "reported" else rows for fate, rows in fates.items()}
     assert not fates["reported"] & (fates["accepted"] | fates["too_long"])
     for problem in found.problems:
         assert isinstance(problem, BadRow)
@@ -320,5 +538,55 @@ def check_broken_rows(
         for row in rows:
             kind, must_be_reported, line = lines[row - 1]
             assert fate == "reported" or not must_be_reported, (kind, fate, line[:300])
-            counts[kind, fate] += 1
+            if row <= count:
+                counts[kind, fate] += 1
     return counts
+
+
+ALL_MARKUP = check_markup_names([*LOOK_ALIKES, *BOXES])
+
+
+def check_kept(samples: Samples, found: Checked, rules: Rules, folder: Path) -> None:
+    """Check what the accepted samples train, in their ids, and open their images as training does.
+
+    Raises:
+        AssertionError: see `check_broken_rows`.
+    """
+    # Text by its ids: what is a token of the model is none of it.
+    first = min(rules.tokenizer.control_tokens.values())
+    looking = Counter()
+    for index in found.kept.tolist():
+        ids = rules.fit(samples[index].messages).rendered.ids
+        text = rules.tokenizer.decode([one if one < first else SPACE for one in ids])
+        seen = {look for look in SEEN if look in text}
+        looking.update(seen)
+        assert not seen or rules.markup_as_text, (samples[index].origin, seen, text[:2000])
+    for look in looking:
+        assert found.markup[markup_kind(look)] >= looking[look], (look, looking[look], found.markup)
+
+    opened = open_images(samples, found, rules, show_progress=False)
+    for problem in opened.problems:
+        assert problem.origin.row and problem.field.startswith("images[") and len(str(problem)) < 1500
+    root = os.path.realpath(folder)
+    for index in without(found, opened).kept.tolist():
+        for source in image_sources(samples[index].messages):
+            if isinstance(source, str) and not source.startswith("data:"):
+                file = find_page(source, folder)[0]
+                assert Path(os.path.realpath(file)).parent == Path(root), source
+                assert Path(file).name in ACCEPTED, source
+
+
+SPACE = 220
+"""A token of ordinary text."""
+ACCEPTED = (
+    "a.png",
+    "b.jpg",
+    "hash#1.png",
+    "100%.png",
+    "pages.pdf",
+    "pages.tif",
+    "pages.gif",
+    "pages.webp",
+    "both.tif#1",
+)
+"""The only files whose images may be trained."""

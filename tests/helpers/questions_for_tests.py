@@ -40,12 +40,27 @@ ROWS = {
     "screenspot": {"image": "a.png", "instruction": "close", "bbox": [0.1, 0.2, 0.5, 0.5], "data_type": "icon"},
     "multiple_choice": {"question": "What?", "options": ["dog", "4"], "answer": "1", "image": "a.png"},
 }
+ROWS["fields"] = {"image": "a.png", "total": "4"}
 ROWS["refcoco+"] = ROWS["refcocog"] = ROWS["refcoco"]
 
 
 def source(path, **given) -> SimpleNamespace:
     defaults = {"config": None, "split": None, "format": None, "columns": {}, "prompt": None, "box_form": None}
-    return SimpleNamespace(path=str(path), **defaults | {"weight": 1.0, "limit": None, "streaming": False} | given)
+    defaults |= {"fields": ["total"], "reply": "value", "missing": None, "nested": [], "prompts": None}
+    return SimpleNamespace(
+        path=str(path),
+        **defaults
+        | {
+            "weight": 1.0,
+            "limit": None,
+            "streaming": False,
+            "encoding": None,
+            "delimiter": None,
+            "part": None,
+            "annotations": None,
+        }
+        | given,
+    )
 
 
 def write(folder: Path, rows, name: str = "data.jsonl") -> Path:

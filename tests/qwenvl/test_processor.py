@@ -7,9 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from qwenvl import ImageAccess, ImageError, InputError, MissingFileError, QwenVLProcessor, load_processor
+from qwenvl import (
+    ImageAccess,
+    ImageError,
+    InputError,
+    MissingFileError,
+    QwenVLProcessor,
+    load_image,
+    load_processor,
+)
 from qwenvl.checkpoint.record import ModelRecord, write_record
 from qwenvl.text.chat import render_chat
+from qwenvl.views import Views
 
 
 def asks(*images, text="What is it?"):
@@ -209,3 +218,41 @@ def test_the_system_message_of_training_is_that_of_conversations_without_one(tin
     assert trained.apply_chat_template(own, **how) == plain.apply_chat_template(own, **how)
     trained.save_pretrained(tmp_path / "saved")
     assert "system" not in json.loads((tmp_path / "saved" / "processor_config.json").read_text())
+
+
+def test_the_views_of_training_are_those_of_every_image(tiny_folder, tmp_path, tiny_images):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+    views = Views(True, (1, 2), 0.0)
+    write_record(folder, ModelRecord(chat_format="chatml", views=views))
+    trained, plain = load_processor(folder), QwenVLProcessor.from_pretrained(folder)
+    assert trained.views == views and plain.views is None
+    a, b = (load_image(path) for path in tiny_images[:2])
+    written_out = inputs_of(plain, asks(*views.pictures(a), *views.pictures(b)), return_tensors="pt")
+    given, string = asks({}, {}), trained.apply_chat_template(asks(a, b), add_generation_prompt=True)
+    for message in given:
+        for part in message["content"]:
+            part.pop("image", None)
+    for inputs in (
+        inputs_of(trained, asks(a, b), return_tensors="pt"),
+        inputs_of(trained, given, images=[a, b], return_tensors="pt"),
+        inputs_of(trained, [given, given], images=[[a, b], [a, b]], return_tensors="pt"),
+        trained(images=[a, b], text=string, return_tensors="pt"),
+        trained(images=[[a, b]], text=[string], return_tensors="pt"),
+    ):
+        rows = len(inputs["input_ids"])
+        assert torch.equal(inputs["input_ids"], written_out["input_ids"].expand(rows, -1))
+        assert torch.equal(inputs["pixel_values"], written_out["pixel_values"].repeat(rows, 1, 1, 1))
+    assert torch.equal(trained(images=[a, b])["pixel_values"], written_out["pixel_values"])
+
+
+def test_counts_that_forget_the_views_are_refused(tiny_processor, tiny_images, monkeypatch):
+    monkeypatch.setattr(tiny_processor, "views", Views(True, (1, 2), 0.0))
+    string = tiny_processor.apply_chat_template(asks(tiny_images[0]))
+    with pytest.raises(
+        InputError, match=r"text 0: it has 1 image placeholder.* each image takes 3 \(the page and its"
+    ):
+        tiny_processor(images=tiny_images[:1], text="<img></img>What?")
+    with pytest.raises(InputError, match=r"3 image\(s\) are given for 1 place.* give whole images, not their parts"):
+        tiny_processor(images=tiny_images[:3], text=string)
+    with pytest.raises(InputError, match=r"0 image\(s\) are given for 1 place"):
+        tiny_processor(text=string)

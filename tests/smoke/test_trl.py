@@ -89,6 +89,18 @@ def test_the_loss_is_on_the_replies(tiny_model, tiny_processor, dataset, tmp_pat
     assert len(batch["pixel_values"]) == 2
 
 
+def test_turns_that_are_context_are_not_trained(tiny_model, tiny_processor, dataset, tmp_path):
+    """In `messages` as they are, and as columns of a dataset have them, where other turns have the flag None."""
+    row = dataset[2]
+    marked = [{**turn, "train": False} if turn["content"] == "Alike." else {**turn} for turn in row["messages"]]
+    columns = Dataset.from_dict({"images": [row["images"]], "messages": [marked]})
+    args = arguments(tmp_path)
+    trainer = SFTTrainer(model=tiny_model, args=args, train_dataset=columns, processing_class=tiny_processor)
+    for example in (columns[0], {**row, "messages": marked}):
+        batch = trainer.data_collator([example])
+        assert tiny_processor.decode(batch["labels"][batch["labels"] != -100]) == "Yes.<|im_end|>"
+
+
 def test_sft_by_the_checkpoints_path(tiny_folder, dataset, tmp_path):
     """trl loads model and processor itself, through the Auto classes."""
     trainer = SFTTrainer(

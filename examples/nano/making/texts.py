@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterator
 
-from examples.nano.making.documents.families import FAMILIES, HELD_OUT
+from examples.nano.making.documents.families import FAMILIES, HELD_OUT, LARGE
 from examples.nano.making.documents.write import Plan, conversations_of
 from qwenvl.text.chat import DEFAULT_SYSTEM
 
-KNOWN_FAMILIES = tuple(family for family in FAMILIES if family not in (*HELD_OUT, "shapes"))
+KNOWN_FAMILIES = tuple(family for family in FAMILIES if family not in (*HELD_OUT, *LARGE, "shapes"))
 WITH_FIELDS = tuple(family for family in KNOWN_FAMILIES if family != "words")
 READ = ("words", *KNOWN_FAMILIES)
 """Families, repeated by their frequency, for transcription alone."""

@@ -28,7 +28,7 @@ def caption(row: Mapping[str, Any], columns: Mapping[str, str], prompt: str = DE
     name = columns["caption"]
     value = fields.field(row, name)
     if not isinstance(value, list | tuple):
-        return [question_and_answer(image, prompt, fields.text(value, name))]
+        return [question_and_answer(image, prompt, fields.one_text(value, name))]
     if not value:
         raise BadField(name, "is empty")
     return [

@@ -3,13 +3,15 @@
 Datasets fill keys that only other rows have with None, so None means the same as a missing key.
 """
 
+import re
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from finetune.data.sample import BadField
+from finetune.data.sample import UNKNOWN_TEXT, BadField
 
-IMAGE_KEYS = {"bytes", "path"}
+IMAGE_KEYS = {"bytes", "path", "page"}
+_WRITTEN_LIST = re.compile(r"""\s*\[\s*(?:(['"]).*\1\s*)?\]\s*""", re.DOTALL)
 
 
 def field(row: Mapping[str, Any], column: str) -> Any:
@@ -20,9 +22,25 @@ def field(row: Mapping[str, Any], column: str) -> Any:
     """
     value = row.get(column)
     if value is None:
+        if column in row:
+            raise BadField(column, "is empty in this row")
         there = ", ".join(str(key) for key, value in row.items() if value is not None)
         raise BadField(column, f"is missing; the row has {there[:200] or 'nothing'}. Name the column under `columns`")
     return value
+
+
+def refuse_unknown_text(value: Any, name: str) -> None:
+    """Refuse a cell of a workbook that shows something else than its value.
+
+    Raises:
+        BadField: it is one.
+    """
+    if isinstance(value, Mapping) and UNKNOWN_TEXT in value:
+        raise BadField(
+            name,
+            f"the sheet shows this cell in a way that is not known here ({value[UNKNOWN_TEXT]}): write what it shows "
+            'as text, as =TEXT(C2, "dd.mm.yyyy") gives it, or set its number format to yyyy-mm-dd, 0.00 or General',
+        )
 
 
 def text(value: Any, name: str) -> str:
@@ -32,16 +50,33 @@ def text(value: Any, name: str) -> str:
         BadField: not a string, or a blank one.
     """
     if not isinstance(value, str):
+        refuse_unknown_text(value, name)
         raise BadField(name, f"must be text, not {type(value).__name__}")
     if not value.strip():
         raise BadField(name, "is blank")
     return value
 
 
+def one_text(value: Any, name: str) -> str:
+    """The value of a column that may hold a list of texts, where it holds one text.
+
+    Raises:
+        BadField: as `text`; or it is a list as Python or JSON writes it, which the cells of tables often hold: its
+            brackets and quotes would be words.
+    """
+    written = text(value, name)
+    if _WRITTEN_LIST.fullmatch(written):
+        raise BadField(
+            name,
+            f"is a list written as text ({written[:60]}): give one text, or a list, as JSON Lines and Parquet have it",
+        )
+    return written
+
+
 def image(value: Any, name: str) -> Any:
     """An image source: a path, URL or data URI, encoded bytes, or {"bytes", "path"} as the datasets library has it.
 
-    Only its kind is checked; nothing is opened.
+    `file.pdf#3`, or a third key `page`, names one page. Only its kind is checked; nothing is opened.
 
     Raises:
         BadField: anything else.
@@ -53,10 +88,15 @@ def image(value: Any, name: str) -> Any:
     if isinstance(value, bytes):
         return value
     if isinstance(value, Mapping):
+        page = value.get("page")
+        if page is not None and (isinstance(page, bool) or not isinstance(page, int) or page < 1):
+            raise BadField(f"{name}.page", f"must be a whole number from 1, not {page!r}"[:200])
         if set(value) <= IMAGE_KEYS and isinstance(value.get("bytes"), bytes):
-            return {"bytes": value["bytes"], "path": value.get("path")}
+            named = {} if page is None else {"page": page}
+            return {"bytes": value["bytes"], "path": value.get("path"), **named}
         if set(value) <= IMAGE_KEYS and value.get("bytes") is None and isinstance(value.get("path"), str):
-            return image(value["path"], name)
+            path = image(value["path"], name)
+            return path if page is None else f"{path}#{page}"
         raise BadField(name, f"must hold `bytes` or a `path`; it has keys {sorted(map(str, value))}"[:200])
     raise BadField(name, f"must be a path, encoded bytes or {{bytes, path}}, not {type(value).__name__}")
 

@@ -14,9 +14,11 @@ from typing import Any
 
 from finetune.data.formats import fields
 from finetune.data.formats.messages import Message
+from finetune.data.formats.system import put_system_first
+from finetune.data.formats.turn_loss import train_flag
 from finetune.data.sample import BadField
 
-COLUMNS = ("conversations",)
+COLUMNS = ("conversations", "system")
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system"}
 _TAG = re.compile("<img>|</img>")
 
@@ -29,17 +31,19 @@ def qwen_json(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[list[M
     """
     name = columns["conversations"]
     turns = fields.mappings(fields.field(row, name), name)
-    return [[_message(turn, index, f"{name}[{index}]") for index, turn in enumerate(turns)]]
+    conversation = [_message(turn, index, f"{name}[{index}]") for index, turn in enumerate(turns)]
+    put_system_first(conversation, row, columns["system"], grounding=True)
+    return [conversation]
 
 
 def _message(turn: Mapping[str, Any], index: int, name: str) -> Message:
     role = turn_role(turn, index, name, _ROLES)
     value = turn_text(turn, role, name)
-    parts = _parts(value, f"{name}.value")
+    parts = image_tag_parts(value, f"{name}.value")
     if role != "user" and any(part["type"] == "image" for part in parts):
         raise BadField(f"{name}.value", "only a user's turn can hold images")
     content = parts if role == "user" else value
-    return {"role": role, "content": content, "grounding": True}
+    return {"role": role, "content": content, "grounding": True, **train_flag(turn, role, name)}
 
 
 def turn_role(turn: Mapping[str, Any], index: int, name: str, roles: Mapping[str, str]) -> str:
@@ -69,7 +73,12 @@ def turn_text(turn: Mapping[str, Any], role: str, name: str) -> str:
     return fields.text(value, f"{name}.value") if role == "assistant" else value
 
 
-def _parts(value: str, name: str) -> list[dict[str, Any]]:
+def image_tag_parts(value: str, name: str) -> list[dict[str, Any]]:
+    """A text as parts: each `<img>path</img>` an image part, the rest as text parts; at least one part.
+
+    Raises:
+        BadField: tags that are not paired, or an empty path.
+    """
     tags = [*_TAG.finditer(value)]
     if any(tag[0] != ("<img>", "</img>")[index % 2] for index, tag in enumerate(tags)) or len(tags) % 2:
         raise BadField(name, "<img> and </img> are not paired; to write them as text, use format `messages`")

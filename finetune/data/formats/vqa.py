@@ -37,7 +37,7 @@ def vqa(row: Mapping[str, Any], columns: Mapping[str, str], prompt: str = PLACEH
         answers_name = "answer"
     answers = fields.field(row, answers_name)
     if isinstance(questions, str):
-        pairs = [(name, questions, answers_name, answers)]
+        pairs = [(name, fields.one_text(questions, name), answers_name, answers)]
     else:
         pairs = _pairs(name, questions, answers_name, answers)
     conversations = []
@@ -70,7 +70,7 @@ def _pairs(name: str, questions: Any, answers_name: str, answers: Any) -> list[t
 
 def _target(answers: Any, name: str) -> str:
     if not isinstance(answers, list | tuple):
-        return fields.text(answers, name)
+        return fields.one_text(answers, name)
     for index, answer in enumerate(answers):
         if not isinstance(answer, str):
             raise BadField(f"{name}[{index}]", f"must be text, not {type(answer).__name__}")

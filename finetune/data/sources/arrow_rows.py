@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from finetune.data.sample import Origin
+from finetune.data.sample import DataError, Origin
 from finetune.data.sources.rows import Rows
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ BLOCK = 256
 """Rows that `scan` takes from the files at once."""
 ORIGIN = {"file": pa.string(), "row": pa.int64()}
 """Fields of the column `origin`: where each row was before `finetune prepare` copied it."""
-_STAND_IN = b"\0"
 _ENDS = 1 << 20  # bytes
 
 
@@ -71,7 +70,14 @@ class ArrowRows(Rows):
         return sha256(f"{self._digest} {len(self)}".encode()).hexdigest()
 
     def _rows(self, table: pa.Table) -> Iterator[Mapping[str, Any]]:
-        return map(self._features.decode_example, table.to_pylist())
+        try:
+            rows = table.to_pylist()
+        except (UnicodeDecodeError, pa.ArrowException) as error:  # damage that its file does not know of
+            raise DataError(
+                f"{self.name}: is damaged ({str(error)[:200]}); make or fetch the file again, and remove its "
+                "copy in the datasets cache"
+            ) from error
+        return map(self._features.decode_example, rows)
 
 
 def is_origin(schema: pa.Schema) -> bool:
@@ -118,13 +124,13 @@ def _undecoded(features: "datasets.Features") -> "datasets.Features":
 
 
 def _without_bytes(column: pa.Array) -> pa.Array:
-    """The column with the bytes of its images, wherever they are in it, replaced by one byte each.
+    """The column with the bytes of its images, wherever they are in it, replaced by their number in decimal digits.
 
-    Only whether there are bytes is read: the bytes themselves stay on disk.
+    Only how many bytes there are is read: the bytes themselves stay on disk.
     """
     kind = column.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return pc.if_else(pc.is_valid(column), pa.scalar(_STAND_IN), pa.scalar(None, pa.binary()))
+        return pc.cast(pc.cast(pc.binary_length(column), pa.string()), pa.binary())
     if pa.types.is_struct(kind):
         # `flatten` and not `field`: only it knows that the fields of a missing struct are missing too.
         inner = [_without_bytes(part) for part in column.flatten()]

@@ -1,5 +1,7 @@
 """Find the elements of a JSON file that holds a list, of any length, in one pass that keeps none of them.
 
+Objects that stand one after the other, without a list around them, are read as one.
+
 The file is read through a window of a mebibyte, or of one element where that is longer.
 """
 
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from finetune.data.sample import DataError
+from finetune.data.sources.json_faults import DECODER, named_fault
+from finetune.data.sources.text_encoding import not_utf8
 
 CHUNK = 1 << 20
 """Bytes read at once."""
@@ -31,6 +35,8 @@ def find_elements(path: Path, name: str) -> tuple["array[int]", "array[int]", st
     with path.open("rb") as file:
         window = _Window(file, name)
         window.skip_space()
+        if window.holds_several_objects():
+            return *_several_objects(window), window.digest.hexdigest()
         if window.next() != "[":
             window.refuse_other_than_list()
         window.advance(1)
@@ -45,13 +51,28 @@ def find_elements(path: Path, name: str) -> tuple["array[int]", "array[int]", st
                 window.refuse("Expecting ',' delimiter")
             more = window.next() == ","
             if more:
+                comma = window.place()
                 window.advance(1)
                 window.skip_space()
+                if window.next() == "]":
+                    window.refuse_at("a comma too many before ]", *comma)
         window.advance(1)
         window.skip_space()
         if window.next():
             window.refuse("Extra data")
     return starts, ends, window.digest.hexdigest()
+
+
+def _several_objects(window: "_Window") -> tuple["array[int]", "array[int]"]:
+    starts, ends = array("q"), array("q")
+    while window.next():
+        if window.next() != "{":
+            window.refuse("Extra data" if window.next() != "," else "a comma between objects that are not in a list")
+        starts.append(window.byte)
+        window.skip_value()
+        ends.append(window.byte)
+        window.skip_space()
+    return starts, ends
 
 
 class _Window:
@@ -72,7 +93,7 @@ class _Window:
         self._taken = 0  # bytes
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._lines = self._column = 0  # before `text`: whole lines, and characters of the line it begins in
-        self._values = json.JSONDecoder()
+        self._values = DECODER
         if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
             self.digest.update(codecs.BOM_UTF8)
             self.byte = self._taken = len(codecs.BOM_UTF8)
@@ -106,7 +127,7 @@ class _Window:
             except json.JSONDecodeError as error:
                 unfinished = error.pos > len(self.text) - _EDGE or error.msg.startswith("Unterminated string")
                 if not (unfinished and self._take()):
-                    self.refuse(error.msg, error.pos)
+                    self.refuse(*named_fault(self.text, error))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.name}: cannot be read as JSON ({why_unreadable(error)})") from error
             else:
@@ -118,13 +139,31 @@ class _Window:
     def refuse(self, reason: str, place: int | None = None) -> NoReturn:
         """Raise a DataError with line and column of `place`, in characters of `text`; None is the current position."""
         place = self.at if place is None else place
-        line = self._lines + self.text.count("\n", 0, place) + 1
+        if reason.startswith("Expecting ',' delimiter"):
+            reason, place = named_fault(self.text, json.JSONDecodeError(reason, self.text, place))
+        self.refuse_at(reason, *self.place(place))
+
+    def refuse_at(self, reason: str, line: int, column: int) -> NoReturn:
+        hint = "; one object a line is JSON Lines: name such a file .jsonl" if reason == "Extra data" else ""
+        raise DataError(f"{self.name}: not JSON (line {line}, column {column}: {reason}){hint}")
+
+    def place(self, place: int | None = None) -> tuple[int, int]:
+        """Line and column of `place`, in characters of `text`; None is the current position."""
+        place = self.at if place is None else place
         newline = self.text.rfind("\n", 0, place)
         column = place - newline if newline >= 0 else self._column + place + 1
-        raise DataError(
-            f"{self.name}: not JSON (line {line}, column {column}: {reason}); "
-            "one object a line is JSON Lines: name such a file .jsonl"
-        )
+        return self._lines + self.text.count("\n", 0, place) + 1, column
+
+    def holds_several_objects(self) -> bool:
+        """Whether an object begins here, and another one after it, as far as the window shows."""
+        if self.next() != "{":
+            return False
+        try:
+            _, end = self._values.raw_decode(self.text, self.at)
+        except (ValueError, RecursionError):
+            return False
+        end = _after_space(self.text, end)
+        return self.text[end : end + 1] == "{"
 
     def refuse_other_than_list(self) -> NoReturn:
         first = self.next()
@@ -163,7 +202,7 @@ class _Window:
             more = self._decode(data, final=not data)
         except UnicodeDecodeError as error:
             place = self._taken - (len(error.object) - len(data)) + error.start
-            raise DataError(f"{self.name}: cannot be read as JSON (byte {place} is not UTF-8)") from error
+            raise not_utf8(Path(self._file.name), self.name, place) from error
         self._taken += len(data)
         if not data:
             return False

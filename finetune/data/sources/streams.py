@@ -23,7 +23,7 @@ from finetune.data.row_progress import RowProgress
 from finetune.data.sample import DataError
 from finetune.data.sources.arrow_rows import ArrowRows
 from finetune.data.sources.rows import Rows
-from finetune.errors import Failed, Interrupted, UserError
+from finetune.errors import Failed, UserError
 from finetune.files.atomic_writes import clean_partials, write_text, writing_file
 from finetune.files.path_errors import path_errors
 
@@ -109,8 +109,6 @@ def _fetch(
     try:
         builder = datasets.load_dataset_builder(dataset_id, config)
         stream = builder.as_streaming_dataset(split=split)
-    except Interrupted:
-        raise
     except Exception as error:  # no network, no such dataset, no right to it, an unknown config or split, ...
         raise DataError(
             f"{name}: cannot be streamed from the hub ({type(error).__name__}: {error}); streaming has whole splits "
@@ -138,7 +136,7 @@ def _fetch(
                 spool.add(block, stream.state_dict())
                 progress.add(len(block))
                 wanted = None if wanted is None else wanted - len(block)
-        except (UserError, Failed, Interrupted):
+        except (UserError, Failed):
             raise
         except Exception as error:  # whatever a connection or a damaged file raises, in several libraries
             spool.flush()

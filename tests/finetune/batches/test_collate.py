@@ -11,12 +11,13 @@ def test_an_image_that_cannot_be_decoded_is_named_in_one_sentence(tmp_path, work
     file = write_recipe(
         tmp_path, data__workers=workers, data__shuffle=False, data__images_root=str(tmp_path), train__max_steps=2
     )
-    # Enough of it for the size, which is all that the check reads.
+    headers = "data.check_images=headers"  # which are whole
+    # Enough of it for its kind, which is all that the check reads.
     (tmp_path / "cut.png").write_bytes(IMAGES[0].read_bytes()[:300])
     turns = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "no"}]
     row = {"messages": turns, "images": ["cut.png"]}
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
-    done = finetune(file, check=False, launcher=("-u",))  # a process of its own, as it has workers
+    done = finetune(file, headers, check=False, launcher=("-u",))  # a process of its own, as it has workers
     assert done.returncode == 2, done.stderr
     *_, said = done.stderr.strip().splitlines()
     assert "train.jsonl, row 1, image 1" in said and "cut.png" in said

@@ -17,12 +17,13 @@ from finetune.chat.conversation_rows import append_row
 from finetune.chat.terminal_chat import TerminalChat, open_conversation
 from finetune.data.samples import Samples
 from finetune.errors import UserError
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import Source
 from finetune.replies.model_style import find_use
 from finetune.terminal import terminal_text
 from qwenvl import ImageError, load_model, load_processor
 from qwenvl.checkpoint.record import ModelRecord
 from qwenvl.text.chat import render_chat, render_prompt
+from qwenvl.views import Views
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,28 @@ def test_boxes_are_told_in_pixels_and_drawn(terminal, conversation, monkeypatch,
     ids = asked[-1][0]
     control = conversation.tokenizer.control_tokens
     assert ids.count(control["<box>"]) == 2 and ids.count(control["</ref>"]) == 2
+
+
+def test_with_views_pictures_have_numbers_and_boxes_are_of_the_whole_image(
+    terminal, conversation, monkeypatch, capsys, tmp_path
+):
+    for name, size in {"street.png": (400, 200), "yard.png": (300, 100)}.items():
+        Image.new("RGB", size, "white").save(tmp_path / name)
+    conversation.views = Views(True, (1, 2), 0.0)
+    asked = scripted(conversation, monkeypatch, "A street.", "<ref>the dog</ref><box>(100,250),(500,750)</box>")
+    typed(terminal, monkeypatch, "/image street.png", "What is it?", "/image yard.png", "Where is the dog?")
+    told = capsys.readouterr().err
+    assert "street.png, 400 x 200 pixels, pictures 1 to 3: 1 image(s)" in told
+    assert "yard.png, 300 x 100 pixels, pictures 4 to 6: 1 image(s)" in told
+    assert "  the dog: (30, 25) (150, 75)\n" in told
+    assert Image.open(tmp_path / "yard_boxes.png").size == (300, 100)
+    assert [features.shape[0] for _, features, _ in asked] == [3, 6]
+    assert torch.equal(asked[0][1], asked[1][1][:3])
+    pictures = conversation.views.pictures(str(tmp_path / "yard.png"))
+    pixels = conversation.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        assert torch.allclose(asked[1][1][3:], conversation.model.get_image_features(pixels), atol=1e-5)
+    assert "Picture 6:<img>" in conversation.tokenizer.decode(asked[1][0])
 
 
 def test_markup_that_is_typed_is_markup(conversation, monkeypatch):

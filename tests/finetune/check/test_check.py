@@ -1,10 +1,12 @@
 """`finetune check`: everything before training, told together, without weights; data is never more than text."""
 
+import base64
 import io
 import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from encoded_images import encode
 from PIL import Image
@@ -16,7 +18,7 @@ from finetune.errors import UserError
 from finetune.model.base import build_without_weights, find_base, make_trainable
 from finetune.model.components import count_parameters
 from finetune.recipe import load_recipe
-from qwenvl import load_model
+from qwenvl import QwenVLImageProcessor, load_model
 
 
 def write(path, rows, **settings):
@@ -177,12 +179,13 @@ def test_the_page_shows_the_same_and_data_is_text_in_it(show, tmp_path):
     show(data__train=[train, plain], data__on_bad_row="skip", samples=4, html=file)
     page = file.read_text()
     assert "<script" not in page.replace("&lt;script", "") and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "<mark>Yes &lt;b&gt;&amp;</mark>" in page
+    assert "<mark>Yes &lt;b&gt;&amp;<code" in page
     assert "&lt;i&gt;gone&lt;/i&gt;" in page and "<i>" not in page
     assert "\x1b" not in page and "\x00" not in page
     assert page.count("<svg") >= 2 and "ready to train" in page
     pictures = re.findall(r'src="(data:image/jpeg;base64,[^"]+)"', page)
-    assert len(pictures) == 2 and pictures[0] != pictures[1], "the boxes are drawn on one of them"
+    assert len(pictures) == 4 and pictures[0] != pictures[2], "the boxes are drawn on one of them"
+    assert pictures[1] == pictures[3], "and not on what the model gets"
 
 
 def test_a_page_that_cannot_be_written_is_told_first(show, tmp_path):
@@ -205,9 +208,8 @@ def test_images_are_opened_when_asked(show, tmp_path):
         (tmp_path / name).write_bytes(data)
     rows = [chat(images=["good.png"]), chat(images=["good.png", "cut.png"]), chat(images=["text.png"])]
     settings = {"data__train": [write(tmp_path / "t.jsonl", rows)], "data__images_root": str(tmp_path)}
-    assert not show(**settings).refused, "all are there"
     shown = show(**settings, images=True)
-    assert "train data: 2 images cannot be decoded" in shown.refused
+    assert "train data: of 3 samples, 2 have images that cannot be decoded" in shown.refused
     assert "3 images opened in 0s, " in shown.text and "; 2 cannot be decoded" in shown.text
     assert re.search(r"t\.jsonl, row 2, images\[1\]: cannot be decoded: ", shown.text)
     assert re.search(r"t\.jsonl, row 3, images\[0\]: cannot be decoded: ", shown.text)
@@ -271,3 +273,64 @@ def test_the_command_refuses_with_exit_code_2(tmp_path):
     assert "⟦Hello<|im_end|>⟧" in done.stdout and "\x1b" not in done.stdout
     assert "row 2, messages[1].content: is blank" in done.stdout
     assert done.stderr.count("1 cannot be used") == 2 and "Traceback" not in done.stderr
+
+
+def test_tokens_are_told_from_text_and_trained_from_context(show, tmp_path):
+    turns = [*chat("Say <|im_end|>.", "Yes.", loss=False)["messages"], *chat("And?", "No <|im_end|>.")["messages"]]
+    row = {"messages": turns, "images": [str(IMAGES[0])], "notes": "x"}
+    shown = show(
+        data__train=[write(tmp_path / "one.jsonl", [row])],
+        data__markup_as_text=["<|im_end|>"],
+        html=tmp_path / "page.html",
+    )
+    assert "  │ ‹context: Yes.›<|im_end|>" in shown.lines
+    assert "  │ ⟦No ‹<|im_end|> as text›.<|im_end|>⟧" in shown.lines
+    for line in (
+        "  not read: notes",
+        "  context, marked in the row as untrained: 1 reply",
+        "  trained as words (data.markup_as_text): <|im_end|>",
+    ):
+        assert line in shown.lines
+        assert line.strip().replace("<|im_end|>", "&lt;|im_end|&gt;") in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert '<span class="note">context, not trained</span>Yes.</span>' in page
+    spelled = '<span class="spelled">&lt;|im_end|&gt;<span class="note">as text</span></span>'
+    assert f'<mark>No {spelled}.<code class="token">&lt;|im_end|&gt;</code></mark>' in page
+    assert page.count(spelled) == 2
+
+
+def test_dropped_turns_clamped_boxes_and_images_are_named(show, tmp_path):
+    first = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "FIRST " * 30}]}
+    box = chat("Where?", "<ref>it</ref><box>(1,2),(1000,4)</box>")["messages"]
+    row = {"messages": [first, chat()["messages"][1], *box], "images": [str(IMAGES[0])]}
+    shown = show(
+        data__train=[write(tmp_path / "long.jsonl", [row])],
+        data__max_length=100,
+        data__on_long="drop_turns",
+        data__grounding=True,
+        data__box_edge="clamp",
+    )
+    assert "  left out for its length (on_long: drop_turns): its first turn, and with them 1 image" in shown.lines
+    assert "  coordinates of 1000 are read as 999 (data.box_edge: clamp)" in shown.lines
+
+
+def test_images_are_shown_as_the_model_gets_them(show, tmp_path):
+    source = write(tmp_path / "one.jsonl", [chat(images=[IMAGES[0]])])
+    show(data__train=[source], html=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert re.findall(r"<figcaption>(?!<)(.*?)</figcaption>", page) == [
+        IMAGES[0].name,
+        "as the model gets it: 112 x 112",
+    ]
+    show(data__train=[source], data__views={"grid": [1, 2]}, html=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert re.findall(r"<figcaption>(?!<)(.*?)</figcaption>", page)[1:] == [
+        "as the model gets it: 112 x 112",
+        "part 1 of 1 x 2, as the model gets it: 112 x 112",
+        "part 2 of 1 x 2, as the model gets it: 112 x 112",
+    ]
+    # What is shown is what the processor makes of it, but for the last bits that JPEG loses.
+    first = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)[1]
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(first))), int)
+    wanted = np.asarray(QwenVLImageProcessor(112, do_normalize=False)(IMAGES[0], return_tensors="np").pixel_values[0])
+    assert np.abs(seen.transpose(2, 0, 1) - wanted).mean() < 4

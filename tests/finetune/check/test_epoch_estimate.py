@@ -8,7 +8,7 @@ from finetune.batches.budget import packing_budget
 from finetune.batches.packing import pack
 from finetune.check.epoch_estimate import estimate_epoch
 from finetune.check.histogram import bars, histogram_chart, make_histogram
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.recipe import load_recipe
 
 

@@ -6,7 +6,8 @@
 import pytest
 from broken_rows import GOOD, KINDS, check_broken_rows, dumped
 
-ROWS = {"messages": 3000, "qwen_json": 2000, "llava": 2000, "vqa": 1250, "grounding": 1000, "caption": 750}
+ROWS = {"messages": 3000, "qwen_json": 2000, "llava": 2000, "swift": 1500, "texts": 1000}
+ROWS |= {"vqa": 1250, "grounding": 1000, "caption": 750, "fields": 750}
 
 
 @pytest.mark.parametrize("row_format", ROWS)

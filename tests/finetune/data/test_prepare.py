@@ -14,8 +14,9 @@ from PIL import Image
 from recipes_for_tests import IMAGES, TINY, finetune, write_recipe, write_rows
 
 import finetune.data.prepare as preparing
-from finetune.data.checking import check_samples
+from finetune.data.checks.checking import check_samples
 from finetune.data.prepare import prepare
+from finetune.data.reading import read_checked
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from finetune.errors import Interrupted, UserError
@@ -65,10 +66,11 @@ def mixed_sources(folder, weights):
     uri = "data:image/png;base64," + base64.b64encode(encode(pixels[:7, :5])).decode()
     user = {
         "role": "user",
-        "content": [{"type": "image", "numbered": False}, {"type": "text", "text": "<ref>a</ref>"}],
+        "content": [{"type": "image", "numbered": False}, {"type": "text", "text": "<ref>a</ref>", "grounding": True}],
     }
     boxed = {"role": "assistant", "content": "<box>(1,2),(3,4)</box>", "grounding": True}
     texts = [{"role": "system", "content": "Be short."}, {"role": "user", "content": ""}]
+    texts += [{"role": "assistant", "content": "Not so.", "train": False}, {"role": "user", "content": "Again."}]
     texts += [{"role": "assistant", "content": [{"type": "text", "text": "A", "grounding": False}]}]
     turns = [
         {"from": "user", "value": "Picture 1: <img>b.jpg</img>\n<ref>it</ref>"},
@@ -396,3 +398,22 @@ def test_the_command(tmp_path):
     done = finetune("prepare", file, "--to", tmp_path / "prepared")
     assert f"path: {tmp_path / 'prepared' / 'train'}" in done.stdout
     assert json.loads((tmp_path / "prepared" / "prepared.json").read_text())["complete"]
+
+
+def test_markup_that_is_text_is_text_in_prepared_data_too(tmp_path, tiny_processor):
+    """What is not read is not in prepared rows; what is text there is said again."""
+    turns = [{"role": "user", "content": "Where is <image>?"}, {"role": "assistant", "content": "<image> is here."}]
+    row = {"messages": turns, "tools": ["x"], "images": []}
+    sources = [{"path": write_lines(tmp_path / "rows.jsonl", [row]), "format": "messages"}]
+    file = write_recipe(tmp_path, data__train=sources, evaluate=None, data__images_root=str(tmp_path))
+    overrides = ["data.markup_as_text=[<image>]", "data.ignore=[tools]"]
+    said = []
+    prepare(load_recipe(file, overrides), tmp_path / "prepared", say=noting(said))
+    assert not any("ignore" in line for line in said)
+    recipe = recipe_from(file, said, tmp_path / "other")
+    assert recipe.data.markup_as_text == ("<image>",) and not recipe.data.ignore
+    before, after = (
+        read_checked(one, tiny_processor, show_progress=False)["train"][0][0].messages
+        for one in (load_recipe(file, overrides), recipe)
+    )
+    assert render_chat(after, tiny_processor.tokenizer).ids == render_chat(before, tiny_processor.tokenizer).ids

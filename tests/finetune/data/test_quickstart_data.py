@@ -14,7 +14,7 @@ from recipes_for_tests import ROOT
 sys.path.insert(0, str(ROOT))  # the examples are not installed
 
 from examples.nano.making.documents.__main__ import main
-from finetune.data.checking import check_samples
+from finetune.data.checks.checking import check_samples
 from finetune.data.samples import Samples
 
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -52,7 +52,18 @@ def test_it_is_small():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_can_be_trained_on(published_tokenizer, name):
-    settings = {"columns": {}, "prompt": None, "box_form": None, "config": None, "split": None, "streaming": False}
+    settings = {
+        "columns": {},
+        "prompt": None,
+        "box_form": None,
+        "config": None,
+        "split": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "annotations": None,
+        "part": None,
+    }
     source = SimpleNamespace(
         path=str(QUICKSTART / f"{name}.jsonl"), format="messages", weight=1.0, limit=None, **settings
     )

@@ -1,6 +1,7 @@
 """Both parts of a recipe's data read at once, with all that is wrong told together; and what is said of them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,8 +75,12 @@ def test_sources_are_counted_as_an_epoch_draws_them(recipe, tmp_path, tiny_proce
     counts = count_sources(samples, checked)
     assert [(count.total, count.kept) for count in counts] == [(5, 5), (3, 2), (2, 2)]
     assert sum(count.tokens for count in counts) == checked.lengths.sum()
-    drawn = np.searchsorted([5, 8, 10], checked.weighted_indices(seed=1), side="right")
-    assert [count.an_epoch for count in counts] == np.bincount(drawn, minlength=3).tolist()
+    assert [count.an_epoch for count in counts] == [12.5, 0.68, 2]
+    assert [count.times for count in counts] == [", x 2.5 = 12.5 an epoch", ", x 0.34 = 0.68 an epoch", ""]
+    assert len(checked.first_epoch(seed=1)) == 16, "15.18, and what is missing to a whole number"
+    once = replace(checked, redraws=False)
+    drawn = np.searchsorted([5, 8, 10], once.weighted_indices(seed=1), side="right")
+    assert [count.an_epoch for count in count_sources(samples, once)] == np.bincount(drawn, minlength=3).tolist()
 
 
 def test_problems_of_a_kind_are_counted_together():

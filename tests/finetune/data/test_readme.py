@@ -6,18 +6,13 @@ from pathlib import Path
 
 import datasets
 import pytest
-import yaml
-from PIL import Image
+from data_page import LOCAL, PAGE, SECTIONS, told_samples, write_page_images, write_section
 
-from finetune.data.checking import check_samples
+from finetune.data.checks.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
-from finetune.recipe.sections import Source
+from finetune.recipe.sources import LAYOUTS, Source
 from qwenvl.text.chat import render_chat
-
-PAGE = (Path(__file__).parents[3] / "finetune" / "data" / "README.md").read_text()
-SECTIONS = dict(re.findall(r"^### (.+?)\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL))
-BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -26,39 +21,24 @@ def data_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path.parent / f"{tmp_path.name}-cache"))
     monkeypatch.chdir(tmp_path)
     datasets.disable_progress_bars()
-    (tmp_path / "data" / "scans").mkdir(parents=True)
-    for name in ("receipt.png", "photo.jpg", "scans/1.png", "scans/2.png"):
-        Image.new("RGB", (640, 480), "teal").save(tmp_path / "data" / name)
+    write_page_images(tmp_path)
     return tmp_path
 
 
 def sources_of(section: str) -> list[Source]:
     """The sources of a section, after its files were written and its Python was run."""
-    sources = []
-    for language, name, text in BLOCK.findall(SECTIONS[section]):
-        if language == "yaml":
-            given = yaml.safe_load(text)["data"]["train"]
-            sources += [Source(**one) for one in (given if isinstance(given, list) else [given])]
-        elif language == "python":
-            exec(compile(text, section, "exec"), {})
-        else:
-            Path(name).parent.mkdir(exist_ok=True)
-            Path(name).write_text(text)
-    return sources
+    return [Source(**one) for one in write_section(section)]
 
 
 def shown(messages) -> list[str]:
-    """Turns as the page shows them: `user: [image] What?`."""
+    """Turns as the page shows them, each on one line: `user: [image] What?`."""
     lines = []
     for message in messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         texts = ["[image]" if part["type"] == "image" else part["text"] for part in parts]
-        lines.append(f"{message['role']}: {' '.join(text.strip() for text in texts)}")
+        lines.append(f"{message['role']}: {' '.join(text.strip().replace(chr(10), ' ') for text in texts)}")
     return lines
-
-
-LOCAL = [name for name in SECTIONS if name != "Hub"]
 
 
 @pytest.mark.parametrize("section", LOCAL)
@@ -66,8 +46,7 @@ def test_examples_are_read(section, tiny_processor):
     samples = Samples(sources_of(section))
     found = check_samples(samples, tiny_processor.tokenizer, max_length=2048, n_queries=4, show_progress=False)
     assert found.total == len(found.kept) >= 1
-    says = re.findall(r"^\s*-> (.+)$", SECTIONS[section], re.MULTILINE)
-    assert says == [" / ".join(shown(sample.messages)) for sample in samples]
+    assert told_samples(section) == [" / ".join(shown(sample.messages)) for sample in samples]
     for sample in samples:
         assert render_chat(sample.messages, tiny_processor.tokenizer, n_queries=4).images
 
@@ -101,10 +80,12 @@ def test_the_hub_example(monkeypatch):
 
 def test_every_format_and_kind_of_file_has_an_example():
     sources = [source for section in SECTIONS for source in sources_of(section)]
-    formats = {"messages", "qwen_json", "llava", "vqa", "grounding", "caption"}
+    formats = {"messages", "qwen_json", "llava", "swift", "texts", "vqa", "grounding", "caption", "fields"}
     assert {source.format for source in sources} == formats
     kinds = {Path(source.path).suffix for source in sources if Path(source.path).is_file()}
-    assert kinds == {".json", ".jsonl", ".parquet", ".csv"}
+    assert kinds == {".json", ".jsonl", ".parquet", ".csv", ".xml"}
+    layouts = {source.annotations.layout for source in sources if source.annotations is not None}
+    assert layouts == set(LAYOUTS)
     assert any(Path(source.path).is_dir() for source in sources) and any(source.streaming for source in sources)
 
 
@@ -126,10 +107,12 @@ def text(name, data, **source):
 
 VQA = {"image": "receipt.png", "question": "What is the total?", "answers": ["$ 12.40"]}
 FOUND = {"image": "photo.jpg", "phrase": "the car", "box": [400, 300, 320, 240]}
+EDGE = {**TOLD, "content": "<ref>it</ref><box>(1,2),(3,1000)</box>", "grounding": True}
 MARKED = {**TOLD, "content": "<ref>it</ref><box>(1,2),(3,4000)</box>", "grounding": True}
 
 MISTAKES = {
     "image path is wrong": lambda: rows({"messages": [ASKED, TOLD], "images": ["scan.png"]}),
+    "image path is another machine's": lambda: rows({"messages": [ASKED, TOLD], "images": ["D:\\scans\\receipt.png"]}),
     "image lies outside the data file's folder": lambda: rows(
         {"messages": [ASKED, TOLD], "images": ["../outside.png"]}
     ),
@@ -143,19 +126,28 @@ MISTAKES = {
     ),
     "column has another name": lambda: rows({"image": "receipt.png", "query": "?", "answers": "x"}, format="vqa"),
     "answers are hidden, as in public test splits": lambda: rows({**VQA, "answers": [""]}, format="vqa"),
+    "an image in a column that the format does not read": lambda: rows(
+        {"image": "a.png", "conversations": [{"from": "user", "value": "Hi"}]}, format="qwen_json"
+    ),
+    "boxes in texts, without `data.grounding`": lambda: rows(
+        {"messages": [ASKED, {**TOLD, "content": "<box>(1,2),(3,4)</box>"}]}
+    ),
     "LLaVA's roles in format `qwen_json`": lambda: rows(
         {"conversations": [{"from": "human", "value": "Hi"}]}, format="qwen_json"
     ),
     "boxes are xywh, the recipe says xyxy": lambda: rows(FOUND, format="grounding", box_form="xyxy"),
+    "a box ends at 1000": lambda: rows({"messages": [{**ASKED, "grounding": True}, EDGE]}),
     "a box's numbers are not in [0, 1000)": lambda: rows({"messages": [ASKED, MARKED]}),
     "a line of JSON Lines is cut off": lambda: text("train.jsonl", '{"messages": [{"role": "user", "con\n'),
     "a comma too many in a JSON file": lambda: text("train.json", '[\n  {"messages": []},\n]'),
+    "Python's quotes in a JSON file": lambda: text("train.json", "[{'messages': []}]"),
     "the rows are inside an object": lambda: text("train.json", '{"version": 1, "data": [{"messages": []}]}'),
-    "the file is UTF-16 (PowerShell's `>`)": lambda: text("train.jsonl", '{"messages": []}'.encode("utf-16")),
+    "the file is GBK": lambda: text("train.jsonl", '{"question": "红色的是什么？"}\n'.encode("gbk")),
+    "a cell is empty": lambda: text("train.csv", "image,question,answers\nreceipt.png,Date?,\n", format="vqa"),
     "a field of a CSV file holds a comma": lambda: text(
         "train.csv", "image,question,answers\nreceipt.png,Date, please?,May\n", format="vqa"
     ),
-    "a table as Excel stores it": lambda: text("train.xlsx", b"PK"),
+    "a table of an old Excel": lambda: text("train.xls", b""),
     "`streaming` for a file": lambda: rows({"messages": [ASKED, TOLD]}, streaming=True),
 }
 

@@ -22,7 +22,18 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def source(path, row_format="vqa", **settings):
-    given = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
+    given = {
+        "config": None,
+        "split": None,
+        "columns": {},
+        "prompt": None,
+        "box_form": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "annotations": None,
+        "part": None,
+    }
     return SimpleNamespace(path=str(path), format=row_format, **{"weight": 1.0, "limit": None} | given | settings)
 
 

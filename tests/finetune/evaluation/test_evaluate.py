@@ -295,8 +295,9 @@ def test_a_damaged_image_is_refused_or_counts_as_wrong(tmp_path):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows[4] |= {"image": str(tmp_path / "half.png")}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ImageError, match=r"questions.jsonl, row 5.*half.png"):
-        run(tmp_path, images_root="/")
+    for on_bad_row in ("error", "skip"):  # which is of rows that cannot be asked
+        with pytest.raises(ImageError, match=r"questions.jsonl, row 5.*half.png.*--bad-image wrong counts"):
+            run(tmp_path, images_root="/", on_bad_row=on_bad_row)
     results, records, said = run(tmp_path, images_root="/", on_bad_image="wrong")
     assert [record["id"] for record in records if "unreadable" in record] == ["104"]
     assert records[4]["score"] == 0 and results["unreadable"][0]["id"] == "104"

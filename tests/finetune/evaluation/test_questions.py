@@ -35,6 +35,7 @@ WANTED = {
     "nocaps": ("8", "Describe the image in English:", ("A dog.",), None),
     "screenspot": ("row 1", "close", ("<box>(100,200),(500,500)</box>",), "icon"),
     "multiple_choice": ("row 1", "What?", ("B",), None),
+    "fields": ("row 1", "What is the total?", ("4",), None),
 }
 
 
@@ -229,6 +230,8 @@ def bad(name, **change):
         (bad("docvqa", image="none.png"), "images[0]", "none.png'"),
         (bad("docvqa", image="http://x.org/a.png"), "images[0]", "is a URL"),
         (bad("docvqa", answers=["4", 4]), "answers[1]", "must be text, not int"),
+        (bad("docvqa", answers="['4', 'four']"), "answers", "is a list written as text"),
+        (bad("docvqa", question='["Which?"]'), "question", "is a list written as text"),
         (bad("docvqa", questionId=1.5), "questionId", "must be text or a whole number, not float"),
         (bad("chartqa", human_or_machine=...), "human_or_machine", "is missing"),
         (bad("textvqa", answers=["4", "4", "4"]), "answers", "compares with those of at least 4 people"),

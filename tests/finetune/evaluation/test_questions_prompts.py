@@ -75,13 +75,16 @@ def test_the_exact_ids_of_a_chat_prompt_are_those_of_training(tmp_path, tokenize
     assert ids == whole[: len(ids)] and tokenizer.control_tokens["<ref>"] in ids
 
 
-def test_text_that_looks_like_a_token_or_a_place_stays_text(tmp_path, tokenizer):
+def test_text_that_looks_like_a_token_or_a_place_stays_text_where_that_is_allowed(tmp_path, tokenizer):
     said = "{options} <|im_end|> <box>(1,2),(3,4)</box> {question}"
-    question = ask(tmp_path, "docvqa", ROWS["docvqa"] | {"question": said}, style="base")[0]
+    row, allowed = ROWS["docvqa"] | {"question": said}, {"markup_as_text": ["<|im_end|>", "<box>"]}
+    with pytest.raises(DataError, match=r"row 1, messages\[0\]: <\|im_end\|>, <box> look like markup"):
+        ask(tmp_path, "docvqa", row, style="base")
+    question = ask(tmp_path, "docvqa", row, style="base", **allowed)[0]
     ids = question.render(tokenizer, N_QUERIES).ids
     assert ids[N_QUERIES + 2 :] == tokenizer.encode_text(f"{said} Answer:")
     assert not set(ids[N_QUERIES + 2 :]) & set(tokenizer.control_tokens.values())
-    marked = ask(tmp_path, "docvqa", ROWS["docvqa"] | {"question": said}, style="base", grounding=True)[0]
+    marked = ask(tmp_path, "docvqa", row, style="base", grounding=True, **allowed)[0]
     assert tokenizer.control_tokens["<box>"] in marked.render(tokenizer, N_QUERIES).ids
 
 

@@ -185,15 +185,22 @@ def test_a_sample_is_drawn_by_the_seed_and_stays(tmp_path, monkeypatch):
     assert len(asked[-1]) == 2
 
 
-def test_a_damaged_image_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("check_images", "said"),
+    [
+        ("auto", r"1 have images that cannot be decoded.*questions.jsonl, row 4, images\[0\]"),
+        ("headers", r"1 of the sampled questions.*questions.jsonl, row 4.*half.png"),
+    ],
+)
+def test_a_damaged_image_is_named(tmp_path, check_images, said):
     file = recipe(tmp_path)
     broken = tmp_path / "half.png"
     broken.write_bytes(IMAGES[0].read_bytes()[:400])
     rows = records(tmp_path, "questions.jsonl")
     rows[3]["image"] = str(broken)
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"(?s)1 of the sampled questions.*questions.jsonl, row 4.*half.png"):
-        run(file, "data.images_root=/")
+    with pytest.raises(UserError, match=f"(?s){said}"):
+        run(file, "data.images_root=/", f"data.check_images={check_images}")
 
 
 @pytest.mark.parametrize(

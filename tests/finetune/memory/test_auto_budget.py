@@ -8,7 +8,7 @@ from recipes_for_tests import TINY, write_recipe
 from said import collect
 
 from finetune.check.findings import look_before_training
-from finetune.data.checking import Checked
+from finetune.data.checks.checked import Checked
 from finetune.errors import UserError
 from finetune.memory.auto_budget import auto_budget, choose_budget
 from finetune.memory.auto_switches import choose_switches

@@ -147,8 +147,6 @@ def stop_after(patch, step: int):
             raise Interrupted(15, saved=False)
 
     patch.setattr(StopOnSignal, "on_step_begin", on_step_begin)
-    # The step's own log and checkpoint come after its end.
-    real = SmallMemory  # noqa: F841
 
 
 def test_a_conversation_that_does_not_fit_is_named(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from finetune.recipe import RecipeError, parse_recipe
-from finetune.recipe.sections import NAME, name_given_twice, source_name, source_names
+from finetune.recipe.sources import NAME, name_given_twice, source_name, source_names
 
 RECIPE = """
 model: {{path: m}}

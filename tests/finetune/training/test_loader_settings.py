@@ -8,6 +8,7 @@ from finetune.model.base import find_base
 from finetune.model.computing import choose_backends
 from finetune.recipe import load_recipe
 from finetune.run.folder import RunFolder
+from finetune.run.left_out import LeftOut
 from finetune.terminal import say_nothing
 from finetune.training import trainer_setup
 from finetune.training.arguments import loader_settings, trainer_arguments
@@ -39,6 +40,7 @@ def make_trainer(folder, workers):
         trainer_arguments(recipe, plan.switches, None),
         None,
         ModelRecord(),
+        LeftOut(None, "error"),
         stop=StopOnSignal(),
         progress=Progress(),
         phases=Phases("load"),

@@ -128,3 +128,16 @@ def test_resume_never_is_refused(tmp_path, run):
     recipe = load_recipe(write_recipe(tmp_path), ["resume=never"])
     with pytest.raises(UserError, match="holds a run already, and resume is never"):
         start_of(run, recipe, status="running")
+
+
+def test_keys_that_recipes_got_later_are_no_difference(run, recipe):
+    """A run of before goes on where they are at their defaults, which do what was done then."""
+    stored = run_identity(recipe, {}, BASE)
+    del stored["recipe"]["data"]["box_edge"], stored["recipe"]["data"]["no_object"]
+    run.write_run({"identity": stored})
+    save(run, 2)
+    assert start_of(run, recipe) == Resume(run.checkpoints / "step-2", 2)
+    other = run_identity(recipe, {}, BASE)
+    other["recipe"]["data"]["box_edge"] = "clamp"
+    with pytest.raises(UserError, match=r'recipe\.data\.box_edge: "error" -> "clamp"'):
+        start_of(run, recipe, other)

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from finetune.batches.collate import Collator
-from finetune.data.checking import Rules
+from finetune.data.checks.rules import Rules
 from finetune.model.adapters import put_lora
 from finetune.run.folder import RunFolder
 from finetune.training.trainer import NonFiniteLoss, QwenVLTrainer

@@ -16,6 +16,7 @@ from finetune.errors import UserError
 from finetune.recipe.sections import Data
 from finetune.terminal import labelled
 from finetune.vision_cache import encoding as vision_encoding
+from finetune.vision_cache import image_groups
 from finetune.vision_cache.cache import cache_folder
 from finetune.vision_cache.encoding import encode_images
 from finetune.vision_cache.phase import remove_vision_tower
@@ -87,7 +88,7 @@ def get(cache, source, name="row") -> torch.Tensor:
 
 
 def refuse_decoding(monkeypatch):
-    monkeypatch.setattr(vision_encoding, "read_pixels", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr(image_groups, "read_pixels", lambda *_: pytest.fail("an image was decoded"))
 
 
 @pytest.mark.parametrize("kind", ["disk", "memory"])
@@ -214,15 +215,15 @@ def test_images_that_cannot_be_read_are_told_together(tower, tmp_path, workers):
 
 def test_a_file_that_changes_while_it_is_read(tower, tmp_path, monkeypatch):
     files = pictures(tmp_path / "images", 2)
-    read = vision_encoding.read_pixels
+    read = image_groups.read_pixels
 
-    def changing(request, processor):
-        pixels = read(request, processor)
+    def changing(request, processor, reader):
+        pixels = read(request, processor, reader)
         if request.source == files[1]:
             os.utime(files[1], (5, 5))
         return pixels
 
-    monkeypatch.setattr(vision_encoding, "read_pixels", changing)
+    monkeypatch.setattr(image_groups, "read_pixels", changing)
     with pytest.raises(UserError, match="row 1: it was changed while the run began"):
         tower.cache(files)
 
@@ -254,13 +255,13 @@ def test_two_runs_share_the_work(tower, tmp_path, tiny_folder, monkeypatch):
     """A second run that begins while the first is at it takes over what that has done, without being asked to wait."""
     files = pictures(tmp_path / "images", 40)
     other = Tower(QwenVLForConditionalGeneration.from_pretrained(tiny_folder).eval())
-    monkeypatch.setattr(vision_encoding.secrets, "randbelow", lambda groups: 0)
+    monkeypatch.setattr(image_groups.secrets, "randbelow", lambda groups: 0)
     encode, begun = tower.model.get_image_features, []
 
     def second_run_comes(pixels):
         if not begun:
             begun.append(True)
-            monkeypatch.setattr(vision_encoding.secrets, "randbelow", lambda groups: groups - 2)
+            monkeypatch.setattr(image_groups.secrets, "randbelow", lambda groups: groups - 2)
             other.cache(files[8:])
         return encode(pixels)
 

@@ -71,7 +71,9 @@ def test_images_of_turns_that_are_left_out_are_not_opened(tmp_path, tiny_process
 def test_rows_that_a_weight_leaves_out_are_not_opened(tmp_path, tiny_processor):
     file = write_recipe(tmp_path)
     write_rows(tmp_path / "train.jsonl", [0], [1], [2], [3])
-    assert len(found(file, tiny_processor, "data.train.0.weight=0.5")) == 2
+    half = ["data.train.0.weight=0.5", "train.max_steps=-1"]
+    assert len(found(file, tiny_processor, *half, "train.num_train_epochs=1")) == 2
+    assert len(found(file, tiny_processor, *half, "train.num_train_epochs=2")) == 4, "each epoch has another half"
 
 
 @pytest.mark.parametrize(("limit", "predictions", "expected"), [(1, 0, [4, 0]), (1, 1, [4, 0]), (2, 0, [4, 0, 1])])

@@ -53,7 +53,8 @@ def test_an_unknown_version_is_refused(tmp_path, version):
         ("system", 5),
         ("own_weights", 5),
         *(("prompts", value) for value in ("{question}", {"vqa": "{question}"}, {"vqa": [1]})),
-        ("views", {"grid": [2, 2]}),
+        ("views", [2, 2]),
+        ("tiles", {"most": 12}),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(tmp_path, key, value):

@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encoded_images import AVIF, chunk, encode, grey, noise, on_white, pil_rgb, pixels_of, png, tiff
+from files_of_pages import pdf
 from PIL import EpsImagePlugin, GifImagePlugin, Image, ImageFile, features
 
 from qwenvl.errors import InputError
 from qwenvl.images.images import ImageAccess, ImageError, load_image
+from qwenvl.images.pdf_process import count_pdf_pages
 
 SEEDS = 200
 
@@ -172,7 +174,7 @@ def animated(rng):
     images = [Image.fromarray(frame) for frame in frames]
     file_format = str(rng.choice(["GIF", "WEBP", "PNG"]))
     options = {"lossless": True} if file_format == "WEBP" else {}
-    return encode(images[0], file_format, save_all=True, append_images=images[1:], **options), frames[0]
+    return encode(images[0], file_format, save_all=True, append_images=images[1:], **options), "it has 3 frames"
 
 
 def thin(rng):
@@ -211,7 +213,7 @@ def exotic(rng):
     return [
         (EPS, "PostScript"),
         (b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, len(EPS)) + bytes(20) + EPS, "PostScript"),
-        (b"%PDF-1.7\n", "a PDF"),
+        (b"%PDF-1.7\n", "its PDF data cannot be read"),
         (b'<?xml version="1.0"?><svg/>', "SVG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
         (encode(pixels, "JPEG2000") if features.check("jpg_2000") else b"\xff\x4f\xff\x51", "JPEG 2000"),
@@ -251,6 +253,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_kinds_of_image(kind, tmp_path, monkeypatch):
     """200 of each kind, from bytes and through a file: the right pixels or an error that names the image."""
+    count_pdf_pages(pdf())  # starts the process that reads PDFs
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was started"))
     path = tmp_path / "image.jpg"
     for seed in range(SEEDS):
@@ -434,4 +437,4 @@ def test_a_gif_frame_with_transparency_is_on_white():
         frame.putpalette([200, 0, 0, 0, 0, 200])
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:], transparency=0, disposal=2)
     assert isinstance(Image.open(io.BytesIO(data)), GifImagePlugin.GifImageFile)
-    assert pixels_of(data)[0, 0].tolist() == [255, 255, 255]
+    assert pixels_of(data, page=1)[0, 0].tolist() == [255, 255, 255]

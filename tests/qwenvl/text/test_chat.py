@@ -90,6 +90,23 @@ def test_structure_labels(published_tokenizer):
     )
 
 
+@pytest.mark.parametrize("labels", ["assistant", "structure"])
+def test_an_untrained_reply_has_the_labels_of_a_users_turn(published_tokenizer, labels):
+    first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "WRONG"}]
+    later = [{"role": "user", "content": "Again"}, {"role": "assistant", "content": "RIGHT"}]
+    plain = render_chat([*first, *later], published_tokenizer, labels=labels)
+    marked = render_chat([first[0], {**first[1], "train": False}, *later], published_tokenizer, labels=labels)
+    assert marked.ids == plain.ids
+    wrong = {*published_tokenizer.encode_text("WRONG")}
+    changed = [i for i, (a, b) in enumerate(zip(plain.labels, marked.labels, strict=True)) if a != b]
+    end = [published_tokenizer.im_end_id] if labels == "assistant" else []
+    assert [plain.labels[i] for i in changed] == [*published_tokenizer.encode_text("WRONG"), *end]
+    assert not wrong & set(marked.labels)
+    for given in (True, None):
+        again = render_chat([first[0], {**first[1], "train": given}, *later], published_tokenizer, labels=labels)
+        assert again == plain
+
+
 def test_the_rules_differ_in_labels_only(published_tokenizer):
     assistant, structure = (
         render_chat(CONVERSATION, published_tokenizer, labels=rule) for rule in ("assistant", "structure")

@@ -70,6 +70,21 @@ def test_the_jinja_template_marks_the_replies(published_tokenizer):
     assert [rendered[start:end] for start, end in spans] == ["Alike.<|im_end|>"]
 
 
+def test_the_jinja_template_leaves_out_turns_that_are_context(published_tokenizer):
+    """`"train": False` and nothing else: datasets fill the flag of other turns with None."""
+    said = [("user", "A?", None), ("assistant", "no", False), ("user", "B?", False), ("assistant", "b", None)]
+    said += [("user", "C?", None), ("assistant", "c", True), ("user", "D?", None), ("assistant", "never", False)]
+    messages = [{"role": role, "content": text, "train": flag} for role, text, flag in said]
+    (rendered,), (spans,) = render_jinja_template(
+        conversations=[messages], chat_template=CHAT_TEMPLATE, return_assistant_tokens_mask=True
+    )
+    assert [rendered[start:end] for start, end in spans] == ["b<|im_end|>", "c<|im_end|>"]
+    assert rendered == write_chat(messages)
+    ours = render_chat(messages, published_tokenizer)
+    trained = [one for one, label in zip(ours.ids, ours.labels, strict=True) if label >= 0]
+    assert published_tokenizer.decode(trained) == "b<|im_end|>c<|im_end|>"
+
+
 def test_strings_can_be_cut_at_a_prompt(published_tokenizer):
     """Preference trainers render prompt and whole, and take the rest as completion."""
     messages = CONVERSATIONS["plain"]

@@ -9,7 +9,7 @@ import pytest
 
 from qwenvl.text import grounding
 from qwenvl.text.boxes import shapes_markup
-from qwenvl.text.grounding import grounding_prompt, parse_grounding, split_markup, strip_markup
+from qwenvl.text.grounding import clamp_to_edge, grounding_prompt, parse_grounding, split_markup, strip_markup
 from qwenvl.text.vocabulary import GROUNDING_TOKENS
 
 
@@ -306,3 +306,23 @@ def test_no_tensor_library_is_imported():
         "qwenvl.text.boxes",
         "qwenvl.text.vocabulary",
     }
+
+
+# --- the far edge ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        ("<box>(0,0),(1000,1000)</box>", "<box>(0,0),(999,999)</box>"),
+        ("<quad>(1000,0),(1,1),(2,1000),(3,3)</quad>", "<quad>(999,0),(1,1),(2,999),(3,3)</quad>"),
+        ("<box>(0, 1000), (5,5)</box>", "<box>(0, 999), (5,5)</box>"),
+        ("<box>(0,1000),(5", "<box>(0,1000),(5"),
+        ("<box>(1,1),(1001,10000)</box>", "<box>(1,1),(1001,10000)</box>"),
+        ("<box>(-1000,1),(2,2)</box>", "<box>(-1000,1),(2,2)</box>"),
+        ("<ref>1000</ref> costs 1000", "<ref>1000</ref> costs 1000"),
+        ("<box>1000 boxes</box>", "<box>1000 boxes</box>"),
+    ],
+)
+def test_1000_in_coordinates_alone_becomes_999(text, inside):
+    assert clamp_to_edge(text) == inside == clamp_to_edge(inside)

@@ -19,7 +19,7 @@ from typing import NoReturn
 from examples.nano.making.documents.arguments import chosen_families, names_from
 from examples.nano.making.documents.conversations import KINDS
 from examples.nano.making.documents.document import LARGEST_PAGE, SMALLEST_PAGE
-from examples.nano.making.documents.families import FAMILIES, HELD_OUT
+from examples.nano.making.documents.families import FAMILIES, HELD_OUT, LARGE
 from examples.nano.making.documents.values import SPLITS
 from finetune.errors import Interrupted, UserError
 from finetune.files.path_errors import path_errors
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     where.add_argument("--preview", type=Path, metavar="FILE.png", help="write only a sheet of pages to look at")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--count", type=int, help=f"documents; with --preview, of each family (default {PREVIEWED})")
-    listed = f"{', '.join(FAMILIES)}; by default all that have the kinds, without {', '.join(HELD_OUT)} (held out)"
+    listed = f"{', '.join(FAMILIES)}; by default all that have the kinds, without {', '.join((*HELD_OUT, *LARGE))}"
     parser.add_argument("--families", type=names_from("family", FAMILIES), help=f"of {listed}")
     kinds = tuple(KINDS)
     parser.add_argument("--kinds", type=names_from("kind", KINDS), default=kinds, help=f"of {', '.join(KINDS)}")
@@ -83,7 +83,7 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')}: must be {low} to {high}, not {value}")
     given.families = chosen_families(
-        parser, given.families, given.kinds, [family for family in FAMILIES if family not in HELD_OUT]
+        parser, given.families, given.kinds, [family for family in FAMILIES if family not in (*HELD_OUT, *LARGE)]
     )
 
 

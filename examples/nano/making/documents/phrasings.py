@@ -10,6 +10,7 @@ PICTURES = {
     "shapes": "picture",
     "card": "card",
     "boarding": "boarding pass",
+    "register": "page",
 }
 
 TRANSCRIBE = (

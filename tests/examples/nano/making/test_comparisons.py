@@ -1,11 +1,11 @@
 """The nano's comparisons in text: true, in the form of those about two pages, and trained on."""
 
 import re
-from types import SimpleNamespace
 
 from examples.nano.making.comparisons import TURNS, conversation, write_comparisons
-from finetune.data.checking import check_samples
+from finetune.data.checks.checking import check_samples
 from finetune.data.samples import Samples
+from finetune.recipe import Source
 
 UNITS = {"kg": 1000.0, "g": 1.0, "lb": 453.6, "t": 1e6}
 
@@ -31,10 +31,7 @@ def test_the_picture_that_has_more_is_named():
 
 def test_rows_are_trained_on(tmp_path, published_tokenizer):
     write_comparisons(6, tmp_path / "deep" / "rows.jsonl", seed=3)
-    settings = {"columns": {}, "prompt": None, "box_form": None, "config": None, "split": None, "streaming": False}
-    source = SimpleNamespace(
-        path=str(tmp_path / "deep" / "rows.jsonl"), format="messages", weight=1.0, limit=None, **settings
-    )
+    source = Source(path=str(tmp_path / "deep" / "rows.jsonl"), format="messages")
     found = check_samples(Samples([source]), published_tokenizer, max_length=2048)
     assert len(found.kept) == found.total == 6
     assert not found.images.any()

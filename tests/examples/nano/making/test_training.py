@@ -13,7 +13,7 @@ from examples.nano.making.arithmetic import autocast, matrix_dtype
 from examples.nano.making.checkpoint import at_resolution, mix, publish, put_together
 from examples.nano.making.documents.conversations import Conversation
 from examples.nano.making.documents.document import make_document
-from examples.nano.making.documents.families import HELD_OUT
+from examples.nano.making.documents.families import HELD_OUT, LARGE
 from examples.nano.making.documents.write import Plan, conversations_of
 from examples.nano.making.optimizer import MuonAndAdamW
 from examples.nano.making.page_symbols import (
@@ -335,7 +335,7 @@ def test_stages_train_on_what_is_made_for_them_and_follow_each_other():
 
 
 def test_no_stage_sees_what_is_held_out():
-    assert not {family for plan in DATA.values() for family in plan.families} & set(HELD_OUT)
+    assert not {family for plan in DATA.values() for family in plan.families} & {*HELD_OUT, *LARGE}
 
 
 def test_a_page_is_asked_about_in_one_conversation():

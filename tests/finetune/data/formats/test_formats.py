@@ -5,8 +5,8 @@ from formats_for_tests import ASSISTANT, USER, asked, conversations, one
 
 from finetune.data.formats.row_format import COLUMNS, PLACEHOLDERS, PROMPTS, RowFormat
 from finetune.data.sample import BadField, DataError
-from finetune.recipe.sections import PLACEHOLDERS as RECIPE_PLACEHOLDERS
-from finetune.recipe.sections import ROLES
+from finetune.recipe.sources import PLACEHOLDERS as RECIPE_PLACEHOLDERS
+from finetune.recipe.sources import ROLES
 from qwenvl.text.chat import render_chat
 
 # --- messages --------------------------------------------------------------------------------------------------------
@@ -154,8 +154,7 @@ def place(*parts):
             "messages[1].content",
             "is blank",
         ),
-        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "messages[1].weight", "no weight"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "messages[1].tool_calls", "no tool calls"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "messages[1].weight", "must be 0 or 1"),
         ({"messages": [{**USER, "grounding": "yes"}]}, "messages[0].grounding", "true or false"),
         ({"messages": [place({"type": "text", "text": 3})]}, "messages[0].content[0].text", "must be text, not int"),
         ({"messages": [place({"type": "video"})]}, "messages[0].content[0].type", "not 'video'"),
@@ -195,7 +194,6 @@ def place(*parts):
         ({"messages": [USER, ASSISTANT], "images": [{"height": 3}]}, "images[0]", "it has keys ['height']"),
         ({"prompt": "Hi"}, "completion", "is missing"),
         ({"prompt": " ", "completion": "Hello"}, "prompt", "is blank"),
-        ({"prompt": [USER, ASSISTANT, USER], "completion": "Hello"}, "prompt", "would be trained too"),
         ({"prompt": "Hi", "completion": [USER]}, "completion", "begin with the assistant"),
     ],
 )
@@ -330,11 +328,14 @@ def test_llava_refuses(row, field, reason):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"name": "csv"}, "format must be one of messages, qwen_json, llava, vqa, grounding, caption, not 'csv'"),
+        (
+            {"name": "csv"},
+            "must be one of messages, qwen_json, llava, swift, texts, vqa, grounding, caption, fields, not 'csv'",
+        ),
         ({"name": "vqa", "columns": {"query": "question"}}, "columns of format vqa are image, question, answers, not"),
         ({"name": "messages", "prompt": "Hi"}, "format messages has no prompt"),
         ({"name": "vqa", "prompt": "Answer:"}, "must hold {question}"),
-        ({"name": "grounding", "prompt": "Find it"}, "must hold {phrase}"),
+        ({"name": "grounding", "prompt": " "}, "must hold text"),
         ({"name": "caption", "prompt": " "}, "must hold text"),
         ({"name": "grounding", "box_form": "cxcywh"}, "must be xyxy or xywh"),
     ],
@@ -351,7 +352,24 @@ def test_recipes_know_the_same_formats_columns_and_prompts():
     assert {name: PLACEHOLDERS.get(name, "") for name in PROMPTS} == RECIPE_PLACEHOLDERS
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("name", sorted(COLUMNS.keys() - {"fields"}))
 def test_an_empty_row_is_refused_by_every_format(name):
     with pytest.raises(BadField):
         conversations(name, {})
+
+
+@pytest.mark.parametrize("written", ["['A', 'B']", '["A"]', "['A' 'B']", "[]", '[ "A",\n "B" ] '])
+@pytest.mark.parametrize(
+    ("name", "field"), [("vqa", "question"), ("vqa", "answers"), ("caption", "caption")], ids=lambda value: value
+)
+def test_a_list_that_a_table_has_as_text_is_no_answer(name, field, written):
+    row = {"image": "a.png", "question": "Which?", "answers": "x"} if name == "vqa" else {"image": "a.png"}
+    with pytest.raises(BadField, match="is a list written as text") as caught:
+        conversations(name, row | {field: written})
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("answer", ["[1, 2]", "['A', 'B'] are two", '"A"', "[A]"])
+def test_brackets_may_be_an_answer(answer):
+    row = {"image": "a.png", "question": "Which?", "answers": answer}
+    assert one("vqa", row)[1]["content"] == answer

@@ -26,7 +26,14 @@ def own_cache(tmp_path, monkeypatch):
 def read(path, **settings):
     given = {"config": None, "split": None, "format": "vqa", "columns": {}, "prompt": None, "box_form": None}
     return read_source(
-        SimpleNamespace(path=str(path), weight=1.0, limit=None, **{"streaming": False} | given | settings)
+        SimpleNamespace(
+            path=str(path),
+            weight=1.0,
+            limit=None,
+            **{"streaming": False, "encoding": None, "delimiter": None, "part": None, "annotations": None}
+            | given
+            | settings,
+        )
     )
 
 
@@ -73,6 +80,8 @@ def test_json_and_json_lines(tmp_path, name, data, lines):
         (b"null", "row", "not null"),
         (b"3.5", "row", "not a number"),
         (b'{"a": "\xff"}', "line", "byte 7 is not UTF-8"),
+        (b'{"image": "a.png", "image": "b.png"}', "image", "stands twice in one object of the row"),
+        (b'{"turns": [{"from": "a", "value": 1, "value": 2}]}', "value", "stands twice in one object of the row"),
         (b"[" * 200_000, "line", "cannot be read as JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "line", "cannot be read as JSON"),
     ],
@@ -105,8 +114,8 @@ def test_a_list_may_hold_what_is_no_row(tmp_path):
         ("a.json", b"", "not JSON (line 1"),
         ("a.json", b"[\xff]", "byte 1 is not UTF-8"),
         ("a.json", b"[" * 200_000, "cannot be read as JSON (it is nested too deeply)"),
-        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
-        ("a.xlsx", b"PK", "files of kind .xlsx are not read"),
+        ("a.xlsx", b"PK", "cannot be read as an Excel workbook"),
+        ("a.xls", b"", "files of kind .xls are not read"),
         ("a", b"", "files of kind (none) are not read"),
         ("a.parquet", b"PAR1", "cannot be read as Parquet"),
     ],
@@ -149,7 +158,7 @@ FEATURES = datasets.Features(
         "raw": datasets.Value("binary"),
     }
 )
-STAND_IN = b"\0"
+STAND_IN = b"8"
 
 
 def arrow_rows(image=lambda number: b"pixels %d" % number):

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.batches.collate import Collator
-from finetune.data.checking import Rules, check_samples
+from finetune.data.checks.checking import check_samples
+from finetune.data.checks.rules import Rules
+from finetune.data.checks.shortening import render_fitting, turn_starts
 from finetune.data.samples import Samples
-from finetune.data.shortening import render_fitting, turn_starts
 from finetune.data.summary import count_rows, describe_data, lines_left_out
 from qwenvl.text.chat import IGNORED, render_chat
 
@@ -136,7 +137,16 @@ def read(tmp_path, tiny_processor, tiny_images):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
     source = {"format": "messages", "columns": {}, "prompt": None, "box_form": None, "weight": 1.0, "limit": None}
-    source |= {"path": str(file), "config": None, "split": None, "streaming": False}
+    source |= {
+        "path": str(file),
+        "config": None,
+        "split": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "annotations": None,
+        "part": None,
+    }
     samples = Samples([SimpleNamespace(**source)], images_root=tiny_images[0].parent)
     rule = {"max_length": 120, "on_long": "drop_turns"}
     checked = check_samples(samples, tiny_processor.tokenizer, n_queries=N_QUERIES, show_progress=False, **rule)

@@ -8,8 +8,8 @@ import pytest
 from encoded_images import AVIF, encode, noise
 from PIL import ExifTags, Image
 
-from finetune.data.image_files import absolute, check_image, upright_size
-from finetune.errors import InputError, UserError
+from finetune.data.images.image_files import absolute, check_image, count_pages, read_encoded, upright_size
+from finetune.errors import InputError, Interrupted, UserError
 from qwenvl.images.images import ImageAccess, load_image
 
 
@@ -72,6 +72,19 @@ def test_relative_paths_start_at_the_root(tmp_path):
     for source in ("data:image/png;base64,AAAA", "HTTPS://example.org/a.png", b"bytes", "//server/share"):
         assert absolute(source, tmp_path) == source
     assert absolute({"bytes": b"x", "path": "a.png"}, tmp_path) == {"bytes": b"x", "path": "a.png"}
+
+
+def test_a_signal_while_an_image_is_decoded_is_no_damage(monkeypatch):
+    def stopped(*_):
+        raise Interrupted(15, saved=False)
+
+    data = rotated("PNG", 1)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", stopped)
+    with pytest.raises(Interrupted):
+        load_image(data)
+    monkeypatch.setattr("PIL.Image.open", stopped)
+    with pytest.raises(Interrupted):
+        upright_size(data, ImageAccess())
 
 
 @pytest.fixture
@@ -137,3 +150,19 @@ def test_urls_pass_where_they_are_allowed(places):
 def test_a_file_that_is_too_long_is_refused(places):
     with pytest.raises(UserError, match="5 bytes, more than the 4 allowed"):
         check_image(str(places / "inside" / "a.png"), ImageAccess(root=places, max_bytes=4))
+
+
+@pytest.mark.parametrize("read", [read_encoded, upright_size, count_pages])
+def test_a_folder_that_became_a_link_is_not_followed(tmp_path, read):
+    data = rotated("TIFF", 1)
+    for name in ("root/scans", "secret"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.tif").write_bytes(data)
+    access = ImageAccess(root=tmp_path / "root")
+    path = str(tmp_path / "root" / "scans" / "a.tif")
+    check_image(path, access)
+    (tmp_path / "root" / "scans").rename(tmp_path / "root" / "before")
+    (tmp_path / "root" / "scans").symlink_to(tmp_path / "secret")
+    count_pages.__globals__["_pages_of_file"].cache_clear()
+    with pytest.raises(InputError):
+        read(path, access)

@@ -8,15 +8,27 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from finetune.data import checking, row_progress
-from finetune.data.checking import check_samples
+from finetune.data import row_progress
+from finetune.data.checks import checking
+from finetune.data.checks.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from qwenvl.text.chat import IGNORED, render_chat
 
 
 def source(path, row_format="messages", **settings):
-    given = {"config": None, "split": None, "columns": {}, "prompt": None, "box_form": None, "streaming": False}
+    given = {
+        "config": None,
+        "split": None,
+        "columns": {},
+        "prompt": None,
+        "box_form": None,
+        "streaming": False,
+        "encoding": None,
+        "delimiter": None,
+        "annotations": None,
+        "part": None,
+    }
     return SimpleNamespace(path=str(path), format=row_format, **{"weight": 1.0, "limit": None} | given | settings)
 
 
@@ -87,7 +99,7 @@ def test_supervised_text_is_the_assistants_and_its_end(check, tokenizer):
         for _ in range(draw.randint(1, 3)):
             turns += chat(text(), text())["messages"]
         rows.append({"messages": turns})
-    found, samples = check(rows)
+    found, samples = check(rows, markup_as_text=frozenset({"<img>", "<|im_end|>"}))
     assert len(found.kept) == 300
     for sample, supervised in zip(samples, found.supervised, strict=True):
         labels = [i for i in render_chat(sample.messages, tokenizer).labels if i != IGNORED]
@@ -189,14 +201,20 @@ def test_a_row_of_several_samples_is_told_once(check, monkeypatch):
 def test_malformed_grounding_is_refused(check, text, reason, everywhere):
     row = chat(answer=text)
     row["messages"][1]["grounding"] = not everywhere
-    found, _ = check([chat(answer="<box>(1,2),(3,4)</box>"), row], on_bad_row="skip", grounding=everywhere)
+    good = chat(answer="<box>(1,2),(3,4)</box>")
+    good["messages"][1]["grounding"] = not everywhere
+    found, _ = check([good, row], on_bad_row="skip", grounding=everywhere)
     assert found.kept.tolist() == [0]
     assert found.problems[0].field == "messages[1]"
     assert reason in found.problems[0].reason
 
 
-def test_markup_of_other_text_is_text(check):
-    assert len(check([chat(answer="<box>(1,2),(3,1000)</box>")])[0].kept) == 1
+def test_markup_of_other_text_is_text_where_the_rules_say_so(check):
+    row = chat(answer="<box>(1,2),(3,1000)</box>")
+    found, _ = check([row], on_bad_row="skip", markup_as_text=frozenset({"<box>"}))
+    assert (found.kept.tolist(), found.markup) == ([0], {"<box>": 1})
+    with pytest.raises(DataError, match=r"row 1, messages\[1\]: <box> looks like markup.*grounding: true"):
+        check([row])
 
 
 def test_the_result_does_not_depend_on_the_chunks(check, monkeypatch):

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qwenvl.text.chat import LabelRule, Rendered, render_chat
+from qwenvl.text.chat import LabelRule, Rendered, is_trained, render_chat
 from qwenvl.text.tokenizer import QwenVLTokenizer
+from qwenvl.views import Views
 
 OnLong = Literal["error", "drop", "drop_turns"]
 
@@ -39,6 +40,7 @@ def render_fitting(
     labels: LabelRule,
     grounding: bool,
     n_queries: int,
+    views: Views | None = None,
 ) -> Fitted:
     """Render a conversation; if it is too long and `on_long` is "drop_turns", without as many turns as needed to fit.
 
@@ -48,14 +50,14 @@ def render_fitting(
     Args:
         messages: as for `chat.render_chat`.
         max_length: tokens; None is any number.
-        tokenizer, labels, grounding, n_queries: as for `chat.render_chat`.
+        tokenizer, labels, grounding, n_queries, views: as for `chat.render_chat`.
 
     Raises:
         InputError: as `chat.render_chat`.
     """
 
     def render(kept: Sequence[Mapping[str, Any]]) -> Rendered:
-        return render_chat(kept, tokenizer, labels=labels, grounding=grounding, n_queries=n_queries)
+        return render_chat(kept, tokenizer, labels=labels, grounding=grounding, n_queries=n_queries, views=views)
 
     rendered = render(messages)
     if on_long != "drop_turns" or max_length is None or len(rendered.ids) <= max_length:
@@ -77,11 +79,11 @@ def render_fitting(
 def turn_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Where a conversation's turns begin, as indices of messages: one or more of the user, and the replies to them.
 
-    A reply before the first user message is a turn of its own. User messages at the end without a reply belong to the
-    turn before them, as nothing in them is trained.
+    A reply before the first user message is a turn of its own. What stands after the last trained reply belongs to the
+    turn before it, as nothing in it is trained.
     """
     roles = [message["role"] for message in messages]
     first = 1 if roles[0] == "system" else 0
-    last_reply = max((index for index, role in enumerate(roles) if role == "assistant"), default=first)
+    last_reply = max((index for index, message in enumerate(messages) if is_trained(message)), default=first)
     later = range(first + 1, last_reply)
     return [first, *(index for index in later if roles[index] == "user" and roles[index - 1] != "user")]

@@ -1,0 +1,1 @@
+"""Images as references: where their files are, pages of files, numbers in texts. None is decoded."""
