@@ -133,12 +133,17 @@ def read_left_out(file: Path) -> dict[str, dict[int, dict[str, Any]]]:
     """Of each part of the data, the numbers of the samples that were left out while the run worked, and their entries.
 
     Lines of the check, and a half line of a killed process, have none.
+
+    Raises:
+        UserError: the file is there and cannot be read: a run that goes on would take left out samples for others.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
     try:
         content = file.read_bytes()
-    except OSError:
+    except FileNotFoundError:
         return found
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): it lists what the run has left out") from error
     for line in content.split(b"\n"):
         try:
             entry = json.loads(line.decode())

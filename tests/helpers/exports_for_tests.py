@@ -1,10 +1,13 @@
 """Annotation exports for tests: one small export of each layout, all of the same two objects, and readers of them."""
 
+import copy
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
 from finetune.recipe.sources import Source
 
@@ -152,3 +155,32 @@ def asked_and_told(samples: Samples) -> list[tuple[str, str, str]]:
         image, text = user["content"]
         found.append((Path(image["image"]).name, text["text"], assistant["content"]))
     return found
+
+
+CAR = ("a.jpg", "<ref>car</ref>", "<box>(100,100),(500,500)</box>")
+SIGN = ("a.jpg", "<ref>sign</ref>", "<box>(500,0),(600,100)</box>")
+NOTHING = "[]"
+
+
+def changed(document, *path_and_value):
+    """A copy with the value at a path replaced; a path that ends one beyond a list adds to it."""
+    *path, value = path_and_value
+    found = copied = copy.deepcopy(document)
+    for key in path[:-1]:
+        found = found[key]
+    if isinstance(found, list) and path[-1] == len(found):
+        found.append(value)
+    else:
+        found[path[-1]] = value
+    return copied
+
+
+def read_export(folder, layout, content=None, **given):
+    return samples_of(write_export(folder, layout, content), layout, **given)
+
+
+def problem_of(samples) -> BadRow:
+    """The problem of the first sample."""
+    with pytest.raises(BadRow) as caught:
+        samples[0]
+    return caught.value

@@ -5,10 +5,10 @@ import multiprocessing
 import os
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
+import sources_for_tests
 
 from finetune.data.sample import BadRow, DataError, Origin, Sample
 from finetune.data.samples import Samples
@@ -22,19 +22,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def source(path, row_format="vqa", **settings):
-    given = {
-        "config": None,
-        "split": None,
-        "columns": {},
-        "prompt": None,
-        "box_form": None,
-        "streaming": False,
-        "encoding": None,
-        "delimiter": None,
-        "annotations": None,
-        "part": None,
-    }
-    return SimpleNamespace(path=str(path), format=row_format, **{"weight": 1.0, "limit": None} | given | settings)
+    return sources_for_tests.source(path, row_format, **settings)
 
 
 def write(path, rows):

@@ -3,10 +3,10 @@
 import json
 import os
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sources_for_tests import source
 
 from finetune.data import row_progress
 from finetune.data.checks import checking
@@ -14,22 +14,6 @@ from finetune.data.checks.checking import check_samples
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
 from qwenvl.text.chat import IGNORED, render_chat
-
-
-def source(path, row_format="messages", **settings):
-    given = {
-        "config": None,
-        "split": None,
-        "columns": {},
-        "prompt": None,
-        "box_form": None,
-        "streaming": False,
-        "encoding": None,
-        "delimiter": None,
-        "annotations": None,
-        "part": None,
-    }
-    return SimpleNamespace(path=str(path), format=row_format, **{"weight": 1.0, "limit": None} | given | settings)
 
 
 def write(path, rows):

@@ -7,12 +7,12 @@ import io
 import json
 import tarfile
 import zipfile
-from types import SimpleNamespace
 
 import datasets
 import openpyxl
 import pytest
 from PIL import Image
+from sources_for_tests import source
 
 from finetune.data.sample import UNKNOWN_TEXT, DataError
 from finetune.data.samples import Samples
@@ -29,16 +29,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def read(path, **settings):
-    given = {
-        "config": None,
-        "split": None,
-        "limit": None,
-        "streaming": False,
-        "encoding": None,
-        "delimiter": None,
-        "part": None,
-    }
-    return read_source(SimpleNamespace(path=str(path), **given | settings))
+    return read_source(source(path, **settings))
 
 
 # --- workbooks -------------------------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 import gzip
 import json
 import pickle
-from types import SimpleNamespace
 
 import datasets
 import pytest
+from sources_for_tests import source
 
 from finetune.data.sample import BadRow, DataError
 from finetune.data.sources import text_encoding
@@ -27,16 +27,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def read(path, **settings):
-    given = {
-        "config": None,
-        "split": None,
-        "limit": None,
-        "streaming": False,
-        "encoding": None,
-        "delimiter": None,
-        "part": None,
-    }
-    return read_source(SimpleNamespace(path=str(path), **given | settings))
+    return read_source(source(path, **settings))
 
 
 def written(kind, rows):

@@ -4,10 +4,10 @@ import errno
 import os
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
+import sources_for_tests
 
 from finetune.data.sample import DataError
 from finetune.data.samples import Samples
@@ -23,17 +23,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def source(path, **settings):
-    given = {"config": None, "split": None, "format": "caption", "columns": {}, "prompt": None, "box_form": None}
-    given |= {
-        "weight": 1.0,
-        "limit": None,
-        "streaming": False,
-        "encoding": None,
-        "delimiter": None,
-        "part": None,
-        "annotations": None,
-    }
-    return SimpleNamespace(path=str(path), **{**given, **settings})
+    return sources_for_tests.source(path, settings.pop("format", "caption"), **settings)
 
 
 def deny(monkeypatch, denied: Path, number=errno.EACCES):
