@@ -23,7 +23,8 @@ TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "helpers")]
 
 import numpy as np
-from broken_rows import GOOD, KINDS, check_broken_rows
+from broken_row_checks import check_broken_rows
+from broken_rows import GOOD, KINDS
 from encoded_images import pixels_of
 
 from qwenvl import QwenVLTokenizer

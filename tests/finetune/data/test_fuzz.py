@@ -4,7 +4,8 @@
 """
 
 import pytest
-from broken_rows import GOOD, KINDS, check_broken_rows, dumped
+from broken_row_checks import check_broken_rows
+from broken_rows import GOOD, KINDS, dumped
 
 ROWS = {"messages": 3000, "qwen_json": 2000, "llava": 2000, "swift": 1500, "texts": 1000}
 ROWS |= {"vqa": 1250, "grounding": 1000, "caption": 750, "fields": 750}
