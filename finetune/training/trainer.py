@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
@@ -37,7 +38,9 @@ from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.training.epoch_sampler import EpochSampler
+from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.processes import average_gradients
+from finetune.training.sharded_model import share
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -125,6 +128,10 @@ class QwenVLTrainer(SFTTrainer):
         )
         # Transformers turns it off, and a saved model would then generate without a cache.
         config.use_cache = use_cache
+        if self.accelerator.is_fsdp2:
+            # Now, and not when training begins: what is evaluated before needs its weights on every process.
+            self.model, self.optimizer = share(self.accelerator, model, self.create_optimizer())
+            self.model_wrapped = self.model
 
     @staticmethod
     def _config_of(model: nn.Module) -> QwenVLConfig:
@@ -199,6 +206,20 @@ class QwenVLTrainer(SFTTrainer):
         assert self.optimizer is not None
         return self.optimizer
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        if not self.accelerator.is_fsdp2:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # Model and optimizer are shared out already.
+        self.create_scheduler(num_training_steps=max_steps)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint, self.model)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
+
     # Loss
 
     def training_step(
@@ -217,6 +238,7 @@ class QwenVLTrainer(SFTTrainer):
                 empty_gradients=model.zero_grad,
                 refuse=partial(self._refuse_out_of_memory, "train"),
                 can_repeat=not self._is_sharded,
+                equalize=self._equalize if self._is_sharded else None,
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
@@ -235,6 +257,9 @@ class QwenVLTrainer(SFTTrainer):
         if isinstance(model, DistributedDataParallel):
             # Not through the wrapper, which would all-reduce during the backward: see `processes.average_gradients`.
             model = model.module
+        elif isinstance(model, FSDPModule):
+            # Transformers defers it to the last batch of a step, with the gradients of all weights on each process.
+            model.set_requires_gradient_sync(True)
         elif not (is_last and self.accelerator.sync_gradients):
             without_sync = self.accelerator.no_sync(model)
         pack = self._prepare_inputs(pack)
@@ -264,6 +289,10 @@ class QwenVLTrainer(SFTTrainer):
             # The items are counted over all processes, and gradients are averaged over processes.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _equalize(self, packs: list[Batch]) -> list[Batch]:
+        tokenizer = self.collators["train"].tokenizer
+        return equalize(packs, Fillers.of(self._config_of(self.model), tokenizer.eod_id), self.args.device)
 
     def _refuse_non_finite(self, loss: torch.Tensor, pack: Batch) -> None:
         if torch.isfinite(loss):
