@@ -34,7 +34,7 @@ def save_result(
     model = trainer.accelerator.unwrap_model(trainer.model)
     result = run.adapter if isinstance(model, PeftModel) else run.path / "model"
     if is_main:
-        with writing(result) as partial:
+        with writing(result) as partial, trainer.computing():  # masters are rounded once, here
             model.save_pretrained(partial)
             assert record is not None, "the main process reads the base"
             write_record(partial, record)

@@ -19,7 +19,14 @@ from finetune.training.phases import Phases
 from finetune.training.processes import closing_process_group
 from finetune.training.progress import Progress
 from finetune.training.result import report_result, save_result
-from finetune.training.run_record import EACH_EPOCH, WEIGHTS, begin_record, finish_record, record_failure
+from finetune.training.run_record import (
+    EACH_EPOCH,
+    WEIGHTS,
+    begin_record,
+    finish_record,
+    record_failure,
+    say_new_masters,
+)
 from finetune.training.sample_replies import reply_to_samples
 from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
 from finetune.training.trained_model import load_trained_model
@@ -91,6 +98,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
         trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say)
+        if resumes:
+            say_new_masters(stored, trained, say)
         if is_main:
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
             stack.enter_context(record_failure(run, phases))
@@ -111,7 +120,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         if base_identity is not None:
             record = record_of_run(recipe, base, base_identity, data.checked["train"])
         # This opens the process group of a distributed run, whose processes encode images together.
-        arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
+        task_metric = None if data.task is None else data.task.key
+        arguments = trainer_arguments(recipe, plan.switches, task_metric, trained.computes_in)
         left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
         cache = encode_images(recipe, base, data, trained, phases, left_out, say)
         progress = Progress(checkpoints=run.checkpoints)

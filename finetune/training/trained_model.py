@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from peft import PeftModel
 from transformers import set_seed
 
@@ -30,16 +31,23 @@ class TrainedModel:
     Attributes:
         model: what is trained requires gradients.
         parameters: trained and all, by component.
+        computes_in: dtype of frozen weights and activations.
         notes: what a reader of the run has to know about the checkpoint.
     """
 
     model: TrainableModel
     parameters: Mapping[str, Count]
     notes: tuple[str, ...]
+    computes_in: torch.dtype
 
     @property
     def trained_parameters(self) -> int:
         return sum(count.trained for count in self.parameters.values())
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether float32 masters are trained, and computed in 16 bits: see `finetune.model.masters`."""
+        return self.computes_in != torch.float32 and not isinstance(self.model, PeftModel)
 
 
 def load_trained_model(
@@ -65,6 +73,7 @@ def load_trained_model(
     use_kernels(loaded, computing.kernels)
     assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
     notes = (*((RANDOM_WEIGHTS,) if is_random(loaded) else ()), *base.notes(views_of(recipe)))
+    computes_in = loaded.dtype
     model = make_trainable(loaded, recipe)
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(loaded.generation_config, loaded.config, ModelRecord(chat_format="chatml"))
@@ -75,4 +84,4 @@ def load_trained_model(
         say("trained" if number == 0 else "", line)
     for note in notes:
         say("note", note)
-    return TrainedModel(model, parameters, notes)
+    return TrainedModel(model, parameters, notes, computes_in)
