@@ -29,6 +29,21 @@ def choose_dtype(setting: str) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
+def computing_dtype(setting: str, stored: torch.dtype) -> torch.dtype:
+    """The dtype of frozen weights and activations, known before the weights are loaded.
+
+    Args:
+        setting: `model.dtype`.
+        stored: of the checkpoint, by its configuration.
+    """
+    chosen = choose_dtype(setting)
+    if chosen == "auto":
+        return stored
+    dtype = getattr(torch, chosen)
+    assert isinstance(dtype, torch.dtype), "the recipe's dtypes are PyTorch's"
+    return dtype
+
+
 def quantization_arguments(model: Model) -> dict[str, Any]:
     """The recipe's 4-bit settings as arguments of `load_model`."""
     return {} if model.quantization == "none" else {"quantization": model.quantization, "quantize": model.quantize}

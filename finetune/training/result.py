@@ -40,7 +40,7 @@ def save_result(
     if trainer.accelerator.is_fsdp2:
         values = gather(model, is_main=is_main, trained_only=is_adapter)
     if is_main:
-        with writing(result) as partial:
+        with writing(result) as partial, trainer.computing():  # masters are rounded once, here
             model.save_pretrained(partial, state_dict=values)
             assert record is not None, "the main process reads the base"
             write_record(partial, record)

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from peft import PeftModel
 from transformers import set_seed
 
 from finetune.data.checks.checked import Checked
 from finetune.data.reading import views_of
+from finetune.errors import UserError
 from finetune.memory.switches import Switches
 from finetune.model.adapters import TrainableModel, without_adapter
 from finetune.model.base import Base, build_without_weights, make_trainable, refuse_text_only_samples
@@ -33,22 +35,30 @@ class TrainedModel:
     Attributes:
         model: what is trained requires gradients.
         parameters: trained and all, by component.
+        computes_in: dtype of frozen weights and activations.
         notes: what a reader of the run has to know about the checkpoint.
     """
 
     model: TrainableModel
     parameters: Mapping[str, Count]
     notes: tuple[str, ...]
+    computes_in: torch.dtype
 
     @property
     def trained_parameters(self) -> int:
         return sum(count.trained for count in self.parameters.values())
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether float32 masters are trained, and computed in 16 bits: see `finetune.model.masters`."""
+        return self.computes_in != torch.float32 and not isinstance(self.model, PeftModel)
 
 
 def load_trained_model(
     recipe: Recipe,
     base: Base,
     computing: ComputeBackends,
+    computes_in: torch.dtype,
     switches: Switches,
     checked: Checked,
     parallel: Parallel,
@@ -59,6 +69,7 @@ def load_trained_model(
     """Load a recipe's checkpoint and prepare it for training.
 
     Args:
+        computes_in: what `computing.computing_dtype` settles.
         checked: the training data.
         parallel: where it shares the model by FSDP2, only the main process reads the checkpoint.
 
@@ -68,10 +79,12 @@ def load_trained_model(
     set_seed(recipe.seed)
     if parallel.way == "fsdp":
         model = load_once(
-            partial(_load, recipe, computing, base), partial(_shape, recipe, computing, base), is_main=is_main
+            partial(_load, recipe, computing, computes_in, base),
+            partial(_shape, recipe, computing, base),
+            is_main=is_main,
         )
     else:
-        model = _load(recipe, computing, base)
+        model = _load(recipe, computing, computes_in, base)
     notes = (*((RANDOM_WEIGHTS,) if is_random(without_adapter(model)) else ()), *base.notes(views_of(recipe)))
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(model.generation_config, without_adapter(model).config, ModelRecord(chat_format="chatml"))
@@ -82,10 +95,10 @@ def load_trained_model(
         say("trained" if number == 0 else "", line)
     for note in notes:
         say("note", note)
-    return TrainedModel(model, parameters, notes)
+    return TrainedModel(model, parameters, notes, computes_in)
 
 
-def _load(recipe: Recipe, computing: ComputeBackends, base: Base) -> TrainableModel:
+def _load(recipe: Recipe, computing: ComputeBackends, computes_in: torch.dtype, base: Base) -> TrainableModel:
     """The model with its weights and its adapter."""
     loaded = load_model(
         recipe.model.path,
@@ -97,6 +110,11 @@ def _load(recipe: Recipe, computing: ComputeBackends, base: Base) -> TrainableMo
     loaded.set_attn_implementation(computing.attention)
     use_kernels(loaded, computing.kernels)
     assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
+    if loaded.dtype != computes_in:
+        raise UserError(
+            f"model.dtype: {recipe.model.dtype}, and config.json says {computes_in}, but the weights are "
+            f"{loaded.dtype}. Set model.dtype"
+        )
     return make_trainable(loaded, recipe)
 
 

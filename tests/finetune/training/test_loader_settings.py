@@ -37,7 +37,7 @@ def make_trainer(folder, workers):
         data,
         plan,
         trained,
-        trainer_arguments(recipe, plan.switches, None),
+        trainer_arguments(recipe, plan.switches, None, torch.float32),
         None,
         ModelRecord(),
         LeftOut(None, "error"),
@@ -91,6 +91,6 @@ def test_a_recipe_may_say_otherwise(tmp_path):
     base = find_base(recipe.model)
     data = read_data(recipe, base.processor, say_nothing, show_progress=False)
     plan = plan_training(recipe, base.path, data.checked["train"], None, say_nothing)
-    arguments = trainer_arguments(recipe, plan.switches, None)
+    arguments = trainer_arguments(recipe, plan.switches, None, torch.float32)
     assert (arguments.dataloader_prefetch_factor, arguments.dataloader_num_workers) == (5, 2)
     assert arguments.dataloader_pin_memory is torch.cuda.is_available()
