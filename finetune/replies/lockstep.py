@@ -10,6 +10,7 @@ any number of batches.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from finetune.run.agreement import first_trouble, largest
 from finetune.run.trouble import Trouble
 from qwenvl import QwenVLForConditionalGeneration
 
@@ -32,6 +34,11 @@ NOTHING, TEXT, IMAGES, FAILED = range(4)
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters are split over processes, by FSDP2 or ZeRO-3, so that a forward needs all of them."""
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_status") for parameter in model.parameters())
+
+
+def lockstep_of(model: nn.Module, token: int) -> "AbstractContextManager[Lockstep | None]":
+    """The lockstep of a sharded model; of another one a context without, as its processes need not wait."""
+    return Lockstep(model, token) if is_sharded(model) else nullcontext()
 
 
 class Lockstep:
@@ -52,7 +59,6 @@ class Lockstep:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(base, QwenVLForConditionalGeneration), f"a {type(base).__name__} is not a Qwen-VL model"
         self._base = base
-        self._device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         self._is_inside = False  # a forward that counts
         self._is_dropped = False  # the forward is one whose result is dropped
 
@@ -80,8 +86,8 @@ class Lockstep:
             if error is None:
                 self._agree_on(NOTHING)
             elif not self._is_inside and not isinstance(error, _FromOthers):
-                self._agree(FAILED)
-                _tell(Trouble.of(error, dist.get_rank()))
+                largest(FAILED)
+                first_trouble(Trouble.of(error, dist.get_rank()))
         except _FromOthers as others:
             raise others.trouble.error() from None
         finally:
@@ -110,15 +116,10 @@ class Lockstep:
 
     def _agree_on(self, wanted: int) -> None:
         """Return when all processes are about to do this, or all have nothing left to do."""
-        while (now := self._agree(wanted)) != wanted:
+        while (now := largest(wanted)) != wanted:
             if now == FAILED:
-                raise _FromOthers(_tell(None))
+                raise _FromOthers(first_trouble(None))
             self._run_dropped(now)
-
-    def _agree(self, wanted: int) -> int:
-        number = torch.tensor(wanted, device=self._device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
 
     @torch.no_grad()
     def _run_dropped(self, kind: int) -> None:
@@ -149,18 +150,12 @@ class _FromOthers(BaseException):
         self.trouble = trouble
 
 
-def _tell(trouble: Trouble | None) -> Trouble:
-    """What has happened to the first process to which something has; a collective call."""
-    told: list[Trouble | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, trouble)
-    return next(one for one in told if one is not None)
-
-
 def _through_root(model: nn.Module) -> Callable[[Callable[[], T]], T]:
     """Runs work as a forward of the model: FSDP2 gathers parameters outside of the blocks, and knows which module is
     the outermost, by its forward alone."""
     if not isinstance(model, FSDPModule):
         return lambda work: work()
-    model.run_as_forward = lambda work: work()  # type: ignore[attr-defined]
+    model.run_as_forward = lambda work: work()  # type: ignore[assignment]  # no parameter, nor a module
     register_fsdp_forward_method(model, "run_as_forward")
-    return model.run_as_forward  # type: ignore[attr-defined, no-any-return]
+    run: Any = model.run_as_forward
+    return run

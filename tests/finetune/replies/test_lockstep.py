@@ -5,7 +5,7 @@ import json
 import pytest
 from forked_ranks import on_ranks
 from recipes_for_tests import TINY
-from sharded_replies import fail_together, ids_of, prompts_for, reply_sharded, tiny_model
+from sharded_tiny import fail_together, ids_of, prompts_for, reply_sharded, tiny_model
 
 from finetune.replies.lockstep import is_sharded
 from qwenvl import load_processor

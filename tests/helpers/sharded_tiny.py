@@ -1,8 +1,9 @@
-"""Replies of the tiny model on one process, or sharded over several by FSDP2 as Accelerate does it."""
+"""Replies and losses of the tiny model on one process, or sharded over several by FSDP2 as Accelerate does it."""
 
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from finetune.batches.collate import Collator
+from finetune.data.checks.rules import Rules
 from finetune.errors import UserError
+from finetune.memory.out_of_memory import PackBudget
+from finetune.model.step_loss import forward_with_loss
 from finetune.replies.lockstep import Lockstep, is_sharded
 from finetune.replies.replies import Decoding, Prompt, generate_replies, plan_replies
+from finetune.training.equal_packs import Fillers
+from finetune.training.evaluation_loss import sum_losses
 from qwenvl import ImageAccess, load_model, load_processor
 from qwenvl.text.chat import render_chat
 
@@ -109,3 +116,53 @@ def fail_together(rank: int, folder: str) -> None:
     # The model is whole, and the processes are together.
     with Lockstep(model, processor.tokenizer.pad_token_id) as lockstep:
         ids_of(model, processor, own[:1] if rank == 0 else [], lockstep)
+
+
+def eval_batches(processor, count: int, size: int) -> list[dict]:
+    """Batches of conversations with none, one or two images."""
+    samples = []
+    for number in range(count):
+        images = [{"type": "image", "image": str(IMAGES[(number + n) % 5])} for n in range((number + 1) % 3)]
+        question = [*images, {"type": "text", "text": f"Question {number} " + "and more " * number}]
+        messages = ({"role": "user", "content": question}, {"role": "assistant", "content": "Answer " * (number + 1)})
+        samples.append(SimpleNamespace(messages=messages, origin=f"row {number}", access=ImageAccess()))
+    rules = Rules(processor.tokenizer, None, processor.n_queries)
+    collator = Collator(samples, rules, processor.image_processor)
+    rows = [{"sample": number} for number in range(count)]
+    return [collator(rows[start : start + size]) for start in range(0, count, size)]
+
+
+def sums_of(model: nn.Module, batches, *, sharded: bool) -> list[float]:
+    def loss_of_pack(pack):
+        with torch.no_grad():
+            return forward_with_loss(model, model, pack, 1).loss
+
+    return sum_losses(
+        batches,
+        loss_of_pack,
+        PackBudget("tokens", 300, ()),
+        lambda pack, failure: None,
+        seq_length=100,
+        device=torch.device("cpu"),
+        fillers=Fillers.of(model.config, 5) if sharded else None,
+    ).tolist()
+
+
+def loss_sharded(rank: int, folder: str) -> None:
+    """Write the sums of this process: the first has all batches but one, the third none; then one cannot be made."""
+    processor = load_processor(TINY)
+    model = shard(tiny_model())
+    batches = eval_batches(processor, 7, 2)
+    sums = sums_of(model, [batches[:-1], batches[-1:], []][rank], sharded=True)
+    Path(folder, f"sums-{rank}.json").write_text(json.dumps(sums))
+
+    def broken():
+        yield batches[rank]
+        if rank == 1:
+            raise UserError("row 7 is damaged")
+        yield batches[rank]
+
+    try:
+        sums_of(model, broken(), sharded=True)
+    except UserError as error:
+        Path(folder, f"raised-{rank}").write_text(str(error))
