@@ -11,7 +11,7 @@ from finetune.check.histogram import bars, make_histogram
 from finetune.check.sample_preview import Piece, Preview, one_line
 from finetune.data.reading import rules_of, views_of
 from finetune.data.sample import SHOWN_PROBLEMS
-from finetune.data.summary import describe_data, describe_long, describe_sources, problem_kinds
+from finetune.data.summary import describe_data, describe_long, describe_sources, describe_train_on, problem_kinds
 from finetune.memory.free_memory import describe_cards
 from finetune.model.components import table_of_parameters
 from finetune.quantities import format_count, format_duration
@@ -87,6 +87,8 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
         ):
             yield "", long
         seed = findings.recipe.seed
+        if name == "train" and (said := describe_train_on(findings.recipe.data)):
+            yield "", said
         for line in describe_sources(part.sources, part.samples, part.checked, seed):
             yield "", one_line(line)
         yield from (("", one_line(note)) for note in part.samples.notes)
