@@ -71,6 +71,12 @@ def _model(findings: Findings) -> Iterator[tuple[str, str]]:
     yield "model", f"{one_line(findings.recipe.model.path)}{bits}"
     for note in base.notes(views_of(findings.recipe)):
         yield "", note
+    if findings.given is not None:
+        part = findings.parts.get("train")
+        system = None if part is None or part.checked is None else part.checked.system
+        yield "adapter", f"goes on from {one_line(findings.given.folder)}"
+        for note in findings.given.notes(findings.recipe, base, views_of(findings.recipe), system):
+            yield "", one_line(note)
     for number, line in enumerate(table_of_parameters(findings.parameters or {})):
         yield "" if number else "trained", line
 

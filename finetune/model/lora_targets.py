@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from finetune.errors import UserError
@@ -51,6 +53,13 @@ def find_language_targets(model: nn.Module, targets: Sequence[str], layers: Sequ
                 f"adapter.targets: {target!r} is in none of the layers that adapter.layers_to_transform names"
             )
     return chosen
+
+
+def is_target(settings: LoraConfig, name: str) -> bool:
+    """Whether PEFT puts LoRA on the module of this name, by an adapter's settings."""
+    found = check_target_module_exists(settings, name)
+    # Neither a truth value alone: a regular expression gives a match, and an excluded module an object.
+    return found is True or isinstance(found, re.Match)
 
 
 def refuse_idle_patterns(patterns: Mapping[str, object], targets: Sequence[str], key: str) -> None:

@@ -13,6 +13,7 @@ from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.terminal import Say, say, say_nothing
 from finetune.training.arguments import trainer_arguments
+from finetune.training.going_on import settle_given_adapter
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
 from finetune.training.phases import Phases
@@ -58,6 +59,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         began, phases = time.monotonic(), Phases("read")
 
         base = find_base(recipe.model)
+        stored = run.read_run()
+        recipe, given, given_sha256 = settle_given_adapter(recipe, base, run, stored, say)
         computing = choose_backends(recipe.model)
         say("model", f"{recipe.model.path}: {computing}{base.taken_for}")
         data = read_data(recipe, base.processor, say, show_progress=is_main, seq_length=base.seq_length)
@@ -66,8 +69,9 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         # All of it is read, by one process of each machine.
         reads_base = is_main or os.environ.get("LOCAL_RANK", "0") == "0"
         base_identity = identify(base.path, page_cache=True) if reads_base else None
-        identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base))
-        stored = run.read_run()
+        if given is not None and base_identity is not None:
+            given.refuse_other_base(base.path, base_identity)
+        identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base), given_sha256)
         places = find_places(data, identity["data"], run, stored)
         start = find_start(run, recipe, identity, stored, say, is_main=is_main, aligned=places.aligned)
         if isinstance(start, Finished):
@@ -90,7 +94,9 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
                 data = data.drawn_once()
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
-        trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say)
+        trained = load_trained_model(
+            recipe, base, computing, plan.switches, data.checked["train"], say, None if resumes else given
+        )
         if is_main:
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
             stack.enter_context(record_failure(run, phases))

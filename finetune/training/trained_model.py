@@ -13,6 +13,7 @@ from finetune.model.adapters import TrainableModel
 from finetune.model.base import Base, make_trainable, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters, table_of_parameters
 from finetune.model.computing import ComputeBackends, choose_dtype, is_random, own_device, quantization_arguments
+from finetune.model.given_adapter import GivenAdapter, load_given_weights
 from finetune.recipe import Recipe
 from finetune.terminal import Say
 from qwenvl import load_model
@@ -43,12 +44,19 @@ class TrainedModel:
 
 
 def load_trained_model(
-    recipe: Recipe, base: Base, computing: ComputeBackends, switches: Switches, checked: Checked, say: Say
+    recipe: Recipe,
+    base: Base,
+    computing: ComputeBackends,
+    switches: Switches,
+    checked: Checked,
+    say: Say,
+    given: GivenAdapter | None = None,
 ) -> TrainedModel:
     """Load a recipe's checkpoint and prepare it for training.
 
     Args:
         checked: the training data.
+        given: the adapter whose weights training begins with; None for a new one, or in a run that resumes.
 
     Raises:
         InputError: what the recipe wants trained cannot be, or the checkpoint is damaged.
@@ -66,6 +74,10 @@ def load_trained_model(
     assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
     notes = (*((RANDOM_WEIGHTS,) if is_random(loaded) else ()), *base.notes(views_of(recipe)))
     model = make_trainable(loaded, recipe)
+    if given is not None:
+        assert isinstance(model, PeftModel), "the recipe has an adapter"
+        load_given_weights(model, given)
+        notes += given.notes(recipe, base, views_of(recipe), checked.system)
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(loaded.generation_config, loaded.config, ModelRecord(chat_format="chatml"))
     switches.prepare(model, recipe.train)
