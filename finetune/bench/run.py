@@ -269,6 +269,7 @@ class _Row:
             tokens_per_batch=self.budget,
             learning_rates=recipe.train.learning_rates.model_dump(),
             vision_layer_decay=recipe.train.vision_layer_decay,
+            loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
             shuffle=False,
             callbacks=[self.meter],
         )

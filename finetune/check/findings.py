@@ -18,9 +18,11 @@ from finetune.memory.auto_budget import choose_budget
 from finetune.memory.run_plan import RunPlan, look_at_memory, settled
 from finetune.model.base import Base, build_without_weights, find_base, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters
+from finetune.model.given_adapter import GivenAdapter, find_given_adapter
 from finetune.recipe import Recipe
 from finetune.vision_cache.phase import describe_phase
 from qwenvl import QwenVLConfig
+from qwenvl.base_check import identify_base
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Findings:
     """What a check found.
 
     Attributes:
+        given: the adapter that the run goes on from; None where there is none.
         parameters: per component; None where the model cannot be set up as the recipe says.
         parts: "train" and, where there is evaluation, "eval".
         budget: tokens of one forward; None, like the epoch, where no training sample is left.
@@ -42,6 +45,7 @@ class Findings:
 
     recipe: Recipe
     base: Base
+    given: GivenAdapter | None = None
     parameters: dict[str, Count] | None = None
     parts: dict[str, DataPart] = field(default_factory=dict)
     budget: ChosenBudget | None = None
@@ -84,6 +88,14 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         WorkerDied: one of several processes ended unexpectedly.
     """
     findings = Findings(recipe, find_base(recipe.model))
+    try:
+        findings.recipe, findings.given = find_given_adapter(recipe, findings.base)
+        if findings.given is not None and Path(findings.base.path).is_dir():
+            identity = identify_base(findings.base.path, cached=True)
+            findings.given.refuse_other_base(findings.base.path, identity)
+    except InputError as error:
+        findings.refusals.append(("adapter", str(error)))
+    recipe = findings.recipe
     base, rules = findings.base, rules_of(recipe, findings.base.processor)
     mode = "all" if images else recipe.data.check_images
     findings.parts = look_at_data(recipe, base.processor, processes=processes, check_images=mode)
@@ -101,16 +113,17 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         findings.overlap = look_for_overlap(recipe, whole)
     except DataError as error:
         findings.refusals.append(("eval data", str(error)))
+    adapter_fits = all(what != "adapter" for what, _ in findings.refusals)
     try:
-        model = build_without_weights(recipe, base)
-        findings.parameters = count_parameters(model)
-        if training is not None:
+        model = build_without_weights(recipe, base) if adapter_fits else None
+        findings.parameters = None if model is None else count_parameters(model)
+        if training is not None and model is not None:
             refuse_text_only_samples(model, training)
     except InputError as error:
         findings.refusals.append(("model", str(error)))
     if training is not None and len(training.kept):
         findings.budget = ChosenBudget(packing_budget(recipe.data, training.lengths))
-        can_be_planned = all(what != "model" for what, _ in findings.refusals)
+        can_be_planned = adapter_fits and all(what != "model" for what, _ in findings.refusals)
         if can_be_planned:
             config = QwenVLConfig.from_pretrained(base.path)
             findings.budget = choose_budget(settled(recipe, base.path), config, training)

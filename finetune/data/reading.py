@@ -52,6 +52,7 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
         data.max_length,
         processor.n_queries,
         data.labels,
+        data.train_on,
         data.grounding,
         data.on_long,
         data.on_bad_row,

@@ -13,6 +13,7 @@ from finetune.data.checks.checked import Checked
 from finetune.data.checks.rules import Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
+from finetune.recipe import Data
 from finetune.recipe.sources import Source
 
 # In the text of a problem, what is of one row only: quoted data, and numbers.
@@ -48,6 +49,17 @@ def describe_data(checked: Checked) -> str:
     if checked.unread:
         text += f"; not read: {name_counts(checked.unread)}"
     return text
+
+
+def describe_train_on(data: Data) -> str:
+    """What to say of `data.train_on`; empty where every reply is trained."""
+    if data.train_on == "all":
+        return ""
+    over = f", and data.labels: {data.labels} does not hold" if data.labels != "assistant" else ""
+    return (
+        "only the last reply of each conversation is trained, and evaluated by the loss (data.train_on: last): those "
+        f"before it are context{over}"
+    )
 
 
 def describe_long(checked: Checked, rules: Rules, seq_length: int, *, pages: bool = False) -> str:

@@ -80,8 +80,8 @@ def find_base(model: Model) -> Base:
     """
     if find_adapter(model.path) is not None:
         raise UserError(
-            f"model.path: {model.path} is an adapter. Training starts from a checkpoint: give its base, or merge the "
-            "adapter first"
+            f"model.path: {model.path} is an adapter. Training starts from a checkpoint: give its base here, and the "
+            f"adapter as adapter.from: {model.path} to go on from it; or merge the adapter first"
         )
     source = find_source(model.path)
     if Path(source.base).is_dir():  # weights on the hub are fetched, and then examined, when training begins

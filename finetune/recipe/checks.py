@@ -45,6 +45,13 @@ def nothing_is_trained_twice(adapter: Adapter | None, freeze: Freeze) -> Iterato
             "trains the vision tower in full, and adapter.vision_targets by LoRA",
             "choose one",
         )
+    for key in ("vision", "resampler"):
+        if adapter.bias == "all" and not getattr(freeze, key):
+            yield Finding(
+                (f"freeze.{key}", "adapter.bias"),
+                f"trains the {key} in full, and its biases would be trained twice, in PEFT's copy and in the original",
+                "set adapter.bias: lora_only, or freeze it",
+            )
 
 
 def quantized_base_can_be_trained(model: Model, adapter: Adapter | None, freeze: Freeze) -> Iterator[Finding]:
@@ -97,6 +104,7 @@ def cached_vision_is_frozen(adapter: Adapter | None, freeze: Freeze, data: Data)
         "freeze.vision": not freeze.vision,
         "freeze.resampler": not freeze.resampler,
         "adapter.vision_targets": adapter is not None and bool(adapter.vision_targets),
+        "adapter.bias": adapter is not None and adapter.bias == "all",
     }
     for key in (key for key, is_trained in trained.items() if is_trained):
         yield Finding(
@@ -121,6 +129,15 @@ def learning_rates_have_an_effect(adapter: Adapter | None, freeze: Freeze, train
         if getattr(rates, name) is not None and getattr(freeze, name):
             yield Finding(
                 (f"train.learning_rates.{name}", f"freeze.{name}"), f"freeze.{name} is true: no effect", needed
+            )
+    if train.loraplus_lr_ratio is not None:
+        if adapter is None:
+            yield Finding(("train.loraplus_lr_ratio", "adapter"), "there is no adapter: no effect", "remove it")
+        if any(rate is not None for rate in rates.model_dump().values()):
+            yield Finding(
+                ("train.loraplus_lr_ratio", "train.learning_rates"),
+                "both say the learning rates of parts of the adapter",
+                "remove one of them",
             )
     if rates.adapter is not None and adapter is None:
         yield Finding(("train.learning_rates.adapter", "adapter"), "there is no adapter: no effect", "remove it")

@@ -204,6 +204,8 @@ class OwnTrainKeys(Section):
 
     learning_rates: LearningRates = Field(default_factory=LearningRates)
     """Learning rates of single components; what is null takes learning_rate."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+: learning_rate times this is that of the LoRA matrices B and the vectors beside them; null is the same."""
     vision_layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor on the learning rate from each layer of the vision transformer to the one below (the paper: 0.95)."""
     parallel: Literal["auto", "none", "ddp", "fsdp", "zero2", "zero3"] = "auto"

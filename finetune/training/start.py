@@ -16,13 +16,15 @@ from finetune.run.checkpoints import clean_partials, find_last_good
 from finetune.run.folder import RunFolder
 from finetune.run.identity import compare_runs
 from finetune.terminal import Say
+from finetune.training.going_on import ADAPTER_FROM
 from qwenvl.checkpoint.identity import BaseIdentity, differences, identity_from_json, identity_to_json
 
 TRAIN_EMBEDDINGS = "train_embeddings"
 
 FREE_TO_CHANGE = (
-    # The base is known by its identity, wherever it is stored.
-    *("model.path", "output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
+    # The base is known by its identity, wherever it is stored; so is an adapter that the run goes on from.
+    *("model.path", "adapter.from"),
+    *("output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
     "data.tokens_per_batch",  # changes rounding, and which inputs dropout zeroes
     *("data.on_bad_row", "data.check_images"),  # what is left out is known by row, see `data.places`
     *("data.vision_cache", "data.vision_cache_gb", "model.attention", "model.kernels"),  # change rounding
@@ -56,7 +58,11 @@ Start = Fresh | Resume | Finished
 
 
 def run_identity(
-    recipe: Recipe, samples: Mapping[str, Samples], base: BaseIdentity | None, train_embeddings: bool | None = None
+    recipe: Recipe,
+    samples: Mapping[str, Samples],
+    base: BaseIdentity | None,
+    train_embeddings: bool | None = None,
+    adapter_from: str | None = None,
 ) -> dict[str, Any]:
     """What must be the same for a resume to continue a run: recipe, data and the base.
 
@@ -64,12 +70,14 @@ def run_identity(
         base: None in a process that leaves it to another one of its machine to read all of the base.
         train_embeddings: what `adapter.train_embeddings: auto` comes to, by the base's `chat_format`; None where the
             recipe says it, or there is no adapter.
+        adapter_from: SHA-256 of the adapter that the run goes on from; None where there is none.
     """
     return {
         "recipe": recipe.model_dump(mode="json"),
         "data": {name: part.fingerprint() for name, part in samples.items()},
         **({} if base is None else {"base": identity_to_json(base)}),
         **({} if train_embeddings is None else {TRAIN_EMBEDDINGS: train_embeddings}),
+        **({} if adapter_from is None else {ADAPTER_FROM: adapter_from}),
     }
 
 

@@ -13,6 +13,7 @@ from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.terminal import Say, say, say_nothing
 from finetune.training.arguments import trainer_arguments
+from finetune.training.going_on import settle_given_adapter
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
 from finetune.training.parallel import own_launch, refuse_impossible, require_applied, settle_parallel
@@ -68,6 +69,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         began, phases = time.monotonic(), Phases("read")
 
         base = find_base(recipe.model)
+        stored = run.read_run()
+        recipe, given, given_sha256 = settle_given_adapter(recipe, base, run, stored, say)
         computing = choose_backends(recipe.model)
         say("model", f"{recipe.model.path}: {computing}{base.taken_for}")
         if parallel.note:
@@ -78,8 +81,9 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         # All of it is read, by one process of each machine.
         reads_base = is_main or os.environ.get("LOCAL_RANK", "0") == "0"
         base_identity = identify(base.path, page_cache=True) if reads_base else None
-        identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base))
-        stored = run.read_run()
+        if given is not None and base_identity is not None:
+            given.refuse_other_base(base.path, base_identity)
+        identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base), given_sha256)
         places = find_places(data, identity["data"], run, stored)
         start = find_start(run, recipe, identity, stored, say, is_main=is_main, aligned=places.aligned)
         if isinstance(start, Finished):
@@ -108,7 +112,16 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         arguments = trainer_arguments(recipe, plan.switches, task_metric, computes_in, parallel)
         require_applied(parallel, arguments)
         trained = load_trained_model(
-            recipe, base, computing, computes_in, plan.switches, data.checked["train"], parallel, say, is_main=is_main
+            recipe,
+            base,
+            computing,
+            computes_in,
+            plan.switches,
+            data.checked["train"],
+            parallel,
+            say,
+            None if resumes else given,
+            is_main=is_main,
         )
         if resumes:
             say_new_masters(stored, trained, say)

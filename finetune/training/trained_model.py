@@ -16,6 +16,7 @@ from finetune.model.adapters import TrainableModel, without_adapter
 from finetune.model.base import Base, build_without_weights, make_trainable, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters, table_of_parameters
 from finetune.model.computing import ComputeBackends, choose_dtype, is_random, own_device, quantization_arguments
+from finetune.model.given_adapter import GivenAdapter, load_given_weights
 from finetune.recipe import Recipe
 from finetune.terminal import Say
 from finetune.training.parallel import Parallel
@@ -63,6 +64,7 @@ def load_trained_model(
     checked: Checked,
     parallel: Parallel,
     say: Say,
+    given: GivenAdapter | None = None,
     *,
     is_main: bool,
 ) -> TrainedModel:
@@ -72,6 +74,7 @@ def load_trained_model(
         computes_in: what `computing.computing_dtype` settles.
         checked: the training data.
         parallel: where it shares the model by FSDP2, only the main process reads the checkpoint.
+        given: the adapter whose weights training begins with; None for a new one, or in a run that resumes.
 
     Raises:
         InputError: what the recipe wants trained cannot be, or the checkpoint is damaged.
@@ -79,13 +82,15 @@ def load_trained_model(
     set_seed(recipe.seed)
     if parallel.way == "fsdp":
         model = load_once(
-            partial(_load, recipe, computing, computes_in, base),
+            partial(_load, recipe, computing, computes_in, base, given),
             partial(_shape, recipe, computing, base),
             is_main=is_main,
         )
     else:
-        model = _load(recipe, computing, computes_in, base)
+        model = _load(recipe, computing, computes_in, base, given)
     notes = (*((RANDOM_WEIGHTS,) if is_random(without_adapter(model)) else ()), *base.notes(views_of(recipe)))
+    if given is not None:
+        notes += given.notes(recipe, base, views_of(recipe), checked.system)
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(model.generation_config, without_adapter(model).config, ModelRecord(chat_format="chatml"))
     switches.prepare(model, recipe.train)
@@ -98,7 +103,9 @@ def load_trained_model(
     return TrainedModel(model, parameters, notes, computes_in)
 
 
-def _load(recipe: Recipe, computing: ComputeBackends, computes_in: torch.dtype, base: Base) -> TrainableModel:
+def _load(
+    recipe: Recipe, computing: ComputeBackends, computes_in: torch.dtype, base: Base, given: GivenAdapter | None
+) -> TrainableModel:
     """The model with its weights and its adapter."""
     loaded = load_model(
         recipe.model.path,
@@ -115,7 +122,11 @@ def _load(recipe: Recipe, computing: ComputeBackends, computes_in: torch.dtype, 
             f"model.dtype: {recipe.model.dtype}, and config.json says {computes_in}, but the weights are "
             f"{loaded.dtype}. Set model.dtype"
         )
-    return make_trainable(loaded, recipe)
+    model = make_trainable(loaded, recipe)
+    if given is not None:
+        assert isinstance(model, PeftModel), "the recipe has an adapter"
+        load_given_weights(model, given)
+    return model
 
 
 def _shape(recipe: Recipe, computing: ComputeBackends, base: Base) -> TrainableModel:

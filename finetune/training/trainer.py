@@ -32,8 +32,9 @@ from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
 from finetune.files.checkpoint_folder import say_dtype
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
-from finetune.model.adapters import TrainableModel, parameter_groups, write_plain_config
+from finetune.model.adapters import TrainableModel, write_plain_config
 from finetune.model.masters import rounded_masters
+from finetune.model.parameter_groups import parameter_groups
 from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
@@ -72,7 +73,7 @@ class QwenVLTrainer(SFTTrainer):
         tokens_per_batch: tokens of one forward; None runs every sequence by itself. A pack that does not fit into the
             memory lowers it (see `step_in_packs`).
         out_of_memory: what earlier parts of a resumed run noted in run.json about packs that did not fit.
-        learning_rates, vision_layer_decay: see `adapters.parameter_groups`.
+        learning_rates, vision_layer_decay, loraplus_lr_ratio: see `parameter_groups`.
         shuffle: draw a new order of the training samples in each epoch.
         draws: which of the training samples in `indices` each epoch has; None takes all of them in each.
         task_scorer: scores replies at each evaluation, besides the loss; None evaluates the loss alone.
@@ -94,6 +95,7 @@ class QwenVLTrainer(SFTTrainer):
         out_of_memory: Sequence[Mapping[str, Any]] = (),
         learning_rates: dict[str, float | None] | None = None,
         vision_layer_decay: float | None = None,
+        loraplus_lr_ratio: float | None = None,
         shuffle: bool = True,
         draws: EpochDraws | None = None,
         task_scorer: TaskScorer | None = None,
@@ -109,7 +111,7 @@ class QwenVLTrainer(SFTTrainer):
         self.eval_budget = PackBudget("evaluation_tokens_per_batch", tokens_per_batch, out_of_memory)
         self.step_in_packs: StepInPacks | None = None
         self.learning_rates = learning_rates or {}
-        self.vision_layer_decay = vision_layer_decay
+        self.vision_layer_decay, self.loraplus_lr_ratio = vision_layer_decay, loraplus_lr_ratio
         self.shuffle = shuffle
         self.epoch_sampler = None if draws is None else EpochSampler(draws, indices["train"], args.seed, shuffle)
         self.task_scorer = task_scorer
@@ -216,6 +218,7 @@ class QwenVLTrainer(SFTTrainer):
                 learning_rate=self.args.learning_rate,
                 learning_rates=self.learning_rates,
                 vision_layer_decay=self.vision_layer_decay,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
                 weight_decay=self.args.weight_decay,
                 no_decay={name for name, _ in model.named_parameters()} - decaying,
             )

@@ -111,6 +111,7 @@ def make_trainer(
         out_of_memory=budget.lowered,
         learning_rates=None if recipe.train.learning_rates is None else recipe.train.learning_rates.model_dump(),
         vision_layer_decay=recipe.train.vision_layer_decay,
+        loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
         shuffle=recipe.data.shuffle,
         draws=draws,
         task_scorer=scorer,

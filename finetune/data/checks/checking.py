@@ -233,6 +233,7 @@ def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
         markup_as_text=rules.markup_as_text,
         box_edge=rules.box_edge,
         views=rules.views,
+        train_on=rules.train_on,
     )
     fitted = None
     try:

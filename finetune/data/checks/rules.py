@@ -6,9 +6,16 @@ from typing import Any, Literal
 
 from finetune.data.checks.shortening import Fitted, OnLong, render_fitting
 from finetune.data.message_parts import boxes_inside
-from qwenvl.text.chat import LabelRule
+from qwenvl.text.chat import LabelRule, train_last_only
 from qwenvl.text.tokenizer import QwenVLTokenizer
 from qwenvl.views import Views
+
+TrainOn = Literal["all", "last"]
+
+
+def trained_labels(labels: LabelRule, train_on: TrainOn) -> LabelRule:
+    """Which tokens are trained: of a last reply alone never the structure, which is that of all turns."""
+    return "assistant" if train_on == "last" else labels
 
 
 @dataclass(frozen=True)
@@ -17,6 +24,8 @@ class Rules:
 
     Attributes:
         tokenizer, labels, grounding, n_queries: as for `chat.render_chat`.
+        train_on: "last" trains the last reply of a conversation alone, and with it nothing of the turns' structure,
+            whatever `labels` says; of evaluation data the loss is of the same.
         max_length: tokens a sample may have; None is any number.
         on_long: "error" refuses data with longer samples, "drop" leaves these out and counts them, "drop_turns" leaves
             out turns at their front where that is enough (see `shortening.render_fitting`).
@@ -31,6 +40,7 @@ class Rules:
     max_length: int | None
     n_queries: int = 256
     labels: LabelRule = "assistant"
+    train_on: TrainOn = "all"
     grounding: bool = False
     on_long: OnLong = "error"
     on_bad_row: Literal["error", "skip"] = "error"
@@ -55,7 +65,7 @@ class Rules:
             self.tokenizer,
             max_length=self.max_length,
             on_long=self.on_long,
-            labels=self.labels,
+            labels=trained_labels(self.labels, self.train_on),
             grounding=self.grounding,
             n_queries=self.n_queries,
             views=self.views,
@@ -83,5 +93,7 @@ class Rules:
         )
 
     def read(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """The messages with coordinates at the image's edge as `box_edge` says."""
-        return messages if self.box_edge == "error" else boxes_inside(messages, self.grounding)
+        """The messages with coordinates at the image's edge as `box_edge` says, and replies that are not trained by
+        `train_on` marked as context."""
+        messages = messages if self.box_edge == "error" else boxes_inside(messages, self.grounding)
+        return messages if self.train_on == "all" else train_last_only(messages)
