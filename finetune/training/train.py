@@ -12,7 +12,6 @@ from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.terminal import Say, say, say_nothing
-from finetune.training.arguments import trainer_arguments
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
 from finetune.training.phases import Phases
@@ -25,7 +24,7 @@ from finetune.training.start import Finished, Fresh, Resume, find_start, run_ide
 from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
 from finetune.training.training_data import data_as_it_was, find_places, read_data
-from finetune.training.training_plan import plan_training
+from finetune.training.training_plan import plan_training, settled_arguments
 
 
 def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None) -> Path:
@@ -90,6 +89,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
                 data = data.drawn_once()
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
+        # This opens the process group of a distributed run.
+        arguments = settled_arguments(recipe, plan, data, say, resumes=resumes, own_optimizer=optimizer is not None)
         trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say)
         if is_main:
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
@@ -110,8 +111,6 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         record = None
         if base_identity is not None:
             record = record_of_run(recipe, base, base_identity, data.checked["train"])
-        # This opens the process group of a distributed run, whose processes encode images together.
-        arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
         left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
         cache = encode_images(recipe, base, data, trained, phases, left_out, say)
         progress = Progress(checkpoints=run.checkpoints)

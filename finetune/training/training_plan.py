@@ -4,13 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trl import SFTConfig
+
 from finetune.batches.budget import ChosenBudget
+from finetune.batches.steps import processes_of_environment
 from finetune.data.checks.checked import Checked
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.run_plan import plan_run, settled
 from finetune.memory.switches import Switches
 from finetune.recipe import Recipe
 from finetune.terminal import Say
+from finetune.training.arguments import trainer_arguments
+from finetune.training.settings_check import check_settings
+from finetune.training.training_data import TrainingData
 from qwenvl import QwenVLConfig
 
 
@@ -45,3 +51,32 @@ def plan_training(
     if budget.reason:
         say("packing", budget)
     return TrainingPlan(budget, plan_run(recipe, base, checked, budget.tokens, stored, say))
+
+
+def settled_arguments(
+    recipe: Recipe, plan: TrainingPlan, data: TrainingData, say: Say, *, resumes: bool, own_optimizer: bool
+) -> SFTConfig:
+    """The trainer's configuration, checked against libraries, task and data before the weights are loaded.
+
+    Args:
+        resumes: the run goes on from a checkpoint.
+        own_optimizer: the caller of the training gives the optimizer.
+
+    Raises:
+        UserError: a setting would stop the run, or do something else than it says; with every reason.
+    """
+    task = data.task
+    arguments = trainer_arguments(recipe, plan.switches, None if task is None else task.key)
+    if resumes:
+        arguments.eval_on_start = False  # it took place when the run began
+    notes = check_settings(
+        recipe,
+        arguments,
+        samples=len(data.checked["train"].first_epoch(recipe.seed)),
+        processes=processes_of_environment(),
+        task=task,
+        own_optimizer=own_optimizer,
+    )
+    for number, note in enumerate(notes):
+        say("" if number else "settings", note)
+    return arguments
