@@ -4,7 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from finetune.batches.budget import ChosenBudget, packing_budget
+from finetune.batches.steps import processes_of_environment
 from finetune.check.epoch_estimate import Epoch, estimate_epoch
 from finetune.check.export_layout import looks_like
 from finetune.check.legibility import Legibility, look_at_letters
@@ -16,10 +19,15 @@ from finetune.errors import InputError
 from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.run_plan import RunPlan, look_at_memory, settled
+from finetune.memory.switches import Switches
 from finetune.model.base import Base, build_without_weights, find_base, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters
+from finetune.model.computing import computing_dtype
 from finetune.model.given_adapter import GivenAdapter, find_given_adapter
 from finetune.recipe import Recipe
+from finetune.training.arguments import trainer_arguments
+from finetune.training.processes import as_one_process
+from finetune.training.settings_check import check_settings
 from finetune.vision_cache.phase import describe_phase
 from qwenvl import QwenVLConfig
 from qwenvl.base_check import identify_base
@@ -38,6 +46,7 @@ class Findings:
         task: description of the evaluation's task.
         vision_cache: description of the phase that encodes the images; None where there is none.
         memory: what a run on this machine would hold; None where the model cannot be set up or no sample is left.
+        notes: what is to be said of the settings of `train`.
         opened: for each part, if images were opened.
         legibility: of the text on some images of each part that has any.
         refusals: (what, why) of everything at which a run would stop.
@@ -54,6 +63,7 @@ class Findings:
     task: str | None = None
     vision_cache: str | None = None
     memory: RunPlan | None = None
+    notes: list[str] = field(default_factory=list)
     opened: dict[str, OpenedImages] = field(default_factory=dict)
     legibility: dict[str, Legibility] = field(default_factory=dict)
     previews: list[Preview] = field(default_factory=list)
@@ -142,6 +152,14 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
             problems = error.problems if isinstance(error, DataError) else []
             example = f", such as {problems[0]}" if problems else ""
             findings.refusals.append(("eval task", _without_rows(error) + example))
+    if findings.memory is not None and findings.epoch is not None and "eval task" not in dict(findings.refusals):
+        try:
+            computes_in = computing_dtype(recipe.model.dtype, base.dtype)
+            findings.notes = _settings_notes(
+                recipe, findings.memory.switches, computes_in, findings.epoch.samples, task
+            )
+        except InputError as error:
+            findings.refusals += [("settings", line) for line in str(error).splitlines()]
     if not findings.refusals:
         findings.vision_cache = describe_phase(
             recipe, QwenVLConfig.from_pretrained(base.path), base.processor, findings.parts, task, processes
@@ -155,6 +173,20 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         assert chosen is not None, "samples are chosen from parts that were opened"
         findings.previews.append(preview(name, chosen[index], rules))
     return findings
+
+
+def _settings_notes(
+    recipe: Recipe, switches: Switches, computes_in: torch.dtype, samples: int, task: TaskEvaluation | None
+) -> list[str]:
+    """What is to be said of the settings of `train`, as the trainer would have them.
+
+    Raises:
+        UserError: a run would stop at them.
+    """
+    processes = processes_of_environment()
+    with as_one_process():
+        arguments = trainer_arguments(recipe, switches, None if task is None else task.key, computes_in)
+    return check_settings(recipe, arguments, samples=samples, processes=processes, task=task)
 
 
 def _exports_as_rows(recipe: Recipe, parts: Mapping[str, DataPart]) -> Iterator[tuple[str, str]]:

@@ -123,6 +123,8 @@ def _steps(findings: Findings) -> Iterator[tuple[str, str]]:
     steps = f"{epoch.steps:,} an epoch, {epoch.all_steps:,} in all"
     yield "steps", f"{steps}; {epoch.samples_per_step:,} samples a step{on}"
     fill = "" if epoch.fill is None else f" of at most {epoch.budget:,} tokens, {epoch.fill:.0%} full (estimated)"
+    for note in findings.notes:
+        yield "", note
     yield "forwards", f"{epoch.packs_per_step:.1f} a step{fill}"
     if findings.budget is not None and findings.budget.reason:
         yield "packing", str(findings.budget)

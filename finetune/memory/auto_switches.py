@@ -64,10 +64,6 @@ def given_checkpointing(train: Train) -> Recomputation | None:
     if train.checkpointing is not None:
         return None if train.checkpointing == "auto" else train.checkpointing
     wanted = train.gradient_checkpointing if train.activation_checkpointing is None else train.activation_checkpointing
-    settings = train.activation_checkpointing_kwargs or train.gradient_checkpointing_kwargs or {}
-    settings = settings if isinstance(settings, dict) else {}
-    if train.activation_offloading or (wanted and settings.get("offload")):
-        return "offload"
     return "full" if wanted else "none"
 
 

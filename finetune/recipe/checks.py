@@ -4,8 +4,17 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from finetune.recipe.best_score import (
+    LOSS,
+    evaluates_when,
+    followed_score,
+    follows_score,
+    higher_is_better,
+    keeps_best,
+)
 from finetune.recipe.section import Finding
 from finetune.recipe.sections import Adapter, Data, Evaluate, Freeze, Model
+from finetune.recipe.train_checks import BY_SCORE
 from finetune.recipe.train_section import Train
 
 
@@ -162,15 +171,16 @@ def evaluation_has_data(train: Train, evaluate: Evaluate | None) -> Iterator[Fin
         "eval_strategy": train.eval_strategy != "no",
         "eval_on_start": train.eval_on_start,
         "load_best_model_at_end": train.load_best_model_at_end,
-        "save_strategy": train.save_strategy == "best",
-        "lr_scheduler_type": train.lr_scheduler_type == "reduce_lr_on_plateau",
+        "metric_for_best_model": train.metric_for_best_model is not None,
+        "greater_is_better": train.greater_is_better is not None,
+        "lr_scheduler_type": train.lr_scheduler_type in BY_SCORE,
     }
     for key, wished in wishes.items():
         if wished:
             value = getattr(train, key)
             yield Finding(
                 (f"train.{key}", "evaluate"),
-                f"{value if isinstance(value, str) else 'true'} needs an evaluation, and there is none",
+                f"{value if isinstance(value, str) else 'it'} needs an evaluation, and there is none",
                 "give evaluate.data, or remove it",
             )
 
@@ -178,19 +188,53 @@ def evaluation_has_data(train: Train, evaluate: Evaluate | None) -> Iterator[Fin
 def evaluation_takes_place(train: Train, evaluate: Evaluate | None) -> Iterator[Finding]:
     if evaluate is None:
         return
-    # With an evaluate section, evaluation is once an epoch unless the recipe says otherwise.
-    when = train.eval_strategy if "eval_strategy" in train.model_fields_set else "epoch"
-    if when == "no":
+    if evaluates_when(train, evaluate) == "no":
         wishes = {
             "evaluate.patience": evaluate.patience is not None,
             "train.load_best_model_at_end": train.load_best_model_at_end,
-            "train.save_strategy": train.save_strategy == "best",
-            "train.lr_scheduler_type": train.lr_scheduler_type == "reduce_lr_on_plateau",
+            "train.metric_for_best_model": train.metric_for_best_model is not None,
+            "train.greater_is_better": train.greater_is_better is not None,
+            "train.lr_scheduler_type": train.lr_scheduler_type in BY_SCORE,
         }
         for key, wished in wishes.items():
             if wished:
                 reason = "needs evaluations during training, and train.eval_strategy is no"
                 yield Finding((key, "train.eval_strategy"), reason, "set train.eval_strategy: epoch or steps")
+
+
+def best_checkpoint_is_saved(train: Train, evaluate: Evaluate | None) -> Iterator[Finding]:
+    if train.save_strategy == "best":
+        reason = "the state of an interrupted run would be lost where its last step is not the best"
+        remedy = "set train.load_best_model_at_end: true, which saves the best besides the others"
+        yield Finding(("train.save_strategy",), reason, remedy)
+    elif train.save_strategy == "no" and keeps_best(train, evaluate):
+        reason = "no checkpoint is saved, and the best one is to be the result"
+        remedy = "remove train.save_strategy, or set train.load_best_model_at_end: false to take the last step's"
+        yield Finding(("train.save_strategy", "evaluate.task", "train.load_best_model_at_end"), reason, remedy)
+
+
+def score_has_its_direction(train: Train, evaluate: Evaluate | None) -> Iterator[Finding]:
+    if evaluate is None or evaluates_when(train, evaluate) == "no":
+        return
+    metric, greater = train.metric_for_best_model, train.greater_is_better
+    score = followed_score(train, None if evaluate.task is None else "the task's score")
+    if metric is not None and evaluate.task is None and score != LOSS:
+        reason = f"{metric} is not measured: without a task there is the loss alone"
+        yield Finding(
+            ("train.metric_for_best_model", "evaluate.task"), reason, "set evaluate.task, or write eval_loss"
+        )
+        return
+    if greater is not None and greater != higher_is_better(score):
+        reason = f"{score} is better when it is {'higher' if higher_is_better(score) else 'lower'}: it keeps the worst"
+        yield Finding(("train.greater_is_better", "train.metric_for_best_model"), reason, "remove it")
+    mode = (train.lr_scheduler_kwargs or {}).get("mode")
+    wanted = "max" if higher_is_better(score) else "min"
+    if train.lr_scheduler_type in BY_SCORE and mode not in (None, wanted):
+        reason = f"the learning rate would fall while {score} gets better"
+        yield Finding(("train.lr_scheduler_kwargs", "train.lr_scheduler_type"), reason, f"write mode: {wanted}")
+    if metric is not None and not follows_score(train, evaluate):
+        reason = "nothing goes by it: no effect"
+        yield Finding(("train.metric_for_best_model",), reason, "set train.load_best_model_at_end: true, or remove it")
 
 
 def workers_have_work(data: Data, train: Train) -> Iterator[Finding]:
@@ -211,6 +255,8 @@ CHECKS = (
     learning_rates_have_an_effect,
     evaluation_has_data,
     evaluation_takes_place,
+    best_checkpoint_is_saved,
+    score_has_its_direction,
     workers_have_work,
 )
 """Each takes the sections that its parameters name."""

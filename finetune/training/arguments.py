@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from finetune.errors import UserError
 from finetune.memory.switches import Switches
 from finetune.recipe import Recipe
-from finetune.training.best_checkpoint import pick_best
+from finetune.recipe.best_score import evaluates_when, followed_score, follows_score, higher_is_better, keeps_best
+from finetune.recipe.train_checks import BY_SCORE
 from finetune.training.parallel import Parallel, parallel_arguments
 
 KEPT_CHECKPOINTS = 2
@@ -33,13 +35,24 @@ def trainer_arguments(
         task_metric: what the task's score is logged as; None where no task is evaluated.
         computes_in: dtype of frozen weights and activations.
         parallel: how processes share the work; None where there is one.
+
+    Raises:
+        UserError: the libraries refuse a value, with their reason.
     """
+    train, evaluate = recipe.train, recipe.evaluate
     given = recipe.train_arguments() | switches.train_arguments
     given = parallel_arguments(parallel or Parallel(), given)
-    if recipe.evaluate is not None:
-        given.setdefault("eval_strategy", "epoch")
-    keeps_best = keeps_best_checkpoint(recipe, given)
+    given["eval_strategy"] = evaluates_when(train, evaluate)
+    # Set below, or it would want `save_steps` to be a multiple of `eval_steps`: `SaveBest` saves the best besides.
     given.pop("load_best_model_at_end", None)
+    given.pop("neftune_noise_alpha", None)  # see `training.neftune`
+    if follows_score(train, evaluate):
+        score = followed_score(train, task_metric)
+        higher = higher_is_better(score)
+        given |= {"metric_for_best_model": score, "greater_is_better": higher}
+        if train.lr_scheduler_type in BY_SCORE:
+            mode = {"mode": "max" if higher else "min"}
+            given["lr_scheduler_kwargs"] = mode | dict(given.get("lr_scheduler_kwargs") or {})
     defaults = {
         "save_total_limit": KEPT_CHECKPOINTS,
         "report_to": "none",
@@ -47,20 +60,12 @@ def trainer_arguments(
         **loader_settings(recipe.data.workers, given["gradient_accumulation_steps"]),
     }
     precision = mixed_precision(computes_in, in_full=recipe.adapter is None)
-    arguments = sft_config({**defaults, **given, **precision}, output=str(Path(recipe.output)), seed=recipe.seed)
-    if keeps_best:
-        pick_best(arguments, task_metric or "eval_loss")
+    try:
+        arguments = sft_config({**defaults, **given, **precision}, output=str(Path(recipe.output)), seed=recipe.seed)
+    except ValueError as error:
+        raise UserError(f"train: Transformers refuses these settings: {error}") from error
+    arguments.load_best_model_at_end = keeps_best(train, evaluate)
     return arguments
-
-
-def keeps_best_checkpoint(recipe: Recipe, given: dict[str, Any]) -> bool:
-    """Whether the result is the best checkpoint and not the last: where the recipe says so, or a task or patience is
-    evaluated. `given` are the fields of `SFTConfig`.
-    """
-    evaluate = recipe.evaluate
-    by_default = evaluate is not None and (evaluate.task is not None or evaluate.patience is not None)
-    by_default = by_default or given.get("save_strategy") == "best"
-    return bool(given.get("load_best_model_at_end", by_default)) and given.get("eval_strategy", "no") != "no"
 
 
 def mixed_precision(computes_in: torch.dtype, *, in_full: bool) -> dict[str, bool]:

@@ -7,24 +7,13 @@ uninterrupted one, and all processes decide alike.
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTConfig
-
-
-def pick_best(arguments: SFTConfig, metric: str) -> None:
-    """Make the best checkpoint by `metric` (as logged) the result, unless the arguments name another metric.
-
-    `SaveBest` saves these checkpoints, so that `save_steps` can be anything; Transformers alone would need it to be a
-    multiple of `eval_steps`.
-    """
-    if arguments.metric_for_best_model is None:
-        arguments.metric_for_best_model = metric
-    if arguments.greater_is_better is None:
-        arguments.greater_is_better = not arguments.metric_for_best_model.endswith("loss")
-    arguments.load_best_model_at_end = True
 
 
 class SaveBest(TrainerCallback):
-    """Saves a checkpoint at each evaluation that is better than all before."""
+    """Saves a checkpoint at each evaluation that is better than all before.
+
+    With it `save_steps` can be anything; Transformers alone would need it to be a multiple of `eval_steps`.
+    """
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,9 +44,10 @@ class Patience(TrainerCallback):
 
 
 def _values(args: TrainingArguments, state: TrainerState) -> list[float]:
-    assert args.metric_for_best_model is not None, "pick_best sets it"
-    key = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
-    return [record[key] for record in state.log_history if key in record]
+    """The scores of the evaluations so far. One before the first step is none of them: it has no checkpoint."""
+    key = args.metric_for_best_model
+    assert key is not None, "trainer_arguments sets it"
+    return [record[key] for record in state.log_history if key in record and record.get("step", 0) > 0]
 
 
 def evaluations_since_best(values: list[float], *, greater_is_better: bool) -> int:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -45,6 +46,19 @@ def _destroy_group(existed: bool) -> None:
         return
     _KEPT.append(dist.group.WORLD)
     dist.destroy_process_group()
+
+
+_LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@contextlib.contextmanager
+def as_one_process() -> Iterator[None]:
+    """Hide a launcher's environment variables: a check of 8 processes' settings starts no group with 7 others."""
+    hidden = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 BUCKET_BYTES = 64_000_000

@@ -251,7 +251,7 @@ class Progress(TrainerCallback):
                 remark = ", best so far" if math.isfinite(loss) else ""
             else:
                 remark = f", best {format_loss(self._best[0])} at step {self._best[1]}"
-            scores.append(f"eval loss {format_loss(loss)}{remark}")
+            scores.append(f"eval loss {format_loss(loss)}{remark}{_on_long(numbers)}")
         for key, parts in parts_of_scores(numbers).items():
             if key != "eval_loss":
                 text = f"{key.replace('_', ' ')} {format_loss(numbers[key])}"
@@ -299,6 +299,15 @@ class _Pace:
             return None
         each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         return steps * (each + self._paused / self._steps)
+
+
+def _on_long(numbers: Mapping[str, float]) -> str:
+    """Say that an evaluation's loss is not the training objective on samples beyond the model's `seq_length`."""
+    count = numbers.get("eval_long_samples", 0)
+    of = f" of {numbers['eval_samples']:,}" if "eval_samples" in numbers else ""
+    return (
+        f" ({count:,}{of} samples beyond seq_length, with positions that training does not stretch)" if count else ""
+    )
 
 
 def _lowered_budget(numbers: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from finetune.data.places import Places, save_places
-from finetune.data.summary import count_rows, lines_left_out
+from finetune.data.summary import count_rows, lines_left_out, note_on_long
 from finetune.errors import Interrupted, UserError
 from finetune.evaluation.task_evaluation import TaskScore
 from finetune.files.atomic_writes import write_text, writing_file
@@ -70,7 +70,7 @@ def begin_record(
                 name: {"trained": count.trained, "total": count.total} for name, count in trained.parameters.items()
             },
             "rows": {name: count_rows(checked) for name, checked in data.checked.items()},
-            "notes": list(trained.notes),
+            "notes": [*trained.notes, *notes_on_long(data, base.seq_length)],
             WEIGHTS: EACH_EPOCH if data.checked["train"].redraws else ONCE,
             PLACES: bool(places),
             SWITCHES: {"optim": switches.optim},
@@ -96,6 +96,12 @@ def say_new_masters(stored: Mapping[str, Any] | None, trained: TrainedModel, say
             "this run trained its 16-bit weights themselves when it began, which loses small updates; from here on it "
             "trains them in float32. To train all of it so, give another output",
         )
+
+
+def notes_on_long(data: TrainingData, seq_length: int) -> list[str]:
+    """For readers of the evaluation's loss: it is not the training objective on samples beyond `seq_length`."""
+    note = note_on_long(data.checked["eval"], seq_length) if "eval" in data.checked else ""
+    return [note] if note else []
 
 
 @contextmanager

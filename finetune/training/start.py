@@ -1,7 +1,7 @@
 """Where a run stands: it starts at step 0, resumes from a checkpoint, or is finished."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from pydantic import ValidationError
 from finetune.data.places import Aligned
 from finetune.data.samples import Samples
 from finetune.errors import UserError
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, Train
+from finetune.recipe.best_score import evaluates_when
+from finetune.recipe.train_section import FIELDS, TRL_CHECKPOINTING
 from finetune.run.checkpoints import clean_partials, find_last_good
 from finetune.run.folder import RunFolder
 from finetune.run.identity import compare_runs
@@ -24,16 +26,34 @@ TRAIN_EMBEDDINGS = "train_embeddings"
 FREE_TO_CHANGE = (
     # The base is known by its identity, wherever it is stored; so is an adapter that the run goes on from.
     *("model.path", "adapter.from"),
-    *("output", "resume", "evaluate.predictions", "evaluate.max_new_tokens", "data.workers"),
-    "data.tokens_per_batch",  # changes rounding, and which inputs dropout zeroes
+    *("output", "resume", "evaluate.predictions", "evaluate.overlap", "data.workers"),
     *("data.on_bad_row", "data.check_images"),  # what is left out is known by row, see `data.places`
-    *("data.vision_cache", "data.vision_cache_gb", "model.attention", "model.kernels"),  # change rounding
-    "train.checkpointing",
-    # Rounding again; whether a checkpoint can be read by another number of processes is found when it is read.
-    *("train.parallel", "train.fsdp", "train.fsdp_config"),
-    *(f"train.{key}" for key in ("logging_steps", "logging_strategy", "save_steps", "save_total_limit", "report_to")),
+    *("train.checkpointing", *(f"train.{key}" for key in TRL_CHECKPOINTING)),
+    *(f"train.{key}" for key in ("logging_strategy", "logging_first_step", "log_level", "log_level_replica")),
+    *(f"train.{key}" for key in ("save_strategy", "save_steps", "save_total_limit")),
+    *(f"train.{key}" for key in ("report_to", "run_name", "project")),
+    *(f"train.dataloader_{key}" for key in ("pin_memory", "prefetch_factor", "persistent_workers")),
+    "train.dataloader_multiprocessing_context",
 )
 """Keys of a recipe that may change when a run is resumed: they do not change what is computed."""
+
+CHANGES_ROUNDING = (
+    *("data.tokens_per_batch", "data.vision_cache", "data.vision_cache_gb", "model.attention", "model.kernels"),
+    # Whether a checkpoint can be read by another number of processes is found when it is read.
+    *("train.parallel", "train.fsdp", "train.fsdp_config"),
+)
+"""Keys that may change too; the run then goes on, but not bit for bit as it would have, which is said."""
+
+
+def free_to_change(recipe: Recipe) -> tuple[str, ...]:
+    """The keys of a recipe that may change when its run is resumed."""
+    evaluate, free = recipe.evaluate, [*FREE_TO_CHANGE, *CHANGES_ROUNDING]
+    if evaluate is None or evaluate.task is None:
+        # It decides a task's score, which picks the best checkpoint and is compared with that before training.
+        free.append("evaluate.max_new_tokens")
+    if evaluates_when(recipe.train, evaluate) != "steps" or recipe.train.eval_steps is not None:
+        free.append("train.logging_steps")  # else it says when to evaluate
+    return tuple(free)
 
 
 @dataclass(frozen=True)
@@ -87,10 +107,30 @@ def with_new_keys(identity: Mapping[str, Any]) -> dict[str, Any]:
     A recipe that is not one any more stays as it is.
     """
     try:
-        recipe = Recipe.model_validate_json(json.dumps(identity["recipe"])).model_dump(mode="json")
+        then = _without_refused_fields(identity["recipe"])
+        recipe = Recipe.model_validate_json(json.dumps(then)).model_dump(mode="json")
     except (ValidationError, KeyError):
         return dict(identity)
     return {**identity, "recipe": recipe}
+
+
+def _without_refused_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored recipe without fields of `SFTConfig` that are refused by now, where it left them at their defaults."""
+    train = {
+        name: value
+        for name, value in recipe["train"].items()
+        if name in Train.model_fields or name not in FIELDS or value != FIELDS[name]["default"]
+    }
+    return {**recipe, "train": train}
+
+
+def _changes_of(keys: Collection[str], then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """`model.attention: "varlen" -> "sdpa"`, for each of some keys of a recipe that is not what it was."""
+    recipes = ({"recipe": identity.get("recipe", {})} for identity in (then, now))
+    for change in compare_runs(*recipes):
+        change = change.removeprefix("recipe.")
+        if change.split(":")[0] in keys:
+            yield change
 
 
 def find_start(
@@ -124,10 +164,11 @@ def find_start(
     ignored = [
         "base",
         TRAIN_EMBEDDINGS,
-        *(f"recipe.{key}" for key in FREE_TO_CHANGE),
+        *(f"recipe.{key}" for key in free_to_change(recipe)),
         *(f"data.{name}" for name in aligned),
     ]
-    changes = compare_runs(with_new_keys(stored["identity"]), dict(identity), ignore=ignored)
+    then = with_new_keys(stored["identity"])
+    changes = compare_runs(then, dict(identity), ignore=ignored)
     changes += [f"data.{name}: {change}" for name, part in aligned.items() for change in part.changes]
     was, now = (each.get(TRAIN_EMBEDDINGS) for each in (stored["identity"], identity))
     if None not in (was, now) and was != now:  # runs of before have not noted it
@@ -165,6 +206,8 @@ def find_start(
     if last.path is None:
         return Fresh()
     say("resume", f"from step {last.step}")
+    for change in _changes_of(CHANGES_ROUNDING, then, identity):
+        say("", f"{change}: the run goes on, though not bit for bit as it would have")
     for name, part in aligned.items():
         for note in part.notes(name):
             say("", note)

@@ -58,6 +58,8 @@ def summary(
         lines["loss"] = _first_to_last(series["loss"])
     if "eval_loss" in series:
         lines["eval loss"] = _first_to_best(series["eval_loss"])
+        if any(count for _, count in series.get("eval_long_samples", [])):
+            lines["eval loss"] += "; with stretched positions beyond seq_length, which training does without"
     for key, parts in parts_of_scores(series).items():
         if key != "eval_loss":
             each = ", ".join(f"{name} {_first_to_last(series[part])}" for part, name in parts.items())

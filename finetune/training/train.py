@@ -12,7 +12,6 @@ from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.terminal import Say, say, say_nothing
-from finetune.training.arguments import trainer_arguments
 from finetune.training.going_on import settle_given_adapter
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
@@ -34,7 +33,7 @@ from finetune.training.start import Finished, Fresh, Resume, find_start, run_ide
 from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
 from finetune.training.training_data import data_as_it_was, find_places, read_data
-from finetune.training.training_plan import plan_training
+from finetune.training.training_plan import plan_training, settled_arguments
 
 
 def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None) -> Path:
@@ -107,9 +106,17 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
         # This opens the process group of a distributed run, whose processes load and encode images together.
-        task_metric = None if data.task is None else data.task.key
         computes_in = computing_dtype(recipe.model.dtype, base.dtype)
-        arguments = trainer_arguments(recipe, plan.switches, task_metric, computes_in, parallel)
+        arguments = settled_arguments(
+            recipe,
+            plan,
+            data,
+            computes_in,
+            parallel,
+            say,
+            resumes=resumes,
+            own_optimizer=optimizer is not None,
+        )
         require_applied(parallel, arguments)
         trained = load_trained_model(
             recipe,

@@ -199,14 +199,14 @@ class QwenVLTrainer(SFTTrainer):
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        # Each sample once: processes with fewer samples do not repeat others, as they do in training.
-        loading = self.accelerator.dataloader_config
-        before = self.data_collator, loading.even_batches
-        self.data_collator, loading.even_batches = self.collators["eval"], False
+        # Each sample once, whatever training does: processes with fewer samples do not repeat others, none is dropped.
+        loading, args = self.accelerator.dataloader_config, self.args
+        before = self.data_collator, loading.even_batches, args.dataloader_drop_last
+        self.data_collator, loading.even_batches, args.dataloader_drop_last = self.collators["eval"], False, False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator, loading.even_batches = before
+            self.data_collator, loading.even_batches, args.dataloader_drop_last = before
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -289,7 +289,7 @@ class QwenVLTrainer(SFTTrainer):
         elif not (is_last and self.accelerator.sync_gradients):
             without_sync = self.accelerator.no_sync(model)
         pack = self._prepare_inputs(pack)
-        with self.computing(), without_sync, self.maybe_activation_offload_context:
+        with self.computing(), without_sync:
             loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
             self._refuse_non_finite(loss, pack)
             self.accelerator.backward(loss)

@@ -22,6 +22,7 @@ from finetune.training.best_checkpoint import Patience, SaveBest
 from finetune.training.budget_notes import NoteBudgets
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.metrics_log import WriteMetrics
+from finetune.training.neftune import NoisyEmbeddings
 from finetune.training.phases import Phases
 from finetune.training.progress import Progress, drop_own_printers
 from finetune.training.trained_model import TrainedModel
@@ -122,11 +123,16 @@ def make_trainer(
             *_deciding_callbacks(recipe, arguments),
             phases,  # behind the callbacks that decide about evaluating and saving
             NoteBudgets(run, budget),
+            *_noise(recipe.train.neftune_noise_alpha),
         ],
         optimizer=optimizer and optimizer(trained.model),
     )
     drop_own_printers(trainer)
     return trainer
+
+
+def _noise(alpha: float | None) -> list[TrainerCallback]:
+    return [] if alpha is None else [NoisyEmbeddings(alpha)]
 
 
 def _deciding_callbacks(recipe: Recipe, arguments: SFTConfig) -> list[TrainerCallback]:

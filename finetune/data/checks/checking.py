@@ -61,7 +61,14 @@ def check_samples(
         WorkerDied: a worker process was killed or crashed.
     """
     rules = Rules(
-        tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row, markup_as_text=markup_as_text
+        tokenizer,
+        max_length,
+        n_queries,
+        labels,
+        grounding=grounding,
+        on_long=on_long,
+        on_bad_row=on_bad_row,
+        markup_as_text=markup_as_text,
     )
     checked = look_at(samples, rules, show_progress=show_progress, processes=processes)
     if error := refusal(checked, rules):
