@@ -5,6 +5,7 @@ reads it; the others make a model of the same form, whose memory is never writte
 layer becomes a shard on every process, and the values follow tensor by tensor.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -95,6 +96,8 @@ def share(
     there = {type(module).__name__ for module in model.modules()}
     layers = [name for name in QwenVLPreTrainedModel._no_split_modules or () if name in there]
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
+    # The resampler's output is a view, on which nothing works in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPResampler\) returned a view tensor")
     model, optimizer = accelerator.prepare(model, optimizer)
     fill_from_main(model, values, accelerator.device)
     register_fsdp_forward_method(model, "generate")

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampl
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from finetune.batches.attempt import OutOfMemory
 from finetune.batches.collate import LEFT_OUT, NO_SAMPLE, Collator
@@ -44,7 +44,7 @@ from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.evaluation_loss import loss_metrics, sum_losses
 from finetune.training.loss_scale import LossScale, skip_on_host
 from finetune.training.processes import average_gradients
-from finetune.training.sharded_model import share
+from finetune.training.shared_trainer import SharedTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -56,7 +56,7 @@ class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the message names the samples."""
 
 
-class QwenVLTrainer(SFTTrainer):
+class QwenVLTrainer(SharedTrainer):
     """TRL's trainer over samples that are rendered, decoded and packed when they are needed.
 
     One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
@@ -132,10 +132,7 @@ class QwenVLTrainer(SFTTrainer):
         )
         # Transformers turns it off, and a saved model would then generate without a cache.
         config.use_cache = use_cache
-        if self.accelerator.is_fsdp2:
-            # Now, and not when training begins: what is evaluated before needs its weights on every process.
-            self.model, self.optimizer = share(self.accelerator, model, self.create_optimizer())
-            self.model_wrapped = self.model
+        self.share_model()
         self.loss_scale = LossScale(self.accelerator) if args.fp16 else None
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -231,20 +228,6 @@ class QwenVLTrainer(SFTTrainer):
         if self.args.fp16:
             skip_on_host(self.optimizer)
         return self.optimizer
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        if not self.accelerator.is_fsdp2:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # Model and optimizer are shared out already.
-        self.create_scheduler(num_training_steps=max_steps)
-        if resume_from_checkpoint is not None:
-            self._load_from_checkpoint(resume_from_checkpoint, self.model)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            self._load_scaler(resume_from_checkpoint)
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(self.callback_handler, name, getattr(self, name))
-        self.callback_handler.train_dataloader = train_dataloader
-        return self.model, train_dataloader
 
     # Loss
 
@@ -452,8 +435,9 @@ class QwenVLTrainer(SFTTrainer):
 
     # Checkpoints
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the base class's, with the record of what the model is trained as."""
+        super().save_model(output_dir, _internal_call)
         if self.record is not None and self.args.should_save:
             write_record(output_dir or str(self.args.output_dir), self.record)
         if self.rounds_to is not None and self.args.should_save:
