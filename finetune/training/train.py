@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.files.base_identity import identify
 from finetune.model.base import embeddings_by_auto, find_base
-from finetune.model.computing import choose_backends
+from finetune.model.computing import choose_backends, computing_dtype
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
@@ -97,7 +97,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
                 data = data.drawn_once()
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
-        trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say)
+        computes_in = computing_dtype(recipe.model, base.path, base.dtype)
+        trained = load_trained_model(recipe, base, computing, computes_in, plan.switches, data.checked["train"], say)
         if resumes:
             say_new_masters(stored, trained, say)
         if is_main:
@@ -121,7 +122,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             record = record_of_run(recipe, base, base_identity, data.checked["train"])
         # This opens the process group of a distributed run, whose processes encode images together.
         task_metric = None if data.task is None else data.task.key
-        arguments = trainer_arguments(recipe, plan.switches, task_metric, trained.computes_in)
+        arguments = trainer_arguments(recipe, plan.switches, task_metric, computes_in)
         left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
         cache = encode_images(recipe, base, data, trained, phases, left_out, say)
         progress = Progress(checkpoints=run.checkpoints)

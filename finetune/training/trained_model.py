@@ -13,7 +13,8 @@ from finetune.memory.switches import Switches
 from finetune.model.adapters import TrainableModel
 from finetune.model.base import Base, make_trainable, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters, table_of_parameters
-from finetune.model.computing import ComputeBackends, choose_dtype, is_random, own_device, quantization_arguments
+from finetune.model.computing import ComputeBackends, is_random, own_device, quantization_arguments
+from finetune.model.masters import MASTER
 from finetune.recipe import Recipe
 from finetune.terminal import Say
 from qwenvl import load_model
@@ -47,15 +48,22 @@ class TrainedModel:
     @property
     def has_masters(self) -> bool:
         """Whether float32 masters are trained, and computed in 16 bits: see `finetune.model.masters`."""
-        return self.computes_in != torch.float32 and not isinstance(self.model, PeftModel)
+        return self.computes_in.itemsize < MASTER.itemsize and not isinstance(self.model, PeftModel)
 
 
 def load_trained_model(
-    recipe: Recipe, base: Base, computing: ComputeBackends, switches: Switches, checked: Checked, say: Say
+    recipe: Recipe,
+    base: Base,
+    computing: ComputeBackends,
+    computes_in: torch.dtype,
+    switches: Switches,
+    checked: Checked,
+    say: Say,
 ) -> TrainedModel:
     """Load a recipe's checkpoint and prepare it for training.
 
     Args:
+        computes_in: what it is loaded in (`computing.computing_dtype`).
         checked: the training data.
 
     Raises:
@@ -64,7 +72,7 @@ def load_trained_model(
     set_seed(recipe.seed)
     loaded = load_model(
         recipe.model.path,
-        dtype=choose_dtype(recipe.model.dtype),
+        dtype=computes_in,
         device_map=own_device() if base.quantized else None,
         embeddings_on_cpu=recipe.model.embeddings_on_cpu,
         **quantization_arguments(recipe.model),
@@ -73,7 +81,6 @@ def load_trained_model(
     use_kernels(loaded, computing.kernels)
     assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
     notes = (*((RANDOM_WEIGHTS,) if is_random(loaded) else ()), *base.notes(views_of(recipe)))
-    computes_in = loaded.dtype
     model = make_trainable(loaded, recipe)
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(loaded.generation_config, loaded.config, ModelRecord(chat_format="chatml"))
