@@ -162,7 +162,7 @@ class _Plan:
         return MemoryPlan(tuple(phases), self.workload)
 
     def kept(self, *, training: bool, vision: bool = True) -> dict[str, int]:
-        """What a phase holds throughout: weights with their copies, optimizer states and, with `training`, gradients."""
+        """What a phase holds throughout: weights, their copies, optimizer states and, with `training`, gradients."""
         removed = () if vision else ("vision", "resampler")
         parts = {name: size for name, size in self.weights.device.items() if name not in removed}
         if self.on_host and self.weights.host:
