@@ -154,7 +154,7 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
             findings.refusals.append(("eval task", _without_rows(error) + example))
     if findings.memory is not None and findings.epoch is not None and "eval task" not in dict(findings.refusals):
         try:
-            computes_in = computing_dtype(recipe.model.dtype, base.dtype)
+            computes_in = computing_dtype(recipe.model, base.path, base.dtype)
             findings.notes = _settings_notes(
                 recipe, findings.memory.switches, computes_in, findings.epoch.samples, task
             )

@@ -14,6 +14,8 @@ from transformers.utils import is_flash_attn_2_available
 from finetune.errors import InputError, UserError
 from finetune.recipe import Model
 from qwenvl import QwenVLForConditionalGeneration
+from qwenvl.checkpoint.checkpoint_files import locate_tensors
+from qwenvl.loading import DTYPES
 from qwenvl.model.kernels import liger_runs, require_liger
 from qwenvl.model.varlen_attention import VARLEN
 
@@ -29,19 +31,20 @@ def choose_dtype(setting: str) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
-def computing_dtype(setting: str, stored: torch.dtype) -> torch.dtype:
-    """The dtype of frozen weights and activations, known before the weights are loaded.
+def computing_dtype(model: Model, base: str, stored: torch.dtype | None) -> torch.dtype:
+    """The dtype that a checkpoint is loaded in, which its frozen weights and all activations have; as `choose_dtype`,
+    with "auto" settled as Transformers does.
 
     Args:
-        setting: `model.dtype`.
-        stored: of the checkpoint, by its configuration.
+        base: folder or hub id of the checkpoint.
+        stored: what its configuration says; None where that does not.
     """
-    chosen = choose_dtype(setting)
-    if chosen == "auto":
+    chosen = choose_dtype(model.dtype)
+    if chosen != "auto":
+        return DTYPES[chosen]
+    if stored is not None:
         return stored
-    dtype = getattr(torch, chosen)
-    assert isinstance(dtype, torch.dtype), "the recipe's dtypes are PyTorch's"
-    return dtype
+    return next(tensor.dtype for tensor in locate_tensors(base).values() if tensor.dtype.is_floating_point)
 
 
 def quantization_arguments(model: Model) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def rounded_masters(model: nn.Module, dtype: torch.dtype | None) -> Iterator[Non
     """
     copies: dict[int, nn.Parameter] = {}
     places: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
-    if dtype is not None and dtype != MASTER:
+    if dtype is not None and dtype.itemsize < MASTER.itemsize:
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad and parameter.dtype == MASTER:
@@ -56,8 +56,10 @@ def rounded_masters(model: nn.Module, dtype: torch.dtype | None) -> Iterator[Non
 
 def copy_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of the copies that `rounded_masters` makes."""
-    masters = {id(one): one for one in model.parameters() if one.requires_grad and one.dtype == MASTER}
-    return sum(one.numel() * dtype.itemsize for one in masters.values()) if dtype != MASTER else 0
+    if dtype.itemsize >= MASTER.itemsize:
+        return 0
+    masters = (one for one in model.parameters() if one.requires_grad and one.dtype == MASTER)
+    return sum(one.numel() for one in masters) * dtype.itemsize
 
 
 def _copy_of(master: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:

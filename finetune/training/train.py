@@ -106,7 +106,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
         # This opens the process group of a distributed run, whose processes load and encode images together.
-        computes_in = computing_dtype(recipe.model.dtype, base.dtype)
+        computes_in = computing_dtype(recipe.model, base.path, base.dtype)
         arguments = settled_arguments(
             recipe,
             plan,

@@ -10,13 +10,13 @@ from transformers import set_seed
 
 from finetune.data.checks.checked import Checked
 from finetune.data.reading import views_of
-from finetune.errors import UserError
 from finetune.memory.switches import Switches
 from finetune.model.adapters import TrainableModel, without_adapter
 from finetune.model.base import Base, build_without_weights, make_trainable, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters, table_of_parameters
-from finetune.model.computing import ComputeBackends, choose_dtype, is_random, own_device, quantization_arguments
+from finetune.model.computing import ComputeBackends, is_random, own_device, quantization_arguments
 from finetune.model.given_adapter import GivenAdapter, load_given_weights
+from finetune.model.masters import MASTER
 from finetune.recipe import Recipe
 from finetune.terminal import Say
 from finetune.training.parallel import Parallel
@@ -52,7 +52,7 @@ class TrainedModel:
     @property
     def has_masters(self) -> bool:
         """Whether float32 masters are trained, and computed in 16 bits: see `finetune.model.masters`."""
-        return self.computes_in != torch.float32 and not isinstance(self.model, PeftModel)
+        return self.computes_in.itemsize < MASTER.itemsize and not isinstance(self.model, PeftModel)
 
 
 def load_trained_model(
@@ -109,7 +109,7 @@ def _load(
     """The model with its weights and its adapter."""
     loaded = load_model(
         recipe.model.path,
-        dtype=choose_dtype(recipe.model.dtype),
+        dtype=computes_in,
         device_map=own_device() if base.quantized else None,
         embeddings_on_cpu=recipe.model.embeddings_on_cpu,
         **quantization_arguments(recipe.model),
@@ -117,11 +117,6 @@ def _load(
     loaded.set_attn_implementation(computing.attention)
     use_kernels(loaded, computing.kernels)
     assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
-    if loaded.dtype != computes_in:
-        raise UserError(
-            f"model.dtype: {recipe.model.dtype}, and config.json says {computes_in}, but the weights are "
-            f"{loaded.dtype}. Set model.dtype"
-        )
     model = make_trainable(loaded, recipe)
     if given is not None:
         assert isinstance(model, PeftModel), "the recipe has an adapter"
