@@ -19,6 +19,7 @@ from finetune.run.environment import describe_environment
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LEFT_OUT, lines_of_before
 from finetune.training.phases import Phases
+from finetune.training.step_samples import STEP, StepSamples
 from finetune.training.trained_model import TrainedModel
 from finetune.training.training_data import PLACES, TrainingData
 
@@ -37,6 +38,7 @@ def begin_record(
     switches: Switches,
     trained: TrainedModel,
     score: Mapping[str, Any] | None,
+    step_samples: StepSamples,
     *,
     resumes: bool = False,
     mended: Mapping[str, Collection[int]] = MappingProxyType({}),
@@ -46,6 +48,7 @@ def begin_record(
     Args:
         places: of the rows when the run began; empty for a run that an older version began.
         score: of the parts of the run before this one; None of a new run.
+        step_samples: of this part of the run.
         resumes: the run goes on: samples that it has left out before stay in the list.
         mended: of each part of the data, the samples that were left out before and are others now.
     """
@@ -69,6 +72,7 @@ def begin_record(
             "notes": list(trained.notes),
             WEIGHTS: EACH_EPOCH if data.checked["train"].redraws else ONCE,
             PLACES: bool(places),
+            STEP: step_samples.to_json(),
             SWITCHES: {"optim": switches.optim},
             **({"score": dict(score)} if score else {}),
         }
