@@ -1,12 +1,12 @@
 """`finetune RECIPE [key.path=value ...]`"""
 
 import argparse
-import os
 from pathlib import Path
 
 from finetune.commands.arguments import add_recipe
 from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.recipe import load_recipe
+from finetune.run.launch import is_main_process
 
 SUMMARY = "train as the recipe says, or continue an interrupted run"
 # A run that is stopped before training begins; one that is stopped in training saves its state.
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if os.environ.get("RANK", "0") == "0":  # the main process, which is the one that writes
+    if is_main_process():  # the one that writes
         refuse_unwritable_folder(Path(recipe.output), "the run", "output", replaced=False)
     # Nothing heavy is imported before the recipe is known to be right.
     from finetune.training.train import train

@@ -6,9 +6,8 @@ images; the images of the next window are read while the current one is processe
 """
 
 import logging
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from finetune.batches.image_request import ImageRequest, VisionCache, image_key
 from finetune.errors import Failed
 from finetune.replies.image_features import ImageStore
 from finetune.replies.lockstep import Lockstep
+from finetune.replies.plan import Plan
 from finetune.replies.reply_text import FirstOfChoices, StopAtText, reply_text, stop_place
 from finetune.replies.shared_prefix import PrefixedBatch, cut_prefixes, generate_from_prefixes
 from finetune.replies.task_replies import Style
@@ -89,41 +89,6 @@ class Decoding:
     batch_tokens: int = REPLY_BATCH_TOKENS
     batch_rows: int = REPLY_BATCH_ROWS
     min_new_tokens: int = 0
-
-
-@dataclass
-class Plan:
-    """The lengths and images of prompts, from which their order follows.
-
-    Attributes:
-        lengths: tokens of each prompt.
-        images: for each prompt the numbers of its images; the same image has the same number in all prompts.
-    """
-
-    lengths: "array[int]" = field(default_factory=lambda: array("q"))
-    images: list[tuple[int, ...]] = field(default_factory=list)
-
-    def order(self, images_at_once: int) -> list[list[int]]:
-        """Order the prompts in windows of about `images_at_once` distinct images, those with the same images together.
-
-        The longest prompt of such a group comes first, and groups are sorted by it, longest first: the first prompt of
-        any slice is its longest, and the batches that need most memory come first.
-        """
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index, images in enumerate(self.images):
-            groups.setdefault(images or (-1 - index,), []).append(index)
-        longest_first = sorted(groups.items(), key=lambda item: -max(self.lengths[index] for index in item[1]))
-        windows: list[list[int]] = []
-        seen: set[int] = set()
-        for images, group in longest_first:
-            indices = sorted(group, key=lambda index: (-self.lengths[index], index))
-            # Rows without images count too: a window is held in memory as a whole.
-            if not windows or len(seen | set(images)) > images_at_once:
-                windows.append([])
-                seen = set()
-            windows[-1] += indices
-            seen |= set(images)
-        return windows
 
 
 def plan_replies(prompts: Sequence[Prompt], seen: Callable[[int], None] = lambda count: None) -> Plan:

@@ -20,6 +20,7 @@ from finetune.run.folder import RunFolder
 from finetune.run.left_out import LEFT_OUT, lines_of_before
 from finetune.terminal import Say
 from finetune.training.phases import Phases
+from finetune.training.step_samples import STEP, StepSamples
 from finetune.training.trained_model import TrainedModel
 from finetune.training.training_data import PLACES, TrainingData
 
@@ -41,6 +42,7 @@ def begin_record(
     switches: Switches,
     trained: TrainedModel,
     score: Mapping[str, Any] | None,
+    step_samples: StepSamples,
     *,
     resumes: bool = False,
     mended: Mapping[str, Collection[int]] = MappingProxyType({}),
@@ -50,6 +52,7 @@ def begin_record(
     Args:
         places: of the rows when the run began; empty for a run that an older version began.
         score: of the parts of the run before this one; None of a new run.
+        step_samples: of this part of the run.
         resumes: the run goes on: samples that it has left out before stay in the list.
         mended: of each part of the data, the samples that were left out before and are others now.
     """
@@ -73,6 +76,7 @@ def begin_record(
             "notes": [*trained.notes, *notes_on_long(data, base.seq_length)],
             WEIGHTS: EACH_EPOCH if data.checked["train"].redraws else ONCE,
             PLACES: bool(places),
+            STEP: step_samples.to_json(),
             SWITCHES: {"optim": switches.optim},
             **({MASTERS: "float32"} if trained.has_masters else {}),
             **({"score": dict(score)} if score else {}),

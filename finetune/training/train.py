@@ -10,6 +10,7 @@ from finetune.model.base import embeddings_by_auto, find_base
 from finetune.model.computing import choose_backends, computing_dtype
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
+from finetune.run.launch import launched_processes
 from finetune.run.left_out import LeftOut
 from finetune.terminal import Say, say, say_nothing
 from finetune.training.going_on import settle_given_adapter
@@ -30,6 +31,7 @@ from finetune.training.run_record import (
 )
 from finetune.training.sample_replies import reply_to_samples
 from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
+from finetune.training.step_samples import StepSamples, keep_samples_per_step, step_samples_before
 from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
 from finetune.training.training_data import data_as_it_was, find_places, read_data
@@ -103,12 +105,18 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
                         "this run drew its samples once for all epochs when it began, and goes on with those",
                     )
                 data = data.drawn_once()
+        # Of this part of the run. What is recorded is the recipe as it was given.
+        stepped = recipe
+        if isinstance(start, Resume):
+            before = step_samples_before(stored or {}, recipe, start.checkpoint)
+            samples = len(data.checked["train"].first_epoch(recipe.seed))
+            stepped = keep_samples_per_step(recipe, before, launched_processes(), samples, say)
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
         # This opens the process group of a distributed run, whose processes load and encode images together.
         computes_in = computing_dtype(recipe.model, base.path, base.dtype)
         arguments = settled_arguments(
-            recipe,
+            stepped,
             plan,
             data,
             computes_in,
@@ -145,6 +153,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
                 plan.switches,
                 trained,
                 score_so_far,
+                StepSamples.of(stepped, launched_processes()),
                 resumes=resumes,
                 mended={name: part.mended for name, part in places.aligned.items()},
             )
@@ -152,7 +161,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         if base_identity is not None:
             record = record_of_run(recipe, base, base_identity, data.checked["train"])
         left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
-        cache = encode_images(recipe, base, data, trained, phases, left_out, say)
+        cache = encode_images(stepped, base, data, trained, phases, left_out, say)
         progress = Progress(checkpoints=run.checkpoints)
         trainer = make_trainer(
             recipe,

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset
 from peft import PeftModel
@@ -39,7 +40,7 @@ from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
-from finetune.training.epoch_sampler import EpochSampler
+from finetune.training.epoch_sampler import EpochSampler, SharedEpochSampler
 from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.evaluation_loss import loss_metrics, sum_losses
 from finetune.training.loss_scale import LossScale, skip_on_host
@@ -114,10 +115,14 @@ class QwenVLTrainer(SharedTrainer):
         self.vision_layer_decay, self.loraplus_lr_ratio = vision_layer_decay, loraplus_lr_ratio
         self.shuffle = shuffle
         self.epoch_sampler = None if draws is None else EpochSampler(draws, indices["train"], args.seed, shuffle)
+        self.shared_sampler: SharedEpochSampler | None = None
         self.task_scorer = task_scorer
         self.throughput = Throughput()
         self._supervised: torch.Tensor | int = 0  # tokens of all processes since the last log
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
+        self.train_samples = len(indices["train"])
+        if args.world_size > 1:  # behind them, the empty place
+            datasets["train"] = Dataset.from_dict({"sample": [*indices["train"], NO_SAMPLE]})
         config = self._config_of(model)
         use_cache = config.use_cache
         super().__init__(
@@ -174,19 +179,29 @@ class QwenVLTrainer(SharedTrainer):
             model.generation_config = settings
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        assert isinstance(dataset, Dataset)
+        samples = range(self.train_samples)
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
+            if self.epoch_sampler is not None:
+                return self.epoch_sampler
+            # Accelerate replaces the random one by one seeded from the seed and the epoch.
+            return RandomSampler(samples) if self.shuffle else SequentialSampler(samples)
+        order: EpochSampler | SeedableRandomSampler | SequentialSampler
         if self.epoch_sampler is not None:
-            return self.epoch_sampler
-        if not self.shuffle:
-            return SequentialSampler(dataset)
-        # Accelerate replaces its generator by one seeded from the seed and the epoch, the same on every process.
-        return RandomSampler(dataset)
+            order = self.epoch_sampler
+        elif self.shuffle:
+            order = SeedableRandomSampler(samples, data_seed=self.args.data_seed)
+        else:
+            order = SequentialSampler(samples)
+        self.shared_sampler = SharedEpochSampler(
+            order, self.args.train_batch_size * self.args.world_size, empty=self.train_samples
+        )
+        return self.shared_sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # Not by the loader's `set_epoch`, which does not reach a sampler behind those that skip and share batches.
-        if self.epoch_sampler is not None:
-            self.epoch_sampler.set_epoch(kwargs["epoch"])
+        for sampler in (self.epoch_sampler, self.shared_sampler):
+            if sampler is not None:
+                sampler.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:

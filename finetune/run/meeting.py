@@ -1,0 +1,112 @@
+"""What the processes of a launcher tell each other without a process group: through its key-value store.
+
+A collective fails when a process comes to it half an hour after the others, and checking data or replying to questions
+may take as long as it takes. Here a process waits until it is told, or until another one says why it has failed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from finetune.run.launch import launched_processes
+from finetune.run.trouble import Trouble
+
+T = TypeVar("T")
+
+FAILED = "failed"
+LONGEST_NAP = 0.5  # seconds between two looks
+
+
+class Meeting:
+    """The processes of a command. Values are JSON's; each name is told once.
+
+    Args:
+        store: that all processes see.
+        process, processes: the number of this one, and how many there are.
+    """
+
+    def __init__(self, store: dist.Store, process: int, processes: int):
+        self.process, self.processes = process, processes
+        self._store = store
+
+    @property
+    def is_main(self) -> bool:
+        return self.process == 0
+
+    def tell(self, name: str, value: Any) -> None:
+        """Let the others `hear` it."""
+        self._store.set(name, json.dumps(value))
+
+    def hear(self, name: str) -> Any:
+        """What another process tells, waiting for it.
+
+        Raises:
+            BaseException: see `raise_if_failed`.
+        """
+        nap = 0.01
+        while not self._store.check([name]):
+            self.raise_if_failed()
+            time.sleep(nap)
+            nap = min(2 * nap, LONGEST_NAP)
+        return json.loads(self._store.get(name))
+
+    def take(self, name: str) -> Any:
+        """What another process has told, once; None where it has not yet."""
+        if not self._store.check([name]):
+            return None
+        value = json.loads(self._store.get(name))
+        self._store.delete_key(name)
+        return value
+
+    def from_main(self, name: str, make: Callable[[], Any]) -> Any:
+        """What the main process makes, on all of them."""
+        if not self.is_main:
+            return self.hear(name)
+        value = make()
+        self.tell(name, value)
+        return value
+
+    def from_all(self, name: str, value: Any) -> list[Any]:
+        """What each process has, in their order, on all of them."""
+        self.tell(f"{name}/{self.process}", value)
+        return [self.hear(f"{name}/{process}") for process in range(self.processes)]
+
+    def raise_if_failed(self) -> None:
+        """Raises:
+        BaseException: another process has failed; see `Trouble.error`.
+        """
+        if self._store.check([FAILED]):
+            trouble = Trouble(**json.loads(self._store.get(FAILED)))
+            if trouble.process != self.process:
+                raise trouble.error()
+
+    @contextmanager
+    def telling_failure(self) -> Iterator[None]:
+        """Lets the others know of an error inside; the first one is what they hear of."""
+        try:
+            yield
+        except BaseException as error:
+            # The store may be gone, with the main process or the launcher: these end the others.
+            with suppress(Exception):
+                if not self._store.check([FAILED]):
+                    self.tell(FAILED, Trouble.of(error, self.process).to_json())
+            raise
+
+
+@contextmanager
+def meeting_of(command: str) -> Iterator[Meeting | None]:
+    """The meeting of a command's processes; None where there is one process."""
+    if launched_processes() == 1:
+        yield None
+        return
+    store, process, processes = next(iter(rendezvous("env://")))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    meeting = Meeting(dist.PrefixStore(f"finetune/{command}/{attempt}", store), process, processes)
+    with meeting.telling_failure():
+        yield meeting
