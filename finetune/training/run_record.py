@@ -1,6 +1,6 @@
 """What `run.json` says of a training run, from its start to its end."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from finetune.recipe import Recipe
 from finetune.run.environment import describe_environment
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LEFT_OUT, lines_of_before
+from finetune.training.extension import EXTENSIONS
 from finetune.training.phases import Phases
 from finetune.training.trained_model import TrainedModel
 from finetune.training.training_data import PLACES, TrainingData
@@ -40,6 +41,7 @@ def begin_record(
     *,
     resumes: bool = False,
     mended: Mapping[str, Collection[int]] = MappingProxyType({}),
+    extensions: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write recipe.yaml, run.json and the list of rows left out, when the run is ready to train.
 
@@ -47,6 +49,7 @@ def begin_record(
         places: of the rows when the run began; empty for a run that an older version began.
         score: of the parts of the run before this one; None of a new run.
         resumes: the run goes on: samples that it has left out before stay in the list.
+        extensions: where the run was made longer, see `extension.Extension`.
         mended: of each part of the data, the samples that were left out before and are others now.
     """
     run.write_recipe(recipe.to_yaml())
@@ -71,6 +74,7 @@ def begin_record(
             PLACES: bool(places),
             SWITCHES: {"optim": switches.optim},
             **({"score": dict(score)} if score else {}),
+            **({EXTENSIONS: list(extensions)} if extensions else {}),
         }
     )
     left_out = [line for checked in data.checked.values() for line in lines_left_out(checked)]

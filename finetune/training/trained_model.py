@@ -77,6 +77,11 @@ def load_trained_model(
     if given is not None:
         assert isinstance(model, PeftModel), "the recipe has an adapter"
         load_given_weights(model, given)
+        say(
+            "adapter",
+            f"begins with the weights of {given.folder}, in float32; the optimizer and the learning rate's schedule "
+            "begin anew",
+        )
         notes += given.notes(recipe, base, views_of(recipe), checked.system)
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(loaded.generation_config, loaded.config, ModelRecord(chat_format="chatml"))
