@@ -14,11 +14,18 @@ WHEN_STOPPED = "training had not begun, so there is nothing to save"
 EXAMPLES = """\
 finetune recipes/quickstart.yaml
 finetune recipes/docvqa_lora.yaml train.max_steps=100 output=runs/first-try
+finetune recipes/docvqa_lora.yaml train.num_train_epochs=8 --extend
 torchrun --nproc-per-node 2 -m finetune recipes/docvqa_lora.yaml"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on with the run in the output folder, finished or not, for as many epochs or steps as the recipe now "
+        "says; nothing else may differ",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -28,4 +35,4 @@ def run(arguments: argparse.Namespace) -> None:
     # Nothing heavy is imported before the recipe is known to be right.
     from finetune.training.train import train
 
-    train(recipe)
+    train(recipe, extend=arguments.extend)

@@ -11,14 +11,13 @@ from finetune.model.given_adapter import GivenAdapter, find_given_adapter
 from finetune.recipe import Adapter, Recipe
 from finetune.run.checkpoints import find_last_good
 from finetune.run.folder import RunFolder
-from finetune.terminal import Say
 
 ADAPTER_FROM = "adapter_from"
 """Key of a run's identity: the SHA-256 of the adapter that it goes on from."""
 
 
 def settle_given_adapter(
-    recipe: Recipe, base: Base, run: RunFolder, stored: Mapping[str, Any] | None, say: Say
+    recipe: Recipe, base: Base, run: RunFolder, stored: Mapping[str, Any] | None
 ) -> tuple[Recipe, GivenAdapter | None, str | None]:
     """Find the adapter that a run goes on from.
 
@@ -46,11 +45,6 @@ def settle_given_adapter(
             return recipe.model_copy(update={"adapter": adapter}), None, noted[ADAPTER_FROM]
     recipe, adapter_given = find_given_adapter(recipe, base)
     assert adapter_given is not None, "adapter.from is set"
-    say(
-        "adapter",
-        f"goes on from {adapter_given.folder}: its trained weights, in float32; the optimizer and the learning rate's "
-        "schedule begin anew",
-    )
     return recipe, adapter_given, adapter_given.sha256
 
 

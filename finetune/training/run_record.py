@@ -1,6 +1,6 @@
 """What `run.json` says of a training run, from its start to its end."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from finetune.run.environment import describe_environment
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LEFT_OUT, lines_of_before
 from finetune.terminal import Say
+from finetune.training.extension import EXTENSIONS
 from finetune.training.phases import Phases
 from finetune.training.step_samples import STEP, StepSamples
 from finetune.training.trained_model import TrainedModel
@@ -46,6 +47,7 @@ def begin_record(
     *,
     resumes: bool = False,
     mended: Mapping[str, Collection[int]] = MappingProxyType({}),
+    extensions: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write recipe.yaml, run.json and the list of rows left out, when the run is ready to train.
 
@@ -54,6 +56,7 @@ def begin_record(
         score: of the parts of the run before this one; None of a new run.
         step_samples: of this part of the run.
         resumes: the run goes on: samples that it has left out before stay in the list.
+        extensions: where the run was made longer, see `extension.Extension`.
         mended: of each part of the data, the samples that were left out before and are others now.
     """
     run.write_recipe(recipe.to_yaml())
@@ -80,6 +83,7 @@ def begin_record(
             SWITCHES: {"optim": switches.optim},
             **({MASTERS: "float32"} if trained.has_masters else {}),
             **({"score": dict(score)} if score else {}),
+            **({EXTENSIONS: list(extensions)} if extensions else {}),
         }
     )
     left_out = [line for checked in data.checked.values() for line in lines_left_out(checked)]

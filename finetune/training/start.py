@@ -1,7 +1,7 @@
 """Where a run stands: it starts at step 0, resumes from a checkpoint, or is finished."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from finetune.run.checkpoints import clean_partials, find_last_good
 from finetune.run.folder import RunFolder
 from finetune.run.identity import compare_runs
 from finetune.terminal import Say
+from finetune.training.extension import EXTENSIONS, extension_of, made_longer, refuse_no_extension
 from finetune.training.going_on import ADAPTER_FROM
 from qwenvl.checkpoint.identity import BaseIdentity, differences, identity_from_json, identity_to_json
 
@@ -63,10 +64,15 @@ class Fresh:
 
 @dataclass(frozen=True)
 class Resume:
-    """Training goes on from a checkpoint."""
+    """Training goes on from a checkpoint.
+
+    Attributes:
+        extensions: where the run was made longer, oldest first, as JSON.
+    """
 
     checkpoint: Path
     step: int
+    extensions: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ def find_start(
     *,
     is_main: bool,
     aligned: Mapping[str, Aligned] | None = None,
+    extend: bool = False,
 ) -> Start:
     """Find where a run stands, and clear what a killed process left behind.
 
@@ -151,10 +158,13 @@ def find_start(
         aligned: where the rows of each part of the data are now, if the run folder tells what they were; the data's
             fingerprints are compared where it does not.
         is_main: whether this is the process that writes into the run folder.
+        extend: the run is to become longer, by the recipe's epochs or steps.
 
     Raises:
-        UserError: the folder holds a run of another recipe, other data or another base, or resume is never.
+        UserError: the folder holds a run of another recipe, other data or another base, or resume is never; or it
+            cannot become longer.
     """
+    longer_by = refuse_no_extension(run, stored, identity["recipe"]) if extend else ""
     if is_main:
         clean_partials(run.path)
         clean_partials(run.checkpoints)
@@ -166,6 +176,7 @@ def find_start(
         TRAIN_EMBEDDINGS,
         *(f"recipe.{key}" for key in free_to_change(recipe)),
         *(f"data.{name}" for name in aligned),
+        *([f"recipe.train.{longer_by}"] if longer_by else []),
     ]
     then = with_new_keys(stored["identity"])
     changes = compare_runs(then, dict(identity), ignore=ignored)
@@ -180,16 +191,19 @@ def find_start(
         bases = [identity_from_json(each.get("base"), run.run_file) for each in (stored["identity"], identity)]
         changes += [f"base: {change}" for change in differences(*bases)]
     if changes:
+        longer = made_longer(stored["identity"]["recipe"], identity["recipe"])
+        only = longer is not None and [change.partition(":")[0] for change in changes] == [f"recipe.train.{longer}"]
         raise UserError(
             f"{run.path} holds a run that this one would not continue:\n  "
             + "\n  ".join(changes)
-            + "\nGive another output, or remove that folder"
+            + ("\nTo go on with it for that long, add --extend. Else give" if only else "\nGive")
+            + " another output, or remove that folder"
         )
     if recipe.resume == "never":
         raise UserError(
             f"{run.path} holds a run already, and resume is never\nGive another output, or remove that folder"
         )
-    if stored.get("status") == "finished":
+    if stored.get("status") == "finished" and not longer_by:
         result = run.adapter if recipe.adapter is not None else run.path / "model"
         if not result.is_dir():
             raise UserError(
@@ -198,6 +212,10 @@ def find_start(
             )
         return Finished()
     last = find_last_good(run.checkpoints)
+    extensions = list(stored.get(EXTENSIONS, ()))
+    if longer_by and (extension := extension_of(run, stored, identity["recipe"], longer_by, last)) is not None:
+        extensions.append(extension.to_json())
+        say("extend", f"{extension.key} was {extension.was}, is {extension.now}")
     for folder, reason in last.damaged:
         say("resume", f"{folder.name} is damaged ({reason}): going back to the one before")
     if is_main:
@@ -211,4 +229,4 @@ def find_start(
     for name, part in aligned.items():
         for note in part.notes(name):
             say("", note)
-    return Resume(last.path, last.step)
+    return Resume(last.path, last.step, tuple(extensions))

@@ -13,6 +13,7 @@ from finetune.run.folder import RunFolder
 from finetune.run.launch import launched_processes
 from finetune.run.left_out import LeftOut
 from finetune.terminal import Say, say, say_nothing
+from finetune.training.extension import FollowLongerSchedule, pending
 from finetune.training.going_on import settle_given_adapter
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
@@ -38,7 +39,7 @@ from finetune.training.training_data import data_as_it_was, find_places, read_da
 from finetune.training.training_plan import plan_training, settled_arguments
 
 
-def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None) -> Path:
+def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None, *, extend: bool = False) -> Path:
     """Train as the recipe says, or resume a run that was interrupted.
 
     Args:
@@ -46,6 +47,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         say: prints a line; called by the main process of a distributed run only.
         optimizer: makes an optimizer for the model, in place of the one that `train.optim` names and with the same
             schedule; for an optimizer that has no name there.
+        extend: make the run in the output folder longer, by the recipe's epochs or steps.
 
     Returns:
         The run folder.
@@ -71,7 +73,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
 
         base = find_base(recipe.model)
         stored = run.read_run()
-        recipe, given, given_sha256 = settle_given_adapter(recipe, base, run, stored, say)
+        recipe, given, given_sha256 = settle_given_adapter(recipe, base, run, stored)
         computing = choose_backends(recipe.model)
         say("model", f"{recipe.model.path}: {computing}{base.taken_for}")
         if parallel.note:
@@ -86,7 +88,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             given.refuse_other_base(base.path, base_identity)
         identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base), given_sha256)
         places = find_places(data, identity["data"], run, stored)
-        start = find_start(run, recipe, identity, stored, say, is_main=is_main, aligned=places.aligned)
+        start = find_start(run, recipe, identity, stored, say, is_main=is_main, aligned=places.aligned, extend=extend)
         if isinstance(start, Finished):
             say(
                 "finished",
@@ -156,6 +158,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
                 StepSamples.of(stepped, launched_processes()),
                 resumes=resumes,
                 mended={name: part.mended for name, part in places.aligned.items()},
+                extensions=start.extensions if isinstance(start, Resume) else (),
             )
         record = None
         if base_identity is not None:
@@ -181,6 +184,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             is_main=is_main,
         )
 
+        if isinstance(start, Resume) and pending(start.extensions, start.step):
+            trainer.add_callback(FollowLongerSchedule(say))
         if isinstance(start, Fresh):
             reply_to_samples(trainer, recipe, run, data, phases, "before", is_main=is_main)
         try:

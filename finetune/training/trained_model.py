@@ -90,6 +90,11 @@ def load_trained_model(
         model = _load(recipe, computing, computes_in, base, given)
     notes = (*((RANDOM_WEIGHTS,) if is_random(without_adapter(model)) else ()), *base.notes(views_of(recipe)))
     if given is not None:
+        say(
+            "adapter",
+            f"begins with the weights of {given.folder}, in float32; the optimizer and the learning rate's schedule "
+            "begin anew",
+        )
         notes += given.notes(recipe, base, views_of(recipe), checked.system)
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(model.generation_config, without_adapter(model).config, ModelRecord(chat_format="chatml"))

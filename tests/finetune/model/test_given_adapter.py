@@ -59,7 +59,17 @@ def copied(adapter, tmp_path):
     return shutil.copytree(adapter, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in NOT_TRAINED_HERE])
+LONGER = ("rslora", "dora rslora", "vision in full", "biases of lora", "olora", "orthogonal")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] if kind in LONGER else [])
+        for kind in KINDS
+        if kind not in NOT_TRAINED_HERE
+    ],
+)
 def test_training_begins_where_the_adapter_ended(tmp_path, expected, kind):
     trained = make_adapter(tmp_path / "adapter", **KINDS[kind])
     recipe, given = found(tmp_path / "adapter", *TRAINED_BESIDE.get(kind, []))
