@@ -10,6 +10,7 @@ from trl import SFTConfig
 from finetune.memory.switches import Switches
 from finetune.recipe import Recipe
 from finetune.training.best_checkpoint import pick_best
+from finetune.training.parallel import Parallel, parallel_arguments
 
 KEPT_CHECKPOINTS = 2
 """Checkpoints that stay in a run folder, where the recipe does not say."""
@@ -19,7 +20,11 @@ LEAST_PREFETCHED = 2
 
 
 def trainer_arguments(
-    recipe: Recipe, switches: Switches, task_metric: str | None, computes_in: torch.dtype
+    recipe: Recipe,
+    switches: Switches,
+    task_metric: str | None,
+    computes_in: torch.dtype,
+    parallel: Parallel | None = None,
 ) -> SFTConfig:
     """The trainer's configuration.
 
@@ -27,8 +32,10 @@ def trainer_arguments(
         switches: the optimizer and the recomputation, as the memory plan settled them.
         task_metric: what the task's score is logged as; None where no task is evaluated.
         computes_in: dtype of frozen weights and activations.
+        parallel: how processes share the work; None where there is one.
     """
     given = recipe.train_arguments() | switches.train_arguments
+    given = parallel_arguments(parallel or Parallel(), given)
     if recipe.evaluate is not None:
         given.setdefault("eval_strategy", "epoch")
     keeps_best = keeps_best_checkpoint(recipe, given)

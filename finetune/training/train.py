@@ -15,6 +15,7 @@ from finetune.terminal import Say, say, say_nothing
 from finetune.training.arguments import trainer_arguments
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
+from finetune.training.parallel import own_launch, refuse_impossible, require_applied, settle_parallel
 from finetune.training.phases import Phases
 from finetune.training.processes import closing_process_group
 from finetune.training.progress import Progress
@@ -56,6 +57,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
     is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:
         say = say_nothing
+    parallel = settle_parallel(recipe.train, own_launch())
+    refuse_impossible(recipe, parallel)
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as stack:
         if is_main:
@@ -67,6 +70,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         base = find_base(recipe.model)
         computing = choose_backends(recipe.model)
         say("model", f"{recipe.model.path}: {computing}{base.taken_for}")
+        if parallel.note:
+            say("note", parallel.note)
         data = read_data(recipe, base.processor, say, show_progress=is_main, seq_length=base.seq_length)
 
         # Only now, with the data known to be right: for a hub id this downloads the weights.
@@ -98,7 +103,13 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
         computes_in = computing_dtype(recipe.model, base.path, base.dtype)
-        trained = load_trained_model(recipe, base, computing, computes_in, plan.switches, data.checked["train"], say)
+        # This opens the process group of a distributed run, whose processes load and encode images together.
+        task_metric = None if data.task is None else data.task.key
+        arguments = trainer_arguments(recipe, plan.switches, task_metric, computes_in, parallel)
+        require_applied(parallel, arguments)
+        trained = load_trained_model(
+            recipe, base, computing, computes_in, plan.switches, data.checked["train"], parallel, say, is_main=is_main
+        )
         if resumes:
             say_new_masters(stored, trained, say)
         if is_main:
@@ -120,9 +131,6 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         record = None
         if base_identity is not None:
             record = record_of_run(recipe, base, base_identity, data.checked["train"])
-        # This opens the process group of a distributed run, whose processes encode images together.
-        task_metric = None if data.task is None else data.task.key
-        arguments = trainer_arguments(recipe, plan.switches, task_metric, computes_in)
         left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
         cache = encode_images(recipe, base, data, trained, phases, left_out, say)
         progress = Progress(checkpoints=run.checkpoints)

@@ -16,12 +16,13 @@ from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.batches.collate import LEFT_OUT, NO_SAMPLE, Collator
@@ -39,8 +40,10 @@ from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.training.epoch_sampler import EpochSampler
+from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.loss_scale import LossScale, skip_on_host
 from finetune.training.processes import average_gradients
+from finetune.training.shared_trainer import SharedTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -53,7 +56,7 @@ class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the message names the samples."""
 
 
-class QwenVLTrainer(SFTTrainer):
+class QwenVLTrainer(SharedTrainer):
     """TRL's trainer over samples that are rendered, decoded and packed when they are needed.
 
     One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
@@ -129,6 +132,7 @@ class QwenVLTrainer(SFTTrainer):
         # Transformers turns it off, and a saved model would then generate without a cache.
         config.use_cache = use_cache
         self.loss_scale = LossScale(self.accelerator) if args.fp16 else None
+        self.share_model()
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # `bf16` and `fp16` round weights, or scale the loss: what the model computes in is for its own code to say.
@@ -241,6 +245,7 @@ class QwenVLTrainer(SFTTrainer):
                 empty_gradients=model.zero_grad,
                 refuse=partial(self._refuse_out_of_memory, "train"),
                 can_repeat=not self._is_sharded,
+                equalize=self._equalize if self._is_sharded else None,
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
@@ -259,6 +264,9 @@ class QwenVLTrainer(SFTTrainer):
         if isinstance(model, DistributedDataParallel):
             # Not through the wrapper, which would all-reduce during the backward: see `processes.average_gradients`.
             model = model.module
+        elif isinstance(model, FSDPModule):
+            # Transformers defers it to the last batch of a step, with the gradients of all weights on each process.
+            model.set_requires_gradient_sync(True)
         elif not (is_last and self.accelerator.sync_gradients):
             without_sync = self.accelerator.no_sync(model)
         pack = self._prepare_inputs(pack)
@@ -288,6 +296,10 @@ class QwenVLTrainer(SFTTrainer):
             # The items are counted over all processes, and gradients are averaged over processes.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _equalize(self, packs: list[Batch]) -> list[Batch]:
+        tokenizer = self.collators["train"].tokenizer
+        return equalize(packs, Fillers.of(self._config_of(self.model), tokenizer.eod_id), self.args.device)
 
     def _refuse_non_finite(self, loss: torch.Tensor, pack: Batch) -> None:
         if torch.isfinite(loss):
@@ -441,8 +453,9 @@ class QwenVLTrainer(SFTTrainer):
 
     # Checkpoints
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the base class's, with the record of what the model is trained as."""
+        super().save_model(output_dir, _internal_call)
         if self.record is not None and self.args.should_save:
             write_record(output_dir or str(self.args.output_dir), self.record)
         if self.rounds_to is not None and self.args.should_save:
