@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -31,14 +31,17 @@ from finetune.data.epoch_draw import EpochDraws
 from finetune.data.loader_workers import ignore_signals_from_others
 from finetune.errors import Failed, UserError
 from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
+from finetune.files.checkpoint_folder import say_dtype
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
 from finetune.model.adapters import TrainableModel, parameter_groups, write_plain_config
+from finetune.model.masters import rounded_masters
 from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.training.epoch_sampler import EpochSampler
 from finetune.training.equal_packs import Fillers, equalize
+from finetune.training.loss_scale import LossScale, skip_on_host
 from finetune.training.processes import average_gradients, stop_together
 from finetune.training.shared_trainer import SharedTrainer
 from finetune.training.step_in_packs import StepInPacks
@@ -129,7 +132,26 @@ class QwenVLTrainer(SharedTrainer):
         )
         # Transformers turns it off, and a saved model would then generate without a cache.
         config.use_cache = use_cache
+        self.loss_scale = LossScale(self.accelerator) if args.fp16 else None
         self.share_model()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        # `bf16` and `fp16` round weights, or scale the loss: what the model computes in is for its own code to say.
+        return super()._build_accelerator_args(**kwargs) | {"kwargs_handlers": [AutocastKwargs(enabled=False)]}
+
+    @property
+    def rounds_to(self) -> torch.dtype | None:
+        """The 16-bit dtype that float32 masters are computed in and saved as a model; None of an adapter, or without
+        masters."""
+        if isinstance(self.model, PeftModel):
+            return None
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """To be entered for every forward, with its backward: see `masters.rounded_masters`."""
+        assert self.model is not None
+        # What is sharded is rounded where it is gathered, by FSDP2's policy or DeepSpeed.
+        return rounded_masters(self.model, None if self._is_sharded else self.rounds_to)
 
     @staticmethod
     def _config_of(model: nn.Module) -> QwenVLConfig:
@@ -202,6 +224,8 @@ class QwenVLTrainer(SharedTrainer):
             )
             self.optimizer = optimizer_class(groups, **arguments)
         assert self.optimizer is not None
+        if self.args.fp16:
+            skip_on_host(self.optimizer)
         return self.optimizer
 
     # Loss
@@ -249,7 +273,7 @@ class QwenVLTrainer(SharedTrainer):
         elif not (is_last and self.accelerator.sync_gradients):
             without_sync = self.accelerator.no_sync(model)
         pack = self._prepare_inputs(pack)
-        with without_sync, self.maybe_activation_offload_context:
+        with self.computing(), without_sync, self.maybe_activation_offload_context:
             loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
             self._refuse_non_finite(loss, pack)
             self.accelerator.backward(loss)
@@ -334,7 +358,7 @@ class QwenVLTrainer(SharedTrainer):
     ) -> dict[str, float]:
         """As `_evaluate_in_place`, with the random state put back: even making a data loader draws a number."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), self.computing():
             return self._evaluate_in_place(eval_dataset, metric_key_prefix)
 
     def _evaluate_in_place(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -358,7 +382,7 @@ class QwenVLTrainer(SharedTrainer):
                 counts = [(pack["labels"] != IGNORED).sum(), there, (pack["sequence_lengths"] > beyond).sum()]
                 sums += torch.tensor([loss, *counts], dtype=torch.float64, device=sums.device)
         sums = self.accelerator.reduce(sums, reduction="sum")
-        self._log_lowered(self.eval_budget)
+        self._log_news(self.eval_budget.take_news(self.args.device))
         if not sums[1]:
             raise UserError(
                 f"evaluate.data: none of its samples can be read now; {self.left_out.file or 'the log'} lists them"
@@ -407,11 +431,12 @@ class QwenVLTrainer(SharedTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # The step is done and not saved yet.
-        self._log_lowered(self.train_budget)
+        self._log_news(self.train_budget.take_news(self.args.device))
+        if self.loss_scale is not None:
+            self._log_news(self.loss_scale.take_news(self.state.global_step))
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _log_lowered(self, budget: PackBudget) -> None:
-        news = budget.take_news(self.args.device)
+    def _log_news(self, news: dict[str, float] | None) -> None:
         if news is not None:
             # A log clears the flag that asks for the step's own log.
             should_log = self.control.should_log
@@ -440,6 +465,8 @@ class QwenVLTrainer(SharedTrainer):
         super().save_model(output_dir, _internal_call)
         if self.record is not None and self.args.should_save:
             write_record(output_dir or str(self.args.output_dir), self.record)
+        if self.rounds_to is not None and self.args.should_save:
+            say_dtype(Path(output_dir or str(self.args.output_dir)), self.rounds_to)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the base class's, but complete or absent: written under another name, synced, hashed, then renamed."""
