@@ -44,7 +44,7 @@ from finetune.training.epoch_sampler import EpochSampler, SharedEpochSampler
 from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.evaluation_loss import loss_metrics, sum_losses
 from finetune.training.loss_scale import LossScale, skip_on_host
-from finetune.training.processes import average_gradients
+from finetune.training.processes import average_gradients, stop_together
 from finetune.training.shared_trainer import SharedTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
@@ -119,6 +119,7 @@ class QwenVLTrainer(SharedTrainer):
         self.task_scorer = task_scorer
         self.throughput = Throughput()
         self._supervised: torch.Tensor | int = 0  # tokens of all processes since the last log
+        self._failure: NonFiniteLoss | None = None
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
         self.train_samples = len(indices["train"])
         if args.world_size > 1:  # behind them, the empty place
@@ -137,8 +138,8 @@ class QwenVLTrainer(SharedTrainer):
         )
         # Transformers turns it off, and a saved model would then generate without a cache.
         config.use_cache = use_cache
-        self.share_model()
         self.loss_scale = LossScale(self.accelerator) if args.fp16 else None
+        self.share_model()
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # `bf16` and `fp16` round weights, or scale the loss: what the model computes in is for its own code to say.
@@ -266,6 +267,8 @@ class QwenVLTrainer(SharedTrainer):
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
+        if self._is_sharded:
+            stop_together(self._failure, self.args.device)
         if self.accelerator.sync_gradients:
             self.step_in_packs = None
             if isinstance(model, DistributedDataParallel):
@@ -322,10 +325,13 @@ class QwenVLTrainer(SharedTrainer):
     def _refuse_non_finite(self, loss: torch.Tensor, pack: Batch) -> None:
         if torch.isfinite(loss):
             return
-        raise NonFiniteLoss(
+        failure = NonFiniteLoss(
             f"the loss is {loss.item()} at step {self.state.global_step + 1}, on {self._origins('train', pack)}. Look "
             "at these rows; if they are fine, lower train.learning_rate, or use model.dtype: bfloat16 or float32"
         )
+        if not self._is_sharded:
+            raise failure
+        self._failure = self._failure or failure  # the others wait for this process in the backward
 
     def _origins(self, name: str, pack: Batch) -> str:
         """File and row of each sample of a pack."""
@@ -360,6 +366,7 @@ class QwenVLTrainer(SharedTrainer):
             conversations=len(pack["sequence_lengths"]),
             tokens=pack["input_ids"].numel(),
             said=failure.said,
+            shared=self._is_sharded,
         )
 
     # Evaluation
