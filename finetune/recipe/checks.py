@@ -188,6 +188,11 @@ def evaluation_has_data(train: Train, evaluate: Evaluate | None) -> Iterator[Fin
 def evaluation_takes_place(train: Train, evaluate: Evaluate | None) -> Iterator[Finding]:
     if evaluate is None:
         return
+    if train.eval_steps is not None and "eval_strategy" not in train.model_fields_set:
+        reason = "evaluation is once an epoch where the recipe does not say otherwise: no effect"
+        yield Finding(
+            ("train.eval_steps", "train.eval_strategy"), reason, "set train.eval_strategy: steps, or remove it"
+        )
     if evaluates_when(train, evaluate) == "no":
         wishes = {
             "evaluate.patience": evaluate.patience is not None,

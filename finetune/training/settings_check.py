@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import Trainer
 from transformers.integrations import integration_utils
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
-from transformers.utils import is_bitsandbytes_available, is_torch_tf32_available
+from transformers.utils import is_bitsandbytes_available
 from trl import SFTConfig
 
 from finetune.batches.steps import Steps, count_steps
@@ -69,7 +69,6 @@ def check_settings(
     steps = count_steps(recipe.train, samples, processes)
     problems = [
         *_trackers(arguments.report_to),
-        *_tf32(recipe),
         *(() if own_optimizer else _optimizer(arguments)),
         *_score(recipe, task),
         *_batches(recipe, steps, samples, processes),
@@ -95,11 +94,6 @@ def _trackers(names: Sequence[str]) -> Iterator[str]:
             yield f"train.report_to: {name} needs a package that is not installed: pip install {package}"
 
 
-def _tf32(recipe: Recipe) -> Iterator[str]:
-    if recipe.train.tf32 and not is_torch_tf32_available():
-        yield "train.tf32: needs an NVIDIA GPU of compute capability 8.0 or newer, and there is none; remove it"
-
-
 def _optimizer(arguments: SFTConfig) -> Iterator[str]:
     """Make the optimizer for a small parameter, and step it once on the run's device."""
     name = arguments.optim.value
@@ -123,13 +117,16 @@ def _schedule(arguments: SFTConfig, steps: int, notes: list[str]) -> Iterator[st
     name, given = arguments.lr_scheduler_type.value, arguments.lr_scheduler_kwargs or {}
     function = ReduceLROnPlateau if name == "reduce_lr_on_plateau" else TYPE_TO_SCHEDULER_FUNCTION[name]
     ours = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "self")
-    taken = [key for key in inspect.signature(function).parameters if key not in ours]
+    taken = {key: about for key, about in inspect.signature(function).parameters.items() if key not in ours}
     unknown = [key for key in given if key not in taken]
+    missing = [key for key, about in taken.items() if about.default is about.empty and key not in given]
     for key in unknown:
-        meant = nearest(key, taken)
+        meant = nearest(key, list(taken))
         takes = f"did you mean {' or '.join(meant)}?" if meant else f"it takes {', '.join(taken) or 'nothing'}"
         yield f"train.lr_scheduler_kwargs: {name} takes no {key}; {takes}"
-    if unknown:
+    if missing:
+        yield f"train.lr_scheduler_kwargs: {name} needs {', '.join(missing)}: write {{{missing[0]}: ...}}"
+    if unknown or missing:
         return
     warmup = arguments.get_warmup_steps(steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=arguments.learning_rate)
@@ -161,9 +158,14 @@ def _schedule(arguments: SFTConfig, steps: int, notes: list[str]) -> Iterator[st
 
 
 def _rates(schedule: object, steps: int) -> list[float]:
-    """The learning rates at some steps, the last among them; a schedule that follows a score has its first."""
-    if not isinstance(schedule, LambdaLR):
-        return [group["lr"] for group in schedule.optimizer.param_groups]  # type: ignore[attr-defined]
+    """The learning rates at some steps, the last among them; of a schedule that follows a score the first ones."""
+    if isinstance(schedule, ReduceLROnPlateau):
+        rates = [schedule.optimizer.param_groups[0]["lr"]]
+        for score in (1.0, 1.0):
+            schedule.step(score)
+            rates.append(schedule.optimizer.param_groups[0]["lr"])
+        return rates
+    assert isinstance(schedule, LambdaLR), "all others are functions of the step"
     sampled = {*range(0, steps, max(1, steps // SAMPLED_STEPS)), steps - 1}
     return [schedule.base_lrs[0] * schedule.lr_lambdas[0](step) for step in sorted(sampled)]
 

@@ -85,6 +85,7 @@ def test_both_lines_are_named():
             ["train.lr_scheduler_kwargs", "no effect"],
         ),
         (["train.warmup_steps=1.5"], ["train.warmup_steps"]),
+        ([EVALUATE, "train.eval_steps=5"], ["train.eval_steps", "train.eval_strategy", "once an epoch"]),
         ([EVALUATE, "train.eval_delay=4"], ["train.eval_delay", "train.num_train_epochs"]),
         (
             [EVALUATE, "train.eval_strategy=steps", "train.eval_delay=9", "train.max_steps=8"],

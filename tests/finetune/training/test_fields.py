@@ -30,6 +30,11 @@ PLAIN = {
 }
 SETTINGS = {
     "by score": {
+        "optim": "sgd",
+        "optim_args": "momentum=0.9,nesterov=true",
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.05,
+        "tf32": False,
         "lr_scheduler_type": "reduce_lr_on_plateau",
         "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 0.2},
         "eval_strategy": "steps",
@@ -41,17 +46,10 @@ SETTINGS = {
         "metric_for_best_model": "loss",
         "greater_is_better": False,
     },
-    "sgd": {
-        "optim": "sgd",
-        "optim_args": "momentum=0.9,nesterov=true",
-        "weight_decay": 0.1,
-        "max_grad_norm": 0.05,
+    "epochs": {
         "lr_scheduler_type": "polynomial",
         "lr_scheduler_kwargs": {"power": 2.0, "lr_end": 1e-6},
-        "warmup_steps": 0.4,
-        "tf32": False,
-    },
-    "epochs": {
+        "warmup_steps": 0.3,
         "num_train_epochs": 3,
         "max_steps": -1,
         "per_device_train_batch_size": 4,  # of 14: two are dropped
@@ -166,7 +164,7 @@ def assert_resumes_exactly(file: Path, to: Path) -> Path:
     return whole
 
 
-@pytest.mark.parametrize("name", ["by score", "sgd", "epochs"])
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, name):
     run = assert_resumes_exactly(recipe_file(tmp_path, SETTINGS[name]), tmp_path / "cut")
     records = metrics_of(run)
@@ -176,10 +174,12 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, name):
         assert list(scores) == [0, 2, 3, 4, 5, 6] and len(set(rates.values())) > 1
         best = min((step for step in scores if step), key=lambda step: scores[step])
         assert json.loads((run / "run.json").read_text())["best_checkpoint"].endswith(f"step-{best}")
-    if name == "sgd":
-        assert rates[3] > rates[2] > rates[1] == 0 and rates[6] < rates[4]  # warm-up of ceil(6 x 0.4) steps
     if name == "epochs":
-        assert list(rates) == [1, 3, 6, 9]  # the first step, and each epoch's last
+        # The first step, and each epoch's last; warm-up of ceil(9 x 0.3) steps, then a square.
+        assert list(rates) == [1, 3, 6, 9]
+        assert rates[1] == 0
+        squares = [(5e-3 - 1e-6) * (1 - done / 6) ** 2 + 1e-6 for done in (2, 5)]
+        assert [rates[6], rates[9]] == pytest.approx(squares)
 
 
 @pytest.mark.slow
@@ -217,15 +217,17 @@ def test_two_processes_train_as_one_does(tmp_path, name):
     settings = {key: value for key, value in SETTINGS[name].items() if key != "neftune_noise_alpha"}
     accumulation = {**PLAIN, **settings}["gradient_accumulation_steps"]
     twice = {**settings, "gradient_accumulation_steps": 2 * accumulation}
-    if name == "epochs":
-        # An epoch of two processes is two batches each, and of one process four batches of half the size.
+    if name == "epochs":  # two batches of each process, or four of one
         settings |= {"per_device_train_batch_size": 3}
         twice |= {"per_device_train_batch_size": 3}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finetune(recipe_file(tmp_path / "one", twice, **plain), env=environment, launcher=("-u",))
+    # Where batches do not divide among processes, samples are repeated.
+    rows = "data.train.0.limit=12"
+    finetune(recipe_file(tmp_path / "one", twice, **plain), rows, env=environment)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
     finetune(
         recipe_file(tmp_path / "two", settings, **plain),
+        rows,
         env=environment,
         launcher=(*launcher, str(20000 + os.getpid() % 20000)),
     )
