@@ -36,6 +36,7 @@ from finetune.evaluation.tasks import task_of
 from finetune.quantities import format_loss
 from finetune.recipe import Recipe
 from finetune.recipe.sources import source_names
+from finetune.replies.lockstep import lockstep_of
 from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies
 from finetune.run.left_out import LeftOut
 from qwenvl import ImageAccess, QwenVLProcessor
@@ -232,7 +233,7 @@ class TaskScorer:
         """Reply to the sample and score the replies; on all processes together.
 
         Args:
-            model: not wrapped by DDP or FSDP; its mode is left as it is.
+            model: not wrapped by DDP; its mode is left as it is. It may be sharded over the processes.
             accelerator: of the trainer.
             step: optimizer steps done.
             bar: show a bar on a terminal; a trainer's live line excludes one.
@@ -275,19 +276,22 @@ class TaskScorer:
         numbers = list(range(accelerator.process_index, len(self.asked.questions), accelerator.num_processes))
         tokenizer = self.asked.processor.tokenizer
         prompts = QuestionPrompts(self.asked.questions, numbers, tokenizer, self.asked.processor.n_queries)
-        made = generate_replies(
-            model,
-            prompts,
-            plan_replies(prompts),
-            tokenizer,
-            self.asked.processor.image_processor,
-            Decoding(self.asked.task.max_new_tokens, self.stop_ids, batch_tokens=BATCH_TOKENS),
-            on_bad_image="wrong",
-            vision_cache=self.vision_cache,
-        )
         replies = []
-        with ReplyProgress(f"evaluating {self.asked.task.metric}", len(numbers), bar=bar) as progress:
-            for reply in made:
+        with (
+            ReplyProgress(f"evaluating {self.asked.task.metric}", len(numbers), bar=bar) as progress,
+            lockstep_of(model, tokenizer.pad_token_id) as lockstep,
+        ):
+            for reply in generate_replies(
+                model,
+                prompts,
+                plan_replies(prompts),
+                tokenizer,
+                self.asked.processor.image_processor,
+                Decoding(self.asked.task.max_new_tokens, self.stop_ids, batch_tokens=BATCH_TOKENS),
+                on_bad_image="wrong",
+                vision_cache=self.vision_cache,
+                lockstep=lockstep,
+            ):
                 replies.append(replace(reply, index=numbers[reply.index]))
                 tick()
                 if accelerator.is_main_process:

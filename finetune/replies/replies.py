@@ -21,6 +21,7 @@ from finetune.batches.budget import KEPT_FEATURE_BYTES, REPLY_BATCH_ROWS, REPLY_
 from finetune.batches.image_request import ImageRequest, VisionCache, image_key
 from finetune.errors import Failed
 from finetune.replies.image_features import ImageStore
+from finetune.replies.lockstep import Lockstep
 from finetune.replies.reply_text import FirstOfChoices, StopAtText, reply_text, stop_place
 from finetune.replies.shared_prefix import PrefixedBatch, cut_prefixes, generate_from_prefixes
 from finetune.replies.task_replies import Style
@@ -173,6 +174,7 @@ def generate_replies(
     on_bad_image: Literal["refuse", "wrong"] = "refuse",
     keep_bytes: int = KEPT_FEATURE_BYTES,
     vision_cache: VisionCache | None = None,
+    lockstep: Lockstep | None = None,
 ) -> Iterator[Reply]:
     """Reply to every prompt, once each, batch by batch.
 
@@ -188,6 +190,7 @@ def generate_replies(
         on_bad_image: "refuse" raises for an image that cannot be read, "wrong" returns its prompts as `unreadable`.
         keep_bytes: bytes of image features to keep in memory.
         vision_cache: has features of images that were encoded before; None without one.
+        lockstep: entered, where the model is sharded over processes; each of them replies to its own prompts.
 
     Yields:
         Replies, in the order of the plan.
@@ -202,7 +205,8 @@ def generate_replies(
     # Sampling and penalties of the model's own config must not change what is measured.
     base.generation_config = GenerationConfig()
     try:
-        with ImageStore(base, image_processor, keep_bytes, vision_cache) as store:
+        encode = base.get_image_features if lockstep is None else lockstep.encode
+        with ImageStore(base, image_processor, keep_bytes, vision_cache, encode) as store:
             batch_tokens = decoding.batch_tokens
             # Two windows at once: images of the next one are read while the replies of the one before are generated.
             next_rows: list[_Row] = []
@@ -212,7 +216,8 @@ def generate_replies(
                     batch = rows[: _batch_size(rows, decoding, batch_tokens)]
                     replies = attempt(partial(_reply, base, batch, tokenizer, decoding, store, on_bad_image))
                     if isinstance(replies, OutOfMemory):
-                        batch_tokens = _smaller_budget(batch, prompts, decoding, replies)
+                        # Where the model is sharded, others are in the forward that has failed.
+                        batch_tokens = _smaller_budget(batch, prompts, decoding, replies, can_repeat=lockstep is None)
                         continue
                     rows = rows[len(batch) :]
                     yield from replies
@@ -266,13 +271,26 @@ def _batch_size(rows: Sequence[_Row], decoding: Decoding, batch_tokens: int) -> 
     return max(1, min(batch_tokens // row_tokens, decoding.batch_rows, len(rows)))
 
 
-def _smaller_budget(rows: Sequence[_Row], prompts: Sequence[Prompt], decoding: Decoding, failure: OutOfMemory) -> int:
+def _smaller_budget(
+    rows: Sequence[_Row],
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    failure: OutOfMemory,
+    *,
+    can_repeat: bool,
+) -> int:
     """The token budget of further batches, after these rows did not fit.
 
     Raises:
-        Failed: it was a single row.
+        Failed: it was a single row, or they cannot be run again.
     """
     tokens = len(rows) * (len(rows[0].ids) + decoding.max_new_tokens)
+    if not can_repeat:
+        raise Failed(
+            f"{prompts[rows[0].index].name}: {len(rows)} prompts of {tokens:,} tokens together do not fit into the "
+            "device's memory, and smaller batches cannot be tried where the model is sharded over processes; take "
+            f"fewer new tokens, or a smaller dtype\n({failure.said})"
+        )
     if len(rows) == 1:
         raise Failed(
             f"{prompts[rows[0].index].name}: {tokens:,} tokens do not fit into the device's memory, even by "
@@ -340,6 +358,8 @@ def _generate(
         logits_processor=[FirstOfChoices(batch.length, [row.choices for row in rows])]
         if any(row.choices for row in rows)
         else None,
+        # Where the model is sharded, `Lockstep` keeps the processes together.
+        synced_gpus=False,
     )
     assert isinstance(generated, torch.Tensor), "no dictionary was asked for"
     new_ids = generated[:, batch.length :].tolist()

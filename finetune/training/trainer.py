@@ -24,12 +24,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import SFTConfig, SFTTrainer
 
-from finetune.batches.attempt import OutOfMemory, attempt
+from finetune.batches.attempt import OutOfMemory
 from finetune.batches.collate import LEFT_OUT, NO_SAMPLE, Collator
-from finetune.batches.packing import split_batch
 from finetune.data.epoch_draw import EpochDraws
 from finetune.data.loader_workers import ignore_signals_from_others
-from finetune.errors import Failed, UserError
+from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
 from finetune.model.adapters import TrainableModel, parameter_groups, write_plain_config
@@ -39,6 +38,7 @@ from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.training.epoch_sampler import EpochSampler
 from finetune.training.equal_packs import Fillers, equalize
+from finetune.training.evaluation_loss import loss_metrics, sum_losses
 from finetune.training.processes import average_gradients
 from finetune.training.sharded_model import share
 from finetune.training.step_in_packs import StepInPacks
@@ -46,7 +46,6 @@ from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG
 from qwenvl.checkpoint.record import ModelRecord, write_record
-from qwenvl.text.chat import IGNORED
 
 
 class NonFiniteLoss(Failed):
@@ -357,28 +356,19 @@ class QwenVLTrainer(SFTTrainer):
         assert self.model is not None
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        # Sum of losses, supervised tokens, samples, samples beyond seq_length.
-        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
-        beyond = self._config_of(self.model).seq_length
-        for batch in self.get_eval_dataloader(eval_dataset):
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            self._note_left_out("eval", batch)
-            for pack, loss in self._losses(model, batch):
-                there = (pack["samples"] != NO_SAMPLE).sum()
-                counts = [(pack["labels"] != IGNORED).sum(), there, (pack["sequence_lengths"] > beyond).sum()]
-                sums += torch.tensor([loss, *counts], dtype=torch.float64, device=sums.device)
+        config = self._config_of(self.model)
+        sums = sum_losses(
+            self._eval_batches(eval_dataset),
+            partial(self._loss_of_pack, model),
+            self.eval_budget,
+            partial(self._refuse_out_of_memory, "eval"),
+            seq_length=config.seq_length,
+            device=self.args.device,
+            fillers=Fillers.of(config, self.collators["eval"].tokenizer.eod_id) if self._is_sharded else None,
+        )
         sums = self.accelerator.reduce(sums, reduction="sum")
         self._log_lowered(self.eval_budget)
-        if not sums[1]:
-            raise UserError(
-                f"evaluate.data: none of its samples can be read now; {self.left_out.file or 'the log'} lists them"
-            )
-        metrics = {
-            f"{metric_key_prefix}_loss": (sums[0] / sums[1]).item(),
-            f"{metric_key_prefix}_supervised_tokens": int(sums[1]),
-            f"{metric_key_prefix}_samples": int(sums[2]),
-            f"{metric_key_prefix}_long_samples": int(sums[3]),
-        }
+        metrics: dict[str, Any] = loss_metrics(sums, metric_key_prefix, self.left_out.file)
         if self.task_scorer is not None:
             metrics |= self._task_score(self.task_scorer).metrics()
         metrics[f"{metric_key_prefix}_seconds"] = round(time.monotonic() - start, 3)
@@ -386,23 +376,11 @@ class QwenVLTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _losses(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Yield the packs of a batch, each with its summed loss; smaller packs where they do not fit."""
-        budget = self.eval_budget
-        budget.reach(self.state.global_step)
-        packs = split_batch(batch, budget.tokens)
-        while packs:
-            pack, *others = packs
-            loss = attempt(partial(self._loss_of_pack, model, pack))
-            if not isinstance(loss, OutOfMemory):
-                yield pack, loss
-                packs = others
-                continue
-            lengths = pack["sequence_lengths"]
-            if len(lengths) == 1 or self._is_sharded:
-                self._refuse_out_of_memory("eval", pack, loss)
-            budget.lower(int(lengths.sum()), max(int(one["sequence_lengths"].max()) for one in packs))
-            packs = [smaller for larger in packs for smaller in split_batch(larger, budget.tokens)]
+    def _eval_batches(self, eval_dataset: Any) -> Iterator[Batch]:
+        for batch in self.get_eval_dataloader(eval_dataset):
+            self._tick()
+            self._note_left_out("eval", batch)
+            yield batch
 
     def _loss_of_pack(self, model: nn.Module, pack: Batch) -> torch.Tensor:
         with torch.no_grad():
