@@ -30,7 +30,7 @@ def trainer_arguments(
         parallel: how processes share the work; None where there is one.
     """
     given = recipe.train_arguments() | switches.train_arguments
-    given = parallel_arguments(parallel or Parallel(), given)
+    given = parallel_arguments(parallel or Parallel(), given, has_adapter=recipe.adapter is not None)
     if recipe.evaluate is not None:
         given.setdefault("eval_strategy", "epoch")
     keeps_best = keeps_best_checkpoint(recipe, given)

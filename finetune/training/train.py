@@ -27,6 +27,7 @@ from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
 from finetune.training.training_data import data_as_it_was, find_places, read_data
 from finetune.training.training_plan import plan_training
+from finetune.training.zero import refuse_other_checkpoint
 
 
 def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None) -> Path:
@@ -83,6 +84,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             return run.path
 
         resumes = isinstance(start, Resume)
+        if isinstance(start, Resume):
+            refuse_other_checkpoint(start.checkpoint, parallel)
         if resumes:
             data = data_as_it_was(data, places)
             if stored is not None and stored.get(WEIGHTS) != EACH_EPOCH:
@@ -99,7 +102,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key, parallel)
         require_applied(parallel, arguments)
         trained = load_trained_model(
-            recipe, base, computing, plan.switches, data.checked["train"], parallel, say, is_main=is_main
+            recipe, base, computing, plan.switches, data.checked["train"], parallel, arguments, say, is_main=is_main
         )
         if is_main:
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None

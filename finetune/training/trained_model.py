@@ -6,6 +6,7 @@ from functools import partial
 
 from peft import PeftModel
 from transformers import set_seed
+from trl import SFTConfig
 
 from finetune.data.checks.checked import Checked
 from finetune.data.reading import views_of
@@ -18,6 +19,7 @@ from finetune.recipe import Recipe
 from finetune.terminal import Say
 from finetune.training.parallel import Parallel
 from finetune.training.sharded_model import load_once
+from finetune.training.zero import loading_whole
 from qwenvl import load_model
 from qwenvl.checkpoint.record import ModelRecord
 from qwenvl.model.generation import reply_as_trained
@@ -52,6 +54,7 @@ def load_trained_model(
     switches: Switches,
     checked: Checked,
     parallel: Parallel,
+    arguments: SFTConfig,
     say: Say,
     *,
     is_main: bool,
@@ -60,18 +63,20 @@ def load_trained_model(
 
     Args:
         checked: the training data.
-        parallel: where it shares the model by FSDP2, only the main process reads the checkpoint.
+        parallel: where no process has all of the model, only the main one reads the checkpoint.
+        arguments: the trainer's configuration.
 
     Raises:
         InputError: what the recipe wants trained cannot be, or the checkpoint is damaged.
     """
     set_seed(recipe.seed)
-    if parallel.way == "fsdp":
-        model = load_once(
-            partial(_load, recipe, computing, base), partial(_shape, recipe, computing, base), is_main=is_main
-        )
-    else:
-        model = _load(recipe, computing, base)
+    with loading_whole(arguments):
+        if parallel.shards:
+            model = load_once(
+                partial(_load, recipe, computing, base), partial(_shape, recipe, computing, base), is_main=is_main
+            )
+        else:
+            model = _load(recipe, computing, base)
     notes = (*((RANDOM_WEIGHTS,) if is_random(without_adapter(model)) else ()), *base.notes(views_of(recipe)))
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(model.generation_config, without_adapter(model).config, ModelRecord(chat_format="chatml"))

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import SFTConfig, SFTTrainer
@@ -43,6 +44,7 @@ from finetune.training.processes import average_gradients
 from finetune.training.sharded_model import share
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
+from finetune.training.zero import backward, gather_from_zero, share_by_zero, train_with
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG
 from qwenvl.checkpoint.record import ModelRecord, write_record
@@ -131,6 +133,9 @@ class QwenVLTrainer(SFTTrainer):
             # Now, and not when training begins: what is evaluated before needs its weights on every process.
             self.model, self.optimizer = share(self.accelerator, model, self.create_optimizer())
             self.model_wrapped = self.model
+        elif self.is_deepspeed_enabled:
+            self.deepspeed, self.optimizer = share_by_zero(self.accelerator, model, self.create_optimizer())
+            self.model_wrapped = self.deepspeed
 
     @staticmethod
     def _config_of(model: nn.Module) -> QwenVLConfig:
@@ -206,18 +211,24 @@ class QwenVLTrainer(SFTTrainer):
         return self.optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        if not self.accelerator.is_fsdp2:
+        if not self._is_sharded:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         # Model and optimizer are shared out already.
         self.create_scheduler(num_training_steps=max_steps)
+        if self.is_deepspeed_enabled:
+            train_with(self.accelerator, self.deepspeed)
         if resume_from_checkpoint is not None:
-            self._load_from_checkpoint(resume_from_checkpoint, self.model)
+            if self.is_deepspeed_enabled:
+                strict = not isinstance(self.model, PeftModel)  # the frozen base is not in its checkpoints
+                deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=strict)
+            else:
+                self._load_from_checkpoint(resume_from_checkpoint, self.model)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
-        return self.model, train_dataloader
+        return self.model_wrapped, train_dataloader
 
     # Loss
 
@@ -259,13 +270,16 @@ class QwenVLTrainer(SFTTrainer):
         elif isinstance(model, FSDPModule):
             # Transformers defers it to the last batch of a step, with the gradients of all weights on each process.
             model.set_requires_gradient_sync(True)
-        elif not (is_last and self.accelerator.sync_gradients):
+        elif not self.is_deepspeed_enabled and not (is_last and self.accelerator.sync_gradients):
             without_sync = self.accelerator.no_sync(model)
         pack = self._prepare_inputs(pack)
         with without_sync, self.maybe_activation_offload_context:
             loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
             self._refuse_non_finite(loss, pack)
-            self.accelerator.backward(loss)
+            if self.is_deepspeed_enabled:
+                backward(self.accelerator, loss, is_last=is_last)
+            else:
+                self.accelerator.backward(loss)
         return loss.detach()
 
     def compute_loss(
@@ -422,6 +436,17 @@ class QwenVLTrainer(SFTTrainer):
         Trainer.log(self, logs, start_time)
 
     # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the base class's; of a model that is shared out by DeepSpeed, gathered tensor by tensor."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        is_main = bool(self.args.should_save)
+        is_adapter = isinstance(self.model, PeftModel)
+        values = gather_from_zero(self.model, is_main=is_main, trained_only=is_adapter)
+        if is_main:
+            self._save(output_dir, state_dict=values)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
