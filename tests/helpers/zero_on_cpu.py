@@ -8,6 +8,7 @@ where Accelerate does not apply it.
 import os
 import runpy
 import sys
+from pathlib import Path
 
 
 def apply_zero_on_cpu() -> None:
@@ -33,6 +34,6 @@ def apply_zero_on_cpu() -> None:
 
 if __name__ == "__main__":
     sys.argv[0] = "finetune"
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     apply_zero_on_cpu()
     runpy.run_module("finetune", run_name="__main__", alter_sys=True)
