@@ -39,11 +39,11 @@ def save_result(
     # Of a model that processes share, each has a part; what is saved is the same.
     values = None
     if trainer.accelerator.is_fsdp2:
-        values = gather(model, is_main=is_main, trained_only=is_adapter)
+        values = gather(model, is_main=is_main, trained_only=is_adapter, rounds_to=trainer.rounds_to)
     elif trainer.is_deepspeed_enabled:
         values = gather_from_zero(model, is_main=is_main, trained_only=is_adapter)
     if is_main:
-        with writing(result) as partial:
+        with writing(result) as partial, trainer.computing():  # masters are rounded once, here or as gathered
             model.save_pretrained(partial, state_dict=values)
             assert record is not None, "the main process reads the base"
             write_record(partial, record)
@@ -51,7 +51,7 @@ def save_result(
                 write_plain_config(partial)
             else:
                 base.processor.save_pretrained(partial)
-                complete_trained_folder(partial, base.path, model.dtype)
+                complete_trained_folder(partial, base.path, trainer.rounds_to or model.dtype)
     trainer.accelerator.wait_for_everyone()
     return result
 

@@ -5,6 +5,7 @@ reads it; the others make a model of the same form, whose memory is never writte
 layer becomes a shard on every process, and the values follow tensor by tensor.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetune.errors import Failed
 from finetune.model.adapters import TrainableModel
 from qwenvl.model.pretrained import QwenVLPreTrainedModel
+
+ROUNDS_TO = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Accelerate's names of what float32 masters are rounded to where they are gathered."""
 
 Forms = list[tuple[str, tuple[int, ...], torch.dtype, bool]]
 """Name, shape, type of each tensor of a model, and whether it is trained."""
@@ -95,6 +99,15 @@ def share(
     there = {type(module).__name__ for module in model.modules()}
     layers = [name for name in QwenVLPreTrainedModel._no_split_modules or () if name in there]
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
+    rounds_to = ROUNDS_TO[accelerator.mixed_precision]
+    if rounds_to is not None:
+        # Not Accelerate's own: gradients are summed in float32, as in one process, and what the model computes in
+        # float32 (rotary positions, the loss) stays float32.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=rounds_to, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    # The resampler's output is a view, on which nothing works in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPResampler\) returned a view tensor")
     model, optimizer = accelerator.prepare(model, optimizer)
     fill_from_main(model, values, accelerator.device)
     register_fsdp_forward_method(model, "generate")
@@ -121,13 +134,16 @@ def fill_from_main(model: nn.Module, values: Mapping[str, torch.Tensor] | None, 
             tensor.copy_(whole)
 
 
-def gather(model: nn.Module, *, is_main: bool, trained_only: bool) -> dict[str, torch.Tensor] | None:
+def gather(
+    model: nn.Module, *, is_main: bool, trained_only: bool, rounds_to: torch.dtype | None = None
+) -> dict[str, torch.Tensor] | None:
     """The tensors of a shared model, whole, in the first process's host memory; a collective call.
 
     One tensor at a time is on the devices.
 
     Args:
         trained_only: leave out what is frozen.
+        rounds_to: dtype of what is returned; None leaves each as it is.
 
     Returns:
         By name; None in other processes.
@@ -139,5 +155,5 @@ def gather(model: nn.Module, *, is_main: bool, trained_only: bool) -> dict[str, 
             continue
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if is_main:
-            gathered[name] = whole.detach().to("cpu", copy=not isinstance(tensor, DTensor))
+            gathered[name] = whole.detach().to("cpu", rounds_to, copy=not isinstance(tensor, DTensor))
     return gathered if is_main else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.files.base_identity import identify
 from finetune.model.base import embeddings_by_auto, find_base
-from finetune.model.computing import choose_backends
+from finetune.model.computing import choose_backends, computing_dtype
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
@@ -20,7 +20,14 @@ from finetune.training.phases import Phases
 from finetune.training.processes import closing_process_group
 from finetune.training.progress import Progress
 from finetune.training.result import report_result, save_result
-from finetune.training.run_record import EACH_EPOCH, WEIGHTS, begin_record, finish_record, record_failure
+from finetune.training.run_record import (
+    EACH_EPOCH,
+    WEIGHTS,
+    begin_record,
+    finish_record,
+    record_failure,
+    say_new_masters,
+)
 from finetune.training.sample_replies import reply_to_samples
 from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
 from finetune.training.trained_model import load_trained_model
@@ -98,12 +105,25 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
                 data = data.drawn_once()
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
+        computes_in = computing_dtype(recipe.model, base.path, base.dtype)
         # This opens the process group of a distributed run, whose processes load and encode images together.
-        arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key, parallel)
+        task_metric = None if data.task is None else data.task.key
+        arguments = trainer_arguments(recipe, plan.switches, task_metric, computes_in, parallel)
         require_applied(parallel, arguments)
         trained = load_trained_model(
-            recipe, base, computing, plan.switches, data.checked["train"], parallel, arguments, say, is_main=is_main
+            recipe,
+            base,
+            computing,
+            computes_in,
+            plan.switches,
+            data.checked["train"],
+            parallel,
+            arguments,
+            say,
+            is_main=is_main,
         )
+        if resumes:
+            say_new_masters(stored, trained, say)
         if is_main:
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
             stack.enter_context(record_failure(run, phases))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from peft import PeftModel
 from transformers import set_seed
 from trl import SFTConfig
@@ -14,7 +15,8 @@ from finetune.memory.switches import Switches
 from finetune.model.adapters import TrainableModel, without_adapter
 from finetune.model.base import Base, build_without_weights, make_trainable, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters, table_of_parameters
-from finetune.model.computing import ComputeBackends, choose_dtype, is_random, own_device, quantization_arguments
+from finetune.model.computing import ComputeBackends, is_random, own_device, quantization_arguments
+from finetune.model.masters import MASTER
 from finetune.recipe import Recipe
 from finetune.terminal import Say
 from finetune.training.parallel import Parallel
@@ -35,22 +37,30 @@ class TrainedModel:
     Attributes:
         model: what is trained requires gradients.
         parameters: trained and all, by component.
+        computes_in: dtype of frozen weights and activations.
         notes: what a reader of the run has to know about the checkpoint.
     """
 
     model: TrainableModel
     parameters: Mapping[str, Count]
     notes: tuple[str, ...]
+    computes_in: torch.dtype
 
     @property
     def trained_parameters(self) -> int:
         return sum(count.trained for count in self.parameters.values())
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether float32 masters are trained, and computed in 16 bits: see `finetune.model.masters`."""
+        return self.computes_in.itemsize < MASTER.itemsize and not isinstance(self.model, PeftModel)
 
 
 def load_trained_model(
     recipe: Recipe,
     base: Base,
     computing: ComputeBackends,
+    computes_in: torch.dtype,
     switches: Switches,
     checked: Checked,
     parallel: Parallel,
@@ -62,6 +72,7 @@ def load_trained_model(
     """Load a recipe's checkpoint and prepare it for training.
 
     Args:
+        computes_in: what it is loaded in (`computing.computing_dtype`).
         checked: the training data.
         parallel: where no process has all of the model, only the main one reads the checkpoint.
         arguments: the trainer's configuration.
@@ -71,12 +82,11 @@ def load_trained_model(
     """
     set_seed(recipe.seed)
     with loading_whole(arguments):
+        read = partial(_load, recipe, computing, computes_in, base)
         if parallel.shards:
-            model = load_once(
-                partial(_load, recipe, computing, base), partial(_shape, recipe, computing, base), is_main=is_main
-            )
+            model = load_once(read, partial(_shape, recipe, computing, base), is_main=is_main)
         else:
-            model = _load(recipe, computing, base)
+            model = read()
     notes = (*((RANDOM_WEIGHTS,) if is_random(without_adapter(model)) else ()), *base.notes(views_of(recipe)))
     # What is trained here is ChatML, and saved as such, whatever the base was.
     reply_as_trained(model.generation_config, without_adapter(model).config, ModelRecord(chat_format="chatml"))
@@ -87,14 +97,14 @@ def load_trained_model(
         say("trained" if number == 0 else "", line)
     for note in notes:
         say("note", note)
-    return TrainedModel(model, parameters, notes)
+    return TrainedModel(model, parameters, notes, computes_in)
 
 
-def _load(recipe: Recipe, computing: ComputeBackends, base: Base) -> TrainableModel:
+def _load(recipe: Recipe, computing: ComputeBackends, computes_in: torch.dtype, base: Base) -> TrainableModel:
     """The model with its weights and its adapter."""
     loaded = load_model(
         recipe.model.path,
-        dtype=choose_dtype(recipe.model.dtype),
+        dtype=computes_in,
         device_map=own_device() if base.quantized else None,
         embeddings_on_cpu=recipe.model.embeddings_on_cpu,
         **quantization_arguments(recipe.model),

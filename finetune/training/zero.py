@@ -117,16 +117,16 @@ def _gather_head_first(model: TrainableModel) -> None:
     register_external_parameter(model, weight)
 
 
-def backward(accelerator: Accelerator, loss: torch.Tensor, *, is_last: bool) -> None:
-    """Backward of one pack; the engine's optimizer steps after the last one of a step.
+def backward(engine: Any, loss: torch.Tensor, *, is_last: bool) -> None:
+    """Backward of one pack. After the last one of a step, `engine.step()` clips, steps and empties the gradients.
 
     Args:
         loss: its share of the step's loss.
-        is_last: whether it is the last pack of its batch.
+        is_last: whether it is the last pack of a step.
     """
-    engine: Any = accelerator.deepspeed_engine_wrapped
+    engine.set_gradient_accumulation_boundary(is_last)
     # The loss is divided by the tokens of the whole step, so not by the number of batches.
-    engine.backward(loss, sync_gradients=is_last and accelerator.sync_gradients, scale_wrt_gas=False)
+    engine.backward(loss, scale_wrt_gas=False)
 
 
 def gather_from_zero(model: nn.Module, *, is_main: bool, trained_only: bool) -> dict[str, torch.Tensor] | None:

@@ -39,7 +39,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname):
         source = self.get_data(self.path).decode()
         assert source.count(LIST) == 1, "Accelerate's list has changed"
-        return compile(source.replace(LIST, LIST.replace(FIRST, f"DistributedType.MULTI_CPU, {FIRST}")), self.path, "exec")
+        longer = LIST.replace(FIRST, f"DistributedType.MULTI_CPU, {FIRST}")
+        return compile(source.replace(LIST, longer), self.path, "exec")
 
 
 if __name__ == "__main__":
