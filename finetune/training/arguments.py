@@ -41,7 +41,7 @@ def trainer_arguments(
     """
     train, evaluate = recipe.train, recipe.evaluate
     given = recipe.train_arguments() | switches.train_arguments
-    given = parallel_arguments(parallel or Parallel(), given)
+    given = parallel_arguments(parallel or Parallel(), given, has_adapter=recipe.adapter is not None)
     given["eval_strategy"] = evaluates_when(train, evaluate)
     # Set below, or it would want `save_steps` to be a multiple of `eval_steps`: `SaveBest` saves the best besides.
     given.pop("load_best_model_at_end", None)

@@ -9,12 +9,10 @@
 | zero3 | as fsdp, by DeepSpeed |
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from accelerate import Accelerator, DistributedType
@@ -23,6 +21,7 @@ from trl import SFTConfig
 
 from finetune.errors import UserError
 from finetune.recipe import Recipe, Train
+from finetune.training.zero_config import refuse_config, zero_config, zero_stage
 
 Way = Literal["none", "ddp", "fsdp", "zero2", "zero3"]
 
@@ -93,6 +92,11 @@ class Parallel:
         """Whether no process has the whole model, so that every forward and backward needs all processes."""
         return self.way in ("fsdp", "zero3")
 
+    @property
+    def zero_stage(self) -> int:
+        """Of DeepSpeed's ZeRO; 0 without it."""
+        return int(self.way.removeprefix("zero")) if self.way in ("zero2", "zero3") else 0
+
 
 def settle_parallel(train: Train, launch: Launch) -> Parallel:
     """How the processes share the work.
@@ -139,24 +143,6 @@ def asked_for(train: Train) -> str:
     return "" if train.deepspeed is None else f"zero{zero_stage(train.deepspeed)}"
 
 
-def zero_stage(deepspeed: Mapping[str, Any] | str) -> int:
-    """The ZeRO stage of a DeepSpeed configuration.
-
-    Raises:
-        UserError: it is a file that cannot be read, or it says none.
-    """
-    given: Any = deepspeed
-    if isinstance(deepspeed, str):
-        try:
-            given = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"train.deepspeed: {deepspeed} cannot be read as JSON ({error})") from None
-    try:
-        return int(given["zero_optimization"]["stage"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError("train.deepspeed has no zero_optimization.stage: give it, or train.parallel: zero2") from None
-
-
 def refuse_impossible(recipe: Recipe, parallel: Parallel) -> None:
     """Refuse what cannot be trained this way, before anything is loaded.
 
@@ -169,16 +155,20 @@ def refuse_impossible(recipe: Recipe, parallel: Parallel) -> None:
             f"train.parallel: {way} needs the package deepspeed, which is not installed: pip install deepspeed, or "
             "set train.parallel: fsdp, which needs nothing"
         )
-    if not parallel.shards:
+    if parallel.zero_stage and train.deepspeed is not None:
+        refuse_config(train.deepspeed, parallel.zero_stage)
+    if way not in ("fsdp", "zero2", "zero3"):
         return
     optimizers = SHARDED_OPTIMIZERS if way == "fsdp" else DEEPSPEED_OPTIMIZERS
     refused = {
-        "model.quantization: nf4": recipe.model.quantization == "nf4"
+        "model.quantization: nf4": parallel.shards
+        and recipe.model.quantization == "nf4"
         and "4-bit codes are not shared: every process would keep all of them. Set train.parallel: ddp (one quantised "
         "base a GPU, some 6 GB), or model.quantization: none",
         "model.embeddings_on_cpu": recipe.model.embeddings_on_cpu
         and "the processes share the embeddings too. Take it out",
-        "data.vision_cache": recipe.data.vision_cache not in ("off", "auto")
+        "data.vision_cache": parallel.shards
+        and recipe.data.vision_cache not in ("off", "auto")
         and "images are encoded before the processes share the model, when only the first one has it. Set it to off",
         "train.optim": train.optim not in ("auto", *optimizers)
         and f"{train.optim} does not work on parts of tensors. There are: {', '.join(optimizers)}",
@@ -188,11 +178,12 @@ def refuse_impossible(recipe: Recipe, parallel: Parallel) -> None:
             raise UserError(f"{key} does not go with train.parallel: {way}: {reason}")
 
 
-def parallel_arguments(parallel: Parallel, given: Mapping[str, Any]) -> dict[str, Any]:
+def parallel_arguments(parallel: Parallel, given: Mapping[str, Any], *, has_adapter: bool = False) -> dict[str, Any]:
     """The fields of `SFTConfig` that follow.
 
     Args:
         given: those that the recipe sets.
+        has_adapter: whether an adapter is trained.
     """
     rest = {name: value for name, value in given.items() if name not in ("fsdp", "fsdp_config", "deepspeed")}
     if parallel.way == "fsdp":
@@ -210,23 +201,9 @@ def parallel_arguments(parallel: Parallel, given: Mapping[str, Any]) -> dict[str
             },
         }
     if parallel.way in ("zero2", "zero3"):
-        stage = int(parallel.way.removeprefix("zero"))
-        return {**rest, "deepspeed": given.get("deepspeed") or zero_config(stage)}
+        config = zero_config(parallel.zero_stage, given.get("deepspeed"), has_adapter=has_adapter)
+        return {**rest, "deepspeed": config}
     return rest
-
-
-def zero_config(stage: int) -> dict[str, Any]:
-    """A DeepSpeed configuration of a ZeRO stage; Transformers fills in what is auto from the recipe."""
-    return {
-        "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True},
-        "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto"},
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-    }
 
 
 def require_applied(parallel: Parallel, arguments: SFTConfig) -> None:
@@ -237,14 +214,18 @@ def require_applied(parallel: Parallel, arguments: SFTConfig) -> None:
     Raises:
         UserError: it would train in another way.
     """
-    if parallel.way != "fsdp":
-        return
-    plugin = FullyShardedDataParallelPlugin(**(arguments.fsdp_plugin_args or {}))
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision, fsdp_plugin=plugin)
-    if accelerator.distributed_type != DistributedType.FSDP:
+    if parallel.way == "fsdp":
+        plugin = FullyShardedDataParallelPlugin(**(arguments.fsdp_plugin_args or {}))
+        accelerator = Accelerator(mixed_precision=arguments.mixed_precision, fsdp_plugin=plugin)
+        is_applied = accelerator.distributed_type == DistributedType.FSDP
+    else:
+        # The trainer's Accelerator may still say that it is, and then train without it.
+        state = arguments.distributed_state
+        is_applied = not parallel.zero_stage or state.distributed_type == DistributedType.DEEPSPEED
+    if not is_applied:
         raise UserError(
-            f"train.parallel: fsdp is not applied by Accelerate on this kind of device ({accelerator.device.type}), "
-            "which would train by ddp. Use GPUs, or set train.parallel: ddp"
+            f"train.parallel: {parallel.way} is not applied by Accelerate on this kind of device "
+            f"({arguments.device.type}), which would train by ddp. Use GPUs, or set train.parallel: ddp"
         )
 
 

@@ -16,6 +16,7 @@ from finetune.terminal import Say
 from finetune.training.sharded_model import gather
 from finetune.training.summary import summary
 from finetune.training.trainer import QwenVLTrainer
+from finetune.training.zero import gather_from_zero
 from qwenvl.checkpoint.record import ModelRecord, write_record
 
 
@@ -39,6 +40,8 @@ def save_result(
     values = None
     if trainer.accelerator.is_fsdp2:
         values = gather(model, is_main=is_main, trained_only=is_adapter, rounds_to=trainer.rounds_to)
+    elif trainer.is_deepspeed_enabled:
+        values = gather_from_zero(model, is_main=is_main, trained_only=is_adapter)
     if is_main:
         with writing(result) as partial, trainer.computing():  # masters are rounded once, here or as gathered
             model.save_pretrained(partial, state_dict=values)

@@ -37,6 +37,7 @@ from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
 from finetune.training.training_data import data_as_it_was, find_places, read_data
 from finetune.training.training_plan import plan_training, settled_arguments
+from finetune.training.zero import refuse_other_checkpoint
 
 
 def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None, *, extend: bool = False) -> Path:
@@ -97,6 +98,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
             return run.path
 
         resumes = isinstance(start, Resume)
+        if isinstance(start, Resume):
+            refuse_other_checkpoint(start.checkpoint, parallel)
         if resumes:
             data = data_as_it_was(data, places)
             if stored is not None and stored.get(WEIGHTS) != EACH_EPOCH:
@@ -136,6 +139,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
             plan.switches,
             data.checked["train"],
             parallel,
+            arguments,
             say,
             None if resumes else given,
             is_main=is_main,

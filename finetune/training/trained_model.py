@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from peft import PeftModel
 from transformers import set_seed
+from trl import SFTConfig
 
 from finetune.data.checks.checked import Checked
 from finetune.data.reading import views_of
@@ -21,6 +22,7 @@ from finetune.recipe import Recipe
 from finetune.terminal import Say
 from finetune.training.parallel import Parallel
 from finetune.training.sharded_model import load_once
+from finetune.training.zero import loading_whole
 from qwenvl import load_model
 from qwenvl.checkpoint.record import ModelRecord
 from qwenvl.model.generation import reply_as_trained
@@ -63,6 +65,7 @@ def load_trained_model(
     switches: Switches,
     checked: Checked,
     parallel: Parallel,
+    arguments: SFTConfig,
     say: Say,
     given: GivenAdapter | None = None,
     *,
@@ -73,21 +76,20 @@ def load_trained_model(
     Args:
         computes_in: what `computing.computing_dtype` settles.
         checked: the training data.
-        parallel: where it shares the model by FSDP2, only the main process reads the checkpoint.
+        parallel: where no process has all of the model, only the main one reads the checkpoint.
+        arguments: the trainer's configuration.
         given: the adapter whose weights training begins with; None for a new one, or in a run that resumes.
 
     Raises:
         InputError: what the recipe wants trained cannot be, or the checkpoint is damaged.
     """
     set_seed(recipe.seed)
-    if parallel.way == "fsdp":
-        model = load_once(
-            partial(_load, recipe, computing, computes_in, base, given),
-            partial(_shape, recipe, computing, base),
-            is_main=is_main,
-        )
-    else:
-        model = _load(recipe, computing, computes_in, base, given)
+    with loading_whole(arguments):
+        read = partial(_load, recipe, computing, computes_in, base, given)
+        if parallel.shards:
+            model = load_once(read, partial(_shape, recipe, computing, base), is_main=is_main)
+        else:
+            model = read()
     notes = (*((RANDOM_WEIGHTS,) if is_random(without_adapter(model)) else ()), *base.notes(views_of(recipe)))
     if given is not None:
         say(

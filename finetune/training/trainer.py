@@ -45,9 +45,9 @@ from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.evaluation_loss import loss_metrics, sum_losses
 from finetune.training.loss_scale import LossScale, skip_on_host
 from finetune.training.processes import average_gradients, stop_together
-from finetune.training.shared_trainer import SharedTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
+from finetune.training.zero_trainer import ZeroTrainer
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG
 from qwenvl.checkpoint.record import ModelRecord, write_record
@@ -57,7 +57,7 @@ class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the message names the samples."""
 
 
-class QwenVLTrainer(SharedTrainer):
+class QwenVLTrainer(ZeroTrainer):
     """TRL's trainer over samples that are rendered, decoded and packed when they are needed.
 
     One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
@@ -273,6 +273,8 @@ class QwenVLTrainer(SharedTrainer):
             self.step_in_packs = None
             if isinstance(model, DistributedDataParallel):
                 average_gradients(model.parameters())
+            elif self.is_deepspeed_enabled:
+                self.deepspeed.step()
         self.throughput.count(inputs)
         return total
 
@@ -287,13 +289,13 @@ class QwenVLTrainer(SharedTrainer):
         elif isinstance(model, FSDPModule):
             # Transformers defers it to the last batch of a step, with the gradients of all weights on each process.
             model.set_requires_gradient_sync(True)
-        elif not (is_last and self.accelerator.sync_gradients):
+        elif not self.is_deepspeed_enabled and not (is_last and self.accelerator.sync_gradients):
             without_sync = self.accelerator.no_sync(model)
         pack = self._prepare_inputs(pack)
         with self.computing(), without_sync:
             loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
             self._refuse_non_finite(loss, pack)
-            self.accelerator.backward(loss)
+            self.backward(loss, is_last=is_last)
         return loss.detach()
 
     def compute_loss(
