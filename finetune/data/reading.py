@@ -52,7 +52,6 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
         data.max_length,
         processor.n_queries,
         data.labels,
-        data.train_on,
         data.grounding,
         data.on_long,
         data.on_bad_row,
@@ -60,6 +59,7 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
         identify=recipe.evaluate is not None,
         markup_as_text=check_markup_names(data.markup_as_text),
         views=views_of(recipe),
+        train_on=data.train_on,
     )
 
 

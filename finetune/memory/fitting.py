@@ -144,6 +144,9 @@ class _Trials:
         for remedy in REMEDIES:
             if remedy[0] in NEED_BITSANDBYTES and not has_bitsandbytes:
                 continue
+            adapter = self.recipe.adapter
+            if remedy[0].startswith("adapter.r=") and adapter is not None and adapter.from_ is not None:
+                continue  # its rank is that of the adapter that it goes on from
             if "{budget}" not in remedy[0]:
                 yield remedy
             elif budget < self.workload.tokens:

@@ -228,23 +228,21 @@ def _section(folder: Path, settings: LoraConfig, model: nn.Module) -> Adapter:
     ends = sorted(settings.target_modules) if isinstance(settings.target_modules, list | set) else []
     vision = [name for name in targets if name.startswith(VISION)]
     language = [name for name in targets if not name.startswith(VISION)]
-    ranks = {name: settings.rank_pattern.get(_pattern(settings.rank_pattern, name), settings.r) for name in targets}
-    alphas = {
-        name: settings.alpha_pattern.get(_pattern(settings.alpha_pattern, name), settings.lora_alpha)
-        for name in targets
-    }
+    rank_pattern, alpha_pattern = settings.rank_pattern or {}, settings.alpha_pattern or {}
+    ranks = {name: rank_pattern.get(_pattern(rank_pattern, name), settings.r) for name in targets}
+    alphas = {name: alpha_pattern.get(_pattern(alpha_pattern, name), settings.lora_alpha) for name in targets}
     tables = _saved(settings, model) & TABLES
     if tables and tables != TABLES:
         raise UserError(
             f"adapter.from: {folder} trained {', '.join(tables)} in full and not {', '.join(TABLES - tables)}: here "
             f"both are trained or none. {MERGE_FIRST}"
         )
-    init = settings.init_lora_weights
+    init: Any = settings.init_lora_weights
     return Adapter(
         r=settings.r,
         alpha=settings.lora_alpha,
-        rank_pattern=_patterns(settings.rank_pattern, ranks, settings.r, targets),
-        alpha_pattern=_patterns(settings.alpha_pattern, alphas, settings.lora_alpha, targets),
+        rank_pattern=_patterns(rank_pattern, ranks, settings.r, targets),
+        alpha_pattern=_patterns(alpha_pattern, alphas, settings.lora_alpha, targets),
         dropout=settings.lora_dropout,
         targets=_shortest_ends(model, ends, language),
         vision_targets=_shortest_ends(model, ends, vision),

@@ -180,12 +180,12 @@ class FollowLongerSchedule(TrainerCallback):
             return
         before = format_learning_rate(float(optimizer.param_groups[0]["lr"]))
         rates = [
-            base * factor(scheduler.last_epoch)
+            float(base) * factor(scheduler.last_epoch)
             for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         ]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        scheduler._last_lr = rates
+        scheduler._last_lr = list(rates)
         self.say(
             "schedule",
             f"{where}, the learning rate is that of the longer run's schedule ({kind}): "

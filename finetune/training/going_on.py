@@ -37,7 +37,8 @@ def settle_given_adapter(
     noted = None if stored is None else stored.get("identity")
     if noted is not None and noted.get(ADAPTER_FROM) and not Path(recipe.adapter.from_).exists():
         as_it_was = _noted_adapter(noted)
-        if as_it_was is not None and find_last_good(run.checkpoints).path is not None:
+        is_the_same = as_it_was is not None and as_it_was.from_ == recipe.adapter.from_
+        if as_it_was is not None and is_the_same and find_last_good(run.checkpoints).path is not None:
             given = {key: getattr(recipe.adapter, key) for key in recipe.adapter.model_fields_set}
             if given.get("train_embeddings") == "auto":
                 given.pop("train_embeddings")

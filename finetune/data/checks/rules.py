@@ -24,8 +24,6 @@ class Rules:
 
     Attributes:
         tokenizer, labels, grounding, n_queries: as for `chat.render_chat`.
-        train_on: "last" trains the last reply of a conversation alone, and with it nothing of the turns' structure,
-            whatever `labels` says; of evaluation data the loss is of the same.
         max_length: tokens a sample may have; None is any number.
         on_long: "error" refuses data with longer samples, "drop" leaves these out and counts them, "drop_turns" leaves
             out turns at their front where that is enough (see `shortening.render_fitting`).
@@ -34,13 +32,14 @@ class Rules:
         identify: note what each sample is made of, to find those that train and evaluate (see `overlap`).
         markup_as_text: kinds of markup that are text where no format reads them (see `markup`); others are refused.
         views: what pictures an image becomes; None is itself alone.
+        train_on: "last" trains the last reply of a conversation alone, and with it nothing of the turns' structure,
+            whatever `labels` says; of evaluation data the loss is of the same.
     """
 
     tokenizer: QwenVLTokenizer
     max_length: int | None
     n_queries: int = 256
     labels: LabelRule = "assistant"
-    train_on: TrainOn = "all"
     grounding: bool = False
     on_long: OnLong = "error"
     on_bad_row: Literal["error", "skip"] = "error"
@@ -48,6 +47,7 @@ class Rules:
     identify: bool = False
     markup_as_text: frozenset[str] = frozenset()
     views: Views | None = None
+    train_on: TrainOn = "all"
 
     @property
     def pictures(self) -> int:
