@@ -218,7 +218,12 @@ def parallel_arguments(parallel: Parallel, given: Mapping[str, Any]) -> dict[str
 def zero_config(stage: int) -> dict[str, Any]:
     """A DeepSpeed configuration of a ZeRO stage; Transformers fills in what is auto from the recipe."""
     return {
-        "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}),
+        },
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
         "train_micro_batch_size_per_gpu": "auto",
@@ -237,6 +242,10 @@ def require_applied(parallel: Parallel, arguments: SFTConfig) -> None:
     Raises:
         UserError: it would train in another way.
     """
+    if parallel.way in ("zero2", "zero3") and arguments.device.type == "cpu":
+        raise UserError(
+            f"train.parallel: {parallel.way} is not applied by Accelerate on the CPU: use GPUs, or set ddp"
+        )
     if parallel.way != "fsdp":
         return
     plugin = FullyShardedDataParallelPlugin(**(arguments.fsdp_plugin_args or {}))

@@ -42,7 +42,7 @@ from finetune.run.left_out import LeftOut
 from finetune.training.epoch_sampler import EpochSampler
 from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.loss_scale import LossScale, skip_on_host
-from finetune.training.processes import average_gradients, stop_together
+from finetune.training.processes import average_gradients, deepspeed_backward, stop_together
 from finetune.training.shared_trainer import SharedTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
@@ -276,7 +276,10 @@ class QwenVLTrainer(SharedTrainer):
         with self.computing(), without_sync, self.maybe_activation_offload_context:
             loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
             self._refuse_non_finite(loss, pack)
-            self.accelerator.backward(loss)
+            if self.is_deepspeed_enabled:
+                deepspeed_backward(self.accelerator, loss, is_last=is_last)
+            else:
+                self.accelerator.backward(loss)
         return loss.detach()
 
     def compute_loss(
