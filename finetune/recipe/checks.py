@@ -250,6 +250,42 @@ def workers_have_work(data: Data, train: Train) -> Iterator[Finding]:
             yield Finding((f"train.{key}", "data.workers"), "there are no workers: no effect", "raise data.workers")
 
 
+SHARED_OPTIMIZERS = {
+    "fsdp": ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"),
+    "zero2": ("adamw_torch", "adamw_torch_fused", "sgd"),
+    "zero3": ("adamw_torch", "adamw_torch_fused", "sgd"),
+}
+"""Values of `train.optim` that work on a part of each tensor: PyTorch's own. Those of other packages take a tensor's
+memory as a whole, or do not know tensors that are distributed."""
+
+
+def model_can_be_shared(model: Model, data: Data, train: Train) -> Iterator[Finding]:
+    way = "fsdp" if train.parallel == "auto" and train.fsdp else train.parallel
+    if way in SHARED_OPTIMIZERS:
+        yield from what_cannot_be_shared(model, data, train, way)
+
+
+def what_cannot_be_shared(model: Model, data: Data, train: Train, way: str) -> Iterator[Finding]:
+    """What does not go with a way of training in which each process has a part of the model or of its optimizer.
+
+    Args:
+        way: one of `SHARED_OPTIMIZERS`.
+    """
+    other, optimizers, in_parts = "train.parallel", SHARED_OPTIMIZERS[way], way != "zero2"
+    if model.quantization == "nf4" and in_parts:
+        reason = "4-bit codes are not shared: every process would keep all of them"
+        remedy = "set train.parallel: ddp, with one quantised base a GPU (some 6 GB), or model.quantization: none"
+        yield Finding(("model.quantization", other), reason, remedy)
+    if model.embeddings_on_cpu:
+        yield Finding(("model.embeddings_on_cpu", other), "the processes share the embeddings too", "take it out")
+    if data.vision_cache != "off" and in_parts:
+        reason = "images are encoded before the processes share the model, when only the first one has it"
+        yield Finding(("data.vision_cache", other), reason, "set it to off")
+    if train.optim not in ("auto", *optimizers):
+        reason = f"{train.optim} does not work on parts of tensors"
+        yield Finding(("train.optim", other), reason, f"take one of {', '.join(optimizers)}")
+
+
 CHECKS = (
     something_is_trained,
     nothing_is_trained_twice,
@@ -263,5 +299,6 @@ CHECKS = (
     best_checkpoint_is_saved,
     score_has_its_direction,
     workers_have_work,
+    model_can_be_shared,
 )
 """Each takes the sections that its parameters name."""
