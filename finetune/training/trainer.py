@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,8 +37,14 @@ from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
+from finetune.training.best_checkpoint import metric_key, step_is_best
+from finetune.training.checkpoint_note import passing_checkpoints
 from finetune.training.epoch_sampler import EpochSampler
+from finetune.training.interrupts import Abandoned, StopOnSignal
 from finetune.training.processes import average_gradients
+from finetune.training.random_states import random_states_kept
+from finetune.training.resumption import Resumption
+from finetune.training.save_times import SaveInTime
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -125,6 +132,9 @@ class QwenVLTrainer(SFTTrainer):
         )
         # Transformers turns it off, and a saved model would then generate without a cache.
         config.use_cache = use_cache
+        self.stop = next((one for one in callbacks if isinstance(one, StopOnSignal)), None) or StopOnSignal()
+        self.saves = next((one for one in callbacks if isinstance(one, SaveInTime)), None) or SaveInTime(None)
+        self.resumption = Resumption(self)
 
     @staticmethod
     def _config_of(model: nn.Module) -> QwenVLConfig:
@@ -143,6 +153,10 @@ class QwenVLTrainer(SFTTrainer):
         self.step_in_packs = None
         try:
             return super().train(*args, **kwargs)
+        except Abandoned:
+            self.resumption.leave()
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, float("nan"), {})
         finally:
             model.generation_config = settings
 
@@ -156,11 +170,23 @@ class QwenVLTrainer(SFTTrainer):
         # Accelerate replaces its generator by one seeded from the seed and the epoch, the same on every process.
         return RandomSampler(dataset)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.resumption.resume_from(kwargs.get("resume_from_checkpoint"))
+        return super()._inner_training_loop(*args, **kwargs)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        self.resumption.begin()
+        if self.control.should_training_stop:
+            return None
         # Not by the loader's `set_epoch`, which does not reach a sampler behind those that skip and share batches.
         if self.epoch_sampler is not None:
             self.epoch_sampler.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.resumption.begin()  # where no epoch was left
+        self.stop.abandon_if_received()
+        return super()._finalize_training(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader: Any = super()._get_dataloader(*args, **kwargs)
@@ -217,15 +243,27 @@ class QwenVLTrainer(SFTTrainer):
                 empty_gradients=model.zero_grad,
                 refuse=partial(self._refuse_out_of_memory, "train"),
                 can_repeat=not self._is_sharded,
+                # Where the model is sharded, the others wait for this process in each forward.
+                is_abandoned=lambda: self.stop.is_received and not self._is_sharded,
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
+        self._agree_on_the_step()
         if self.accelerator.sync_gradients:
             self.step_in_packs = None
             if isinstance(model, DistributedDataParallel):
                 average_gradients(model.parameters())
         self.throughput.count(inputs)
         return total
+
+    def _agree_on_the_step(self) -> None:
+        """Abandon the step in all processes if any has a signal, and hear whether the main process wishes to save."""
+        (wishes,) = self.stop.agree(self.saves.wishes() if self.args.process_index == 0 else 0)
+        self.saves.heard(wishes)
+        # DeepSpeed's optimizer steps in the last backward: then the step is done.
+        is_done = self.accelerator.sync_gradients and self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.stop.agreed and not is_done:
+            raise Abandoned
 
     def _forward_backward(
         self, model: nn.Module, num_items_in_batch: torch.Tensor | int | None, pack: Batch, is_last: bool
@@ -314,8 +352,7 @@ class QwenVLTrainer(SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As `_evaluate_in_place`, with the random state put back: even making a data loader draws a number."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with random_states_kept(self.args.device):
             return self._evaluate_in_place(eval_dataset, metric_key_prefix)
 
     def _evaluate_in_place(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -331,13 +368,16 @@ class QwenVLTrainer(SFTTrainer):
         # Sum of losses, supervised tokens, samples, samples beyond seq_length.
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         beyond = self._config_of(self.model).seq_length
-        for batch in self.get_eval_dataloader(eval_dataset):
+        for batch in takewhile(lambda batch: not self.stop.is_received, self.get_eval_dataloader(eval_dataset)):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             self._note_left_out("eval", batch)
             for pack, loss in self._losses(model, batch):
                 there = (pack["samples"] != NO_SAMPLE).sum()
                 counts = [(pack["labels"] != IGNORED).sum(), there, (pack["sequence_lengths"] > beyond).sum()]
                 sums += torch.tensor([loss, *counts], dtype=torch.float64, device=sums.device)
+                if self.stop.is_received and not self._is_sharded:
+                    break
+        self.stop.abandon_if_received()
         sums = self.accelerator.reduce(sums, reduction="sum")
         self._log_lowered(self.eval_budget)
         if not sums[1]:
@@ -381,7 +421,15 @@ class QwenVLTrainer(SFTTrainer):
 
     def _task_score(self, scorer: TaskScorer) -> TaskScore:
         model = self.accelerator.unwrap_model(self.model)
-        return scorer.evaluate(model, self.accelerator, self.state.global_step, bar=False, tick=self._tick)
+        return scorer.evaluate(
+            model,
+            self.accelerator,
+            self.state.global_step,
+            bar=False,
+            tick=self._tick,
+            is_abandoned=lambda: self.stop.is_received,
+            agree=self.stop.abandon_if_received,
+        )
 
     def _tick(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -389,7 +437,22 @@ class QwenVLTrainer(SFTTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # The step is done and not saved yet.
         self._log_lowered(self.train_budget)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        with self.resumption.after_step():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.resumption.owing_evaluation():
+            return super()._evaluate(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the base class's, which keeps the first of equal ones; see `best_checkpoint.is_new_best`."""
+        metric = self.args.metric_for_best_model
+        if metric is None or metric_key(metric) not in metrics:
+            return super()._determine_best_metric(metrics, trial)
+        is_best = step_is_best(self.args, self.state)
+        if is_best:
+            self.state.best_metric, self.state.best_global_step = metrics[metric_key(metric)], self.state.global_step
+        return is_best
 
     def _log_lowered(self, budget: PackBudget) -> None:
         news = budget.take_news(self.args.device)
@@ -410,7 +473,7 @@ class QwenVLTrainer(SFTTrainer):
                 # All samples were left out. A loss of 0 would look like one that was learned.
                 del logs["loss"]
             self._supervised = 0
-            logs |= self.throughput.since_last(self.accelerator.num_processes, self.args.device)
+            logs |= self.throughput.since_last(self.args.device)
         # Not SFTTrainer's, which adds figures of its own loss.
         Trainer.log(self, logs, start_time)
 
@@ -425,8 +488,10 @@ class QwenVLTrainer(SFTTrainer):
         """As the base class's, but complete or absent: written under another name, synced, hashed, then renamed."""
         step = self.state.global_step
         self.gather_left_out()
+        note = self.resumption.note()
         final = checkpoint_path(self.run.checkpoints, step)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.saves.measured())
             partial = self._from_main_process(stack.enter_context(writing(final)) if self.args.should_save else None)
             stack.callback(setattr, self.args, "output_dir", self.args.output_dir)
             self.args.output_dir = str(partial)
@@ -441,11 +506,11 @@ class QwenVLTrainer(SFTTrainer):
                 if (partial / ADAPTER_CONFIG).is_file():
                     write_plain_config(partial)
                 self._name_best_checkpoint(partial / TRAINER_STATE_NAME)
+                note.write(partial)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            keep = self.args.save_total_limit
-            if keep is not None:
-                prune(self.run.checkpoints, keep, {Path(best)} if best else set())
+            passing = passing_checkpoints(self.run.checkpoints)
+            prune(self.run.checkpoints, self.args.save_total_limit, {Path(best)} if best else set(), passing)
         self.accelerator.wait_for_everyone()
 
     def _name_best_checkpoint(self, state_file: Path) -> None:

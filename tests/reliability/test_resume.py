@@ -78,9 +78,8 @@ def test_kill_at_a_random_moment(uninterrupted, tmp_path, seed):
 
 
 def assert_saved_at_the_last_step(run):
-    (saved,) = run.joinpath("checkpoints").iterdir()
-    logged = steps_logged(run)
-    assert saved.name == f"step-{logged}" and logged < 8
+    saved = max(int(path.name.split("-")[1]) for path in run.joinpath("checkpoints").iterdir())
+    assert saved == steps_logged(run) < 8
 
 
 @pytest.mark.parametrize(
