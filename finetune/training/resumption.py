@@ -21,7 +21,7 @@ from finetune.training.save_times import ends_epoch
 from finetune.training.throughput import Amounts
 
 if TYPE_CHECKING:
-    from finetune.training.trainer import QwenVLTrainer
+    from finetune.training.resumable_trainer import ResumableTrainer
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class WholeStep:
     random: RandomStates
     counted: Amounts
     loss: torch.Tensor
-    flops: float
+    flops: int
     supervised: torch.Tensor | int
     tokens_seen: int
 
@@ -52,10 +52,11 @@ class Resumption:
         trainer: its own.
     """
 
-    def __init__(self, trainer: "QwenVLTrainer"):
+    def __init__(self, trainer: "ResumableTrainer"):
         # A circle would keep the trainer, and the workers of its data loaders, until the garbage collector comes.
-        self._trainer: QwenVLTrainer = weakref.proxy(trainer)
-        self._note: CheckpointNote | None = None  # of the checkpoint that is resumed
+        self._trainer: ResumableTrainer = weakref.proxy(trainer)
+        self._checkpoint: str | None = None  # that is resumed
+        self._note: CheckpointNote | None = None  # of it
         self._begun = False
         self._step_ended = -1  # whose `after_step` was
         self._place: Owed = "step"
@@ -65,6 +66,7 @@ class Resumption:
 
     def resume_from(self, checkpoint: str | None) -> None:
         """Called before the training loop, with the checkpoint that its state is of."""
+        self._checkpoint = checkpoint
         self._note = None if checkpoint is None else read_note(checkpoint)
         self._begun, self._step_ended = False, -1
         self._owed = self._whole = self._saved = None
@@ -95,6 +97,7 @@ class Resumption:
         if owed is None:
             return
         trainer = self._trainer
+        trainer._load_rng_state(self._checkpoint)  # which is saved again with what is done here
         if trainer.args.process_index == 0:
             trainer.run.forget_evaluation_of(trainer.state.global_step)  # logged, and killed before it was saved
         trainer.control.should_training_stop |= trainer.state.global_step >= trainer.state.max_steps

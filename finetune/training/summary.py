@@ -65,9 +65,9 @@ def summary(
         lines["loss"] = _first_to_last(series["loss"])
     if "eval_loss" in series:
         lines["eval loss"] = _first_to_best(series["eval_loss"]) + _of_saved(series["eval_loss"], saved_step)
-    for key, parts in parts_of_scores(series).items():
+    for key, own in parts_of_scores(series).items():
         if key != "eval_loss":
-            each = ", ".join(f"{name} {_first_to_last(series[part])}" for part, name in parts.items())
+            each = ", ".join(f"{name} {_first_to_last(series[part])}" for part, name in own.items())
             text = _first_to_last(series[key]) + (f" ({each})" if each else "")
             lines[key.replace("_", " ")] = text + _of_saved(series[key], saved_step)
     if "peak_memory_bytes" in series:

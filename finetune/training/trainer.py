@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampl
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.batches.collate import LEFT_OUT, NO_SAMPLE, Collator
@@ -37,14 +37,11 @@ from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
-from finetune.training.best_checkpoint import metric_key, step_is_best
 from finetune.training.checkpoint_note import passing_checkpoints
 from finetune.training.epoch_sampler import EpochSampler
-from finetune.training.interrupts import Abandoned, StopOnSignal
 from finetune.training.processes import average_gradients
 from finetune.training.random_states import random_states_kept
-from finetune.training.resumption import Resumption
-from finetune.training.save_times import SaveInTime
+from finetune.training.resumable_trainer import ResumableTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -57,7 +54,7 @@ class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the message names the samples."""
 
 
-class QwenVLTrainer(SFTTrainer):
+class QwenVLTrainer(ResumableTrainer):
     """TRL's trainer over samples that are rendered, decoded and packed when they are needed.
 
     One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
@@ -109,14 +106,14 @@ class QwenVLTrainer(SFTTrainer):
         self.train_budget = PackBudget("tokens_per_batch", tokens_per_batch, out_of_memory)
         # Evaluation keeps no activations. If it runs out of memory, training need not have smaller packs.
         self.eval_budget = PackBudget("evaluation_tokens_per_batch", tokens_per_batch, out_of_memory)
-        self.step_in_packs: StepInPacks | None = None
+        self.step_in_packs = None
         self.learning_rates = learning_rates or {}
         self.vision_layer_decay = vision_layer_decay
         self.shuffle = shuffle
         self.epoch_sampler = None if draws is None else EpochSampler(draws, indices["train"], args.seed, shuffle)
         self.task_scorer = task_scorer
         self.throughput = Throughput()
-        self._supervised: torch.Tensor | int = 0  # tokens of all processes since the last log
+        self._supervised = 0
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
         config = self._config_of(model)
         use_cache = config.use_cache
@@ -132,9 +129,7 @@ class QwenVLTrainer(SFTTrainer):
         )
         # Transformers turns it off, and a saved model would then generate without a cache.
         config.use_cache = use_cache
-        self.stop = next((one for one in callbacks if isinstance(one, StopOnSignal)), None) or StopOnSignal()
-        self.saves = next((one for one in callbacks if isinstance(one, SaveInTime)), None) or SaveInTime(None)
-        self.resumption = Resumption(self)
+        self.obey(callbacks)
 
     @staticmethod
     def _config_of(model: nn.Module) -> QwenVLConfig:
@@ -153,10 +148,6 @@ class QwenVLTrainer(SFTTrainer):
         self.step_in_packs = None
         try:
             return super().train(*args, **kwargs)
-        except Abandoned:
-            self.resumption.leave()
-            self.is_in_train = False
-            return TrainOutput(self.state.global_step, float("nan"), {})
         finally:
             model.generation_config = settings
 
@@ -170,23 +161,11 @@ class QwenVLTrainer(SFTTrainer):
         # Accelerate replaces its generator by one seeded from the seed and the epoch, the same on every process.
         return RandomSampler(dataset)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.resumption.resume_from(kwargs.get("resume_from_checkpoint"))
-        return super()._inner_training_loop(*args, **kwargs)
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        self.resumption.begin()
-        if self.control.should_training_stop:
-            return None
         # Not by the loader's `set_epoch`, which does not reach a sampler behind those that skip and share batches.
         if self.epoch_sampler is not None:
             self.epoch_sampler.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.resumption.begin()  # where no epoch was left
-        self.stop.abandon_if_received()
-        return super()._finalize_training(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader: Any = super()._get_dataloader(*args, **kwargs)
@@ -248,22 +227,13 @@ class QwenVLTrainer(SFTTrainer):
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
-        self._agree_on_the_step()
+        self.agree_on_the_step()
         if self.accelerator.sync_gradients:
             self.step_in_packs = None
             if isinstance(model, DistributedDataParallel):
                 average_gradients(model.parameters())
         self.throughput.count(inputs)
         return total
-
-    def _agree_on_the_step(self) -> None:
-        """Abandon the step in all processes if any has a signal, and hear whether the main process wishes to save."""
-        (wishes,) = self.stop.agree(self.saves.wishes() if self.args.process_index == 0 else 0)
-        self.saves.heard(wishes)
-        # DeepSpeed's optimizer steps in the last backward: then the step is done.
-        is_done = self.accelerator.sync_gradients and self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if self.stop.agreed and not is_done:
-            raise Abandoned
 
     def _forward_backward(
         self, model: nn.Module, num_items_in_batch: torch.Tensor | int | None, pack: Batch, is_last: bool
@@ -437,22 +407,7 @@ class QwenVLTrainer(SFTTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # The step is done and not saved yet.
         self._log_lowered(self.train_budget)
-        with self.resumption.after_step():
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.resumption.owing_evaluation():
-            return super()._evaluate(*args, **kwargs)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As the base class's, which keeps the first of equal ones; see `best_checkpoint.is_new_best`."""
-        metric = self.args.metric_for_best_model
-        if metric is None or metric_key(metric) not in metrics:
-            return super()._determine_best_metric(metrics, trial)
-        is_best = step_is_best(self.args, self.state)
-        if is_best:
-            self.state.best_metric, self.state.best_global_step = metrics[metric_key(metric)], self.state.global_step
-        return is_best
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _log_lowered(self, budget: PackBudget) -> None:
         news = budget.take_news(self.args.device)

@@ -78,6 +78,6 @@ def test_both_stop_after_the_same_step(whole, tmp_path, rank, kind, call, step, 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["1", "0,1"])
 def test_a_signal_while_images_are_encoded_leaves_no_process_waiting(tmp_path, rank):
-    recipe = make(tmp_path, data__vision_cache="memory", adapter__vision_targets=None)
+    recipe = make(tmp_path, data__vision_cache="memory")
     said = stopped(rank, "image", 1, 29640 + len(rank), recipe)
     assert "interrupted by SIGTERM" in said

@@ -50,8 +50,8 @@ class Trainer:
         ({"saves": {"minutes": None}, "epoch": 100}, [12]),
         ({"saves": {"never": True}, "by": ()}, []),
         ({"by": (5,)}, [4, 5, 8, 12]),
-        # Once a save is known to take 10 seconds, three steps of 60 seconds are too few for two.
-        ({"saves": {"minutes": 1}, "save": 10}, [1, 7, 12]),
+        # Once a save is known to take 10 seconds, the second one waits until both are a twentieth of the time.
+        ({"saves": {"minutes": 1}, "save": 10}, [1, 7, 10, 12]),
         # A checkpoint that is expected to take as long is not written sooner either.
         ({"saves": {"expected_bytes": 10 * 500e6}, "save": 10}, [4, 8, 12]),
         ({"saves": {"expected_bytes": 40 * 500e6}, "save": 10}, [12]),
