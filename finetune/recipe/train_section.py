@@ -255,6 +255,9 @@ class OwnTrainKeys(Section):
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] | None = None
     """Activations that backward recomputes; auto is the least that fits, null leaves the choice to TRL's keys."""
 
+    save_minutes: Annotated[float, Field(gt=0)] | None = 10
+    """Minutes between two checkpoints, beside those by step; put off while saves take over 5 % of the time."""
+
     def findings(self) -> Iterator[Finding]:
         yield from findings_of_train(self)
         for key in TRL_CHECKPOINTING if self.checkpointing is not None else ():

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import SFTConfig
 
 from finetune.errors import UserError
 from finetune.memory.switches import Switches
@@ -13,6 +12,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.best_score import evaluates_when, followed_score, follows_score, higher_is_better, keeps_best
 from finetune.recipe.train_checks import BY_SCORE
 from finetune.training.parallel import Parallel, parallel_arguments
+from finetune.training.trackers import TrackedConfig
 
 KEPT_CHECKPOINTS = 2
 """Checkpoints that stay in a run folder, where the recipe does not say."""
@@ -27,7 +27,7 @@ def trainer_arguments(
     task_metric: str | None,
     computes_in: torch.dtype,
     parallel: Parallel | None = None,
-) -> SFTConfig:
+) -> TrackedConfig:
     """The trainer's configuration.
 
     Args:
@@ -82,7 +82,7 @@ def mixed_precision(computes_in: torch.dtype, *, in_full: bool) -> dict[str, boo
     return {"bf16": in_full and computes_in == torch.bfloat16, "fp16": computes_in == torch.float16}
 
 
-def sft_config(given: dict[str, Any], *, output: str, seed: int) -> SFTConfig:
+def sft_config(given: dict[str, Any], *, output: str, seed: int) -> TrackedConfig:
     """TRL's configuration, with the fields that this trainer decides.
 
     Args:
@@ -90,7 +90,7 @@ def sft_config(given: dict[str, Any], *, output: str, seed: int) -> SFTConfig:
         output: the run folder.
         seed: for every random choice.
     """
-    return SFTConfig(
+    return TrackedConfig(
         **{"bf16": False, "fp16": False, **given},  # TRL's default is bf16
         output_dir=output,
         seed=seed,

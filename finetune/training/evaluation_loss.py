@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,7 @@ def sum_losses(
     seq_length: int,
     device: torch.device,
     fillers: Fillers | None,
+    is_abandoned: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
     """Run this process's evaluation batches.
 
@@ -42,16 +44,21 @@ def sum_losses(
         seq_length: tokens that the model was made for.
         device: of the result.
         fillers: what packs are made alike with where the model is sharded; None where it is not.
+        is_abandoned: asked before each pack, or before each batch where the model is sharded; once it is true, this
+            process runs no more of its own.
 
     Returns:
         (4,) float64: the sum of losses, supervised tokens, samples, samples longer than `seq_length`.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
+    batches = takewhile(lambda _: not is_abandoned(), batches)
     if fillers is None:
         packs = _packs_that_fit(batches, loss_of_pack, budget, refuse)
     else:
         packs = _equal_packs(batches, loss_of_pack, budget, refuse, fillers)
     for pack, loss in packs:
+        if fillers is None and is_abandoned():
+            break
         there = pack["samples"] != NO_SAMPLE
         long = there & (pack["sequence_lengths"] > seq_length)
         counts = [(pack["labels"] != IGNORED).sum(), there.sum(), long.sum()]

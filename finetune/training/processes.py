@@ -3,7 +3,7 @@
 import atexit
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def closing_process_group() -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        if stopped.saved:  # all processes have stopped after the same step
+        if stopped.agreed:  # all processes have stopped after the same step
             _destroy_group(existed)
         raise
     _destroy_group(existed)
@@ -95,6 +95,22 @@ def deepspeed_backward(accelerator: Accelerator, loss: torch.Tensor, *, is_last:
         accelerator.backward(loss, scale_wrt_gas=False)
     finally:
         state._set_sync_gradients(of_batch)
+
+
+def largest_of_all(numbers: Sequence[int]) -> list[int]:
+    """The largest of each number over all processes, which all have as many; a collective call."""
+    return _reduced(numbers, dist.ReduceOp.MAX) if _is_initialized() else list(numbers)
+
+
+def sum_of_all(numbers: Sequence[int]) -> list[int]:
+    """The sum of each number over all processes, which all have as many; a collective call."""
+    return _reduced(numbers, dist.ReduceOp.SUM) if _is_initialized() else list(numbers)
+
+
+def _reduced(numbers: Sequence[int], operation: Any) -> list[int]:
+    values = torch.tensor(numbers, dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(values, op=operation)
+    return values.tolist()
 
 
 BUCKET_BYTES = 64_000_000

@@ -31,7 +31,7 @@ FREE_TO_CHANGE = (
     *("data.on_bad_row", "data.check_images"),  # what is left out is known by row, see `data.places`
     *("train.checkpointing", *(f"train.{key}" for key in TRL_CHECKPOINTING)),
     *(f"train.{key}" for key in ("logging_strategy", "logging_first_step", "log_level", "log_level_replica")),
-    *(f"train.{key}" for key in ("save_strategy", "save_steps", "save_total_limit")),
+    *(f"train.{key}" for key in ("save_strategy", "save_steps", "save_minutes", "save_total_limit")),
     *(f"train.{key}" for key in ("report_to", "run_name", "project")),
     *(f"train.dataloader_{key}" for key in ("pin_memory", "prefetch_factor", "persistent_workers")),
     "train.dataloader_multiprocessing_context",

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import time
 from pathlib import Path
 
 from finetune.files.base_identity import identify
@@ -12,6 +11,7 @@ from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.run.launch import launched_processes
 from finetune.run.left_out import LeftOut
+from finetune.run.log_file import RunLog, run_log
 from finetune.terminal import Say, say, say_nothing
 from finetune.training.extension import FollowLongerSchedule, pending
 from finetune.training.going_on import settle_given_adapter
@@ -33,6 +33,7 @@ from finetune.training.run_record import (
 from finetune.training.sample_replies import reply_to_samples
 from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
 from finetune.training.step_samples import StepSamples, keep_samples_per_step, step_samples_before
+from finetune.training.trackers import trackers_in
 from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
 from finetune.training.training_data import data_as_it_was, find_places, read_data
@@ -66,11 +67,15 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
     refuse_impossible(recipe, parallel)
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as stack:
+        log = RunLog()
         if is_main:
+            log = stack.enter_context(run_log())
+            say = log.heard(say)
             stack.enter_context(run.lock())
+        stack.enter_context(trackers_in(run.path))
         stack.enter_context(closing_process_group())
         stop = stack.enter_context(StopOnSignal())
-        began, phases = time.monotonic(), Phases("read")
+        phases = Phases("read")
 
         base = find_base(recipe.model)
         stored = run.read_run()
@@ -97,11 +102,14 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
             )
             return run.path
 
+        if is_main:
+            log.open(run.log_file)
         resumes = isinstance(start, Resume)
         if isinstance(start, Resume):
             refuse_other_checkpoint(start.checkpoint, parallel)
         if resumes:
             data = data_as_it_was(data, places)
+            phases.go_on_after((stored or {}).get("phases"))
             if stored is not None and stored.get(WEIGHTS) != EACH_EPOCH:
                 # The run began before each epoch had its own draw.
                 if data.checked["train"].epochs(recipe.seed) is not None:
@@ -160,7 +168,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
                 trained,
                 score_so_far,
                 StepSamples.of(stepped, launched_processes()),
-                resumes=resumes,
+                before=stored if resumes else None,
                 mended={name: part.mended for name, part in places.aligned.items()},
                 extensions=start.extensions if isinstance(start, Resume) else (),
             )
@@ -169,7 +177,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
             record = record_of_run(recipe, base, base_identity, data.checked["train"])
         left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
         cache = encode_images(stepped, base, data, trained, phases, left_out, say)
-        progress = Progress(checkpoints=run.checkpoints)
+        progress = Progress(checkpoints=run.checkpoints, log=log.write if is_main else None)
         trainer = make_trainer(
             recipe,
             run,
@@ -202,15 +210,15 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
         result = save_result(trainer, run, base, record, is_main=is_main)
         reply_to_samples(trainer, recipe, run, data, phases, "after", is_main=is_main)
         trainer.gather_left_out()
+        amounts = trainer.throughput.totals()
         if is_main:
-            seconds = time.monotonic() - began
             finish_record(
                 run,
                 phases,
-                seconds=seconds,
                 steps=trainer.state.global_step,
+                trained=amounts,
                 left_out=left_out.counts(),
                 best_checkpoint=trainer.state.best_model_checkpoint,
             )
-            report_result(trainer, run, result, data.task, seconds, say)
+            report_result(trainer, run, result, data.task, amounts, phases.seconds, say)
     return run.path

@@ -40,14 +40,16 @@ from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
+from finetune.training.checkpoint_note import passing_checkpoints
 from finetune.training.epoch_sampler import EpochSampler, SharedEpochSampler
 from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.evaluation_loss import loss_metrics, sum_losses
 from finetune.training.loss_scale import LossScale, skip_on_host
 from finetune.training.processes import average_gradients, stop_together
+from finetune.training.random_states import random_states_kept
+from finetune.training.resumable_trainer import ResumableTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
-from finetune.training.zero_trainer import ZeroTrainer
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG
 from qwenvl.checkpoint.record import ModelRecord, write_record
@@ -57,7 +59,7 @@ class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the message names the samples."""
 
 
-class QwenVLTrainer(ZeroTrainer):
+class QwenVLTrainer(ResumableTrainer):
     """TRL's trainer over samples that are rendered, decoded and packed when they are needed.
 
     One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
@@ -110,7 +112,7 @@ class QwenVLTrainer(ZeroTrainer):
         self.train_budget = PackBudget("tokens_per_batch", tokens_per_batch, out_of_memory)
         # Evaluation keeps no activations. If it runs out of memory, training need not have smaller packs.
         self.eval_budget = PackBudget("evaluation_tokens_per_batch", tokens_per_batch, out_of_memory)
-        self.step_in_packs: StepInPacks | None = None
+        self.step_in_packs = None
         self.learning_rates = learning_rates or {}
         self.vision_layer_decay, self.loraplus_lr_ratio = vision_layer_decay, loraplus_lr_ratio
         self.shuffle = shuffle
@@ -118,7 +120,7 @@ class QwenVLTrainer(ZeroTrainer):
         self.shared_sampler: SharedEpochSampler | None = None
         self.task_scorer = task_scorer
         self.throughput = Throughput()
-        self._supervised: torch.Tensor | int = 0  # tokens of all processes since the last log
+        self._supervised = 0
         self._failure: NonFiniteLoss | None = None
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
         self.train_samples = len(indices["train"])
@@ -140,6 +142,7 @@ class QwenVLTrainer(ZeroTrainer):
         config.use_cache = use_cache
         self.loss_scale = LossScale(self.accelerator) if args.fp16 else None
         self.share_model()
+        self.obey(callbacks)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # `bf16` and `fp16` round weights, or scale the loss: what the model computes in is for its own code to say.
@@ -264,11 +267,14 @@ class QwenVLTrainer(ZeroTrainer):
                 refuse=partial(self._refuse_out_of_memory, "train"),
                 can_repeat=not self._is_sharded,
                 equalize=self._equalize if self._is_sharded else None,
+                # Where the model is sharded, the others wait for this process in each forward.
+                is_abandoned=lambda: self.stop.is_received and not self._is_sharded,
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
         if self._is_sharded:
             stop_together(self._failure, self.args.device)
+        self.agree_on_the_step()
         if self.accelerator.sync_gradients:
             self.step_in_packs = None
             if isinstance(model, DistributedDataParallel):
@@ -377,8 +383,7 @@ class QwenVLTrainer(ZeroTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As `_evaluate_in_place`, with the random state put back: even making a data loader draws a number."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.computing():
+        with random_states_kept(self.args.device), self.computing():
             return self._evaluate_in_place(eval_dataset, metric_key_prefix)
 
     def _evaluate_in_place(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -400,7 +405,9 @@ class QwenVLTrainer(ZeroTrainer):
             seq_length=config.seq_length,
             device=self.args.device,
             fillers=Fillers.of(config, self.collators["eval"].tokenizer.eod_id) if self._is_sharded else None,
+            is_abandoned=lambda: self.stop.is_received,
         )
+        self.stop.abandon_if_received()
         sums = self.accelerator.reduce(sums, reduction="sum")
         self._log_news(self.eval_budget.take_news(self.args.device))
         metrics: dict[str, Any] = loss_metrics(sums, metric_key_prefix, self.left_out.file)
@@ -423,7 +430,15 @@ class QwenVLTrainer(ZeroTrainer):
 
     def _task_score(self, scorer: TaskScorer) -> TaskScore:
         model = self.accelerator.unwrap_model(self.model)
-        return scorer.evaluate(model, self.accelerator, self.state.global_step, bar=False, tick=self._tick)
+        return scorer.evaluate(
+            model,
+            self.accelerator,
+            self.state.global_step,
+            bar=False,
+            tick=self._tick,
+            is_abandoned=lambda: self.stop.is_received,
+            agree=self.stop.abandon_if_received,
+        )
 
     def _tick(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -453,7 +468,7 @@ class QwenVLTrainer(ZeroTrainer):
                 # All samples were left out. A loss of 0 would look like one that was learned.
                 del logs["loss"]
             self._supervised = 0
-            logs |= self.throughput.since_last(self.accelerator.num_processes, self.args.device)
+            logs |= self.throughput.since_last(self.args.device)
         # Not SFTTrainer's, which adds figures of its own loss.
         Trainer.log(self, logs, start_time)
 
@@ -471,8 +486,10 @@ class QwenVLTrainer(ZeroTrainer):
         """As the base class's, but complete or absent: written under another name, synced, hashed, then renamed."""
         step = self.state.global_step
         self.gather_left_out()
+        note = self.resumption.note()
         final = checkpoint_path(self.run.checkpoints, step)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.saves.measured())
             partial = self._from_main_process(stack.enter_context(writing(final)) if self.args.should_save else None)
             stack.callback(setattr, self.args, "output_dir", self.args.output_dir)
             self.args.output_dir = str(partial)
@@ -487,11 +504,11 @@ class QwenVLTrainer(ZeroTrainer):
                 if (partial / ADAPTER_CONFIG).is_file():
                     write_plain_config(partial)
                 self._name_best_checkpoint(partial / TRAINER_STATE_NAME)
+                note.write(partial)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            keep = self.args.save_total_limit
-            if keep is not None:
-                prune(self.run.checkpoints, keep, {Path(best)} if best else set())
+            passing = passing_checkpoints(self.run.checkpoints)
+            prune(self.run.checkpoints, self.args.save_total_limit, {Path(best)} if best else set(), passing)
         self.accelerator.wait_for_everyone()
 
     def _name_best_checkpoint(self, state_file: Path) -> None:

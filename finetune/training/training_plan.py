@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from trl import SFTConfig
 
 from finetune.batches.budget import ChosenBudget
 from finetune.batches.steps import processes_of_environment
@@ -18,6 +17,7 @@ from finetune.terminal import Say
 from finetune.training.arguments import trainer_arguments
 from finetune.training.parallel import Parallel
 from finetune.training.settings_check import check_settings
+from finetune.training.trackers import TrackedConfig
 from finetune.training.training_data import TrainingData
 from qwenvl import QwenVLConfig
 
@@ -65,7 +65,7 @@ def settled_arguments(
     *,
     resumes: bool,
     own_optimizer: bool,
-) -> SFTConfig:
+) -> TrackedConfig:
     """The trainer's configuration, checked against libraries, task and data before the weights are loaded.
 
     Args:
