@@ -90,24 +90,21 @@ def find_start(
     stored: Mapping[str, Any] | None,
     say: Say,
     *,
-    is_main: bool,
     aligned: Mapping[str, Aligned] | None = None,
 ) -> Start:
-    """Find where a run stands, and clear what a killed process left behind.
+    """Find where a run stands, and clear what a killed process left behind; for the main process.
 
     Args:
         identity: of the run about to start, see `run_identity`.
         stored: what run.json says; None where there is none.
         aligned: where the rows of each part of the data are now, if the run folder tells what they were; the data's
             fingerprints are compared where it does not.
-        is_main: whether this is the process that writes into the run folder.
 
     Raises:
         UserError: the folder holds a run of another recipe, other data or another base, or resume is never.
     """
-    if is_main:
-        clean_partials(run.path)
-        clean_partials(run.checkpoints)
+    clean_partials(run.path)
+    clean_partials(run.checkpoints)
     if stored is None or "identity" not in stored:
         return Fresh()
     aligned = {} if aligned is None else aligned
@@ -149,9 +146,8 @@ def find_start(
     last = find_last_good(run.checkpoints)
     for folder, reason in last.damaged:
         say("resume", f"{folder.name} is damaged ({reason}): going back to the one before")
-    if is_main:
-        # A run that starts again logs its scores of step 0 again.
-        run.forget_metrics_after(last.step if last.path is not None else -1)
+    # A run that starts again logs its scores of step 0 again.
+    run.forget_metrics_after(last.step if last.path is not None else -1)
     if last.path is None:
         return Fresh()
     say("resume", f"from step {last.step}")

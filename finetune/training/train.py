@@ -12,8 +12,10 @@ from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.run.launch import launched_processes
 from finetune.run.left_out import LeftOut
+from finetune.run.meeting import meeting_of
 from finetune.terminal import Say, say, say_nothing
 from finetune.training.arguments import trainer_arguments
+from finetune.training.folder_of_run import folder_of_run, require_the_same, take_over_result
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
 from finetune.training.phases import Phases
@@ -53,6 +55,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         say = say_nothing
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as stack:
+        meeting = stack.enter_context(meeting_of("train"))
         if is_main:
             stack.enter_context(run.lock())
         stack.enter_context(closing_process_group())
@@ -69,9 +72,13 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         reads_base = is_main or os.environ.get("LOCAL_RANK", "0") == "0"
         base_identity = identify(base.path, page_cache=True) if reads_base else None
         identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base))
+        require_the_same(meeting, identity)
+        folder = stack.enter_context(folder_of_run(run, meeting, say))
+        run = folder.run
         stored = run.read_run()
         places = find_places(data, identity["data"], run, stored)
-        start = find_start(run, recipe, identity, stored, say, is_main=is_main, aligned=places.aligned)
+        found = find_start(run, recipe, identity, stored, say, aligned=places.aligned) if is_main else None
+        start = folder.start_of_main(found, say)
         if isinstance(start, Finished):
             say(
                 "finished",
@@ -91,11 +98,11 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
                     )
                 data = data.drawn_once()
         # Of this part of the run. What is recorded is the recipe as it was given.
-        stepped = recipe
+        stepped = recipe.model_copy(update={"output": str(run.path)})
         if isinstance(start, Resume):
             before = step_samples_before(stored or {}, recipe, start.checkpoint)
             samples = len(data.checked["train"].first_epoch(recipe.seed))
-            stepped = keep_samples_per_step(recipe, before, launched_processes(), samples, say)
+            stepped = keep_samples_per_step(stepped, before, launched_processes(), samples, say)
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
         trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say)
@@ -141,6 +148,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             optimizer=optimizer,
             is_main=is_main,
         )
+        trainer.use_folder(is_shared=folder.is_shared)
 
         if isinstance(start, Fresh):
             reply_to_samples(trainer, recipe, run, data, phases, "before", is_main=is_main)
@@ -149,6 +157,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         finally:
             progress.close()
         stop.raise_if_received()
+        if trainer.takes_over_result:
+            take_over_result(trainer)
 
         phases.begin("save")
         result = save_result(trainer, run, base, record, is_main=is_main)

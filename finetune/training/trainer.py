@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import torch
@@ -28,7 +29,7 @@ from finetune.batches.attempt import OutOfMemory
 from finetune.batches.collate import LEFT_OUT, NO_SAMPLE, Collator
 from finetune.data.epoch_draw import EpochDraws
 from finetune.data.loader_workers import ignore_signals_from_others
-from finetune.errors import Failed
+from finetune.errors import Failed, UserError
 from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
 from finetune.model.adapters import TrainableModel, parameter_groups, write_plain_config
@@ -111,6 +112,7 @@ class QwenVLTrainer(SFTTrainer):
         self.shared_sampler: SharedEpochSampler | None = None
         self.task_scorer = task_scorer
         self.throughput = Throughput()
+        self.shares_folder = True  # False where not all processes see the run folder
         self._supervised: torch.Tensor | int = 0  # tokens of all processes since the last log
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
         self.train_samples = len(indices["train"])
@@ -422,6 +424,8 @@ class QwenVLTrainer(SFTTrainer):
         final = checkpoint_path(self.run.checkpoints, step)
         with contextlib.ExitStack() as stack:
             partial = self._from_main_process(stack.enter_context(writing(final)) if self.args.should_save else None)
+            if not (self.shares_folder or self.args.should_save):
+                partial = Path(stack.enter_context(TemporaryDirectory()))
             stack.callback(setattr, self.args, "output_dir", self.args.output_dir)
             self.args.output_dir = str(partial)
             # Not SFTTrainer's: it writes a model card into the output folder first.
@@ -441,6 +445,34 @@ class QwenVLTrainer(SFTTrainer):
             if keep is not None:
                 prune(self.run.checkpoints, keep, {Path(best)} if best else set())
         self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if not self.shares_folder:
+            states = gather_object(
+                [(file.name, file.read_bytes()) for file in Path(output_dir).glob("rng_state_*.pth")]
+            )
+            for name, content in states if self.args.should_save else ():
+                Path(output_dir, name).write_bytes(content)
+
+    def use_folder(self, *, is_shared: bool) -> None:
+        """Say whether all processes see the run folder.
+
+        Raises:
+            UserError: they do not, and checkpoints need it: each process writes and reads its part of the model.
+        """
+        if self._is_sharded and not is_shared:
+            raise UserError(
+                "output: a model that is sharded over processes is saved in parts, each by its process, and not all "
+                f"of them see {self.run.path}: put output on a folder that all machines share"
+            )
+        self.shares_folder = is_shared
+
+    @property
+    def takes_over_result(self) -> bool:
+        """Whether processes may end with different weights: the best checkpoint's, where they find it, or the last."""
+        several = self.accelerator.num_processes > 1 and not self._is_sharded
+        return several and bool(self.args.load_best_model_at_end)
 
     def _name_best_checkpoint(self, state_file: Path) -> None:
         """Write the best checkpoint's final name, in the run folder, into a saved trainer state."""
