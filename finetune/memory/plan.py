@@ -7,16 +7,22 @@ Weights, gradients and optimizer states are exact; what a step allocates is coun
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import torch
+
 from finetune.batches.budget import ENCODED_TOGETHER, KEPT_FEATURE_BYTES, REPLY_BATCH_ROWS, REPLY_BATCH_TOKENS
 from finetune.memory.activations import BACKWARD, LANGUAGE, LOSS, VISION, VISION_BACKWARD, Step, step_of_shapes
 from finetune.memory.switches import Switches
 from finetune.memory.weights import WeightBytes, model_of_shapes, state_bytes, weight_bytes, weights_dtype
 from finetune.memory.workload import Workload
 from finetune.model.adapters import TrainableModel, without_adapter
+from finetune.model.masters import copy_bytes
 from finetune.model.recomputation import Recomputation
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig
+
+COPIES = "16-bit copies"
+"""Of trained float32 weights, for forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,9 @@ class _Plan:
         self.model = model_of_shapes(recipe, config, self.device_type)
         self.weights: WeightBytes = weight_bytes(self.model)
         self.states = state_bytes(self.model, switches.optim, self.device_type)
+        # Trained without an adapter in 16 bits, weights are float32, and rounded copies of them compute.
+        self.rounds_to = weights_dtype(recipe, config, self.device_type) if recipe.adapter is None else None
+        self.copies = 0 if self.rounds_to is None else copy_bytes(self.model, self.rounds_to)
         # With a vision cache images are encoded before training, and the vision side is removed then, unless the model
         # is trained without an adapter: its checkpoints contain the vision side.
         self.cached = switches.vision_cache != "off" and config.visual is not None
@@ -153,11 +162,13 @@ class _Plan:
         return MemoryPlan(tuple(phases), self.workload)
 
     def kept(self, *, training: bool, vision: bool = True) -> dict[str, int]:
-        """What a phase holds throughout: weights, optimizer states and, with `training`, gradients."""
+        """What a phase holds throughout: weights, their copies, optimizer states and, with `training`, gradients."""
         removed = () if vision else ("vision", "resampler")
         parts = {name: size for name, size in self.weights.device.items() if name not in removed}
         if self.on_host and self.weights.host:
             parts["embeddings"] = parts.get("embeddings", 0) + self.weights.host
+        if self.copies:
+            parts[COPIES] = self.copies
         if training:
             parts["gradients"] = self.weights.gradients
         parts["optimizer states"] = self.states.device
@@ -204,7 +215,8 @@ class _Plan:
             "loss": fullest.held[LOSS],
             "working memory": fullest.total - activations - fullest.held[LOSS],
         }
-        if self.states.working > fullest.total:
+        if self.states.working > fullest.total + self.copies:
+            kept.pop(COPIES, None)
             made = {"working memory": self.states.working}  # the optimizer's step is the fullest moment
         return Phase("train", kept | made, host=self.host(step.host))
 
@@ -245,6 +257,7 @@ class _Plan:
             switches.kernels,
             features=self.cached,
             input_gradient=trains and by_trl,
+            rounds_to=self.rounds_to,
         )
 
     def _encoding(self, images: int) -> int:
@@ -254,7 +267,8 @@ class _Plan:
 
     def _forward(self, workload: Workload) -> Step:
         """A forward without gradients."""
-        return _step(self.model, workload, None, self.device_type, self.switches.attention, self.switches.kernels)
+        attention, kernels = self.switches.attention, self.switches.kernels
+        return _step(self.model, workload, None, self.device_type, attention, kernels, rounds_to=self.rounds_to)
 
     def _replies(self, rows: int, row: int, replies: int) -> dict[str, int]:
         """Bytes that a batch of replies allocates.
@@ -293,6 +307,7 @@ def _step(
     *,
     features: bool = False,
     input_gradient: bool = False,
+    rounds_to: torch.dtype | None = None,
 ) -> Step:
     without_adapter(model).config._attn_implementation = attention
     return step_of_shapes(
@@ -303,4 +318,5 @@ def _step(
         kernels=kernels,
         features=features,
         input_gradient=input_gradient,
+        rounds_to=rounds_to,
     )

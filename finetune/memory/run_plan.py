@@ -104,7 +104,10 @@ def largest_forward(recipe: Recipe, checked: Checked, budget: int | None) -> Wor
 
 def is_sharded(recipe: Recipe) -> bool:
     """Whether processes share the model, through FSDP or DeepSpeed."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return False
     given = bool(recipe.train.fsdp) or recipe.train.deepspeed is not None
+    given = given or recipe.train.parallel in ("fsdp", "zero2", "zero3")
     return given or any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
 
 

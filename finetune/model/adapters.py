@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
 from finetune.model.components import component_of, published_name
+from finetune.model.masters import make_masters
 from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG
 from qwenvl.model.host_embedding import HostEmbedding
@@ -72,6 +73,8 @@ def trains_embeddings(setting: bool | str, generation_config: GenerationConfig |
 def train_in_full(model: QwenVLForConditionalGeneration, freeze: "Freeze") -> QwenVLForConditionalGeneration:
     """Without an adapter: train the components that are not frozen, embeddings with the language model.
 
+    All trained weights are float32 (see `finetune.model.masters`); frozen ones stay in what the base is stored in.
+
     Raises:
         UserError: everything is frozen.
     """
@@ -81,6 +84,7 @@ def train_in_full(model: QwenVLForConditionalGeneration, freeze: "Freeze") -> Qw
     frozen["embeddings"] = freeze.language
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen[component_of(name)])
+    make_masters(model)
     return model
 
 

@@ -35,6 +35,7 @@ class Base:
         packed: the checkpoint is packed by GPTQ, and is read as the 16-bit weights that it stands for.
         record: what it was trained as.
         seq_length: tokens that it was made for, by its configuration.
+        dtype: of its weights, by its configuration; None where that does not say.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Base:
     packed: bool = False
     record: ModelRecord = field(default_factory=ModelRecord)
     seq_length: int = 2048
+    dtype: torch.dtype | None = None
 
     @property
     def taken_for(self) -> str:
@@ -97,7 +99,7 @@ def find_base(model: Model) -> Base:
     record = trained_as(source.base)
     refuse_other_record(source, record)
     processor = QwenVLProcessor.from_pretrained(source.base)
-    return Base(source.base, quantized, processor, packed, record, config.seq_length)
+    return Base(source.base, quantized, processor, packed, record, config.seq_length, config.dtype)
 
 
 def read_generation_config(base: str) -> GenerationConfig:

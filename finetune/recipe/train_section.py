@@ -81,7 +81,7 @@ OWNED: dict[str, tuple[str | None, str]] = {
     "ddp_broadcast_buffers": (None, _OWN_EXCHANGE),
     "ddp_static_graph": (None, _OWN_EXCHANGE),
     "local_rank": (None, "comes from the launcher"),
-    "parallelism_config": (None, "comes from the configuration of `accelerate launch`"),
+    "parallelism_config": ("parallel", "tensors and sequences are not cut"),
     "push_to_hub": (None, _NO_UPLOAD),
     "hub_token": (None, f"{_NO_UPLOAD}. Write no token into a recipe"),
     "hub_private_repo": (None, _NO_UPLOAD),
@@ -144,6 +144,9 @@ TRL_CHECKPOINTING = (
 )
 """Fields that `checkpointing` takes the place of."""
 
+FSDP_KEYS = ("reshard_after_forward", "version")
+"""Keys of `fsdp_config` that are taken: layers are freed after forward, and gathered again for backward; and 2."""
+
 Rate = Annotated[float, Field(gt=0)]
 
 
@@ -197,11 +200,15 @@ class OwnTrainKeys(Section):
         dataloader_drop_last: bool
         deepspeed: Mapping[str, Any] | str | None
         fsdp: bool | str | None
+        fsdp_config: Mapping[str, Any] | str | None
 
     learning_rates: LearningRates = Field(default_factory=LearningRates)
     """Learning rates of single components; what is null takes learning_rate."""
     vision_layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor on the learning rate from each layer of the vision transformer to the one below (the paper: 0.95)."""
+    parallel: Literal["auto", "none", "ddp", "fsdp", "zero2", "zero3"] = "auto"
+    """How several processes share the work; auto is the plugin of `accelerate launch`, else ddp. ddp: a whole model
+    each; fsdp: each has a part of it (FSDP2); zero2, zero3: DeepSpeed's."""
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] | None = None
     """Activations that backward recomputes; auto is the least that fits, null leaves the choice to TRL's keys."""
 
@@ -219,8 +226,34 @@ class OwnTrainKeys(Section):
             if isinstance(getattr(self, key), dict) and "selective" in getattr(self, key):
                 reason = "TRL's selective does not reach the layers, or stops the run, with recent Transformers"
                 yield Finding((key,), reason, "remove it, and set checkpointing: selective")
+        yield from self._parallel_findings()
+
+    def _parallel_findings(self) -> Iterator[Finding]:
         if self.deepspeed is not None and self.fsdp:
             yield Finding(("deepspeed", "fsdp"), "both shard the model", "choose one of them")
+        elif self.fsdp and self.parallel not in ("auto", "fsdp"):
+            yield Finding(("fsdp", "parallel"), f"parallel is {self.parallel}, and this asks for fsdp", "take it out")
+        elif self.deepspeed is not None and self.parallel not in ("auto", "zero2", "zero3"):
+            reason = f"parallel is {self.parallel}, and this asks for DeepSpeed"
+            yield Finding(("deepspeed", "parallel"), reason, "take it out")
+        if isinstance(self.fsdp, str) and set(self.fsdp.split()) - {"full_shard", "auto_wrap", "true", "True"}:
+            reason = f"{self.fsdp!r} is a way of the old FSDP; weights, gradients and optimizer are shared here"
+            yield Finding(("fsdp",), reason, "take it out, and set parallel: fsdp")
+        if self.fsdp_config is None:
+            return
+        if not self.fsdp and self.parallel != "fsdp":
+            yield Finding(("fsdp_config", "parallel"), "has no effect without parallel: fsdp", "take it out")
+        elif isinstance(self.fsdp_config, str):
+            yield Finding(("fsdp_config",), "is a file", f"write its keys here; there are {', '.join(FSDP_KEYS)}")
+        else:
+            given = {name.removeprefix("fsdp_"): value for name, value in self.fsdp_config.items()}
+            for name in sorted(given.keys() - set(FSDP_KEYS)):
+                reason = f"{name}: what is wrapped, loaded and saved is decided here"
+                yield Finding(("fsdp_config",), reason, f"take it out; there are {', '.join(FSDP_KEYS)}")
+            if given.get("version", 2) != 2:
+                yield Finding(("fsdp_config",), f"version {given['version']} is not supported", "write 2")
+            if not isinstance(given.get("reshard_after_forward", True), bool):
+                yield Finding(("fsdp_config",), "reshard_after_forward is true or false")
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `SFTConfig`: what the recipe sets, and what decides a run's result. The caller's to change."""

@@ -10,6 +10,7 @@ from trl import SFTConfig
 from finetune.memory.switches import Switches
 from finetune.recipe import Recipe
 from finetune.training.best_checkpoint import pick_best
+from finetune.training.parallel import Parallel, parallel_arguments
 
 KEPT_CHECKPOINTS = 2
 """Checkpoints that stay in a run folder, where the recipe does not say."""
@@ -18,14 +19,23 @@ LEAST_PREFETCHED = 2
 """Batches each worker has ready, at least: PyTorch's own default."""
 
 
-def trainer_arguments(recipe: Recipe, switches: Switches, task_metric: str | None) -> SFTConfig:
+def trainer_arguments(
+    recipe: Recipe,
+    switches: Switches,
+    task_metric: str | None,
+    computes_in: torch.dtype,
+    parallel: Parallel | None = None,
+) -> SFTConfig:
     """The trainer's configuration.
 
     Args:
         switches: the optimizer and the recomputation, as the memory plan settled them.
         task_metric: what the task's score is logged as; None where no task is evaluated.
+        computes_in: dtype of frozen weights and activations.
+        parallel: how processes share the work; None where there is one.
     """
     given = recipe.train_arguments() | switches.train_arguments
+    given = parallel_arguments(parallel or Parallel(), given)
     if recipe.evaluate is not None:
         given.setdefault("eval_strategy", "epoch")
     keeps_best = keeps_best_checkpoint(recipe, given)
@@ -36,7 +46,8 @@ def trainer_arguments(recipe: Recipe, switches: Switches, task_metric: str | Non
         "logging_steps": 10,
         **loader_settings(recipe.data.workers, given["gradient_accumulation_steps"]),
     }
-    arguments = sft_config({**defaults, **given}, output=str(Path(recipe.output)), seed=recipe.seed)
+    precision = mixed_precision(computes_in, in_full=recipe.adapter is None)
+    arguments = sft_config({**defaults, **given, **precision}, output=str(Path(recipe.output)), seed=recipe.seed)
     if keeps_best:
         pick_best(arguments, task_metric or "eval_loss")
     return arguments
@@ -52,21 +63,33 @@ def keeps_best_checkpoint(recipe: Recipe, given: dict[str, Any]) -> bool:
     return bool(given.get("load_best_model_at_end", by_default)) and given.get("eval_strategy", "no") != "no"
 
 
+def mixed_precision(computes_in: torch.dtype, *, in_full: bool) -> dict[str, bool]:
+    """`SFTConfig`'s fields for a model whose trained weights are float32.
+
+    `bf16` and `fp16` are for what is sharded, whose weights FSDP2 and DeepSpeed round; otherwise the trainer rounds
+    them (`finetune.model.masters`), and never by autocast. `fp16` scales the loss too, so that small gradients of
+    activations do not become zero.
+
+    Args:
+        computes_in: dtype of frozen weights and activations.
+        in_full: without an adapter. An adapter is computed in float32 beside a 16-bit base.
+    """
+    return {"bf16": in_full and computes_in == torch.bfloat16, "fp16": computes_in == torch.float16}
+
+
 def sft_config(given: dict[str, Any], *, output: str, seed: int) -> SFTConfig:
     """TRL's configuration, with the fields that this trainer decides.
 
     Args:
-        given: fields from the recipe and what follows from them.
+        given: fields from the recipe and what follows from them. Without those of `mixed_precision` it is none.
         output: the run folder.
         seed: for every random choice.
     """
     return SFTConfig(
-        **given,
+        **{"bf16": False, "fp16": False, **given},  # TRL's default is bf16
         output_dir=output,
         seed=seed,
         data_seed=seed,
-        bf16=False,
-        fp16=False,
         use_cpu=not torch.cuda.is_available(),
         max_length=None,
         packing=False,

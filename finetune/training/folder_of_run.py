@@ -23,11 +23,13 @@ from transformers import Trainer
 from finetune.errors import UserError
 from finetune.files.path_errors import write_errors
 from finetune.quantities import format_bytes
+from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LEFT_OUT
 from finetune.run.meeting import Meeting
 from finetune.run.sent_files import receive_files, send_files
 from finetune.terminal import Say
+from finetune.training.parallel import Parallel
 from finetune.training.start import Finished, Fresh, Resume, Start
 
 LOOKS, NAP = 5, 0.3
@@ -49,6 +51,19 @@ class FolderOfRun:
     is_shared: bool = True
     receivers: tuple[int, ...] = ()
     meeting: Meeting | None = None
+
+    def require_for(self, recipe: Recipe, parallel: Parallel) -> None:
+        """Refuse checkpoints in parts, each of which its process writes and reads, where not all see the folder.
+
+        Raises:
+            UserError: with the remedy.
+        """
+        in_parts = parallel.way in ("zero2", "zero3") or (parallel.way == "fsdp" and recipe.adapter is None)
+        if in_parts and not self.is_shared:
+            raise UserError(
+                f"output: by train.parallel: {parallel.way} each process saves its part of the state, and not all of "
+                f"them see {recipe.output}: put output on a disk that all machines share"
+            )
 
     def start_of_main(self, start: Start | None, say: Say) -> Start:
         """Where the run stands, as the main process has found; with the checkpoint where this process sees it.

@@ -155,6 +155,8 @@ class Progress(TrainerCallback):
             self._note_best(numbers, state.global_step)
         if "out_of_memory_tokens" in numbers:
             self._say(f"{_step(state)}{SEPARATOR}{_lowered_budget(numbers)}")
+        if "loss_scale" in numbers:
+            self._say(f"{_step(state)}{SEPARATOR}{_skipped(numbers)}")
         if any(key in numbers for key in _LOGGED):
             self._latest = {key: numbers[key] for key in _LOGGED if key in numbers}
             if self._live is None:
@@ -305,6 +307,11 @@ def _lowered_budget(numbers: Mapping[str, float]) -> str:
     if "tokens_per_batch" in numbers:
         return f"{too_many}: at most {numbers['tokens_per_batch']:,} from now on, with the same loss and gradients"
     return f"{too_many} of evaluation: at most {numbers['evaluation_tokens_per_batch']:,} from now on"
+
+
+def _skipped(numbers: Mapping[str, float]) -> str:
+    """Say that a step changed nothing (see `loss_scale`)."""
+    return f"skipped: its gradients overflow float16; the loss is scaled by {numbers['loss_scale']:g} from now on"
 
 
 def _step(state: TrainerState) -> str:

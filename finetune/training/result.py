@@ -13,6 +13,7 @@ from finetune.run.checkpoints import writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LEFT_OUT, describe_left_out
 from finetune.terminal import Say
+from finetune.training.sharded_model import gather
 from finetune.training.summary import summary
 from finetune.training.trainer import QwenVLTrainer
 from qwenvl.checkpoint.record import ModelRecord, write_record
@@ -32,17 +33,24 @@ def save_result(
         Its folder.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    result = run.adapter if isinstance(model, PeftModel) else run.path / "model"
+    is_adapter = isinstance(model, PeftModel)
+    result = run.adapter if is_adapter else run.path / "model"
+    # Of a model that processes share, each has a part; what is saved is the same.
+    values = None
+    if trainer.accelerator.is_fsdp2:
+        values = gather(model, is_main=is_main, trained_only=is_adapter, rounds_to=trainer.rounds_to)
+    elif trainer.is_deepspeed_enabled:
+        values = trainer.accelerator.get_state_dict(trainer.deepspeed)
     if is_main:
-        with writing(result) as partial:
-            model.save_pretrained(partial)
+        with writing(result) as partial, trainer.computing():  # masters are rounded once, here or as gathered
+            model.save_pretrained(partial, state_dict=values)
             assert record is not None, "the main process reads the base"
             write_record(partial, record)
-            if isinstance(model, PeftModel):
+            if is_adapter:
                 write_plain_config(partial)
             else:
                 base.processor.save_pretrained(partial)
-                complete_trained_folder(partial, base.path, model.dtype)
+                complete_trained_folder(partial, base.path, trainer.rounds_to or model.dtype)
     trainer.accelerator.wait_for_everyone()
     return result
 

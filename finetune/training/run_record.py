@@ -18,6 +18,7 @@ from finetune.recipe import Recipe
 from finetune.run.environment import describe_environment
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LEFT_OUT, lines_of_before
+from finetune.terminal import Say
 from finetune.training.phases import Phases
 from finetune.training.step_samples import STEP, StepSamples
 from finetune.training.trained_model import TrainedModel
@@ -26,6 +27,9 @@ from finetune.training.training_data import PLACES, TrainingData
 WEIGHTS = "weights"
 """Key of run.json: whether samples are drawn by the weights of their sources in each epoch or once for all."""
 EACH_EPOCH, ONCE = "each epoch", "once"
+
+MASTERS = "masters"
+"""Key of run.json: the dtype of trained weights that are computed in 16 bits."""
 
 
 def begin_record(
@@ -74,6 +78,7 @@ def begin_record(
             PLACES: bool(places),
             STEP: step_samples.to_json(),
             SWITCHES: {"optim": switches.optim},
+            **({MASTERS: "float32"} if trained.has_masters else {}),
             **({"score": dict(score)} if score else {}),
         }
     )
@@ -81,6 +86,20 @@ def begin_record(
     if resumes:
         left_out += lines_of_before(run.path / LEFT_OUT, mended)
     write_text(run.path / LEFT_OUT, "".join(left_out))
+
+
+def say_new_masters(stored: Mapping[str, Any] | None, trained: TrainedModel, say: Say) -> None:
+    """Say of a run that goes on that it had no float32 masters when it began, with an older version.
+
+    Args:
+        stored: run.json, as it was before this part of the run.
+    """
+    if trained.has_masters and MASTERS not in (stored or {}):
+        say(
+            "masters",
+            "this run trained its 16-bit weights themselves when it began, which loses small updates; from here on it "
+            "trains them in float32. To train all of it so, give another output",
+        )
 
 
 @contextmanager

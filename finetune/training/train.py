@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.files.base_identity import identify
 from finetune.model.base import embeddings_by_auto, find_base
-from finetune.model.computing import choose_backends
+from finetune.model.computing import choose_backends, computing_dtype
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.run.launch import launched_processes
@@ -18,11 +18,19 @@ from finetune.training.arguments import trainer_arguments
 from finetune.training.folder_of_run import folder_of_run, require_the_same, take_over_result
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
+from finetune.training.parallel import own_launch, refuse_impossible, require_applied, settle_parallel
 from finetune.training.phases import Phases
 from finetune.training.processes import closing_process_group
 from finetune.training.progress import Progress
 from finetune.training.result import report_result, save_result
-from finetune.training.run_record import EACH_EPOCH, WEIGHTS, begin_record, finish_record, record_failure
+from finetune.training.run_record import (
+    EACH_EPOCH,
+    WEIGHTS,
+    begin_record,
+    finish_record,
+    record_failure,
+    say_new_masters,
+)
 from finetune.training.sample_replies import reply_to_samples
 from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
 from finetune.training.step_samples import StepSamples, keep_samples_per_step, step_samples_before
@@ -53,6 +61,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
     is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:
         say = say_nothing
+    parallel = settle_parallel(recipe.train, own_launch())
+    refuse_impossible(recipe, parallel)
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as stack:
         meeting = stack.enter_context(meeting_of("train"))
@@ -65,6 +75,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         base = find_base(recipe.model)
         computing = choose_backends(recipe.model)
         say("model", f"{recipe.model.path}: {computing}{base.taken_for}")
+        if parallel.note:
+            say("note", parallel.note)
         data = read_data(recipe, base.processor, say, show_progress=is_main, seq_length=base.seq_length)
 
         # Only now, with the data known to be right: for a hub id this downloads the weights.
@@ -74,6 +86,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base))
         require_the_same(meeting, identity)
         folder = stack.enter_context(folder_of_run(run, meeting, say))
+        folder.require_for(recipe, parallel)
         run = folder.run
         stored = run.read_run()
         places = find_places(data, identity["data"], run, stored)
@@ -105,7 +118,16 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             stepped = keep_samples_per_step(stepped, before, launched_processes(), samples, say)
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
-        trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say)
+        computes_in = computing_dtype(recipe.model, base.path, base.dtype)
+        # This opens the process group of a distributed run, whose processes load and encode images together.
+        task_metric = None if data.task is None else data.task.key
+        arguments = trainer_arguments(stepped, plan.switches, task_metric, computes_in, parallel)
+        require_applied(parallel, arguments)
+        trained = load_trained_model(
+            recipe, base, computing, computes_in, plan.switches, data.checked["train"], parallel, say, is_main=is_main
+        )
+        if resumes:
+            say_new_masters(stored, trained, say)
         if is_main:
             score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
             stack.enter_context(record_failure(run, phases))
@@ -126,8 +148,6 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         record = None
         if base_identity is not None:
             record = record_of_run(recipe, base, base_identity, data.checked["train"])
-        # This opens the process group of a distributed run, whose processes encode images together.
-        arguments = trainer_arguments(stepped, plan.switches, None if data.task is None else data.task.key)
         left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
         cache = encode_images(stepped, base, data, trained, phases, left_out, say)
         progress = Progress(checkpoints=run.checkpoints)
@@ -148,7 +168,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             optimizer=optimizer,
             is_main=is_main,
         )
-        trainer.use_folder(is_shared=folder.is_shared)
+        trainer.shares_folder = folder.is_shared
 
         if isinstance(start, Fresh):
             reply_to_samples(trainer, recipe, run, data, phases, "before", is_main=is_main)

@@ -14,33 +14,38 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from finetune.batches.attempt import OutOfMemory
 from finetune.batches.collate import LEFT_OUT, NO_SAMPLE, Collator
 from finetune.data.epoch_draw import EpochDraws
 from finetune.data.loader_workers import ignore_signals_from_others
-from finetune.errors import Failed, UserError
+from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
+from finetune.files.checkpoint_folder import say_dtype
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
 from finetune.model.adapters import TrainableModel, parameter_groups, write_plain_config
+from finetune.model.masters import rounded_masters
 from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.training.epoch_sampler import EpochSampler, SharedEpochSampler
-from finetune.training.equal_packs import Fillers
+from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.evaluation_loss import loss_metrics, sum_losses
-from finetune.training.processes import average_gradients
+from finetune.training.loss_scale import LossScale, skip_on_host
+from finetune.training.processes import average_gradients, deepspeed_backward, stop_together
+from finetune.training.shared_trainer import SharedTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -52,7 +57,7 @@ class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the message names the samples."""
 
 
-class QwenVLTrainer(SFTTrainer):
+class QwenVLTrainer(SharedTrainer):
     """TRL's trainer over samples that are rendered, decoded and packed when they are needed.
 
     One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
@@ -114,6 +119,7 @@ class QwenVLTrainer(SFTTrainer):
         self.throughput = Throughput()
         self.shares_folder = True  # False where not all processes see the run folder
         self._supervised: torch.Tensor | int = 0  # tokens of all processes since the last log
+        self._failure: NonFiniteLoss | None = None
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
         self.train_samples = len(indices["train"])
         if args.world_size > 1:  # behind them, the empty place
@@ -132,6 +138,26 @@ class QwenVLTrainer(SFTTrainer):
         )
         # Transformers turns it off, and a saved model would then generate without a cache.
         config.use_cache = use_cache
+        self.loss_scale = LossScale(self.accelerator) if args.fp16 else None
+        self.share_model()
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        # `bf16` and `fp16` round weights, or scale the loss: what the model computes in is for its own code to say.
+        return super()._build_accelerator_args(**kwargs) | {"kwargs_handlers": [AutocastKwargs(enabled=False)]}
+
+    @property
+    def rounds_to(self) -> torch.dtype | None:
+        """The 16-bit dtype that float32 masters are computed in and saved as a model; None of an adapter, or without
+        masters."""
+        if isinstance(self.model, PeftModel):
+            return None
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """To be entered for every forward, with its backward: see `masters.rounded_masters`."""
+        assert self.model is not None
+        # What is sharded is rounded where it is gathered, by FSDP2's policy or DeepSpeed.
+        return rounded_masters(self.model, None if self._is_sharded else self.rounds_to)
 
     @staticmethod
     def _config_of(model: nn.Module) -> QwenVLConfig:
@@ -214,6 +240,8 @@ class QwenVLTrainer(SFTTrainer):
             )
             self.optimizer = optimizer_class(groups, **arguments)
         assert self.optimizer is not None
+        if self.args.fp16:
+            skip_on_host(self.optimizer)
         return self.optimizer
 
     # Loss
@@ -234,9 +262,12 @@ class QwenVLTrainer(SFTTrainer):
                 empty_gradients=model.zero_grad,
                 refuse=partial(self._refuse_out_of_memory, "train"),
                 can_repeat=not self._is_sharded,
+                equalize=self._equalize if self._is_sharded else None,
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
+        if self._is_sharded:
+            stop_together(self._failure, self.args.device)
         if self.accelerator.sync_gradients:
             self.step_in_packs = None
             if isinstance(model, DistributedDataParallel):
@@ -252,13 +283,19 @@ class QwenVLTrainer(SFTTrainer):
         if isinstance(model, DistributedDataParallel):
             # Not through the wrapper, which would all-reduce during the backward: see `processes.average_gradients`.
             model = model.module
+        elif isinstance(model, FSDPModule):
+            # Transformers defers it to the last batch of a step, with the gradients of all weights on each process.
+            model.set_requires_gradient_sync(True)
         elif not (is_last and self.accelerator.sync_gradients):
             without_sync = self.accelerator.no_sync(model)
         pack = self._prepare_inputs(pack)
-        with without_sync, self.maybe_activation_offload_context:
+        with self.computing(), without_sync, self.maybe_activation_offload_context:
             loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
             self._refuse_non_finite(loss, pack)
-            self.accelerator.backward(loss)
+            if self.is_deepspeed_enabled:
+                deepspeed_backward(self.accelerator, loss, is_last=is_last)
+            else:
+                self.accelerator.backward(loss)
         return loss.detach()
 
     def compute_loss(
@@ -282,13 +319,20 @@ class QwenVLTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def _equalize(self, packs: list[Batch]) -> list[Batch]:
+        tokenizer = self.collators["train"].tokenizer
+        return equalize(packs, Fillers.of(self._config_of(self.model), tokenizer.eod_id), self.args.device)
+
     def _refuse_non_finite(self, loss: torch.Tensor, pack: Batch) -> None:
         if torch.isfinite(loss):
             return
-        raise NonFiniteLoss(
+        failure = NonFiniteLoss(
             f"the loss is {loss.item()} at step {self.state.global_step + 1}, on {self._origins('train', pack)}. Look "
             "at these rows; if they are fine, lower train.learning_rate, or use model.dtype: bfloat16 or float32"
         )
+        if not self._is_sharded:
+            raise failure
+        self._failure = self._failure or failure  # the others wait for this process in the backward
 
     def _origins(self, name: str, pack: Batch) -> str:
         """File and row of each sample of a pack."""
@@ -323,6 +367,7 @@ class QwenVLTrainer(SFTTrainer):
             conversations=len(pack["sequence_lengths"]),
             tokens=pack["input_ids"].numel(),
             said=failure.said,
+            shared=self._is_sharded,
         )
 
     # Evaluation
@@ -332,7 +377,7 @@ class QwenVLTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """As `_evaluate_in_place`, with the random state put back: even making a data loader draws a number."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), self.computing():
             return self._evaluate_in_place(eval_dataset, metric_key_prefix)
 
     def _evaluate_in_place(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -356,7 +401,7 @@ class QwenVLTrainer(SFTTrainer):
             fillers=Fillers.of(config, self.collators["eval"].tokenizer.eod_id) if self._is_sharded else None,
         )
         sums = self.accelerator.reduce(sums, reduction="sum")
-        self._log_lowered(self.eval_budget)
+        self._log_news(self.eval_budget.take_news(self.args.device))
         metrics: dict[str, Any] = loss_metrics(sums, metric_key_prefix, self.left_out.file)
         if self.task_scorer is not None:
             metrics |= self._task_score(self.task_scorer).metrics()
@@ -384,11 +429,12 @@ class QwenVLTrainer(SFTTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # The step is done and not saved yet.
-        self._log_lowered(self.train_budget)
+        self._log_news(self.train_budget.take_news(self.args.device))
+        if self.loss_scale is not None:
+            self._log_news(self.loss_scale.take_news(self.state.global_step))
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _log_lowered(self, budget: PackBudget) -> None:
-        news = budget.take_news(self.args.device)
+    def _log_news(self, news: dict[str, float] | None) -> None:
         if news is not None:
             # A log clears the flag that asks for the step's own log.
             should_log = self.control.should_log
@@ -412,10 +458,13 @@ class QwenVLTrainer(SFTTrainer):
 
     # Checkpoints
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the base class's, with the record of what the model is trained as."""
+        super().save_model(output_dir, _internal_call)
         if self.record is not None and self.args.should_save:
             write_record(output_dir or str(self.args.output_dir), self.record)
+        if self.rounds_to is not None and self.args.should_save:
+            say_dtype(Path(output_dir or str(self.args.output_dir)), self.rounds_to)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the base class's, but complete or absent: written under another name, synced, hashed, then renamed."""
@@ -454,19 +503,6 @@ class QwenVLTrainer(SFTTrainer):
             )
             for name, content in states if self.args.should_save else ():
                 Path(output_dir, name).write_bytes(content)
-
-    def use_folder(self, *, is_shared: bool) -> None:
-        """Say whether all processes see the run folder.
-
-        Raises:
-            UserError: they do not, and checkpoints need it: each process writes and reads its part of the model.
-        """
-        if self._is_sharded and not is_shared:
-            raise UserError(
-                "output: a model that is sharded over processes is saved in parts, each by its process, and not all "
-                f"of them see {self.run.path}: put output on a folder that all machines share"
-            )
-        self.shares_folder = is_shared
 
     @property
     def takes_over_result(self) -> bool:

@@ -1,5 +1,6 @@
 """The machines of a run need not share a disk: the main process's folder rules, and the others get what they need."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,12 @@ from pathlib import Path
 import pytest
 from forked_ranks import finetune_on, free_port
 from recipes_for_tests import ROOT, write_recipe
+
+from finetune.errors import UserError
+from finetune.recipe import load_recipe
+from finetune.run.folder import RunFolder
+from finetune.training.folder_of_run import FolderOfRun
+from finetune.training.parallel import Parallel
 
 TOGETHER = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test")
 
@@ -83,6 +90,25 @@ def test_other_data_on_another_machine_is_refused(machines, tmp_path):
     done = finetune_on(2, recipe, folders=folders)
     assert [one.returncode for one in done] == [2, 2]
     assert "process 1: " in done[0].stderr and "train.jsonl" in done[0].stderr
+
+
+@pytest.mark.parametrize(
+    ("way", "full", "refused"),
+    [
+        ("fsdp", True, True),
+        ("zero2", False, True),
+        ("fsdp", False, False),
+        ("ddp", True, False),
+        ("none", True, False),
+    ],
+)
+def test_state_in_parts_needs_a_shared_disk(machines, way, full, refused):
+    """An adapter is gathered, and written by the main process alone."""
+    recipe = load_recipe(machines[0], ["adapter=null"] if full else [])
+    apart = FolderOfRun(RunFolder("run"), is_shared=False)
+    with pytest.raises(UserError, match="put output on a disk that all") if refused else contextlib.nullcontext():
+        apart.require_for(recipe, Parallel(way))
+    FolderOfRun(RunFolder("run")).require_for(recipe, Parallel(way))
 
 
 def two_agents(recipe: Path, folders: list[Path]) -> list[subprocess.CompletedProcess]:

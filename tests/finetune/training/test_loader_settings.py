@@ -13,6 +13,7 @@ from finetune.terminal import say_nothing
 from finetune.training import trainer_setup
 from finetune.training.arguments import loader_settings, trainer_arguments
 from finetune.training.interrupts import StopOnSignal
+from finetune.training.parallel import Parallel
 from finetune.training.phases import Phases
 from finetune.training.progress import Progress
 from finetune.training.trained_model import load_trained_model
@@ -29,7 +30,17 @@ def make_trainer(folder, workers):
     data = read_data(recipe, base.processor, say_nothing, show_progress=False)
     plan = plan_training(recipe, base.path, data.checked["train"], None, say_nothing)
     computing = choose_backends(recipe.model)
-    trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say_nothing)
+    trained = load_trained_model(
+        recipe,
+        base,
+        computing,
+        torch.float32,
+        plan.switches,
+        data.checked["train"],
+        Parallel(),
+        say_nothing,
+        is_main=True,
+    )
     return trainer_setup.make_trainer(
         recipe,
         RunFolder(folder / "run"),
@@ -37,7 +48,7 @@ def make_trainer(folder, workers):
         data,
         plan,
         trained,
-        trainer_arguments(recipe, plan.switches, None),
+        trainer_arguments(recipe, plan.switches, None, torch.float32),
         None,
         ModelRecord(),
         LeftOut(None, "error"),
@@ -91,6 +102,6 @@ def test_a_recipe_may_say_otherwise(tmp_path):
     base = find_base(recipe.model)
     data = read_data(recipe, base.processor, say_nothing, show_progress=False)
     plan = plan_training(recipe, base.path, data.checked["train"], None, say_nothing)
-    arguments = trainer_arguments(recipe, plan.switches, None)
+    arguments = trainer_arguments(recipe, plan.switches, None, torch.float32)
     assert (arguments.dataloader_prefetch_factor, arguments.dataloader_num_workers) == (5, 2)
     assert arguments.dataloader_pin_memory is torch.cuda.is_available()
