@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -21,6 +22,8 @@ T = TypeVar("T")
 
 FAILED = "failed"
 LONGEST_NAP = 0.5  # seconds between two looks
+
+_meetings = count()  # of this process
 
 
 class Meeting:
@@ -49,12 +52,15 @@ class Meeting:
         Raises:
             BaseException: see `raise_if_failed`.
         """
+        self._wait_for(name)
+        return json.loads(self._store.get(name))
+
+    def _wait_for(self, name: str) -> None:
         nap = 0.01
         while not self._store.check([name]):
             self.raise_if_failed()
             time.sleep(nap)
             nap = min(2 * nap, LONGEST_NAP)
-        return json.loads(self._store.get(name))
 
     def take(self, name: str) -> Any:
         """What another process has told, once; None where it has not yet."""
@@ -76,6 +82,32 @@ class Meeting:
         """What each process has, in their order, on all of them."""
         self.tell(f"{name}/{self.process}", value)
         return [self.hear(f"{name}/{process}") for process in range(self.processes)]
+
+    def put_bytes(self, name: str, content: bytes) -> None:
+        self._store.set(name, content)  # type: ignore[arg-type]  # the store takes both
+
+    def wait_for_bytes(self, name: str) -> bytes:
+        """What another process has put there.
+
+        Raises:
+            BaseException: another process has failed.
+        """
+        self._wait_for(name)
+        content: bytes = self._store.get(name)
+        return content
+
+    def drop(self, name: str) -> None:
+        self._store.delete_key(name)
+
+    def count(self, name: str) -> int:
+        """Add one to a number that all processes have; the new number."""
+        number: int = self._store.add(name, 1)
+        return number
+
+    def counted(self, name: str) -> int:
+        """The number of calls of `count`."""
+        number: int = self._store.add(name, 0)
+        return number
 
     def raise_if_failed(self) -> None:
         """Raises:
@@ -101,12 +133,15 @@ class Meeting:
 
 @contextmanager
 def meeting_of(command: str) -> Iterator[Meeting | None]:
-    """The meeting of a command's processes; None where there is one process."""
+    """The meeting of a command's processes; None where there is one process.
+
+    A launched program may call the same command more than once, in the same order in all its processes.
+    """
     if launched_processes() == 1:
         yield None
         return
     store, process, processes = next(iter(rendezvous("env://")))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    meeting = Meeting(dist.PrefixStore(f"finetune/{command}/{attempt}", store), process, processes)
+    meeting = Meeting(dist.PrefixStore(f"finetune/{command}/{attempt}/{next(_meetings)}", store), process, processes)
     with meeting.telling_failure():
         yield meeting

@@ -146,18 +146,16 @@ def find_start(
     stored: Mapping[str, Any] | None,
     say: Say,
     *,
-    is_main: bool,
     aligned: Mapping[str, Aligned] | None = None,
     extend: bool = False,
 ) -> Start:
-    """Find where a run stands, and clear what a killed process left behind.
+    """Find where a run stands, and clear what a killed process left behind; for the main process.
 
     Args:
         identity: of the run about to start, see `run_identity`.
         stored: what run.json says; None where there is none.
         aligned: where the rows of each part of the data are now, if the run folder tells what they were; the data's
             fingerprints are compared where it does not.
-        is_main: whether this is the process that writes into the run folder.
         extend: the run is to become longer, by the recipe's epochs or steps.
 
     Raises:
@@ -165,9 +163,8 @@ def find_start(
             cannot become longer.
     """
     longer_by = refuse_no_extension(run, stored, identity["recipe"]) if extend else ""
-    if is_main:
-        clean_partials(run.path)
-        clean_partials(run.checkpoints)
+    clean_partials(run.path)
+    clean_partials(run.checkpoints)
     if stored is None or "identity" not in stored:
         return Fresh()
     aligned = {} if aligned is None else aligned
@@ -218,9 +215,8 @@ def find_start(
         say("extend", f"{extension.key} was {extension.was}, is {extension.now}")
     for folder, reason in last.damaged:
         say("resume", f"{folder.name} is damaged ({reason}): going back to the one before")
-    if is_main:
-        # A run that starts again logs its scores of step 0 again.
-        run.forget_metrics_after(last.step if last.path is not None else -1)
+    # A run that starts again logs its scores of step 0 again.
+    run.forget_metrics_after(last.step if last.path is not None else -1)
     if last.path is None:
         return Fresh()
     say("resume", f"from step {last.step}")

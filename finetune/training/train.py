@@ -12,8 +12,10 @@ from finetune.run.folder import RunFolder
 from finetune.run.launch import launched_processes
 from finetune.run.left_out import LeftOut
 from finetune.run.log_file import RunLog, run_log
+from finetune.run.meeting import meeting_of
 from finetune.terminal import Say, say, say_nothing
 from finetune.training.extension import FollowLongerSchedule, pending
+from finetune.training.folder_of_run import folder_of_run, require_the_same, take_over_result
 from finetune.training.going_on import settle_given_adapter
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
@@ -68,6 +70,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as stack:
         log = RunLog()
+        meeting = stack.enter_context(meeting_of("train"))
         if is_main:
             log = stack.enter_context(run_log())
             say = log.heard(say)
@@ -93,8 +96,16 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
         if given is not None and base_identity is not None:
             given.refuse_other_base(base.path, base_identity)
         identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base), given_sha256)
+        require_the_same(meeting, identity)
+        folder = stack.enter_context(folder_of_run(run, meeting, say))
+        folder.require_for(recipe, parallel)
+        run = folder.run
+        stored = run.read_run()
         places = find_places(data, identity["data"], run, stored)
-        start = find_start(run, recipe, identity, stored, say, is_main=is_main, aligned=places.aligned, extend=extend)
+        found = None
+        if is_main:
+            found = find_start(run, recipe, identity, stored, say, aligned=places.aligned, extend=extend)
+        start = folder.start_of_main(found, say)
         if isinstance(start, Finished):
             say(
                 "finished",
@@ -119,11 +130,11 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
                     )
                 data = data.drawn_once()
         # Of this part of the run. What is recorded is the recipe as it was given.
-        stepped = recipe
+        stepped = recipe.model_copy(update={"output": str(run.path)})
         if isinstance(start, Resume):
             before = step_samples_before(stored or {}, recipe, start.checkpoint)
             samples = len(data.checked["train"].first_epoch(recipe.seed))
-            stepped = keep_samples_per_step(recipe, before, launched_processes(), samples, say)
+            stepped = keep_samples_per_step(stepped, before, launched_processes(), samples, say)
         phases.begin("load")
         plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
         # This opens the process group of a distributed run, whose processes load and encode images together.
@@ -195,6 +206,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
             optimizer=optimizer,
             is_main=is_main,
         )
+        trainer.shares_folder = folder.is_shared
 
         if isinstance(start, Resume) and pending(start.extensions, start.step):
             trainer.add_callback(FollowLongerSchedule(say))
@@ -205,6 +217,8 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
         finally:
             progress.close()
         stop.raise_if_received()
+        if trainer.takes_over_result:
+            take_over_result(trainer)
 
         phases.begin("save")
         result = save_result(trainer, run, base, record, is_main=is_main)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import torch
@@ -120,6 +121,7 @@ class QwenVLTrainer(ResumableTrainer):
         self.shared_sampler: SharedEpochSampler | None = None
         self.task_scorer = task_scorer
         self.throughput = Throughput()
+        self.shares_folder = True  # False where not all processes see the run folder
         self._supervised = 0
         self._failure: NonFiniteLoss | None = None
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
@@ -491,6 +493,8 @@ class QwenVLTrainer(ResumableTrainer):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.saves.measured())
             partial = self._from_main_process(stack.enter_context(writing(final)) if self.args.should_save else None)
+            if not (self.shares_folder or self.args.should_save):
+                partial = Path(stack.enter_context(TemporaryDirectory()))
             stack.callback(setattr, self.args, "output_dir", self.args.output_dir)
             self.args.output_dir = str(partial)
             # Not SFTTrainer's: it writes a model card into the output folder first.
@@ -510,6 +514,21 @@ class QwenVLTrainer(ResumableTrainer):
             passing = passing_checkpoints(self.run.checkpoints)
             prune(self.run.checkpoints, self.args.save_total_limit, {Path(best)} if best else set(), passing)
         self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if not self.shares_folder:
+            states = gather_object(
+                [(file.name, file.read_bytes()) for file in Path(output_dir).glob("rng_state_*.pth")]
+            )
+            for name, content in states if self.args.should_save else ():
+                Path(output_dir, name).write_bytes(content)
+
+    @property
+    def takes_over_result(self) -> bool:
+        """Whether processes may end with different weights: the best checkpoint's, where they find it, or the last."""
+        several = self.accelerator.num_processes > 1 and not self._is_sharded
+        return several and bool(self.args.load_best_model_at_end)
 
     def _name_best_checkpoint(self, state_file: Path) -> None:
         """Write the best checkpoint's final name, in the run folder, into a saved trainer state."""

@@ -31,7 +31,7 @@ def start_of(run, recipe, identity=None, **stored):
     identity = run_identity(recipe, {}, BASE) if identity is None else identity
     if stored:
         run.write_run({"identity": run_identity(recipe, {}, BASE), **stored})
-    return find_start(run, recipe, identity, run.read_run(), say_nothing, is_main=True)
+    return find_start(run, recipe, identity, run.read_run(), say_nothing)
 
 
 def save(run: RunFolder, step: int):
@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, recipe
     (run.checkpoints / "step-4" / "state").write_text("5")
     run.write_run({"identity": run_identity(recipe, {}, BASE), "status": "running"})
     said: list[str] = []
-    start = find_start(run, recipe, run_identity(recipe, {}, BASE), run.read_run(), collect(said), is_main=True)
+    start = find_start(run, recipe, run_identity(recipe, {}, BASE), run.read_run(), collect(said))
     assert start == Resume(run.checkpoints / "step-2", 2)
     assert "step-4 is damaged" in said[0] and said[1] == "resume      from step 2"
 
