@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -11,6 +12,7 @@ from finetune.batches.image_request import VisionCache
 from finetune.data.reading import rules_of
 from finetune.evaluation.task_evaluation import TaskScorer
 from finetune.files.disk_space import check_disk_space
+from finetune.memory.weights import state_bytes
 from finetune.model.base import Base
 from finetune.recipe import Recipe
 from finetune.replies.replies import stop_ids_of
@@ -86,7 +88,7 @@ def make_trainer(
     if data.task is not None:
         scorer = TaskScorer(data.task, stop_ids_of(trained.model, base.processor.tokenizer), cache, left_out)
     if is_main:
-        check_disk_space(run.path, checkpoint_bytes(trained, arguments), "the checkpoints")
+        check_disk_space(run.path, checkpoint_bytes(trained, arguments), "the checkpoints and the result")
     budget = plan.budget.of_all_processes(arguments.device)
     rules = rules_of(recipe, base.processor)
     limits = {"eval": None if recipe.evaluate is None else recipe.evaluate.limit}
@@ -138,7 +140,17 @@ def _deciding_callbacks(recipe: Recipe, arguments: SFTConfig) -> list[TrainerCal
 
 
 def checkpoint_bytes(trained: TrainedModel, arguments: SFTConfig) -> int:
-    """Bytes of all checkpoints that are there at a time: weights and AdamW's two moments in float32, for each that is
-    kept and the one being written."""
+    """Bytes of the result and of all checkpoints that are there at a time: those that are kept and the one being
+    written, each with the states of the optimizer.
+
+    An adapter's have what is trained; without one, the whole model is saved, with what is trained in float32, and the
+    result in the dtype that it computes in.
+    """
     kept = (arguments.save_total_limit or KEPT_CHECKPOINTS) + 1 + arguments.load_best_model_at_end
-    return trained.trained_parameters * 12 * kept
+    is_adapter = isinstance(trained.model, PeftModel)
+    saved = [one for one in trained.model.parameters() if one.requires_grad or not is_adapter]
+    states = state_bytes(trained.model, str(arguments.optim), arguments.device.type)
+    weights = sum(one.nbytes for one in saved)
+    result = sum(min(one.nbytes, one.numel() * trained.computes_in.itemsize) for one in saved)
+    with_states = weights if arguments.save_only_model else weights + states.device + states.host
+    return with_states * kept + (weights if is_adapter else result)
