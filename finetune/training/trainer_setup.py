@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from finetune.batches.collate import Collator
@@ -149,7 +150,7 @@ def checkpoint_bytes(trained: TrainedModel, arguments: SFTConfig) -> int:
     kept = (arguments.save_total_limit or KEPT_CHECKPOINTS) + 1 + arguments.load_best_model_at_end
     is_adapter = isinstance(trained.model, PeftModel)
     saved = [one for one in trained.model.parameters() if one.requires_grad or not is_adapter]
-    states = state_bytes(trained.model, str(arguments.optim), arguments.device.type)
+    states = state_bytes(trained.model, OptimizerNames(arguments.optim).value, arguments.device.type)
     weights = sum(one.nbytes for one in saved)
     result = sum(min(one.nbytes, one.numel() * trained.computes_in.itemsize) for one in saved)
     with_states = weights if arguments.save_only_model else weights + states.device + states.host
