@@ -12,6 +12,7 @@ takes some minutes; float16 is slow on most CPUs.
 import argparse
 import contextlib
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def train_in(way: Way, steps: int, folder: Path) -> Trained:
         return made[0][1]
 
     own: Callable[[nn.Module], torch.optim.Optimizer] | None = None if way.kahan is None else optimizer
-    with as_in(way):
+    with as_in(way), contextlib.redirect_stdout(sys.stderr):  # the table is printed alone
         run = train(recipe, say_nothing, optimizer=own)
     weights = load_file(run / "checkpoints" / f"step-{steps}" / "model.safetensors")
     if way.kahan:
