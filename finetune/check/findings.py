@@ -1,5 +1,6 @@
 """Everything that a run does before it loads weights: model, data, what is trained; and all problems together."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,10 @@ from finetune.data.sample import BadRow, DataError
 from finetune.errors import InputError
 from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.memory.auto_budget import choose_budget
+from finetune.memory.free_memory import describe_cards
 from finetune.memory.run_plan import RunPlan, look_at_memory, settled
+from finetune.memory.several_cards import describe_several, fewest_cards
+from finetune.memory.sharding import sharding_of
 from finetune.memory.switches import Switches
 from finetune.model.base import Base, build_without_weights, find_base, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters
@@ -47,6 +51,7 @@ class Findings:
         vision_cache: description of the phase that encodes the images; None where there is none.
         memory: what a run on this machine would hold; None where the model cannot be set up or no sample is left.
         notes: what is to be said of the settings of `train`.
+        cards: which usual GPUs it fits, and for full training how many of them.
         opened: for each part, if images were opened.
         legibility: of the text on some images of each part that has any.
         refusals: (what, why) of everything at which a run would stop.
@@ -64,6 +69,7 @@ class Findings:
     vision_cache: str | None = None
     memory: RunPlan | None = None
     notes: list[str] = field(default_factory=list)
+    cards: str = ""
     opened: dict[str, OpenedImages] = field(default_factory=dict)
     legibility: dict[str, Legibility] = field(default_factory=dict)
     previews: list[Preview] = field(default_factory=list)
@@ -136,10 +142,17 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         can_be_planned = adapter_fits and all(what != "model" for what, _ in findings.refusals)
         if can_be_planned:
             config = QwenVLConfig.from_pretrained(base.path)
-            findings.budget = choose_budget(settled(recipe, base.path), config, training)
+            cards = int(os.environ.get("WORLD_SIZE") or 0) or torch.cuda.device_count() or 1
+            sharding = sharding_of(recipe, cards)
+            findings.budget = choose_budget(settled(recipe, base.path), config, training, sharding=sharding)
         findings.epoch = estimate_epoch(recipe, training, findings.budget.tokens)
         if can_be_planned:
-            findings.memory = look_at_memory(recipe, base.path, training, findings.budget.tokens)
+            budget = findings.budget.tokens
+            findings.memory = look_at_memory(recipe, base.path, training, budget, sharding=sharding)
+            if recipe.adapter is None:
+                findings.cards = describe_several(fewest_cards(recipe, config, findings.memory.plan.workload))
+            else:
+                findings.cards = describe_cards(findings.memory.plan.peak)
             if findings.memory.refusal:
                 findings.refusals.append(("memory", findings.memory.refusal))
     task = None

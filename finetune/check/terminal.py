@@ -12,7 +12,6 @@ from finetune.check.sample_preview import Piece, Preview, one_line
 from finetune.data.reading import rules_of, views_of
 from finetune.data.sample import SHOWN_PROBLEMS
 from finetune.data.summary import describe_data, describe_long, describe_sources, describe_train_on, problem_kinds
-from finetune.memory.free_memory import describe_cards
 from finetune.model.components import table_of_parameters
 from finetune.quantities import format_count, format_duration
 from finetune.report.page import readable
@@ -137,10 +136,9 @@ def _memory(findings: Findings) -> Iterator[tuple[str, str]]:
         return
     for number, line in enumerate(findings.memory.lines()):
         yield "" if number else "memory", line
-    if findings.memory.plan is not None:
-        for name, *sizes in findings.memory.plan.table():
-            yield "", f"{name:<24}{''.join(f'{size:>10}' for size in sizes)}"
-        yield "", describe_cards(findings.memory.plan.peak)
+    for name, *sizes in findings.memory.plan.table():
+        yield "", f"{name:<26}{''.join(f'{size:>10}' for size in sizes)}"
+    yield "", findings.cards
 
 
 def _distributions(findings: Findings) -> Iterator[Text]:

@@ -16,7 +16,8 @@ class Model(Section):
     path: Word
     """Hub id or folder of the checkpoint; a relative folder is taken from the working directory."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The type weights are loaded in; auto is bfloat16 on a GPU that has it, float16 on others, as stored on a CPU."""
+    """The type weights are loaded in; auto is bfloat16 on a GPU that has it, float16 on others, as stored on a CPU.
+    What is trained is float32, and rounded to this type where it is computed with; float16 scales the loss."""
     quantization: Literal["none", "nf4"] = "none"
     """nf4 holds the frozen base in 4 bits (Q-LoRA)."""
     quantize: Annotated[tuple[Literal["language", "vision", "head"], ...], Strict(False)] = ("language",)

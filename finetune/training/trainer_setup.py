@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from finetune.batches.collate import Collator
@@ -12,6 +14,7 @@ from finetune.batches.image_request import VisionCache
 from finetune.data.reading import rules_of
 from finetune.evaluation.task_evaluation import TaskScorer
 from finetune.files.disk_space import check_disk_space
+from finetune.memory.weights import state_bytes
 from finetune.model.base import Base
 from finetune.recipe import Recipe
 from finetune.replies.replies import stop_ids_of
@@ -151,22 +154,35 @@ def _deciding_callbacks(recipe: Recipe, arguments: SFTConfig, trained: TrainedMo
         recipe.train.save_minutes,
         asked=says_when_to_save(recipe),
         never=arguments.save_strategy == SaveStrategy.NO,
-        expected_bytes=one_checkpoint_bytes(trained),
+        expected_bytes=one_checkpoint_bytes(trained, arguments),
     )
     return [*callbacks, saves]
 
 
-def one_checkpoint_bytes(trained: TrainedModel) -> int:
-    """Bytes of a checkpoint: weights and AdamW's two moments in float32."""
-    return trained.trained_parameters * 12
+def one_checkpoint_bytes(trained: TrainedModel, arguments: SFTConfig) -> int:
+    """Bytes of a checkpoint with the states of the optimizer.
+
+    An adapter's has what is trained; without one, the whole model is saved, with what is trained in float32.
+    """
+    states = state_bytes(trained.model, OptimizerNames(arguments.optim).value, arguments.device.type)
+    return sum(one.nbytes for one in saved_parameters(trained)) + states.device + states.host
 
 
 def checkpoint_bytes(recipe: Recipe, trained: TrainedModel, arguments: SFTConfig) -> int:
-    """Bytes of all checkpoints that are there at a time: those that are kept, the one being written, the best, and one
-    that only the time asked for."""
+    """Bytes of the result and of all checkpoints that are there at a time: those that are kept, the one being written,
+    the best, and one that only the time asked for. The result is in the dtype that is computed in, an adapter in
+    float32."""
     kept = (arguments.save_total_limit or KEPT_CHECKPOINTS) + 1 + arguments.load_best_model_at_end
     passing = says_when_to_save(recipe) and arguments.save_strategy != SaveStrategy.NO
-    return one_checkpoint_bytes(trained) * (kept + passing)
+    itemsize = 4 if isinstance(trained.model, PeftModel) else trained.computes_in.itemsize
+    result = sum(min(one.nbytes, one.numel() * itemsize) for one in saved_parameters(trained))
+    return one_checkpoint_bytes(trained, arguments) * (kept + passing) + result
+
+
+def saved_parameters(trained: TrainedModel) -> list[torch.nn.Parameter]:
+    """The parameters that are saved: of an adapter those that are trained, else all."""
+    is_adapter = isinstance(trained.model, PeftModel)
+    return [one for one in trained.model.parameters() if one.requires_grad or not is_adapter]
 
 
 def says_when_to_save(recipe: Recipe) -> bool:

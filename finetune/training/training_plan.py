@@ -1,5 +1,6 @@
 """What a recipe leaves open, settled before the weights are loaded."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from finetune.batches.steps import processes_of_environment
 from finetune.data.checks.checked import Checked
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.run_plan import plan_run, settled
+from finetune.memory.sharding import sharding_of
 from finetune.memory.switches import Switches
 from finetune.recipe import Recipe
 from finetune.terminal import Say
@@ -49,10 +51,11 @@ def plan_training(
         UserError: the run does not fit; with the settings that would make it fit.
     """
     config = QwenVLConfig.from_pretrained(base)
-    budget = choose_budget(settled(recipe, base), config, checked, stored)
+    sharding = sharding_of(recipe, int(os.environ.get("WORLD_SIZE") or 1))
+    budget = choose_budget(settled(recipe, base), config, checked, stored, sharding)
     if budget.reason:
         say("packing", budget)
-    return TrainingPlan(budget, plan_run(recipe, base, checked, budget.tokens, stored, say))
+    return TrainingPlan(budget, plan_run(recipe, base, checked, budget.tokens, stored, say, sharding))
 
 
 def settled_arguments(
