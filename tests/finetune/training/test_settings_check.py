@@ -158,7 +158,7 @@ def test_a_check_starts_no_group_of_processes(file, monkeypatch, capsys):
 def test_a_check_leaves_sharding_to_the_processes(file, sharding, capsys):
     check(load_recipe(file, [sharding]), samples=0)
     capsys.readouterr()
-    with pytest.raises(UserError, match="train.report_to"):
+    with pytest.raises(UserError, match="report_to: neptune"):
         check(load_recipe(file, [sharding, "train.report_to=neptune"]), samples=0)
     capsys.readouterr()
 
