@@ -197,8 +197,11 @@ def _settings_notes(
         UserError: a run would stop at them.
     """
     processes = processes_of_environment()
+    # How processes share the model is settled by them when they start, and a check is one process.
+    alone = {"deepspeed": None, "fsdp": None, "fsdp_config": None}
+    unshared = recipe.model_copy(update={"train": recipe.train.model_copy(update=alone)})
     with as_one_process():
-        arguments = trainer_arguments(recipe, switches, None if task is None else task.key, computes_in)
+        arguments = trainer_arguments(unshared, switches, None if task is None else task.key, computes_in)
     return check_settings(recipe, arguments, samples=samples, processes=processes, task=task)
 
 

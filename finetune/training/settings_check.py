@@ -11,6 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import Trainer
 from transformers.integrations import integration_utils
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available
 from trl import SFTConfig
 
@@ -68,7 +70,7 @@ def check_settings(
     """
     steps = count_steps(recipe.train, samples, processes)
     problems = [
-        *_trackers(arguments.report_to),
+        *_trackers(arguments.report_to or ()),
         *(() if own_optimizer else _optimizer(arguments)),
         *_score(recipe, task),
         *_batches(recipe, steps, samples, processes),
@@ -80,8 +82,8 @@ def check_settings(
     return notes
 
 
-def _trackers(names: Sequence[str]) -> Iterator[str]:
-    for name in names:
+def _trackers(names: str | Sequence[str]) -> Iterator[str]:
+    for name in [names] if isinstance(names, str) else names:
         if name not in TRACKERS:
             # Transformers adds Kubeflow itself where its environment asks for it.
             if name != "kubeflow" or not integration_utils.is_kubeflow_available():
@@ -96,7 +98,7 @@ def _trackers(names: Sequence[str]) -> Iterator[str]:
 
 def _optimizer(arguments: SFTConfig) -> Iterator[str]:
     """Make the optimizer for a small parameter, and step it once on the run's device."""
-    name = arguments.optim.value
+    name = OptimizerNames(arguments.optim).value
     if of_bitsandbytes(name) and not is_bitsandbytes_available():
         why = "is not installed: pip install bitsandbytes"
         if find_spec("bitsandbytes") is not None:
@@ -114,8 +116,11 @@ def _optimizer(arguments: SFTConfig) -> Iterator[str]:
 
 
 def _schedule(arguments: SFTConfig, steps: int, notes: list[str]) -> Iterator[str]:
-    name, given = arguments.lr_scheduler_type.value, arguments.lr_scheduler_kwargs or {}
-    function = ReduceLROnPlateau if name == "reduce_lr_on_plateau" else TYPE_TO_SCHEDULER_FUNCTION[name]
+    name, given = SchedulerType(arguments.lr_scheduler_type).value, arguments.lr_scheduler_kwargs or {}
+    assert isinstance(given, dict), "a recipe takes a mapping alone"
+    function: Callable[..., object] = TYPE_TO_SCHEDULER_FUNCTION[name]
+    if name == "reduce_lr_on_plateau":
+        function = ReduceLROnPlateau  # what Transformers' function hands all arguments on to
     ours = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "self")
     taken = {key: about for key, about in inspect.signature(function).parameters.items() if key not in ours}
     unknown = [key for key in given if key not in taken]
@@ -167,7 +172,7 @@ def _rates(schedule: object, steps: int) -> list[float]:
         return rates
     assert isinstance(schedule, LambdaLR), "all others are functions of the step"
     sampled = {*range(0, steps, max(1, steps // SAMPLED_STEPS)), steps - 1}
-    return [schedule.base_lrs[0] * schedule.lr_lambdas[0](step) for step in sorted(sampled)]
+    return [float(schedule.base_lrs[0]) * schedule.lr_lambdas[0](step) for step in sorted(sampled)]
 
 
 def _score(recipe: Recipe, task: TaskEvaluation | None) -> Iterator[str]:

@@ -4,15 +4,20 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from recipes_for_tests import finetune, write_recipe
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
-from finetune.recipe import load_recipe
+from finetune.check.check import check
+from finetune.errors import InputError
+from finetune.recipe import RecipeError, load_recipe
 from finetune.recipe.train_section import FIELDS, OWNED
 from finetune.terminal import say_nothing
+from finetune.training.best_checkpoint import Patience, SaveBest
 from finetune.training.train import train
 
 SHARDING = {"fsdp", "fsdp_config", "deepspeed", "ddp_backend", "ddp_timeout"}
@@ -180,6 +185,59 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, name):
         assert rates[1] == 0
         squares = [(5e-3 - 1e-6) * (1 - done / 6) ** 2 + 1e-6 for done in (2, 5)]
         assert [rates[6], rates[9]] == pytest.approx(squares)
+
+
+def test_an_evaluation_before_training_is_not_the_best_so_far():
+    """It has no checkpoint, so the first that is better than the others after it has to be saved."""
+    state = TrainerState(log_history=[{"step": 0, "eval_loss": 1.0}, {"step": 2, "eval_loss": 3.0}])
+    args = SimpleNamespace(metric_for_best_model="eval_loss", greater_is_better=False)
+    assert SaveBest().on_evaluate(args, state, TrainerControl()).should_save
+    assert not Patience(1).on_evaluate(args, state, TrainerControl()).should_training_stop
+
+
+def test_patience_without_the_best_checkpoint(tmp_path):
+    """The last step's result, after one evaluation that is no better than the one before."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": False, "save_strategy": "no"}
+    file = recipe_file(tmp_path, settings | {"learning_rate": 1e-30})
+    run = train(load_recipe(file, ["evaluate.patience=1"]), say_nothing)
+    assert [record["step"] for record in metrics_of(run) if "eval_loss" in record] == [1, 2]
+    assert json.loads((run / "run.json").read_text())["steps"] == 2
+
+
+VALUES = {
+    "boolean": [True, False],
+    "integer": [-1, 0, 1, 3],
+    "number": [0.0, 0.3, 1.0, 2.0, 1e-30, 1e10],
+    "string": ["x", "all", "mlflow", ""],
+    "array": [[], ["none"], ["wandb"]],
+    "object": [{}, {"a": 1}, {"use_reentrant": False}],
+    "null": [None],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - OWNED.keys() - SHARDING - {"num_train_epochs"}))
+@pytest.mark.parametrize("scored", [False, True])
+def test_no_value_ends_in_a_traceback(tmp_path, name, scored, capsys):
+    """A value is taken by recipe, check and training, or refused by both of these: never by training alone."""
+    about = FIELDS[name]
+    tried = about.get("choices") or [value for kind in about["types"] for value in VALUES[kind]]
+    for number, value in enumerate(tried):
+        settings = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, name: value}
+        file = recipe_file(tmp_path / str(number), {"eval_strategy": "epoch", **settings})
+        task = ["evaluate.task=custom", "evaluate.metric=anls", "evaluate.sample=2", "evaluate.max_new_tokens=3"]
+        try:
+            recipe = load_recipe(file, task if scored else [])
+        except RecipeError:
+            continue
+        refused = []
+        for run in (lambda recipe: check(recipe, samples=0), lambda recipe: train(recipe, say_nothing)):
+            try:
+                run(recipe)
+            except InputError as error:
+                refused.append(str(error))
+        assert len(refused) in (0, 2), (value, refused)
+    capsys.readouterr()
 
 
 @pytest.mark.slow

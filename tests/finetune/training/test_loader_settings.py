@@ -22,9 +22,10 @@ from finetune.training.training_plan import plan_training
 from qwenvl.checkpoint.record import ModelRecord
 
 
-def make_trainer(folder, workers):
+def make_trainer(folder, workers, **changes):
     evaluation = {"data": {"path": str(folder / "eval.jsonl"), "format": "messages"}, "predictions": 0}
-    file = write_recipe(folder, data__workers=workers, evaluate=evaluation, train__per_device_train_batch_size=3)
+    changes = {"train__per_device_train_batch_size": 3, **changes}
+    file = write_recipe(folder, data__workers=workers, evaluate=evaluation, **changes)
     recipe = load_recipe(file)
     base = find_base(recipe.model)
     data = read_data(recipe, base.processor, say_nothing, show_progress=False)
@@ -85,6 +86,14 @@ def test_batches_are_the_same_with_workers(tmp_path):
     assert with_images and {pixels.dtype for pixels in with_images} == {torch.uint8}
     orders = [torch.cat([batch["samples"] for batch in wanted[start : start + 5]]).tolist() for start in (0, 6)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(14)) and orders[0] != orders[1]
+
+
+def test_an_incomplete_batch_is_dropped_in_training_alone(tmp_path):
+    settings = {"train__dataloader_drop_last": True, "train__per_device_eval_batch_size": 3}
+    trainer = make_trainer(tmp_path, 0, **settings)
+    assert [len(batch["sequence_lengths"]) for batch in trainer.get_train_dataloader()] == [3, 3, 3, 3]  # of 14
+    assert [len(batch["sequence_lengths"]) for batch in trainer.get_eval_dataloader()] == [3, 1]
+    assert trainer.args.dataloader_drop_last is True
 
 
 @pytest.mark.parametrize(("workers", "accumulation", "ahead"), [(2, 1, 2), (2, 16, 8), (3, 16, 6), (8, 8, 2)])

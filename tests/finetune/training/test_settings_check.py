@@ -154,6 +154,15 @@ def test_a_check_starts_no_group_of_processes(file, monkeypatch, capsys):
     assert "on 4 processes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("sharding", ["train.deepspeed=ds.json", "train.fsdp=true"])
+def test_a_check_leaves_sharding_to_the_processes(file, sharding, capsys):
+    check(load_recipe(file, [sharding]), samples=0)
+    capsys.readouterr()
+    with pytest.raises(UserError, match="report_to: neptune"):
+        check(load_recipe(file, [sharding, "train.report_to=neptune"]), samples=0)
+    capsys.readouterr()
+
+
 def test_the_trackers_are_those_of_transformers():
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
