@@ -105,13 +105,13 @@ def signal_at(monkeypatch, where: str, call: int) -> list[str]:
     [
         ("steps", STEPS, "batch", 10, 2, None),  # in the third step
         ("steps", STEPS, "loss", 1, 2, "step"),
-        ("epochs", EPOCHS, "token", 2, 4, "epoch"),
+        pytest.param("epochs", EPOCHS, "token", 2, 4, "epoch", marks=pytest.mark.slow),
         pytest.param("steps", STEPS, "token", 3, 2, "step", marks=pytest.mark.slow),
-        pytest.param("steps", STEPS, "loss", 5, 4, "step", marks=pytest.mark.slow),  # and the end of an epoch
-        pytest.param("steps", STEPS, "loss", 8, 6, "step", marks=pytest.mark.slow),  # the last step
-        pytest.param("epochs", EPOCHS, "loss", 2, 4, "epoch", marks=pytest.mark.slow),
+        pytest.param("steps", STEPS, "loss", 2, 4, "step", marks=pytest.mark.slow),  # and the end of an epoch
+        pytest.param("steps", STEPS, "loss", 3, 6, "step", marks=pytest.mark.slow),  # the last step
+        pytest.param("epochs", EPOCHS, "loss", 1, 4, "epoch", marks=pytest.mark.slow),
         pytest.param("epochs", EPOCHS, "token", 6, 6, "epoch", marks=pytest.mark.slow),
-        pytest.param("epochs", EPOCHS, "batch", 16, 3, None, marks=pytest.mark.slow),  # a step's last micro-batch
+        pytest.param("epochs", EPOCHS, "batch", 14, 3, None, marks=pytest.mark.slow),  # a step's last micro-batch
     ],
 )
 def test_a_signal_anywhere(whole, tmp_path, monkeypatch, name, changes, where, call, step, owed):
