@@ -184,6 +184,43 @@ def workers_have_work(data: Data, train: Train) -> Iterator[Finding]:
             yield Finding((f"train.{key}", "data.workers"), "there are no workers: no effect", "raise data.workers")
 
 
+SHARED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Values of `train.optim` that work on a part of each tensor: PyTorch's own. Those of other packages take a tensor's
+memory as a whole, or do not know tensors that are distributed."""
+
+
+DEEPSPEED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""The same of DeepSpeed, which gives an optimizer all tensors of a group as one."""
+
+
+def model_can_be_shared(model: Model, data: Data, train: Train) -> Iterator[Finding]:
+    way = "fsdp" if train.parallel == "auto" and train.fsdp else train.parallel
+    if way in ("fsdp", "zero2", "zero3"):
+        yield from what_cannot_be_shared(model, data, train, way)
+
+
+def what_cannot_be_shared(model: Model, data: Data, train: Train, way: str) -> Iterator[Finding]:
+    """What does not go with a model of which each process has a part.
+
+    Args:
+        way: fsdp, zero2 (by which each process has all weights, and a part of the optimizer) or zero3.
+    """
+    other = "train.parallel"
+    optimizers = SHARED_OPTIMIZERS if way == "fsdp" else DEEPSPEED_OPTIMIZERS
+    if model.quantization == "nf4" and way != "zero2":
+        reason = "4-bit codes are not shared: every process would keep all of them"
+        remedy = "set train.parallel: ddp, with one quantised base a GPU (some 6 GB), or model.quantization: none"
+        yield Finding(("model.quantization", other), reason, remedy)
+    if model.embeddings_on_cpu:
+        yield Finding(("model.embeddings_on_cpu", other), "the processes share the embeddings too", "take it out")
+    if data.vision_cache != "off" and way != "zero2":
+        reason = "images are encoded before the processes share the model, when only the first one has it"
+        yield Finding(("data.vision_cache", other), reason, "set it to off")
+    if train.optim not in ("auto", *optimizers):
+        reason = f"{train.optim} does not work on parts of tensors"
+        yield Finding(("train.optim", other), reason, f"take one of {', '.join(optimizers)}")
+
+
 CHECKS = (
     something_is_trained,
     nothing_is_trained_twice,
@@ -195,5 +232,6 @@ CHECKS = (
     evaluation_has_data,
     evaluation_takes_place,
     workers_have_work,
+    model_can_be_shared,
 )
 """Each takes the sections that its parameters name."""

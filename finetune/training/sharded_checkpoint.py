@@ -53,7 +53,7 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     tensors = {f"{MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
     for parameter, states in optimizer.state.items():
         tensors |= {f"{STATES}{names[parameter]}.{key}": state for key, state in _tensors_of(states)}
-    dcp.save(tensors, storage_writer=FileSystemWriter(folder / SHARDS))
+    dcp.save(tensors, storage_writer=FileSystemWriter(folder / SHARDS), no_dist=not dist.is_initialized())
     if is_main:
         groups = [
             {**group, "params": [names[parameter] for parameter in group["params"]]}

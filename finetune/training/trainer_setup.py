@@ -139,6 +139,7 @@ def _deciding_callbacks(recipe: Recipe, arguments: SFTConfig) -> list[TrainerCal
 
 def checkpoint_bytes(trained: TrainedModel, arguments: SFTConfig) -> int:
     """Bytes of all checkpoints that are there at a time: weights and AdamW's two moments in float32, for each that is
-    kept and the one being written."""
+    kept and the one being written. DeepSpeed's have the weights up to three times: whole, in its engine's states, and
+    its optimizer's masters."""
     kept = (arguments.save_total_limit or KEPT_CHECKPOINTS) + 1 + arguments.load_best_model_at_end
-    return trained.trained_parameters * 12 * kept
+    return trained.trained_parameters * (12 if arguments.deepspeed is None else 20) * kept

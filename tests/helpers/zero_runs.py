@@ -97,7 +97,9 @@ def go_back(folder, step):
             shutil.rmtree(checkpoint)
     for result in ("adapter", "model"):
         shutil.rmtree(run / result, ignore_errors=True)
-    (run / "run.json").write_text((run / "run.json").read_text().replace('"status": "finished"', '"status": "running"'))
+    (run / "run.json").write_text(
+        (run / "run.json").read_text().replace('"status": "finished"', '"status": "running"')
+    )
 
 
 def accumulate(folder, steps):

@@ -110,7 +110,9 @@ def test_keys_that_disagree_are_found_in_the_recipe(tmp_path, keys, said):
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_is_loaded(tmp_path, changes, said):
-    recipe = load_recipe(write_recipe(tmp_path, **changes))
+    with pytest.raises(RecipeError, match=f"(?s){said}"):  # in check too
+        load_recipe(write_recipe(tmp_path, **changes, train__parallel="fsdp"))
+    recipe = load_recipe(write_recipe(tmp_path, **changes))  # and where the launcher asks for it
     with pytest.raises(UserError, match=said):
         refuse_impossible(recipe, Parallel("fsdp"))
     refuse_impossible(recipe, Parallel("ddp"))
@@ -133,5 +135,6 @@ def test_the_arguments_that_follow():
     assert given["fsdp"] is True
     assert given["fsdp_config"]["version"] == 2
     assert given["fsdp_config"]["reshard_after_forward"] is False
-    assert parallel_arguments(Parallel("zero3"), {})["deepspeed"]["zero_optimization"]["stage"] == 3
-    assert parallel_arguments(Parallel("zero2"), {"deepspeed": STAGE_2})["deepspeed"] == STAGE_2
+    for stage in (2, 3):
+        given = parallel_arguments(Parallel(f"zero{stage}"), {"deepspeed": {"zero_optimization": {"stage": stage}}})
+        assert given["deepspeed"]["zero_optimization"]["stage"] == stage

@@ -7,6 +7,7 @@ from recipes_for_tests import write_recipe
 
 from finetune.errors import UserError
 from finetune.recipe import load_recipe
+from finetune.recipe.problems import RecipeError
 from finetune.training import parallel
 from finetune.training.parallel import Parallel, parallel_arguments, refuse_impossible
 from finetune.training.zero import refuse_other_checkpoint
@@ -130,12 +131,16 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_loaded(tmp_path, mo
     recipe = load_recipe(write_recipe(tmp_path, **changes))
     with pytest.raises(UserError, match=said):
         refuse_impossible(recipe, Parallel(way))
+    if "train__deepspeed" not in changes:
+        with pytest.raises(RecipeError, match=f"(?s){said}"):  # in check too
+            load_recipe(write_recipe(tmp_path, **changes, train__parallel=way))
 
 
 @pytest.mark.parametrize("changes", [{"model__quantization": "nf4"}, {"data__vision_cache": "memory"}])
 def test_stage_2_has_all_weights_on_each_process(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(parallel, "find_spec", lambda name: name)
-    refuse_impossible(load_recipe(write_recipe(tmp_path, **changes)), Parallel("zero2"))
+    recipe = write_recipe(tmp_path, **changes, train__parallel="zero2")
+    refuse_impossible(load_recipe(recipe), Parallel("zero2"))
 
 
 def test_the_trainer_gets_the_configuration():
