@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 
 from finetune.errors import Failed, Interrupted
 
@@ -79,22 +78,6 @@ def stop_together(failure: Exception | None, device: torch.device) -> None:
         raise failure
     if failed:
         raise Failed("another process of this run failed, and says why; this one stops with it")
-
-
-def deepspeed_backward(accelerator: Accelerator, loss: torch.Tensor, *, is_last: bool) -> None:
-    """Backward of a pack by DeepSpeed, whose engine takes the optimizer's step in the last backward of a step.
-
-    Args:
-        is_last: whether it is the last pack of its batch.
-    """
-    state = accelerator.gradient_state
-    of_batch = state.sync_gradients
-    state._set_sync_gradients(of_batch and is_last)
-    try:
-        # The loss is divided by the tokens of the whole step already.
-        accelerator.backward(loss, scale_wrt_gas=False)
-    finally:
-        state._set_sync_gradients(of_batch)
 
 
 def largest_of_all(numbers: Sequence[int]) -> list[int]:

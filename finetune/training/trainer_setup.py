@@ -163,9 +163,11 @@ def one_checkpoint_bytes(trained: TrainedModel, arguments: SFTConfig) -> int:
     """Bytes of a checkpoint with the states of the optimizer.
 
     An adapter's has what is trained; without one, the whole model is saved, with what is trained in float32.
+    DeepSpeed's have the weights up to three times: whole, in its engine's states, and its optimizer's masters.
     """
+    copies = 1 if arguments.deepspeed is None else 3
     states = state_bytes(trained.model, OptimizerNames(arguments.optim).value, arguments.device.type)
-    return sum(one.nbytes for one in saved_parameters(trained)) + states.device + states.host
+    return copies * sum(one.nbytes for one in saved_parameters(trained)) + states.device + states.host
 
 
 def checkpoint_bytes(recipe: Recipe, trained: TrainedModel, arguments: SFTConfig) -> int:

@@ -135,5 +135,6 @@ def test_the_arguments_that_follow():
     assert given["fsdp"] is True
     assert given["fsdp_config"]["version"] == 2
     assert given["fsdp_config"]["reshard_after_forward"] is False
-    assert parallel_arguments(Parallel("zero3"), {})["deepspeed"]["zero_optimization"]["stage"] == 3
-    assert parallel_arguments(Parallel("zero2"), {"deepspeed": STAGE_2})["deepspeed"] == STAGE_2
+    for stage in (2, 3):
+        given = parallel_arguments(Parallel(f"zero{stage}"), {"deepspeed": {"zero_optimization": {"stage": stage}}})
+        assert given["deepspeed"]["zero_optimization"]["stage"] == stage
