@@ -1,5 +1,6 @@
 """Runs whose processes share the model by FSDP2, over gloo: what one process makes, whole, and from any checkpoint."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from recipes_for_tests import ROOT, finetune, write_recipe
@@ -180,6 +182,18 @@ def test_a_shared_run_goes_on_as_ddp(ran, copied, kind):
     assert_same(folder, ran(kind, 2), atol=CLOSE[kind])
 
 
+def kill(agent, draw):
+    """Kill all processes of a run and their launcher, or one of them alone: then the launcher ends the others."""
+    workers = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+    killed = [draw.choice(workers)] if workers and draw.random() < 0.5 else [agent.pid, *workers]
+    for pid in killed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    agent.wait()
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers):
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -192,7 +206,6 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(ran, tmp_path, kind,
             command_of(recipe, 2, "train.parallel=fsdp"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
             cwd=ROOT,
         )
         # Inside the save of one process or the other, between two steps, or in a collective.
@@ -200,8 +213,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(ran, tmp_path, kind,
         while not list(checkpoints.glob(waited_for)) and process.poll() is None:
             time.sleep(0.002)
         time.sleep(draw.random() * 0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process, draw)
         last = find_last_good(checkpoints)
         assert not last.damaged
         assert last.step >= step - 2
