@@ -6,6 +6,7 @@ may take as long as it takes. Here a process waits until it is told, or until an
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from finetune.errors import Failed
 from finetune.run.launch import launched_processes
 from finetune.run.trouble import Trouble
 
@@ -22,12 +24,16 @@ T = TypeVar("T")
 
 FAILED = "failed"
 LONGEST_NAP = 0.5  # seconds between two looks
+BEAT = 5.0  # seconds between two signs of life
+DEAD_AFTER = 120.0  # seconds without one
 
 _meetings = count()  # of this process
 
 
 class Meeting:
     """The processes of a command. Values are JSON's; each name is told once.
+
+    What waits for another process raises what that one has failed with; or that it has given no sign of life.
 
     Args:
         store: that all processes see.
@@ -37,6 +43,8 @@ class Meeting:
     def __init__(self, store: dist.Store, process: int, processes: int):
         self.process, self.processes = process, processes
         self._store = store
+        self._beats: dict[int, tuple[int, float]] = {}  # of others: their number, and when it was new here
+        self._looked = time.monotonic()
 
     @property
     def is_main(self) -> bool:
@@ -117,6 +125,41 @@ class Meeting:
             trouble = Trouble(**json.loads(self._store.get(FAILED)))
             if trouble.process != self.process:
                 raise trouble.error()
+        now = time.monotonic()
+        if now - self._looked < BEAT:
+            return
+        self._looked = now
+        for process in range(self.processes):
+            beats = self.counted(f"beats/{process}")  # 0 before it has come
+            if (
+                beats != self._beats.get(process, (0, now))[0]
+                or process == self.process
+                or self.counted(f"left/{process}")
+            ):
+                self._beats[process] = beats, now
+            elif beats and now - self._beats[process][1] > DEAD_AFTER:
+                raise Failed(f"process {process} has given no sign of life for {DEAD_AFTER:.0f} seconds")
+
+    @contextmanager
+    def giving_signs_of_life(self) -> Iterator[None]:
+        """So that the others do not wait for ever for a process that was killed, on a machine that is gone."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            with suppress(Exception):  # the store ends with the launcher
+                while not ended.wait(BEAT):
+                    self.count(f"beats/{self.process}")
+
+        self.count(f"beats/{self.process}")
+        thread = threading.Thread(target=beat, name="signs-of-life", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with suppress(Exception):
+                self.count(f"left/{self.process}")
 
     @contextmanager
     def telling_failure(self) -> Iterator[None]:
@@ -143,5 +186,5 @@ def meeting_of(command: str) -> Iterator[Meeting | None]:
     store, process, processes = next(iter(rendezvous("env://")))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     meeting = Meeting(dist.PrefixStore(f"finetune/{command}/{attempt}/{next(_meetings)}", store), process, processes)
-    with meeting.telling_failure():
+    with meeting.giving_signs_of_life(), meeting.telling_failure():
         yield meeting

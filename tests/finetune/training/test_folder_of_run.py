@@ -70,8 +70,6 @@ def test_a_run_without_a_shared_disk_trains_and_goes_on(machines):
     assert "from step 2" in done[0].stdout and "sending step-2" in done[0].stdout
     assert adapter_of(run) == adapter
     assert names(folders[1]) == [] and not list(run.glob(".seen*"))
-    again = finetune_on(2, recipe, folders=folders)
-    assert [one.returncode for one in again] == [0, 0] and "is finished" in again[0].stdout
 
 
 def test_other_data_on_another_machine_is_refused(machines, tmp_path):
@@ -145,6 +143,9 @@ def test_two_agents_train_and_go_on(machines, tmp_path, shared):
         if part == 0:
             adapter = back_to(run, 2)
     assert "from step 2" in said and adapter_of(run) == adapter
+    done = two_agents(recipe, folders)
+    assert [one.returncode for one in done] == [0, 0]
+    assert "is finished" in "".join(one.stdout for one in done)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 SHARED = str(ROOT / "tests" / "helpers" / "fsdp_on_cpu.py")
 PROCESSES = 3
+FULL = {"adapter": None, "freeze": {"vision": False, "resampler": False, "language": False}}
 
 
 def write_questions(file: Path, count: int) -> Path:
@@ -55,7 +56,7 @@ def lines(folder: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize("evaluated", ["loss", "task"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_fewer_rows_than_processes(tmp_path, kind, evaluated):
-    changes = {"adapter__dropout": 0.0} if kind == "lora" else {"adapter": None}
+    changes = {"adapter__dropout": 0.0} if kind == "lora" else FULL
     alone = recipe_of(tmp_path / "alone", evaluated, **changes, train__gradient_accumulation_steps=PROCESSES)
     together = recipe_of(tmp_path / "together", evaluated, **changes, train__gradient_accumulation_steps=1)
     finetune(alone)
