@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,7 @@ def sum_losses(
     seq_length: int,
     device: torch.device,
     fillers: Fillers | None,
+    is_abandoned: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
     """Run this process's evaluation batches.
 
@@ -42,11 +44,14 @@ def sum_losses(
         seq_length: tokens that the model was made for.
         device: of the result.
         fillers: what packs are made alike with where the model is sharded; None where it is not.
+        is_abandoned: whether this process shall run no more of its batches. Where the model is sharded it takes part
+            in those of the others.
 
     Returns:
         (4,) float64: the sum of losses, supervised tokens, samples, samples longer than `seq_length`.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
+    batches = takewhile(lambda batch: not is_abandoned(), batches)
     if fillers is None:
         packs = _packs_that_fit(batches, loss_of_pack, budget, refuse)
     else:
@@ -56,6 +61,8 @@ def sum_losses(
         long = there & (pack["sequence_lengths"] > seq_length)
         counts = [(pack["labels"] != IGNORED).sum(), there.sum(), long.sum()]
         sums += torch.tensor([loss, *counts], dtype=torch.float64, device=device)
+        if fillers is None and is_abandoned():
+            break
     return sums
 
 
