@@ -137,7 +137,7 @@ def generate(
 
         if shared is not None and is_main:
             # Also when this process is stopped: what has arrived is kept.
-            stack.callback(lambda: keep(shared.arrived()))
+            stack.callback(lambda: keep(shared.last_arrived()))
         for reply in generate_replies(
             loaded,
             prompts,

@@ -6,7 +6,10 @@ alone writes: an interruption keeps them, and the same command goes on with any 
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
+
+import torch.distributed as dist
 
 from finetune.errors import UserError
 from finetune.evaluation.results import Record
@@ -44,6 +47,11 @@ class SharedReplies:
                     break
                 self._next[process] += 1
                 yield record
+
+    def last_arrived(self) -> Iterator[Record]:
+        """As `arrived`, for a process that is being stopped: the launcher may have ended, with what it keeps."""
+        with suppress(dist.DistError):
+            yield from self.arrived()
 
     def rest(self) -> Iterator[Record]:
         """The replies that are missing, waiting for them.

@@ -63,6 +63,8 @@ def sum_losses(
         long = there & (pack["sequence_lengths"] > seq_length)
         counts = [(pack["labels"] != IGNORED).sum(), there.sum(), long.sum()]
         sums += torch.tensor([loss, *counts], dtype=torch.float64, device=device)
+        if fillers is None and is_abandoned():
+            break
     return sums
 
 

@@ -8,6 +8,8 @@ from forked_ranks import on_ranks
 from recipes_for_tests import TINY
 from sharded_tiny import eval_batches, loss_sharded, sums_of, tiny_model
 
+from finetune.memory.out_of_memory import PackBudget
+from finetune.training.evaluation_loss import sum_losses
 from qwenvl import load_processor
 
 
@@ -21,3 +23,25 @@ def test_processes_with_fewer_batches_take_part(tmp_path, processes):
     assert sums[1][2] == 1  # one sample: its other packs were empty
     raised = [(tmp_path / f"raised-{rank}").read_text() for rank in range(processes)]
     assert raised == ["row 7 is damaged" if rank == 1 else "process 1: row 7 is damaged" for rank in range(processes)]
+
+
+@pytest.mark.parametrize("packs", [0, 1, 3])
+def test_nothing_is_run_any_more_once_it_is_abandoned(packs):
+    """In the middle of a batch too: its result will be thrown away."""
+    batches, ran = eval_batches(load_processor(TINY), 6, 3), []
+
+    def loss_of_pack(pack):
+        ran.append(pack)
+        return torch.tensor(1.0)
+
+    sum_losses(
+        batches,
+        loss_of_pack,
+        PackBudget("tokens", 1, ()),
+        lambda pack, failure: None,
+        seq_length=100,
+        device=torch.device("cpu"),
+        fillers=None,
+        is_abandoned=lambda: len(ran) >= packs,
+    )
+    assert len(ran) == packs
