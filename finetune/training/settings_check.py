@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -116,9 +117,10 @@ def _optimizer(arguments: SFTConfig) -> Iterator[str]:
 
 
 def _schedule(arguments: SFTConfig, steps: int, notes: list[str]) -> Iterator[str]:
-    name, given = SchedulerType(arguments.lr_scheduler_type).value, arguments.lr_scheduler_kwargs or {}
+    kind = SchedulerType(arguments.lr_scheduler_type)
+    name, given = kind.value, arguments.lr_scheduler_kwargs or {}
     assert isinstance(given, dict), "a recipe takes a mapping alone"
-    function: Callable[..., object] = TYPE_TO_SCHEDULER_FUNCTION[name]
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[kind]
     if name == "reduce_lr_on_plateau":
         function = ReduceLROnPlateau  # what Transformers' function hands all arguments on to
     ours = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "self")
