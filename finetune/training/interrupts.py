@@ -115,7 +115,7 @@ class StopOnSignal(TrainerCallback):
         received, *others = largest_of_all([self.received or 0, *numbers])
         self.agreed = received > 0
         if self.agreed and self.received is None:
-            self.received = received
+            self.received, self._first_at = received, time.monotonic()
         return others
 
     def abandon_if_received(self) -> None:

@@ -64,7 +64,8 @@ def summary(
     if "loss" in series:
         lines["loss"] = _first_to_last(series["loss"])
     if "eval_loss" in series:
-        lines["eval loss"] = _first_to_best(series["eval_loss"]) + _of_saved(series["eval_loss"], saved_step)
+        text, saved = _first_to_best(series["eval_loss"]), _of_saved(series["eval_loss"], saved_step)
+        lines["eval loss"] = text if f" at step {saved_step} (best)" in text else text + saved
         if any(count for _, count in series.get("eval_long_samples", [])):
             lines["eval loss"] += "; with stretched positions beyond seq_length, which training does without"
     for key, own in parts_of_scores(series).items():

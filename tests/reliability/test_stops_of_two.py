@@ -24,7 +24,8 @@ def make(folder: Path, **changes) -> Path:
         "max_new_tokens": 4,
     }
     settings = {"train__eval_strategy": "steps", "train__eval_steps": 2, "train__max_steps": 5, "evaluate": evaluate}
-    return write_recipe(folder, **settings | {"train__save_steps": 500, "train__logging_steps": 2} | changes)
+    settings |= {"train__save_steps": 500, "train__logging_steps": 2, "train__per_device_eval_batch_size": 1}
+    return write_recipe(folder, **settings | changes)
 
 
 def results(run: Path) -> dict:
