@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt) as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT, saved=False)
         state = "the state is saved: the same command goes on" if stopped.saved else command.WHEN_STOPPED
-        complain(f"interrupted by {stopped}; {state}")
+        complain(f"interrupted by {stopped}; {stopped.said or state}")
         return stopped.exit_code
     except InputError as error:
         complain(str(error))

@@ -228,6 +228,8 @@ class TaskScorer:
         *,
         bar: bool = True,
         tick: Callable[[], Any] = lambda: None,
+        is_abandoned: Callable[[], bool] = lambda: False,
+        agree: Callable[[], None] = lambda: None,
     ) -> TaskScore:
         """Reply to the sample and score the replies; on all processes together.
 
@@ -237,11 +239,14 @@ class TaskScorer:
             step: optimizer steps done.
             bar: show a bar on a terminal; a trainer's live line excludes one.
             tick: called after every reply of this process.
+            is_abandoned: whether this process shall make no further replies.
+            agree: called by all processes together when their replies are made; raises in all where one has none.
 
         Raises:
             UserError: an image of the sample is damaged, or a source has the name of a group of the data.
         """
-        replies = self._share(model, accelerator, bar and accelerator.is_main_process, tick)
+        replies = self._share(model, accelerator, bar and accelerator.is_main_process, tick, is_abandoned)
+        agree()
         if accelerator.num_processes > 1:
             replies = gather_object(replies)
         replies = sorted(replies, key=lambda reply: reply.index)
@@ -269,7 +274,12 @@ class TaskScorer:
         return self.last
 
     def _share(
-        self, model: torch.nn.Module, accelerator: Accelerator, bar: bool, tick: Callable[[], Any]
+        self,
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        bar: bool,
+        tick: Callable[[], Any],
+        is_abandoned: Callable[[], bool],
     ) -> list[Reply]:
         """This process's replies, to every n-th question; their index is the number in the sample."""
         numbers = list(range(accelerator.process_index, len(self.asked.questions), accelerator.num_processes))
@@ -284,6 +294,7 @@ class TaskScorer:
             Decoding(self.asked.task.max_new_tokens, self.stop_ids, batch_tokens=BATCH_TOKENS),
             on_bad_image="wrong",
             vision_cache=self.vision_cache,
+            is_abandoned=is_abandoned,
         )
         replies = []
         with ReplyProgress(f"evaluating {self.asked.task.metric}", len(numbers), bar=bar) as progress:

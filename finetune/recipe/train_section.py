@@ -205,6 +205,9 @@ class OwnTrainKeys(Section):
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] | None = None
     """Activations that backward recomputes; auto is the least that fits, null leaves the choice to TRL's keys."""
 
+    save_minutes: Annotated[float, Field(gt=0)] | None = 10
+    """Minutes between two checkpoints, beside those by step; put off while saves take over 5 % of the time."""
+
     def findings(self) -> Iterator[Finding]:
         if self.max_steps == 0:
             yield Finding(("max_steps",), "0 steps train nothing", "write -1 to go by num_train_epochs")

@@ -21,7 +21,7 @@ from finetune.batches.budget import KEPT_FEATURE_BYTES, REPLY_BATCH_ROWS, REPLY_
 from finetune.batches.image_request import ImageRequest, VisionCache, image_key
 from finetune.errors import Failed
 from finetune.replies.image_features import ImageStore
-from finetune.replies.reply_text import FirstOfChoices, StopAtText, reply_text, stop_place
+from finetune.replies.reply_text import FirstOfChoices, StopAtText, StopWhenAbandoned, reply_text, stop_place
 from finetune.replies.shared_prefix import PrefixedBatch, cut_prefixes, generate_from_prefixes
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess, QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer
@@ -173,6 +173,7 @@ def generate_replies(
     on_bad_image: Literal["refuse", "wrong"] = "refuse",
     keep_bytes: int = KEPT_FEATURE_BYTES,
     vision_cache: VisionCache | None = None,
+    is_abandoned: Callable[[], bool] = lambda: False,
 ) -> Iterator[Reply]:
     """Reply to every prompt, once each, batch by batch.
 
@@ -188,6 +189,7 @@ def generate_replies(
         on_bad_image: "refuse" raises for an image that cannot be read, "wrong" returns its prompts as `unreadable`.
         keep_bytes: bytes of image features to keep in memory.
         vision_cache: has features of images that were encoded before; None without one.
+        is_abandoned: asked before each token; once it is true, no further replies come.
 
     Yields:
         Replies, in the order of the plan.
@@ -210,7 +212,11 @@ def generate_replies(
                 rows, next_rows = next_rows, _open(prompts, window, store)
                 while rows:
                     batch = rows[: _batch_size(rows, decoding, batch_tokens)]
-                    replies = attempt(partial(_reply, base, batch, tokenizer, decoding, store, on_bad_image))
+                    replies = attempt(
+                        partial(_reply, base, batch, tokenizer, decoding, store, on_bad_image, is_abandoned)
+                    )
+                    if is_abandoned():
+                        return
                     if isinstance(replies, OutOfMemory):
                         batch_tokens = _smaller_budget(batch, prompts, decoding, replies)
                         continue
@@ -289,6 +295,7 @@ def _reply(
     decoding: Decoding,
     store: ImageStore,
     on_bad_image: Literal["refuse", "wrong"],
+    is_abandoned: Callable[[], bool],
 ) -> list[Reply]:
     """The replies to one batch, those with unreadable images first."""
     features: dict[str, torch.Tensor] = {}
@@ -307,7 +314,8 @@ def _reply(
     ]
     good = [row for row in rows if not any(key in bad for key in row.keys)]
     if good:
-        replies += _generate(model, good, [[features[key] for key in row.keys] for row in good], tokenizer, decoding)
+        own = [[features[key] for key in row.keys] for row in good]
+        replies += _generate(model, good, own, tokenizer, decoding, is_abandoned)
     return replies
 
 
@@ -317,6 +325,7 @@ def _generate(
     features: Sequence[Sequence[torch.Tensor]],
     tokenizer: QwenVLTokenizer,
     decoding: Decoding,
+    is_abandoned: Callable[[], bool],
 ) -> list[Reply]:
     """The replies to rows with the features of their images, (n_queries, hidden) each, in reading order."""
     pad = tokenizer.pad_token_id
@@ -334,9 +343,10 @@ def _generate(
             pad_token_id=pad,
             use_cache=True,
         ),
-        stopping_criteria=(
-            [StopAtText(tokenizer, batch.length, decoding.stop_texts)] if decoding.stop_texts else None
-        ),
+        stopping_criteria=[
+            StopWhenAbandoned(is_abandoned),
+            *([StopAtText(tokenizer, batch.length, decoding.stop_texts)] if decoding.stop_texts else []),
+        ],
         logits_processor=[FirstOfChoices(batch.length, [row.choices for row in rows])]
         if any(row.choices for row in rows)
         else None,

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import SFTConfig
 
+from finetune.errors import UserError
 from finetune.memory.switches import Switches
 from finetune.recipe import Recipe
 from finetune.training.best_checkpoint import pick_best
+from finetune.training.trackers import TrackedConfig
 
 KEPT_CHECKPOINTS = 2
 """Checkpoints that stay in a run folder, where the recipe does not say."""
@@ -18,7 +19,7 @@ LEAST_PREFETCHED = 2
 """Batches each worker has ready, at least: PyTorch's own default."""
 
 
-def trainer_arguments(recipe: Recipe, switches: Switches, task_metric: str | None) -> SFTConfig:
+def trainer_arguments(recipe: Recipe, switches: Switches, task_metric: str | None) -> TrackedConfig:
     """The trainer's configuration.
 
     Args:
@@ -37,22 +38,31 @@ def trainer_arguments(recipe: Recipe, switches: Switches, task_metric: str | Non
         **loader_settings(recipe.data.workers, given["gradient_accumulation_steps"]),
     }
     arguments = sft_config({**defaults, **given}, output=str(Path(recipe.output)), seed=recipe.seed)
-    if keeps_best:
-        pick_best(arguments, task_metric or "eval_loss")
+    if keeps_best or (recipe.evaluate is not None and recipe.evaluate.patience is not None):
+        pick_best(arguments, task_metric or "eval_loss", keeps_it=keeps_best)
     return arguments
 
 
 def keeps_best_checkpoint(recipe: Recipe, given: dict[str, Any]) -> bool:
     """Whether the result is the best checkpoint and not the last: where the recipe says so, or a task or patience is
     evaluated. `given` are the fields of `SFTConfig`.
+
+    Raises:
+        UserError: it says so, and that no checkpoint is saved.
     """
     evaluate = recipe.evaluate
+    if given.get("save_strategy") == "no":
+        if given.get("load_best_model_at_end"):
+            raise UserError(
+                "train.load_best_model_at_end needs checkpoints, and train.save_strategy is no: remove one of them"
+            )
+        return False
     by_default = evaluate is not None and (evaluate.task is not None or evaluate.patience is not None)
     by_default = by_default or given.get("save_strategy") == "best"
     return bool(given.get("load_best_model_at_end", by_default)) and given.get("eval_strategy", "no") != "no"
 
 
-def sft_config(given: dict[str, Any], *, output: str, seed: int) -> SFTConfig:
+def sft_config(given: dict[str, Any], *, output: str, seed: int) -> TrackedConfig:
     """TRL's configuration, with the fields that this trainer decides.
 
     Args:
@@ -60,7 +70,7 @@ def sft_config(given: dict[str, Any], *, output: str, seed: int) -> SFTConfig:
         output: the run folder.
         seed: for every random choice.
     """
-    return SFTConfig(
+    return TrackedConfig(
         **given,
         output_dir=output,
         seed=seed,

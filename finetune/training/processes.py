@@ -2,7 +2,7 @@
 
 import atexit
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def closing_process_group() -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        if stopped.saved:  # all processes have stopped after the same step
+        if stopped.agreed:  # all processes have stopped after the same step
             _destroy_group(existed)
         raise
     _destroy_group(existed)
@@ -45,6 +45,22 @@ def _destroy_group(existed: bool) -> None:
         return
     _KEPT.append(dist.group.WORLD)
     dist.destroy_process_group()
+
+
+def largest_of_all(numbers: Sequence[int]) -> list[int]:
+    """The largest of each number over all processes, which all have as many; a collective call."""
+    return _reduced(numbers, dist.ReduceOp.MAX) if _is_initialized() else list(numbers)
+
+
+def sum_of_all(numbers: Sequence[int]) -> list[int]:
+    """The sum of each number over all processes, which all have as many; a collective call."""
+    return _reduced(numbers, dist.ReduceOp.SUM) if _is_initialized() else list(numbers)
+
+
+def _reduced(numbers: Sequence[int], operation: Any) -> list[int]:
+    values = torch.tensor(numbers, dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(values, op=operation)
+    return values.tolist()
 
 
 BUCKET_BYTES = 64_000_000

@@ -69,6 +69,7 @@ class Progress(TrainerCallback):
     Args:
         stream: where to write; standard output by default.
         checkpoints: the folder of the checkpoints; None leaves it out of a checkpoint's line.
+        log: called with each line that is printed, or would be where there is no terminal.
         clock: returns seconds, from any start; for the time left.
     """
 
@@ -77,10 +78,12 @@ class Progress(TrainerCallback):
         stream: TextIO | None = None,
         *,
         checkpoints: str | os.PathLike | None = None,
+        log: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stream = sys.stdout if stream is None else stream
         self._checkpoints = None if checkpoints is None else Path(checkpoints)
+        self._log = log or (lambda line: None)
         self._clock = clock
         self._pace = _Pace(clock)
         self._latest: dict[str, float] = {}
@@ -157,9 +160,11 @@ class Progress(TrainerCallback):
             self._say(f"{_step(state)}{SEPARATOR}{_lowered_budget(numbers)}")
         if any(key in numbers for key in _LOGGED):
             self._latest = {key: numbers[key] for key in _LOGGED if key in numbers}
+            line = SEPARATOR.join(self._fields(args, state).values())
             if self._live is None:
-                self._say(SEPARATOR.join(self._fields(args, state).values()))
+                self._say(line)
             else:
+                self._log(line)
                 self._redraw(args, state, always=True)
 
     def on_train_end(
@@ -201,6 +206,7 @@ class Progress(TrainerCallback):
 
     def _say(self, line: str) -> None:
         """Print a permanent line."""
+        self._log(line)
         line = terminal_text(line)
         if self._live is None:
             print(line, file=self._stream, flush=True)

@@ -27,7 +27,8 @@ FREE_TO_CHANGE = (
     *("data.on_bad_row", "data.check_images"),  # what is left out is known by row, see `data.places`
     *("data.vision_cache", "data.vision_cache_gb", "model.attention", "model.kernels"),  # change rounding
     "train.checkpointing",
-    *(f"train.{key}" for key in ("logging_steps", "logging_strategy", "save_steps", "save_total_limit", "report_to")),
+    *(f"train.{key}" for key in ("logging_steps", "logging_strategy", "report_to")),
+    *(f"train.{key}" for key in ("save_steps", "save_minutes", "save_total_limit")),
 )
 """Keys of a recipe that may change when a run is resumed: they do not change what is computed."""
 

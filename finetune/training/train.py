@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import time
 from pathlib import Path
 
 from finetune.files.base_identity import identify
@@ -11,6 +10,7 @@ from finetune.model.computing import choose_backends
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
+from finetune.run.log_file import RunLog, run_log
 from finetune.terminal import Say, say, say_nothing
 from finetune.training.arguments import trainer_arguments
 from finetune.training.interrupts import StopOnSignal
@@ -22,6 +22,7 @@ from finetune.training.result import report_result, save_result
 from finetune.training.run_record import EACH_EPOCH, WEIGHTS, begin_record, finish_record, record_failure
 from finetune.training.sample_replies import reply_to_samples
 from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
+from finetune.training.trackers import trackers_in
 from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
 from finetune.training.training_data import data_as_it_was, find_places, read_data
@@ -51,11 +52,15 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         say = say_nothing
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as stack:
+        log = RunLog()
         if is_main:
+            log = stack.enter_context(run_log())
+            say = log.heard(say)
             stack.enter_context(run.lock())
+        stack.enter_context(trackers_in(run.path))
         stack.enter_context(closing_process_group())
         stop = stack.enter_context(StopOnSignal())
-        began, phases = time.monotonic(), Phases("read")
+        phases = Phases("read")
 
         base = find_base(recipe.model)
         computing = choose_backends(recipe.model)
@@ -77,9 +82,12 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             )
             return run.path
 
+        if is_main:
+            log.open(run.log_file)
         resumes = isinstance(start, Resume)
         if resumes:
             data = data_as_it_was(data, places)
+            phases.go_on_after((stored or {}).get("phases"))
             if stored is not None and stored.get(WEIGHTS) != EACH_EPOCH:
                 # The run began before each epoch had its own draw.
                 if data.checked["train"].epochs(recipe.seed) is not None:
@@ -104,7 +112,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
                 plan.switches,
                 trained,
                 score_so_far,
-                resumes=resumes,
+                before=stored if resumes else None,
                 mended={name: part.mended for name, part in places.aligned.items()},
             )
         record = None
@@ -114,7 +122,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
         left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
         cache = encode_images(recipe, base, data, trained, phases, left_out, say)
-        progress = Progress(checkpoints=run.checkpoints)
+        progress = Progress(checkpoints=run.checkpoints, log=log.write if is_main else None)
         trainer = make_trainer(
             recipe,
             run,
@@ -145,15 +153,15 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         result = save_result(trainer, run, base, record, is_main=is_main)
         reply_to_samples(trainer, recipe, run, data, phases, "after", is_main=is_main)
         trainer.gather_left_out()
+        amounts = trainer.throughput.totals()
         if is_main:
-            seconds = time.monotonic() - began
             finish_record(
                 run,
                 phases,
-                seconds=seconds,
                 steps=trainer.state.global_step,
+                trained=amounts,
                 left_out=left_out.counts(),
                 best_checkpoint=trainer.state.best_model_checkpoint,
             )
-            report_result(trainer, run, result, data.task, seconds, say)
+            report_result(trainer, run, result, data.task, amounts, phases.seconds, say)
     return run.path

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampl
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.batches.collate import LEFT_OUT, NO_SAMPLE, Collator
@@ -36,8 +37,11 @@ from finetune.model.step_loss import forward_with_loss
 from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
+from finetune.training.checkpoint_note import passing_checkpoints
 from finetune.training.epoch_sampler import EpochSampler
 from finetune.training.processes import average_gradients
+from finetune.training.random_states import random_states_kept
+from finetune.training.resumable_trainer import ResumableTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -50,7 +54,7 @@ class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the message names the samples."""
 
 
-class QwenVLTrainer(SFTTrainer):
+class QwenVLTrainer(ResumableTrainer):
     """TRL's trainer over samples that are rendered, decoded and packed when they are needed.
 
     One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
@@ -102,14 +106,14 @@ class QwenVLTrainer(SFTTrainer):
         self.train_budget = PackBudget("tokens_per_batch", tokens_per_batch, out_of_memory)
         # Evaluation keeps no activations. If it runs out of memory, training need not have smaller packs.
         self.eval_budget = PackBudget("evaluation_tokens_per_batch", tokens_per_batch, out_of_memory)
-        self.step_in_packs: StepInPacks | None = None
+        self.step_in_packs = None
         self.learning_rates = learning_rates or {}
         self.vision_layer_decay = vision_layer_decay
         self.shuffle = shuffle
         self.epoch_sampler = None if draws is None else EpochSampler(draws, indices["train"], args.seed, shuffle)
         self.task_scorer = task_scorer
         self.throughput = Throughput()
-        self._supervised: torch.Tensor | int = 0  # tokens of all processes since the last log
+        self._supervised = 0
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
         config = self._config_of(model)
         use_cache = config.use_cache
@@ -125,6 +129,7 @@ class QwenVLTrainer(SFTTrainer):
         )
         # Transformers turns it off, and a saved model would then generate without a cache.
         config.use_cache = use_cache
+        self.obey(callbacks)
 
     @staticmethod
     def _config_of(model: nn.Module) -> QwenVLConfig:
@@ -217,9 +222,12 @@ class QwenVLTrainer(SFTTrainer):
                 empty_gradients=model.zero_grad,
                 refuse=partial(self._refuse_out_of_memory, "train"),
                 can_repeat=not self._is_sharded,
+                # Where the model is sharded, the others wait for this process in each forward.
+                is_abandoned=lambda: self.stop.is_received and not self._is_sharded,
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
+        self.agree_on_the_step()
         if self.accelerator.sync_gradients:
             self.step_in_packs = None
             if isinstance(model, DistributedDataParallel):
@@ -314,8 +322,7 @@ class QwenVLTrainer(SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As `_evaluate_in_place`, with the random state put back: even making a data loader draws a number."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with random_states_kept(self.args.device):
             return self._evaluate_in_place(eval_dataset, metric_key_prefix)
 
     def _evaluate_in_place(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -331,13 +338,16 @@ class QwenVLTrainer(SFTTrainer):
         # Sum of losses, supervised tokens, samples, samples beyond seq_length.
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         beyond = self._config_of(self.model).seq_length
-        for batch in self.get_eval_dataloader(eval_dataset):
+        for batch in takewhile(lambda batch: not self.stop.is_received, self.get_eval_dataloader(eval_dataset)):
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             self._note_left_out("eval", batch)
             for pack, loss in self._losses(model, batch):
                 there = (pack["samples"] != NO_SAMPLE).sum()
                 counts = [(pack["labels"] != IGNORED).sum(), there, (pack["sequence_lengths"] > beyond).sum()]
                 sums += torch.tensor([loss, *counts], dtype=torch.float64, device=sums.device)
+                if self.stop.is_received and not self._is_sharded:
+                    break
+        self.stop.abandon_if_received()
         sums = self.accelerator.reduce(sums, reduction="sum")
         self._log_lowered(self.eval_budget)
         if not sums[1]:
@@ -381,7 +391,15 @@ class QwenVLTrainer(SFTTrainer):
 
     def _task_score(self, scorer: TaskScorer) -> TaskScore:
         model = self.accelerator.unwrap_model(self.model)
-        return scorer.evaluate(model, self.accelerator, self.state.global_step, bar=False, tick=self._tick)
+        return scorer.evaluate(
+            model,
+            self.accelerator,
+            self.state.global_step,
+            bar=False,
+            tick=self._tick,
+            is_abandoned=lambda: self.stop.is_received,
+            agree=self.stop.abandon_if_received,
+        )
 
     def _tick(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -410,7 +428,7 @@ class QwenVLTrainer(SFTTrainer):
                 # All samples were left out. A loss of 0 would look like one that was learned.
                 del logs["loss"]
             self._supervised = 0
-            logs |= self.throughput.since_last(self.accelerator.num_processes, self.args.device)
+            logs |= self.throughput.since_last(self.args.device)
         # Not SFTTrainer's, which adds figures of its own loss.
         Trainer.log(self, logs, start_time)
 
@@ -425,8 +443,10 @@ class QwenVLTrainer(SFTTrainer):
         """As the base class's, but complete or absent: written under another name, synced, hashed, then renamed."""
         step = self.state.global_step
         self.gather_left_out()
+        note = self.resumption.note()
         final = checkpoint_path(self.run.checkpoints, step)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.saves.measured())
             partial = self._from_main_process(stack.enter_context(writing(final)) if self.args.should_save else None)
             stack.callback(setattr, self.args, "output_dir", self.args.output_dir)
             self.args.output_dir = str(partial)
@@ -441,11 +461,11 @@ class QwenVLTrainer(SFTTrainer):
                 if (partial / ADAPTER_CONFIG).is_file():
                     write_plain_config(partial)
                 self._name_best_checkpoint(partial / TRAINER_STATE_NAME)
+                note.write(partial)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            keep = self.args.save_total_limit
-            if keep is not None:
-                prune(self.run.checkpoints, keep, {Path(best)} if best else set())
+            passing = passing_checkpoints(self.run.checkpoints)
+            prune(self.run.checkpoints, self.args.save_total_limit, {Path(best)} if best else set(), passing)
         self.accelerator.wait_for_everyone()
 
     def _name_best_checkpoint(self, state_file: Path) -> None:

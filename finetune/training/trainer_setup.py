@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig
 
 from finetune.batches.collate import Collator
@@ -24,6 +25,9 @@ from finetune.training.interrupts import StopOnSignal
 from finetune.training.metrics_log import WriteMetrics
 from finetune.training.phases import Phases
 from finetune.training.progress import Progress, drop_own_printers
+from finetune.training.run_record import NoteTimes
+from finetune.training.save_times import SaveInTime
+from finetune.training.trackers import TrackedConfig, facts_of_run
 from finetune.training.trained_model import TrainedModel
 from finetune.training.trainer import QwenVLTrainer
 from finetune.training.training_data import TrainingData
@@ -58,7 +62,7 @@ def make_trainer(
     data: TrainingData,
     plan: TrainingPlan,
     trained: TrainedModel,
-    arguments: SFTConfig,
+    arguments: TrackedConfig,
     cache: VisionCache | None,
     record: ModelRecord | None,
     left_out: LeftOut,
@@ -86,7 +90,8 @@ def make_trainer(
     if data.task is not None:
         scorer = TaskScorer(data.task, stop_ids_of(trained.model, base.processor.tokenizer), cache, left_out)
     if is_main:
-        check_disk_space(run.path, checkpoint_bytes(trained, arguments), "the checkpoints")
+        check_disk_space(run.path, checkpoint_bytes(recipe, trained, arguments), "the checkpoints")
+    arguments.facts = facts_of_run(recipe, data, trained)
     budget = plan.budget.of_all_processes(arguments.device)
     rules = rules_of(recipe, base.processor)
     limits = {"eval": None if recipe.evaluate is None else recipe.evaluate.limit}
@@ -118,9 +123,10 @@ def make_trainer(
             stop,
             progress,
             WriteMetrics(run),
-            *_deciding_callbacks(recipe, arguments),
+            *_deciding_callbacks(recipe, arguments, trained),
             phases,  # behind the callbacks that decide about evaluating and saving
             NoteBudgets(run, budget),
+            NoteTimes(run, phases),
         ],
         optimizer=optimizer and optimizer(trained.model),
     )
@@ -128,17 +134,34 @@ def make_trainer(
     return trainer
 
 
-def _deciding_callbacks(recipe: Recipe, arguments: SFTConfig) -> list[TrainerCallback]:
+def _deciding_callbacks(recipe: Recipe, arguments: SFTConfig, trained: TrainedModel) -> list[TrainerCallback]:
     callbacks: list[TrainerCallback] = []
     if recipe.evaluate is not None and recipe.evaluate.patience is not None:
         callbacks.append(Patience(recipe.evaluate.patience))
     if arguments.load_best_model_at_end:
         callbacks.append(SaveBest())
-    return callbacks
+    saves = SaveInTime(
+        recipe.train.save_minutes,
+        asked=says_when_to_save(recipe),
+        never=arguments.save_strategy == SaveStrategy.NO,
+        expected_bytes=one_checkpoint_bytes(trained),
+    )
+    return [*callbacks, saves]
 
 
-def checkpoint_bytes(trained: TrainedModel, arguments: SFTConfig) -> int:
-    """Bytes of all checkpoints that are there at a time: weights and AdamW's two moments in float32, for each that is
-    kept and the one being written."""
+def one_checkpoint_bytes(trained: TrainedModel) -> int:
+    """Bytes of a checkpoint: weights and AdamW's two moments in float32."""
+    return trained.trained_parameters * 12
+
+
+def checkpoint_bytes(recipe: Recipe, trained: TrainedModel, arguments: SFTConfig) -> int:
+    """Bytes of all checkpoints that are there at a time: those that are kept, the one being written, the best, and one
+    that only the time asked for."""
     kept = (arguments.save_total_limit or KEPT_CHECKPOINTS) + 1 + arguments.load_best_model_at_end
-    return trained.trained_parameters * 12 * kept
+    passing = says_when_to_save(recipe) and arguments.save_strategy != SaveStrategy.NO
+    return one_checkpoint_bytes(trained) * (kept + passing)
+
+
+def says_when_to_save(recipe: Recipe) -> bool:
+    """Whether the recipe itself says when to save; then these checkpoints are all written."""
+    return not recipe.train.model_fields_set.isdisjoint({"save_steps", "save_strategy"})

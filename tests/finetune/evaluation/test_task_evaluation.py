@@ -155,7 +155,7 @@ def test_a_resumed_run_scores_and_stops_as_an_uninterrupted_one(tmp_path, planne
         patch.setattr(StopOnSignal, "on_step_end", stop_at_step_3)
         with pytest.raises(Interrupted):
             run(stopping)
-    assert len(left) == 2
+    assert len(left) == 3  # that of step 3 is abandoned, and made after the resume
     resumed, said = run(stopping)
     assert any("from step 3" in line for line in said) and not left
     ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (resumed, whole))
