@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import Trainer
 
 from finetune.model import adapters
 from finetune.recipe import load_recipe
@@ -118,9 +119,9 @@ def as_in(way: Way) -> Iterator[None]:
         if not way.masters:
             stack.enter_context(mock.patch.object(adapters, "make_masters", lambda model: None))
         if way.autocast:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            computing = lambda trainer: torch.autocast(device, torch.bfloat16)  # noqa: E731
-            stack.enter_context(mock.patch.object(QwenVLTrainer, "computing", computing))
+            stack.enter_context(mock.patch.object(QwenVLTrainer, "computing", contextlib.nullcontext))
+            by_accelerate = Trainer._build_accelerator_args
+            stack.enter_context(mock.patch.object(QwenVLTrainer, "_build_accelerator_args", by_accelerate))
         yield
 
 
