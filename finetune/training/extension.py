@@ -57,14 +57,17 @@ def length_key(recipe: Mapping[str, Any]) -> str:
     return "max_steps" if recipe["train"]["max_steps"] > 0 else "num_train_epochs"
 
 
-def made_longer(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The key by which a run is longer than it was; None where it is not.
+def made_longer(was: Any, now: Mapping[str, Any]) -> str | None:
+    """The key by which a run is longer than it was; None where it is not, or what is noted of it does not say.
 
     Args:
         was, now: recipes as JSON.
     """
     key = length_key(now)
-    longer = key == length_key(was) and now["train"][key] > was["train"][key]
+    try:
+        longer = key == length_key(was) and now["train"][key] > was["train"][key]
+    except (KeyError, TypeError):
+        return None
     return key if longer else None
 
 
@@ -83,11 +86,15 @@ def refuse_no_extension(run: RunFolder, stored: Mapping[str, Any] | None, now: M
     """
     if stored is None or "identity" not in stored:
         raise UserError(f"--extend: there is no run in {run.path} to go on with: leave --extend out to begin one")
-    was = stored["identity"]["recipe"]
+    was = stored["identity"].get("recipe")
     key = made_longer(was, now)
     if key is not None:
         return key
     key = length_key(now)
+    try:
+        length_key(was)
+    except (KeyError, TypeError):
+        raise UserError(f"{run.run_file} is damaged: it does not say how long the run is. Restore it") from None
     if length_key(was) != key:
         raise UserError(
             f"--extend: the run in {run.path} is as long as train.{length_key(was)} says, and the recipe sets "

@@ -188,7 +188,7 @@ def find_start(
         bases = [identity_from_json(each.get("base"), run.run_file) for each in (stored["identity"], identity)]
         changes += [f"base: {change}" for change in differences(*bases)]
     if changes:
-        longer = made_longer(stored["identity"]["recipe"], identity["recipe"])
+        longer = made_longer(stored["identity"].get("recipe"), identity["recipe"])
         only = longer is not None and [change.partition(":")[0] for change in changes] == [f"recipe.train.{longer}"]
         raise UserError(
             f"{run.path} holds a run that this one would not continue:\n  "
