@@ -66,8 +66,9 @@ def zero_stage(given: Mapping[str, Any] | str) -> int:
     Raises:
         UserError: it is a file that cannot be read, or it says none.
     """
+    config = read_config(given)
     try:
-        return int(read_config(given)["zero_optimization"]["stage"])
+        return int(config["zero_optimization"]["stage"])
     except (KeyError, TypeError, ValueError):
         raise UserError("train.deepspeed has no zero_optimization.stage: give it, or train.parallel: zero2") from None
 

@@ -43,7 +43,8 @@ def recipe_of(folder, kind, processes, **changes):
     }
     changes = {f"train__{key}": value for key, value in settings.items()} | kind | changes
     changes = {"data__max_length": 640, "data__tokens_per_batch": 700} | changes
-    changes |= {"evaluate": {"data": [{"path": str(folder / "one.jsonl"), "format": "messages"}]}}
+    data = [{"path": str(folder / "one.jsonl"), "format": "messages"}]
+    changes |= {"evaluate": {"data": data, "max_new_tokens": 8}}
     recipe = write_recipe(folder, **changes)
     rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join([*rows, *rows[:2]]))  # 16: two steps an epoch

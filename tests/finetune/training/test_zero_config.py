@@ -121,7 +121,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, written):
         ("zero3", {"train__optim": "adafactor"}, "train.optim.*adafactor"),
         ("zero2", {"model__embeddings_on_cpu": True}, "model.embeddings_on_cpu"),
         ("zero3", {"model__embeddings_on_cpu": True}, "model.embeddings_on_cpu"),
-        ("zero3", {"model__quantization": "nf4"}, "model.quantization: nf4"),
+        ("zero3", {"model__quantization": "nf4"}, "model.quantization"),
         ("zero3", {"data__vision_cache": "memory"}, "data.vision_cache"),
         ("zero2", {"train__deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 3}}, "max_grad_norm"),
     ],
