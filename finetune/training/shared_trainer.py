@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 from transformers.trainer import SCHEDULER_NAME
 from trl import SFTTrainer
 
-from finetune.errors import UserError
 from finetune.training.rng_states import own_random_state
 from finetune.training.sharded_checkpoint import (
     OPTIMIZER,
@@ -29,23 +28,6 @@ from finetune.training.sharded_checkpoint import (
     save_shards,
 )
 from finetune.training.sharded_model import gather, share
-
-
-def refuse_other_engine(checkpoint: Path, *, deepspeed: bool) -> None:
-    """Refuse a checkpoint of DeepSpeed's where it does not train, and others where it does: it reads its own alone.
-
-    Raises:
-        UserError: with what to do.
-    """
-    by_deepspeed = any(checkpoint.glob("global_step*"))
-    if by_deepspeed and not deepspeed:
-        raise UserError(
-            f"{checkpoint} was written by DeepSpeed, which alone reads it: set train.parallel to zero2 or zero3"
-        )
-    if deepspeed and not by_deepspeed:
-        raise UserError(
-            f"{checkpoint} was not written by DeepSpeed, which reads its own alone: set train.parallel: fsdp"
-        )
 
 
 class SharedTrainer(SFTTrainer):
@@ -69,8 +51,6 @@ class SharedTrainer(SFTTrainer):
         self.optimizer = optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
-        if resume_from_checkpoint is not None:
-            refuse_other_engine(Path(resume_from_checkpoint), deepspeed=self.is_deepspeed_enabled)
         if not self.shares_model:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.create_scheduler(num_training_steps=max_steps)

@@ -15,7 +15,6 @@ from finetune.training.sharded_checkpoint import (
     load_sharded_weights,
     save_shards,
 )
-from finetune.training.shared_trainer import refuse_other_engine
 
 
 def small(seed=0, width=3):
@@ -68,17 +67,6 @@ def test_another_model_or_optimizer_is_refused(stored):
         load_sharded_optimizer(folder, model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(UserError, match=r"model\.9\.weight is not there"):
         read_stored(folder, {"model.9.weight": torch.zeros(2)}, alone=True)
-
-
-def test_a_checkpoint_of_deepspeed_is_read_by_deepspeed_alone(tmp_path):
-    (tmp_path / "step-1").mkdir()
-    (tmp_path / "step-2" / "global_step2").mkdir(parents=True)
-    refuse_other_engine(tmp_path / "step-1", deepspeed=False)
-    refuse_other_engine(tmp_path / "step-2", deepspeed=True)
-    with pytest.raises(UserError, match="was not written by DeepSpeed"):
-        refuse_other_engine(tmp_path / "step-1", deepspeed=True)
-    with pytest.raises(UserError, match="was written by DeepSpeed"):
-        refuse_other_engine(tmp_path / "step-2", deepspeed=False)
 
 
 class Hostile:

@@ -35,7 +35,7 @@ pytestmark = [
 
 STAGES = ("zero2", "zero3")
 # Two processes add up gradients in another order than one. With Adam a weight whose gradient is nearly zero may go the
-# other way for that, by the learning rate a step (1e-3 in full, else 1e-2); the losses show that they compute the same.
+# other way for that, by the learning rate a step (1e-3 in full, else 1e-2). The losses show that they compute alike.
 CLOSE = {"full": 2e-4, "lora": 2e-5, "embeddings": 2e-3, "q-lora": 2e-5}
 
 

@@ -173,10 +173,11 @@ def test_a_checkpoint_is_read_by_as_many_processes_in_the_same_way(tmp_path, mon
         with pytest.raises(UserError, match=rf"saved by 2 processes with train.parallel: zero{stage}"):
             refuse_other_checkpoint(checkpoint, Parallel(way))
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match=f"Start 2 processes with zero{stage}.*finetune merge {tmp_path} --checkpoint"):
+    said = rf"Start 2 processes with zero{stage}.*finetune merge {tmp_path} --checkpoint"
+    with pytest.raises(UserError, match=said):
         refuse_other_checkpoint(checkpoint, Parallel(f"zero{stage}"))
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(UserError, match=r"train\.parallel: none with 1"):
+    with pytest.raises(UserError, match="none with 1"):
         refuse_other_checkpoint(checkpoint, Parallel())
 
 
