@@ -1,6 +1,5 @@
 """The number of optimizer steps of a run, as the trainer counts them."""
 
-import os
 from math import ceil
 from typing import NamedTuple
 
@@ -28,8 +27,3 @@ def count_steps(train: Train, samples: int, processes: int) -> Steps:
     batches = int(share) if train.dataloader_drop_last else ceil(share)
     epoch = max(1, ceil(batches / train.gradient_accumulation_steps))
     return Steps(batches, epoch, train.max_steps if train.max_steps > 0 else ceil(train.num_train_epochs * epoch))
-
-
-def processes_of_environment() -> int:
-    """Processes of the run, by the launcher's environment variable."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.batches.packing import pack
-from finetune.batches.steps import count_steps, processes_of_environment
+from finetune.batches.steps import count_steps
 from finetune.data.checks.checked import Checked
 from finetune.recipe import Recipe
+from finetune.run.launch import planned_processes
 
 SAMPLED_BATCHES = 200  # that are packed for the estimate
 
@@ -50,7 +51,7 @@ def estimate_epoch(recipe: Recipe, checked: Checked, budget: int | None) -> Epoc
     indices = checked.first_epoch(recipe.seed)
     places = np.searchsorted(checked.kept, indices)
     lengths = checked.lengths[places]
-    processes = processes_of_environment()
+    processes = planned_processes()
     batch, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
     steps = count_steps(train, len(lengths), processes)
     drawn = np.random.default_rng(recipe.seed).permutation(len(lengths))[: SAMPLED_BATCHES * batch]

@@ -1,6 +1,5 @@
 """Everything that a run does before it loads weights: model, data, what is trained; and all problems together."""
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import torch
 
 from finetune.batches.budget import ChosenBudget, packing_budget
-from finetune.batches.steps import processes_of_environment
 from finetune.check.epoch_estimate import Epoch, estimate_epoch
 from finetune.check.export_layout import looks_like
 from finetune.check.legibility import Legibility, look_at_letters
@@ -29,7 +27,9 @@ from finetune.model.components import Count, count_parameters
 from finetune.model.computing import computing_dtype
 from finetune.model.given_adapter import GivenAdapter, find_given_adapter
 from finetune.recipe import Recipe
+from finetune.run.launch import planned_processes
 from finetune.training.arguments import trainer_arguments
+from finetune.training.parallel import asked_for, own_launch
 from finetune.training.processes import as_one_process
 from finetune.training.settings_check import check_settings
 from finetune.vision_cache.phase import describe_phase
@@ -142,8 +142,8 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         can_be_planned = adapter_fits and all(what != "model" for what, _ in findings.refusals)
         if can_be_planned:
             config = QwenVLConfig.from_pretrained(base.path)
-            cards = int(os.environ.get("WORLD_SIZE") or 0) or torch.cuda.device_count() or 1
-            sharding = sharding_of(recipe, cards)
+            cards = planned_processes() if planned_processes() > 1 else torch.cuda.device_count()
+            sharding = sharding_of(asked_for(recipe.train) or own_launch().plugin, cards)
             findings.budget = choose_budget(settled(recipe, base.path), config, training, sharding=sharding)
         findings.epoch = estimate_epoch(recipe, training, findings.budget.tokens)
         if can_be_planned:
@@ -196,7 +196,7 @@ def _settings_notes(
     Raises:
         UserError: a run would stop at them.
     """
-    processes = processes_of_environment()
+    processes = planned_processes()
     # How processes share the model is settled by them when they start, and a check is one process.
     alone = {"deepspeed": None, "fsdp": None, "fsdp_config": None}
     unshared = recipe.model_copy(update={"train": recipe.train.model_copy(update=alone)})

@@ -11,13 +11,10 @@ and 16 shared; `estimate_zero3_model_states_mem_needs`: 18 shared, and 4 for eac
 the bytes of the optimizer in question. Those of `fsdp` are what PyTorch's FSDP2 allocates; they were not measured.
 """
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,7 +23,6 @@ from finetune.memory.optimizer import StateBytes, optimizer_states
 from finetune.memory.weights import component_with_head
 from finetune.model.components import published_name
 from finetune.model.masters import MASTER
-from finetune.recipe import Recipe, Train
 
 WAYS = ("fsdp", "zero2", "zero3")
 
@@ -65,30 +61,13 @@ class SharedBytes:
     largest: int
 
 
-def sharding_of(recipe: Recipe, cards: int) -> Sharding | None:
-    """How a run shares its model over this many cards, by its recipe or by the launcher's plugin; None where each has
-    all of it."""
-    way = recipe.train.parallel if recipe.train.parallel != "auto" else _by_plugin(recipe.train)
+def sharding_of(way: str, cards: int) -> Sharding | None:
+    """How a run shares its model over this many cards; None where each has all of it.
+
+    Args:
+        way: `train.parallel`, settled.
+    """
     return Sharding(way, cards) if cards > 1 and way in WAYS else None
-
-
-def _by_plugin(train: Train) -> str:
-    if train.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        return "fsdp"
-    if train.deepspeed is not None:
-        return f"zero{_stage(train.deepspeed)}"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE') or 2}"
-    return "ddp"
-
-
-def _stage(deepspeed: object) -> int:
-    """The ZeRO stage of a configuration; 2, which takes more, where it does not say."""
-    try:
-        given = json.loads(Path(deepspeed).read_text(encoding="utf-8")) if isinstance(deepspeed, str) else deepspeed
-        return int(given["zero_optimization"]["stage"])  # type: ignore[index]  # else a TypeError
-    except (OSError, ValueError, KeyError, TypeError):
-        return 2
 
 
 def shared_bytes(

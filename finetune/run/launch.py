@@ -11,3 +11,8 @@ def launched_processes() -> int:
 def is_main_process() -> bool:
     """Whether this is the process that writes and speaks."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def planned_processes() -> int:
+    """How many processes a check is about: `WORLD_SIZE=8 finetune check RECIPE` looks at a run of 8 in one."""
+    return int(os.environ.get("WORLD_SIZE") or 1)

@@ -4,43 +4,34 @@ import contextlib
 import os
 from pathlib import Path
 
-from finetune.files.base_identity import identify
-from finetune.model.base import embeddings_by_auto, find_base
-from finetune.model.computing import choose_backends, computing_dtype
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
-from finetune.run.launch import launched_processes
 from finetune.run.left_out import LeftOut
 from finetune.run.log_file import RunLog, run_log
 from finetune.run.meeting import meeting_of
 from finetune.terminal import Say, say, say_nothing
 from finetune.training.extension import FollowLongerSchedule, pending
-from finetune.training.folder_of_run import folder_of_run, require_the_same, take_over_result
-from finetune.training.going_on import settle_given_adapter
+from finetune.training.folder_of_run import take_over_result
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
+from finetune.training.opened_run import open_run
 from finetune.training.parallel import own_launch, refuse_impossible, require_applied, settle_parallel
 from finetune.training.phases import Phases
 from finetune.training.processes import closing_process_group
 from finetune.training.progress import Progress
 from finetune.training.result import report_result, save_result
 from finetune.training.run_record import (
-    EACH_EPOCH,
-    WEIGHTS,
     begin_record,
     finish_record,
     record_failure,
     say_new_masters,
 )
 from finetune.training.sample_replies import reply_to_samples
-from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
-from finetune.training.step_samples import StepSamples, keep_samples_per_step, step_samples_before
+from finetune.training.start import Finished, Fresh, Resume
 from finetune.training.trackers import trackers_in
 from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
-from finetune.training.training_data import data_as_it_was, find_places, read_data
-from finetune.training.training_plan import plan_training, settled_arguments
-from finetune.training.zero import refuse_other_checkpoint
+from finetune.training.training_plan import plan_training, settle_arguments
 
 
 def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None, *, extend: bool = False) -> Path:
@@ -80,120 +71,35 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
         stop = stack.enter_context(StopOnSignal())
         phases = Phases("read")
 
-        base = find_base(recipe.model)
-        stored = run.read_run()
-        recipe, given, given_sha256 = settle_given_adapter(recipe, base, run, stored)
-        computing = choose_backends(recipe.model)
-        say("model", f"{recipe.model.path}: {computing}{base.taken_for}")
-        if parallel.note:
-            say("note", parallel.note)
-        data = read_data(recipe, base.processor, say, show_progress=is_main, seq_length=base.seq_length)
-
-        # Only now, with the data known to be right: for a hub id this downloads the weights.
-        # All of it is read, by one process of each machine.
-        reads_base = is_main or os.environ.get("LOCAL_RANK", "0") == "0"
-        base_identity = identify(base.path, page_cache=True) if reads_base else None
-        if given is not None and base_identity is not None:
-            given.refuse_other_base(base.path, base_identity)
-        identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base), given_sha256)
-        require_the_same(meeting, identity)
-        folder = stack.enter_context(folder_of_run(run, meeting, say))
-        folder.require_for(recipe, parallel)
-        run = folder.run
-        stored = run.read_run()
-        places = find_places(data, identity["data"], run, stored)
-        found = None
-        if is_main:
-            found = find_start(run, recipe, identity, stored, say, aligned=places.aligned, extend=extend)
-        start = folder.start_of_main(found, say)
+        opened = open_run(recipe, parallel, run, meeting, stack, say, extend=extend)
+        recipe, run, start, data = opened.recipe, opened.run, opened.start, opened.data
         if isinstance(start, Finished):
             say(
                 "finished",
                 f"{run.path} is finished: its result and report are there. To train again, give another output",
             )
             return run.path
-
         if is_main:
             log.open(run.log_file)
-        resumes = isinstance(start, Resume)
-        if isinstance(start, Resume):
-            refuse_other_checkpoint(start.checkpoint, parallel)
-        if resumes:
-            data = data_as_it_was(data, places)
-            phases.go_on_after((stored or {}).get("phases"))
-            if stored is not None and stored.get(WEIGHTS) != EACH_EPOCH:
-                # The run began before each epoch had its own draw.
-                if data.checked["train"].epochs(recipe.seed) is not None:
-                    say(
-                        "weights",
-                        "this run drew its samples once for all epochs when it began, and goes on with those",
-                    )
-                data = data.drawn_once()
-        # Of this part of the run. What is recorded is the recipe as it was given.
-        stepped = recipe.model_copy(update={"output": str(run.path)})
-        if isinstance(start, Resume):
-            before = step_samples_before(stored or {}, recipe, start.checkpoint)
-            samples = len(data.checked["train"].first_epoch(recipe.seed))
-            stepped = keep_samples_per_step(stepped, before, launched_processes(), samples, say)
+        phases.go_on_after((opened.before or {}).get("phases"))
         phases.begin("load")
-        plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
+        plan = plan_training(opened, say)
         # This opens the process group of a distributed run, whose processes load and encode images together.
-        computes_in = computing_dtype(recipe.model, base.path, base.dtype)
-        arguments = settled_arguments(
-            stepped,
-            plan,
-            data,
-            computes_in,
-            parallel,
-            say,
-            resumes=resumes,
-            own_optimizer=optimizer is not None,
-        )
+        arguments = settle_arguments(opened, plan, say, own_optimizer=optimizer is not None)
         require_applied(parallel, arguments)
-        trained = load_trained_model(
-            recipe,
-            base,
-            computing,
-            computes_in,
-            plan.switches,
-            data.checked["train"],
-            parallel,
-            arguments,
-            say,
-            None if resumes else given,
-            is_main=is_main,
-        )
-        if resumes:
-            say_new_masters(stored, trained, say)
+        trained = load_trained_model(opened, plan.switches, arguments, say)
+        say_new_masters(opened, trained, say)
         if is_main:
-            score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
             stack.enter_context(record_failure(run, phases))
-            begin_record(
-                run,
-                recipe,
-                identity,
-                base,
-                data,
-                places.then if resumes else places.now,  # of a run that goes on: as they were when it began
-                plan.switches,
-                trained,
-                score_so_far,
-                StepSamples.of(stepped, launched_processes()),
-                before=stored if resumes else None,
-                mended={name: part.mended for name, part in places.aligned.items()},
-                extensions=start.extensions if isinstance(start, Resume) else (),
-            )
+            begin_record(opened, plan.switches, trained)
         record = None
-        if base_identity is not None:
-            record = record_of_run(recipe, base, base_identity, data.checked["train"])
-        left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
-        cache = encode_images(stepped, base, data, trained, phases, left_out, say)
+        if opened.base_identity is not None:
+            record = record_of_run(recipe, opened.base, opened.base_identity, data.checked["train"])
+        left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=opened.resumes)
+        cache = encode_images(opened, trained, phases, left_out, say)
         progress = Progress(checkpoints=run.checkpoints, log=log.write if is_main else None)
         trainer = make_trainer(
-            recipe,
-            run,
-            base,
-            data,
+            opened,
             plan,
             trained,
             arguments,
@@ -204,9 +110,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
             progress=progress,
             phases=phases,
             optimizer=optimizer,
-            is_main=is_main,
         )
-        trainer.shares_folder = folder.is_shared
 
         if isinstance(start, Resume) and pending(start.extensions, start.step):
             trainer.add_callback(FollowLongerSchedule(say))
@@ -221,7 +125,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
             take_over_result(trainer)
 
         phases.begin("save")
-        result = save_result(trainer, run, base, record, is_main=is_main)
+        result = save_result(trainer, run, opened.base, record, is_main=is_main)
         reply_to_samples(trainer, recipe, run, data, phases, "after", is_main=is_main)
         trainer.gather_left_out()
         amounts = trainer.throughput.totals()

@@ -9,18 +9,16 @@ from peft import PeftModel
 from transformers import set_seed
 from trl import SFTConfig
 
-from finetune.data.checks.checked import Checked
 from finetune.data.reading import views_of
 from finetune.memory.switches import Switches
 from finetune.model.adapters import TrainableModel, without_adapter
-from finetune.model.base import Base, build_without_weights, make_trainable, refuse_text_only_samples
+from finetune.model.base import build_without_weights, make_trainable, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters, table_of_parameters
-from finetune.model.computing import ComputeBackends, is_random, own_device, quantization_arguments
-from finetune.model.given_adapter import GivenAdapter, load_given_weights
+from finetune.model.computing import is_random, own_device, quantization_arguments
+from finetune.model.given_adapter import load_given_weights
 from finetune.model.masters import MASTER
-from finetune.recipe import Recipe
 from finetune.terminal import Say
-from finetune.training.parallel import Parallel
+from finetune.training.opened_run import OpenedRun
 from finetune.training.sharded_model import load_once
 from finetune.training.zero import loading_whole
 from qwenvl import load_model
@@ -57,39 +55,25 @@ class TrainedModel:
         return self.computes_in.itemsize < MASTER.itemsize and not isinstance(self.model, PeftModel)
 
 
-def load_trained_model(
-    recipe: Recipe,
-    base: Base,
-    computing: ComputeBackends,
-    computes_in: torch.dtype,
-    switches: Switches,
-    checked: Checked,
-    parallel: Parallel,
-    arguments: SFTConfig,
-    say: Say,
-    given: GivenAdapter | None = None,
-    *,
-    is_main: bool,
-) -> TrainedModel:
-    """Load a recipe's checkpoint and prepare it for training.
+def load_trained_model(opened: OpenedRun, switches: Switches, arguments: SFTConfig, say: Say) -> TrainedModel:
+    """Load a run's checkpoint and prepare it for training.
+
+    Where no process has all of the model, only the main one reads the checkpoint.
 
     Args:
-        computes_in: what `computing.computing_dtype` settles.
-        checked: the training data.
-        parallel: where no process has all of the model, only the main one reads the checkpoint.
+        switches: recomputation and the like.
         arguments: the trainer's configuration.
-        given: the adapter whose weights training begins with; None for a new one, or in a run that resumes.
 
     Raises:
         InputError: what the recipe wants trained cannot be, or the checkpoint is damaged.
     """
+    recipe, base, given, checked = opened.recipe, opened.base, opened.given, opened.data.checked["train"]
     set_seed(recipe.seed)
     with loading_whole(arguments):
-        read = partial(_load, recipe, computing, computes_in, base, given)
-        if parallel.shards:
-            model = load_once(read, partial(_shape, recipe, computing, base), is_main=is_main)
+        if opened.parallel.shards:
+            model = load_once(partial(_load, opened), partial(_shape, opened), is_main=opened.is_main)
         else:
-            model = read()
+            model = _load(opened)
     notes = (*((RANDOM_WEIGHTS,) if is_random(without_adapter(model)) else ()), *base.notes(views_of(recipe)))
     if given is not None:
         say(
@@ -107,35 +91,34 @@ def load_trained_model(
         say("trained" if number == 0 else "", line)
     for note in notes:
         say("note", note)
-    return TrainedModel(model, parameters, notes, computes_in)
+    return TrainedModel(model, parameters, notes, opened.computes_in)
 
 
-def _load(
-    recipe: Recipe, computing: ComputeBackends, computes_in: torch.dtype, base: Base, given: GivenAdapter | None
-) -> TrainableModel:
+def _load(opened: OpenedRun) -> TrainableModel:
     """The model with its weights and its adapter."""
+    recipe, base = opened.recipe, opened.base
     loaded = load_model(
         recipe.model.path,
-        dtype=computes_in,
+        dtype=opened.computes_in,
         device_map=own_device() if base.quantized else None,
         embeddings_on_cpu=recipe.model.embeddings_on_cpu,
         **quantization_arguments(recipe.model),
     )
-    loaded.set_attn_implementation(computing.attention)
-    use_kernels(loaded, computing.kernels)
+    loaded.set_attn_implementation(opened.computing.attention)
+    use_kernels(loaded, opened.computing.kernels)
     assert not isinstance(loaded, PeftModel), "find_base refuses adapters"
     model = make_trainable(loaded, recipe)
-    if given is not None:
+    if opened.given is not None:
         assert isinstance(model, PeftModel), "the recipe has an adapter"
-        load_given_weights(model, given)
+        load_given_weights(model, opened.given)
     return model
 
 
-def _shape(recipe: Recipe, computing: ComputeBackends, base: Base) -> TrainableModel:
+def _shape(opened: OpenedRun) -> TrainableModel:
     """The same model without its weights, on the meta device."""
-    model = build_without_weights(recipe, base)
+    model = build_without_weights(opened.recipe, opened.base)
     inner = without_adapter(model)
-    inner.set_attn_implementation(computing.attention)
-    use_kernels(inner, computing.kernels)
+    inner.set_attn_implementation(opened.computing.attention)
+    use_kernels(inner, opened.computing.kernels)
     inner.eval()
     return model

@@ -15,10 +15,8 @@ from finetune.data.reading import rules_of
 from finetune.evaluation.task_evaluation import TaskScorer
 from finetune.files.disk_space import check_disk_space
 from finetune.memory.weights import state_bytes
-from finetune.model.base import Base
 from finetune.recipe import Recipe
 from finetune.replies.replies import stop_ids_of
-from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.terminal import Say
 from finetune.training.arguments import KEPT_CHECKPOINTS
@@ -27,6 +25,7 @@ from finetune.training.budget_notes import NoteBudgets
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.metrics_log import WriteMetrics
 from finetune.training.neftune import NoisyEmbeddings
+from finetune.training.opened_run import OpenedRun
 from finetune.training.phases import Phases
 from finetune.training.progress import Progress, drop_own_printers
 from finetune.training.run_record import NoteTimes
@@ -34,7 +33,6 @@ from finetune.training.save_times import SaveInTime
 from finetune.training.trackers import TrackedConfig, facts_of_run
 from finetune.training.trained_model import TrainedModel
 from finetune.training.trainer import QwenVLTrainer
-from finetune.training.training_data import TrainingData
 from finetune.training.training_plan import TrainingPlan
 from finetune.vision_cache.phase import cache_images
 from qwenvl.checkpoint.record import ModelRecord
@@ -43,27 +41,20 @@ OwnOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
 
 
 def encode_images(
-    recipe: Recipe,
-    base: Base,
-    data: TrainingData,
-    trained: TrainedModel,
-    phases: Phases,
-    left_out: LeftOut,
-    say: Say,
+    opened: OpenedRun, trained: TrainedModel, phases: Phases, left_out: LeftOut, say: Say
 ) -> VisionCache | None:
     """Encode the images of the run, where the recipe has a vision cache."""
+    recipe, data = opened.stepped, opened.data
     phases.begin("load" if recipe.data.vision_cache == "off" else "encode")
-    model, processor = trained.model, base.processor
-    cache = cache_images(recipe, model, processor, data.samples, data.checked, data.task, left_out, say)
+    cache = cache_images(
+        recipe, trained.model, opened.base.processor, data.samples, data.checked, data.task, left_out, say
+    )
     phases.begin("load")
     return cache
 
 
 def make_trainer(
-    recipe: Recipe,
-    run: RunFolder,
-    base: Base,
-    data: TrainingData,
+    opened: OpenedRun,
     plan: TrainingPlan,
     trained: TrainedModel,
     arguments: TrackedConfig,
@@ -75,7 +66,6 @@ def make_trainer(
     progress: Progress,
     phases: Phases,
     optimizer: OwnOptimizer | None,
-    is_main: bool,
 ) -> QwenVLTrainer:
     """Put together everything that a training needs.
 
@@ -90,10 +80,11 @@ def make_trainer(
     Raises:
         NotEnoughDiskSpace: the checkpoints would not fit.
     """
+    recipe, run, base, data = opened.recipe, opened.run, opened.base, opened.data
     scorer = None
     if data.task is not None:
         scorer = TaskScorer(data.task, stop_ids_of(trained.model, base.processor.tokenizer), cache, left_out)
-    if is_main:
+    if opened.is_main:
         check_disk_space(run.path, checkpoint_bytes(recipe, trained, arguments), "the checkpoints")
     arguments.facts = facts_of_run(recipe, data, trained)
     budget = plan.budget.of_all_processes(arguments.device)
@@ -136,6 +127,7 @@ def make_trainer(
         ],
         optimizer=optimizer and optimizer(trained.model),
     )
+    trainer.shares_folder = opened.shares_folder
     drop_own_printers(trainer)
     return trainer
 

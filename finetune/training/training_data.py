@@ -20,6 +20,10 @@ from qwenvl import QwenVLProcessor
 PLACES = "places"
 """Entry of run.json: the run folder has the places of its rows."""
 
+WEIGHTS = "weights"
+"""Key of run.json: whether samples are drawn by the weights of their sources in each epoch or once for all."""
+EACH_EPOCH, ONCE = "each epoch", "once"
+
 
 @dataclass(frozen=True)
 class TrainingData:

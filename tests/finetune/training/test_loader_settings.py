@@ -1,55 +1,43 @@
 """Loader workers: the same batches as without, uint8, made ahead of the step."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from recipes_for_tests import write_recipe
 
-from finetune.model.base import find_base
-from finetune.model.computing import choose_backends
 from finetune.recipe import load_recipe
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.terminal import say_nothing
 from finetune.training import trainer_setup
-from finetune.training.arguments import loader_settings, trainer_arguments
+from finetune.training.arguments import loader_settings
 from finetune.training.interrupts import StopOnSignal
+from finetune.training.opened_run import open_run
 from finetune.training.parallel import Parallel
 from finetune.training.phases import Phases
 from finetune.training.progress import Progress
 from finetune.training.trained_model import load_trained_model
-from finetune.training.training_data import read_data
-from finetune.training.training_plan import plan_training
+from finetune.training.training_plan import plan_training, settle_arguments
 from qwenvl.checkpoint.record import ModelRecord
+
+
+def open_recipe(file):
+    recipe = load_recipe(file)
+    return open_run(recipe, Parallel(), RunFolder(recipe.output), None, ExitStack(), say_nothing, extend=False)
 
 
 def make_trainer(folder, workers, **changes):
     evaluation = {"data": {"path": str(folder / "eval.jsonl"), "format": "messages"}, "predictions": 0}
     changes = {"train__per_device_train_batch_size": 3, **changes}
-    file = write_recipe(folder, data__workers=workers, evaluate=evaluation, **changes)
-    recipe = load_recipe(file)
-    base = find_base(recipe.model)
-    data = read_data(recipe, base.processor, say_nothing, show_progress=False)
-    plan = plan_training(recipe, base.path, data.checked["train"], None, say_nothing)
-    computing = choose_backends(recipe.model)
-    trained = load_trained_model(
-        recipe,
-        base,
-        computing,
-        torch.float32,
-        plan.switches,
-        data.checked["train"],
-        Parallel(),
-        say_nothing,
-        is_main=True,
-    )
+    opened = open_recipe(write_recipe(folder, data__workers=workers, evaluate=evaluation, **changes))
+    plan = plan_training(opened, say_nothing)
+    arguments = settle_arguments(opened, plan, say_nothing, own_optimizer=False)
     return trainer_setup.make_trainer(
-        recipe,
-        RunFolder(folder / "run"),
-        base,
-        data,
+        opened,
         plan,
-        trained,
-        trainer_arguments(recipe, plan.switches, None, torch.float32),
+        load_trained_model(opened, plan.switches, arguments, say_nothing),
+        arguments,
         None,
         ModelRecord(),
         LeftOut(None, "error"),
@@ -57,7 +45,6 @@ def make_trainer(folder, workers, **changes):
         progress=Progress(),
         phases=Phases("load"),
         optimizer=None,
-        is_main=True,
     )
 
 
@@ -107,10 +94,7 @@ def test_the_next_optimizer_step_is_made_ahead(workers, accumulation, ahead):
 
 def test_a_recipe_may_say_otherwise(tmp_path):
     file = write_recipe(tmp_path, data__workers=2, train__dataloader_prefetch_factor=5)
-    recipe = load_recipe(file)
-    base = find_base(recipe.model)
-    data = read_data(recipe, base.processor, say_nothing, show_progress=False)
-    plan = plan_training(recipe, base.path, data.checked["train"], None, say_nothing)
-    arguments = trainer_arguments(recipe, plan.switches, None, torch.float32)
+    opened = open_recipe(file)
+    arguments = settle_arguments(opened, plan_training(opened, say_nothing), say_nothing, own_optimizer=False)
     assert (arguments.dataloader_prefetch_factor, arguments.dataloader_num_workers) == (5, 2)
     assert arguments.dataloader_pin_memory is torch.cuda.is_available()
