@@ -304,6 +304,7 @@ class QwenVLTrainer(SharedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _equalize(self, packs: list[Batch]) -> list[Batch]:
+        assert self.model is not None
         tokenizer = self.collators["train"].tokenizer
         return equalize(packs, Fillers.of(self._config_of(self.model), tokenizer.eod_id), self.args.device)
 
