@@ -236,12 +236,11 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(ran, tmp_path, kind,
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_all_processes_with_one_message(tmp_path):
+def test_a_loss_that_is_not_finite_stops_all_processes(tmp_path):
     recipe = recipe_of(tmp_path, FULL, 2, train__learning_rate=1e30, train__max_grad_norm=0.0)
     done = train(recipe, 2, check=False)
     assert done.returncode != 0
     assert "the loss is nan" in done.stderr or "the loss is inf" in done.stderr
-    assert "another process of this run failed" in done.stderr
     assert "finetune/training" not in done.stderr  # no traceback of ours
 
 
