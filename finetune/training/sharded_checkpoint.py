@@ -111,7 +111,7 @@ def _load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     read_stored(folder, tensors, alone=not dist.is_initialized())
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+def _names(model: nn.Module) -> dict[torch.Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
