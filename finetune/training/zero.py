@@ -91,8 +91,9 @@ def _partition(model: TrainableModel, plugin: Any, device: torch.device) -> None
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = buffer.to(device).contiguous()
-                dist.broadcast(module._buffers[name], src=0)
+                value = buffer.to(device).contiguous()
+                dist.broadcast(value, src=0)
+                module._buffers[name] = value
     Init(module=model, config_dict_or_path=_without_auto(config))
 
 

@@ -17,7 +17,14 @@ from finetune.training.zero import backward, gather_from_zero, share_by_zero, tr
 
 
 class ZeroTrainer(SharedTrainer):
-    """Where Accelerate's plugin is DeepSpeed's, `share_model` is called once the trainer is made."""
+    """Where Accelerate's plugin is DeepSpeed's, `share_model` is called once the trainer is made.
+
+    Attributes:
+        deepspeed: DeepSpeed's engine; None without it.
+    """
+
+    model: Any  # the base class's, which may be None
+    deepspeed: Any
 
     def share_model(self) -> None:
         """Give each process its part, where a plugin says so; before anything is computed."""
