@@ -99,6 +99,7 @@ def find_base(model: Model) -> Base:
     record = trained_as(source.base)
     refuse_other_record(source, record)
     processor = QwenVLProcessor.from_pretrained(source.base)
+    assert not isinstance(config.dtype, str), "the config makes a type of a name"
     return Base(source.base, quantized, processor, packed, record, config.seq_length, config.dtype)
 
 
