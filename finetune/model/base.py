@@ -99,8 +99,8 @@ def find_base(model: Model) -> Base:
     record = trained_as(source.base)
     refuse_other_record(source, record)
     processor = QwenVLProcessor.from_pretrained(source.base)
-    assert not isinstance(config.dtype, str), "the config makes a type of a name"
-    return Base(source.base, quantized, processor, packed, record, config.seq_length, config.dtype)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
+    return Base(source.base, quantized, processor, packed, record, config.seq_length, dtype)
 
 
 def read_generation_config(base: str) -> GenerationConfig:

@@ -184,6 +184,33 @@ def workers_have_work(data: Data, train: Train) -> Iterator[Finding]:
             yield Finding((f"train.{key}", "data.workers"), "there are no workers: no effect", "raise data.workers")
 
 
+SHARED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Values of `train.optim` that work on a part of each tensor: PyTorch's own. Those of other packages take a tensor's
+memory as a whole, or do not know tensors that are distributed."""
+
+
+def model_can_be_shared(model: Model, data: Data, train: Train) -> Iterator[Finding]:
+    if train.parallel in ("fsdp", "zero3") or (train.parallel == "auto" and train.fsdp):
+        yield from what_cannot_be_shared(model, data, train)
+
+
+def what_cannot_be_shared(model: Model, data: Data, train: Train) -> Iterator[Finding]:
+    """What does not go with a model of which each process has a part."""
+    other = "train.parallel"
+    if model.quantization == "nf4":
+        reason = "4-bit codes are not shared: every process would keep all of them"
+        remedy = "set train.parallel: ddp, with one quantised base a GPU (some 6 GB), or model.quantization: none"
+        yield Finding(("model.quantization", other), reason, remedy)
+    if model.embeddings_on_cpu:
+        yield Finding(("model.embeddings_on_cpu", other), "the processes share the embeddings too", "take it out")
+    if data.vision_cache != "off":
+        reason = "images are encoded before the processes share the model, when only the first one has it"
+        yield Finding(("data.vision_cache", other), reason, "set it to off")
+    if train.optim not in ("auto", *SHARED_OPTIMIZERS):
+        reason = f"{train.optim} does not work on parts of tensors"
+        yield Finding(("train.optim", other), reason, f"take one of {', '.join(SHARED_OPTIMIZERS)}")
+
+
 CHECKS = (
     something_is_trained,
     nothing_is_trained_twice,
@@ -195,5 +222,6 @@ CHECKS = (
     evaluation_has_data,
     evaluation_takes_place,
     workers_have_work,
+    model_can_be_shared,
 )
 """Each takes the sections that its parameters name."""

@@ -23,14 +23,9 @@ from trl import SFTConfig
 
 from finetune.errors import UserError
 from finetune.recipe import Recipe, Train
+from finetune.recipe.checks import what_cannot_be_shared
 
 Way = Literal["none", "ddp", "fsdp", "zero2", "zero3"]
-
-SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-"""Values of `train.optim` that work on a part of each tensor: PyTorch's own. Those of other packages take a tensor's
-memory as a whole, or do not know tensors that are distributed."""
-
-DEEPSPEED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 TORCHRUN = "start it with `torchrun --nproc-per-node N -m finetune RECIPE`"
 
@@ -171,21 +166,10 @@ def refuse_impossible(recipe: Recipe, parallel: Parallel) -> None:
         )
     if not parallel.shards:
         return
-    optimizers = SHARDED_OPTIMIZERS if way == "fsdp" else DEEPSPEED_OPTIMIZERS
-    refused = {
-        "model.quantization: nf4": recipe.model.quantization == "nf4"
-        and "4-bit codes are not shared: every process would keep all of them. Set train.parallel: ddp (one quantised "
-        "base a GPU, some 6 GB), or model.quantization: none",
-        "model.embeddings_on_cpu": recipe.model.embeddings_on_cpu
-        and "the processes share the embeddings too. Take it out",
-        "data.vision_cache": recipe.data.vision_cache not in ("off", "auto")
-        and "images are encoded before the processes share the model, when only the first one has it. Set it to off",
-        "train.optim": train.optim not in ("auto", *optimizers)
-        and f"{train.optim} does not work on parts of tensors. There are: {', '.join(optimizers)}",
-    }
-    for key, reason in refused.items():
-        if reason:
-            raise UserError(f"{key} does not go with train.parallel: {way}: {reason}")
+    for finding in what_cannot_be_shared(recipe.model, recipe.data, train):
+        raise UserError(
+            f"{finding.keys[0]} does not go with train.parallel: {way}: {finding.reason}. {finding.remedy}"
+        )
 
 
 def parallel_arguments(parallel: Parallel, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +202,12 @@ def parallel_arguments(parallel: Parallel, given: Mapping[str, Any]) -> dict[str
 def zero_config(stage: int) -> dict[str, Any]:
     """A DeepSpeed configuration of a ZeRO stage; Transformers fills in what is auto from the recipe."""
     return {
-        "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            **({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}),
+        },
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
         "train_micro_batch_size_per_gpu": "auto",
@@ -237,6 +226,10 @@ def require_applied(parallel: Parallel, arguments: SFTConfig) -> None:
     Raises:
         UserError: it would train in another way.
     """
+    if parallel.way in ("zero2", "zero3") and arguments.device.type == "cpu":
+        raise UserError(
+            f"train.parallel: {parallel.way} is not applied by Accelerate on the CPU: use GPUs, or set ddp"
+        )
     if parallel.way != "fsdp":
         return
     plugin = FullyShardedDataParallelPlugin(**(arguments.fsdp_plugin_args or {}))

@@ -1,4 +1,4 @@
-"""What the processes of a distributed run do together: average gradients, and close their process group."""
+"""What the processes of a distributed run do together: average gradients, stop, and close their process group."""
 
 import atexit
 import contextlib
@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
-from finetune.errors import Interrupted
+from finetune.errors import Failed, Interrupted
 
 _KEPT: list[Any] = []
 """Closed groups, until the process ends. DistributedDataParallel refers to its group. If it is the last to do so, it
@@ -45,6 +46,41 @@ def _destroy_group(existed: bool) -> None:
         return
     _KEPT.append(dist.group.WORLD)
     dist.destroy_process_group()
+
+
+def stop_together(failure: Exception | None, device: torch.device) -> None:
+    """Stop all processes where one has failed, at a place that all of them reach; a collective call.
+
+    Args:
+        failure: of this process; None where all is well.
+        device: of the process group's tensors.
+
+    Raises:
+        Exception: `failure`.
+        Failed: another process has failed.
+    """
+    failed = torch.tensor(int(failure is not None), device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise Failed("another process of this run failed, and says why; this one stops with it")
+
+
+def deepspeed_backward(accelerator: Accelerator, loss: torch.Tensor, *, is_last: bool) -> None:
+    """Backward of a pack by DeepSpeed, whose engine takes the optimizer's step in the last backward of a step.
+
+    Args:
+        is_last: whether it is the last pack of its batch.
+    """
+    state = accelerator.gradient_state
+    of_batch = state.sync_gradients
+    state._set_sync_gradients(of_batch and is_last)
+    try:
+        # The loss is divided by the tokens of the whole step already.
+        accelerator.backward(loss, scale_wrt_gas=False)
+    finally:
+        state._set_sync_gradients(of_batch)
 
 
 BUCKET_BYTES = 64_000_000

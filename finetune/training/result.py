@@ -39,6 +39,8 @@ def save_result(
     values = None
     if trainer.accelerator.is_fsdp2:
         values = gather(model, is_main=is_main, trained_only=is_adapter, rounds_to=trainer.rounds_to)
+    elif trainer.is_deepspeed_enabled:
+        values = trainer.accelerator.get_state_dict(trainer.deepspeed)
     if is_main:
         with writing(result) as partial, trainer.computing():  # masters are rounded once, here or as gathered
             model.save_pretrained(partial, state_dict=values)

@@ -12,7 +12,6 @@ of the parameter, and the name of the state (`exp_avg`).
 """
 
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -25,17 +24,18 @@ from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetune.errors import Failed, UserError
+from finetune.files.shards import MODEL, SHARDS, read_stored, stored_forms
 
-SHARDS, GROUPS = "shards", "optimizer_groups.json"
+GROUPS = "optimizer_groups.json"
 OPTIMIZER, ADAPTER = "optimizer.pt", "adapter_model.safetensors"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
-MODEL, STATES = "model.", "optimizer."
+STATES = "optimizer."
 
 
 def is_sharded(folder: str | Path) -> bool:
@@ -53,7 +53,7 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     tensors = {f"{MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
     for parameter, states in optimizer.state.items():
         tensors |= {f"{STATES}{names[parameter]}.{key}": state for key, state in _tensors_of(states)}
-    dcp.save(tensors, storage_writer=FileSystemWriter(folder / SHARDS))
+    dcp.save(tensors, storage_writer=FileSystemWriter(folder / SHARDS), no_dist=not dist.is_initialized())
     if is_main:
         groups = [
             {**group, "params": [names[parameter] for parameter in group["params"]]}
@@ -108,60 +108,10 @@ def load_sharded_optimizer(folder: Path, model: nn.Module, optimizer: torch.opti
 
 
 def _load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Read stored tensors into these, in place."""
-    reader = ShardReader(folder / SHARDS)
-    stored = reader.read_metadata().state_dict_metadata
-    for name, tensor in tensors.items():
-        form = stored.get(name)
-        if not isinstance(form, TensorStorageMetadata) or form.size != tensor.shape:
-            raise UserError(f"{folder} is a checkpoint of another model: {name} is not there, or of another shape")
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    read_stored(folder, tensors, alone=not dist.is_initialized())
 
 
-class ShardReader(FileSystemReader):
-    """Reads parts. Their index is a pickle: here one that makes objects of the index and nothing else."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index.
-
-        Raises:
-            UserError: it is damaged, or made to run code.
-        """
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata = _IndexUnpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
-        assert isinstance(metadata, Metadata)
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    ALLOWED = frozenset(
-        [
-            *(
-                ("torch.distributed.checkpoint.metadata", name)
-                for name in (
-                    *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
-                    *("TensorProperties", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
-                )
-            ),
-            *(("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
-            *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")),
-        ]
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_type or (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of an index")
-
-
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+def _names(model: nn.Module) -> dict[torch.Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
@@ -176,8 +126,8 @@ def _tensors_of(states: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]
 def _stored_states(folder: Path) -> dict[str, dict[str, TensorStorageMetadata]]:
     """Forms of the stored optimizer states, by parameter and state."""
     found: dict[str, dict[str, TensorStorageMetadata]] = {}
-    for name, form in ShardReader(folder / SHARDS).read_metadata().state_dict_metadata.items():
-        if name.startswith(STATES) and isinstance(form, TensorStorageMetadata):
+    for name, form in stored_forms(folder).items():
+        if name.startswith(STATES):
             parameter, _, key = name.removeprefix(STATES).rpartition(".")
             found.setdefault(parameter, {})[key] = form
     return found

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -99,13 +100,13 @@ def share(
     there = {type(module).__name__ for module in model.modules()}
     layers = [name for name in QwenVLPreTrainedModel._no_split_modules or () if name in there]
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
-    rounds_to = ROUNDS_TO[accelerator.mixed_precision]
-    if rounds_to is not None:
-        # Not Accelerate's own: gradients are summed in float32, as in one process, and what the model computes in
-        # float32 (rotary positions, the loss) stays float32.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=rounds_to, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    # An adapter is computed in float32 beside a 16-bit base: each tensor is gathered as it is.
+    rounds_to = None if isinstance(model, PeftModel) else ROUNDS_TO[accelerator.mixed_precision]
+    # Not Accelerate's own: gradients are summed in float32, as in one process, and what the model computes in float32
+    # (rotary positions, the loss) stays float32.
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=rounds_to, reduce_dtype=None if rounds_to is None else torch.float32, cast_forward_inputs=False
+    )
     # The resampler's output is a view, on which nothing works in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPResampler\) returned a view tensor")
     model, optimizer = accelerator.prepare(model, optimizer)

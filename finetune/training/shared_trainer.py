@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import SCHEDULER_NAME
 from trl import SFTTrainer
 
+from finetune.errors import UserError
+from finetune.model.adapters import TrainableModel, without_adapter
 from finetune.training.rng_states import own_random_state
 from finetune.training.sharded_checkpoint import (
     OPTIMIZER,
@@ -28,6 +30,24 @@ from finetune.training.sharded_checkpoint import (
     save_shards,
 )
 from finetune.training.sharded_model import gather, share
+from qwenvl import QwenVLForConditionalGeneration
+
+
+def refuse_other_engine(checkpoint: Path, *, deepspeed: bool) -> None:
+    """Refuse a checkpoint of DeepSpeed's where it does not train, and others where it does: it reads its own alone.
+
+    Raises:
+        UserError: with what to do.
+    """
+    by_deepspeed = any(checkpoint.glob("global_step*"))
+    if by_deepspeed and not deepspeed:
+        raise UserError(
+            f"{checkpoint} was written by DeepSpeed, which alone reads it: set train.parallel to zero2 or zero3"
+        )
+    if deepspeed and not by_deepspeed:
+        raise UserError(
+            f"{checkpoint} was not written by DeepSpeed, which reads its own alone: set train.parallel: fsdp"
+        )
 
 
 class SharedTrainer(SFTTrainer):
@@ -42,15 +62,28 @@ class SharedTrainer(SFTTrainer):
     def _is_main(self) -> bool:
         return self.accelerator.is_main_process
 
+    @property
+    def _trained(self) -> TrainableModel:
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, QwenVLForConditionalGeneration | PeftModel)
+        return model
+
+    @property
+    def _bare_optimizer(self) -> torch.optim.Optimizer:
+        assert self.optimizer is not None, "asked for when training has begun"
+        return bare(self.optimizer)
+
     def share_model(self) -> None:
         """Give each process its part, where the plugin says so; before anything is computed."""
         if not self.shares_model:
             return
-        model, optimizer = share(self.accelerator, self.model, self.create_optimizer())
+        model, optimizer = share(self.accelerator, self._trained, self.create_optimizer())
         self.model = self.model_wrapped = model
         self.optimizer = optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        if resume_from_checkpoint is not None:
+            refuse_other_engine(Path(resume_from_checkpoint), deepspeed=self.is_deepspeed_enabled)
         if not self.shares_model:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.create_scheduler(num_training_steps=max_steps)
@@ -73,28 +106,31 @@ class SharedTrainer(SFTTrainer):
         if not self.shares_model:
             super().save_model(output_dir, _internal_call)
         elif isinstance(self.model, PeftModel):
-            self._save(output_dir, gather(self.model, is_main=self._is_main, trained_only=True))
+            self._save(output_dir, gather(self._trained, is_main=self._is_main, trained_only=True))
         elif self._is_main:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            self.model.config.save_pretrained(folder)
-            if isinstance(self.model.generation_config, GenerationConfig):
-                self.model.generation_config.save_pretrained(folder)
+            model = without_adapter(self._trained)
+            model.config.save_pretrained(folder)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+            assert isinstance(self.processing_class, PreTrainedTokenizerBase)
             self.processing_class.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.shares_model:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        folder, optimizer = Path(output_dir), bare(self.optimizer)
+        folder, optimizer = Path(output_dir), self._bare_optimizer
         if isinstance(self.model, PeftModel):
             state = gather_optimizer(optimizer, is_main=self._is_main)
             if self._is_main:
                 torch.save(state, folder / OPTIMIZER)
         else:
             self.accelerator.wait_for_everyone()  # until the main process has made the folder
-            save_shards(folder, self.model, optimizer, is_main=self._is_main)
+            save_shards(folder, self._trained, optimizer, is_main=self._is_main)
         if self._is_main:
+            assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     # What is read
@@ -102,23 +138,24 @@ class SharedTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         if is_sharded(folder):
-            load_sharded_weights(folder, self.accelerator.unwrap_model(self.model))
+            load_sharded_weights(folder, self._trained)
         elif self.shares_model:
-            load_whole_weights(folder, self.model, is_main=self._is_main)
+            load_whole_weights(folder, self._trained, is_main=self._is_main)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        folder, optimizer = Path(checkpoint), bare(self.optimizer)
+        folder, optimizer = Path(checkpoint), self._bare_optimizer
         if is_sharded(folder):
-            load_sharded_optimizer(folder, self.accelerator.unwrap_model(self.model), optimizer)
+            load_sharded_optimizer(folder, self._trained, optimizer)
         elif self.shares_model:
             load_whole_optimizer(folder, optimizer, is_main=self._is_main)
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_best_model(self) -> None:

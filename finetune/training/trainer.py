@@ -42,7 +42,7 @@ from finetune.run.left_out import LeftOut
 from finetune.training.epoch_sampler import EpochSampler
 from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.loss_scale import LossScale, skip_on_host
-from finetune.training.processes import average_gradients
+from finetune.training.processes import average_gradients, deepspeed_backward, stop_together
 from finetune.training.shared_trainer import SharedTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
@@ -116,6 +116,7 @@ class QwenVLTrainer(SharedTrainer):
         self.task_scorer = task_scorer
         self.throughput = Throughput()
         self._supervised: torch.Tensor | int = 0  # tokens of all processes since the last log
+        self._failure: NonFiniteLoss | None = None
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
         config = self._config_of(model)
         use_cache = config.use_cache
@@ -249,6 +250,8 @@ class QwenVLTrainer(SharedTrainer):
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
+        if self._is_sharded:
+            stop_together(self._failure, self.args.device)
         if self.accelerator.sync_gradients:
             self.step_in_packs = None
             if isinstance(model, DistributedDataParallel):
@@ -273,7 +276,10 @@ class QwenVLTrainer(SharedTrainer):
         with self.computing(), without_sync, self.maybe_activation_offload_context:
             loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
             self._refuse_non_finite(loss, pack)
-            self.accelerator.backward(loss)
+            if self.is_deepspeed_enabled:
+                deepspeed_backward(self.accelerator, loss, is_last=is_last)
+            else:
+                self.accelerator.backward(loss)
         return loss.detach()
 
     def compute_loss(
@@ -298,16 +304,20 @@ class QwenVLTrainer(SharedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _equalize(self, packs: list[Batch]) -> list[Batch]:
+        assert self.model is not None
         tokenizer = self.collators["train"].tokenizer
         return equalize(packs, Fillers.of(self._config_of(self.model), tokenizer.eod_id), self.args.device)
 
     def _refuse_non_finite(self, loss: torch.Tensor, pack: Batch) -> None:
         if torch.isfinite(loss):
             return
-        raise NonFiniteLoss(
+        failure = NonFiniteLoss(
             f"the loss is {loss.item()} at step {self.state.global_step + 1}, on {self._origins('train', pack)}. Look "
             "at these rows; if they are fine, lower train.learning_rate, or use model.dtype: bfloat16 or float32"
         )
+        if not self._is_sharded:
+            raise failure
+        self._failure = self._failure or failure  # the others wait for this process in the backward
 
     def _origins(self, name: str, pack: Batch) -> str:
         """File and row of each sample of a pack."""
@@ -342,6 +352,7 @@ class QwenVLTrainer(SharedTrainer):
             conversations=len(pack["sequence_lengths"]),
             tokens=pack["input_ids"].numel(),
             said=failure.said,
+            shared=self._is_sharded,
         )
 
     # Evaluation

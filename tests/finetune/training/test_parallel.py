@@ -110,7 +110,9 @@ def test_keys_that_disagree_are_found_in_the_recipe(tmp_path, keys, said):
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_is_loaded(tmp_path, changes, said):
-    recipe = load_recipe(write_recipe(tmp_path, **changes))
+    with pytest.raises(RecipeError, match=f"(?s){said}"):  # in check too
+        load_recipe(write_recipe(tmp_path, **changes, train__parallel="fsdp"))
+    recipe = load_recipe(write_recipe(tmp_path, **changes))  # and where the launcher asks for it
     with pytest.raises(UserError, match=said):
         refuse_impossible(recipe, Parallel("fsdp"))
     refuse_impossible(recipe, Parallel("ddp"))
