@@ -74,6 +74,13 @@ def test_the_update_is_that_of_float32(in_bfloat16, base, in_float32):
     assert 0.9 <= length <= 1.1
 
 
+@pytest.mark.slow  # float16 is slow on a CPU
+def test_so_is_that_of_float16(tmp_path, base, in_float32):
+    cosine, length = compare(update(run(tmp_path, base, "float16"), base, 8), in_float32)
+    assert cosine >= 0.95
+    assert 0.9 <= length <= 1.1
+
+
 def test_without_masters_it_is_not(tmp_path, base, in_float32, monkeypatch):
     monkeypatch.setattr(adapters, "make_masters", lambda model: None)
     cosine, _ = compare(update(run(tmp_path, base, "bfloat16"), base, 8), in_float32)
