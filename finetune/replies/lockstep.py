@@ -100,7 +100,7 @@ class Lockstep:
             else:
                 self._base.forward = self._own_forward  # type: ignore[method-assign]
             if self._own_generate is not None:
-                self._base.generate = self._own_generate
+                self._base.generate = self._own_generate  # type: ignore[method-assign]
             if isinstance(self._model, FSDPModule):
                 del self._model.run_as_forward
         if isinstance(error, _FromOthers):

@@ -102,7 +102,9 @@ def test_other_data_on_another_machine_is_refused(machines, tmp_path):
 )
 def test_state_in_parts_needs_a_shared_disk(machines, way, full, refused):
     """An adapter is gathered, and written by the main process alone."""
-    recipe = load_recipe(machines[0], ["adapter=null"] if full else [])
+    recipe = load_recipe(machines[0])
+    if full:
+        recipe = recipe.model_copy(update={"adapter": None})
     apart = FolderOfRun(RunFolder("run"), is_shared=False)
     with pytest.raises(UserError, match="put output on a disk that all") if refused else contextlib.nullcontext():
         apart.require_for(recipe, Parallel(way))
