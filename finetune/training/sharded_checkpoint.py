@@ -49,8 +49,9 @@ def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     Args:
         folder: the checkpoint's, the same one for all processes.
     """
-    names = _names(model)
+    # First, as it drops what an evaluation has left gathered: the model's parameters are the optimizer's again.
     tensors = {f"{MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
+    names = _names(model)
     for parameter, states in optimizer.state.items():
         tensors |= {f"{STATES}{names[parameter]}.{key}": state for key, state in _tensors_of(states)}
     dcp.save(tensors, storage_writer=FileSystemWriter(folder / SHARDS), no_dist=not dist.is_initialized())
