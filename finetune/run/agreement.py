@@ -1,4 +1,8 @@
-"""What the processes of a run agree on in their process group; every call is a collective."""
+"""What the processes of a run agree on in their process group; every call is a collective. One process agrees with
+itself."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,9 +17,25 @@ def group_device() -> torch.device:
 
 def largest(number: int) -> int:
     """The largest of the numbers of all processes."""
-    shared = torch.tensor(number, device=group_device())
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return int(shared)
+    return largest_of_each([number])[0]
+
+
+def largest_of_each(numbers: Sequence[int]) -> list[int]:
+    """The largest of each number over all processes, which all have as many."""
+    return _reduced(numbers, dist.ReduceOp.MAX)
+
+
+def sum_of_each(numbers: Sequence[int]) -> list[int]:
+    """The sum of each number over all processes, which all have as many."""
+    return _reduced(numbers, dist.ReduceOp.SUM)
+
+
+def _reduced(numbers: Sequence[int], operation: Any) -> list[int]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.int64, device=group_device())
+    dist.all_reduce(values, op=operation)
+    return values.tolist()
 
 
 def first_trouble(own: Trouble | None) -> Trouble:

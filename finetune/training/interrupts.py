@@ -20,7 +20,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.errors import Interrupted
-from finetune.training.processes import largest_of_all
+from finetune.run.agreement import largest_of_each
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -112,7 +112,7 @@ class StopOnSignal(TrainerCallback):
         Returns:
             The largest of each number over all processes.
         """
-        received, *others = largest_of_all([self.received or 0, *numbers])
+        received, *others = largest_of_each([self.received or 0, *numbers])
         self.agreed = received > 0
         if self.agreed and self.received is None:
             self.received, self._first_at = received, time.monotonic()

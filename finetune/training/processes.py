@@ -3,7 +3,7 @@
 import atexit
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -78,22 +78,6 @@ def stop_together(failure: Exception | None, device: torch.device) -> None:
         raise failure
     if failed:
         raise Failed("another process of this run failed, and says why; this one stops with it")
-
-
-def largest_of_all(numbers: Sequence[int]) -> list[int]:
-    """The largest of each number over all processes, which all have as many; a collective call."""
-    return _reduced(numbers, dist.ReduceOp.MAX) if _is_initialized() else list(numbers)
-
-
-def sum_of_all(numbers: Sequence[int]) -> list[int]:
-    """The sum of each number over all processes, which all have as many; a collective call."""
-    return _reduced(numbers, dist.ReduceOp.SUM) if _is_initialized() else list(numbers)
-
-
-def _reduced(numbers: Sequence[int], operation: Any) -> list[int]:
-    values = torch.tensor(numbers, dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(values, op=operation)
-    return values.tolist()
 
 
 BUCKET_BYTES = 64_000_000

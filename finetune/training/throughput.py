@@ -7,7 +7,7 @@ from dataclasses import asdict, astuple, dataclass
 import torch
 
 from finetune.batches.collate import NO_SAMPLE
-from finetune.training.processes import sum_of_all
+from finetune.run.agreement import sum_of_each
 from qwenvl.text.chat import IGNORED
 
 
@@ -73,11 +73,11 @@ class Throughput:
 
     def totals(self) -> Amounts:
         """What all processes have trained on since the run began; a collective call."""
-        return self.before + Amounts(*sum_of_all(astuple(self.counted)))
+        return self.before + Amounts(*sum_of_each(astuple(self.counted)))
 
     def supervised_since_log(self) -> int:
         """Supervised tokens of all processes since the last log; a collective call."""
-        (supervised,) = sum_of_all([self.counted.supervised - self._logged.supervised])
+        (supervised,) = sum_of_each([self.counted.supervised - self._logged.supervised])
         return self._not_logged + supervised
 
     def since_last(self, device: torch.device) -> dict[str, float]:
@@ -85,7 +85,7 @@ class Throughput:
         call."""
         seconds = max(time.monotonic() - self.since, 1e-9)
         logged, now = astuple(self._logged), astuple(self.counted)
-        tokens, images, supervised = sum_of_all([new - old for new, old in zip(now, logged, strict=True)])
+        tokens, images, supervised = sum_of_each([new - old for new, old in zip(now, logged, strict=True)])
         figures: dict[str, float] = {
             "tokens_per_second": round(tokens / seconds, 1),
             "images_per_second": round(images / seconds, 2),

@@ -2,19 +2,14 @@
 
 import contextlib
 import copy
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
-from accelerate import DistributedType
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import AutocastKwargs, gather_object
+from accelerate.utils import AutocastKwargs
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -22,8 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig
 
 from finetune.batches.attempt import OutOfMemory
@@ -32,35 +26,31 @@ from finetune.data.epoch_draw import EpochDraws
 from finetune.data.loader_workers import ignore_signals_from_others
 from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
-from finetune.files.checkpoint_folder import say_dtype
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
-from finetune.model.adapters import TrainableModel, write_plain_config
+from finetune.model.adapters import TrainableModel
 from finetune.model.masters import rounded_masters
 from finetune.model.parameter_groups import parameter_groups
 from finetune.model.step_loss import forward_with_loss
-from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
-from finetune.training.checkpoint_note import passing_checkpoints
+from finetune.training.checkpointing_trainer import CheckpointingTrainer
 from finetune.training.epoch_sampler import EpochSampler, SharedEpochSampler
 from finetune.training.equal_packs import Fillers, equalize
 from finetune.training.evaluation_loss import loss_metrics, sum_losses
 from finetune.training.loss_scale import LossScale, skip_on_host
 from finetune.training.processes import average_gradients, stop_together
 from finetune.training.random_states import random_states_kept
-from finetune.training.resumable_trainer import ResumableTrainer
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
-from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG
-from qwenvl.checkpoint.record import ModelRecord, write_record
+from qwenvl.checkpoint.record import ModelRecord
 
 
 class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the message names the samples."""
 
 
-class QwenVLTrainer(ResumableTrainer):
+class QwenVLTrainer(CheckpointingTrainer):
     """TRL's trainer over samples that are rendered, decoded and packed when they are needed.
 
     One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
@@ -121,7 +111,7 @@ class QwenVLTrainer(ResumableTrainer):
         self.shared_sampler: SharedEpochSampler | None = None
         self.task_scorer = task_scorer
         self.throughput = Throughput()
-        self.shares_folder = True  # False where not all processes see the run folder
+
         self._supervised = 0
         self._failure: NonFiniteLoss | None = None
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
@@ -149,14 +139,6 @@ class QwenVLTrainer(ResumableTrainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # `bf16` and `fp16` round weights, or scale the loss: what the model computes in is for its own code to say.
         return super()._build_accelerator_args(**kwargs) | {"kwargs_handlers": [AutocastKwargs(enabled=False)]}
-
-    @property
-    def rounds_to(self) -> torch.dtype | None:
-        """The 16-bit dtype that float32 masters are computed in and saved as a model; None of an adapter, or without
-        masters."""
-        if isinstance(self.model, PeftModel):
-            return None
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
         """To be entered for every forward, with its backward: see `masters.rounded_masters`."""
@@ -357,15 +339,6 @@ class QwenVLTrainer(ResumableTrainer):
         for index, origin, reason in batch.pop(LEFT_OUT, ()):
             self.left_out.meet(name, index, origin, reason)
 
-    def gather_left_out(self) -> None:
-        """Tell all processes what each has left out; a collective call."""
-        if self.accelerator.num_processes > 1:
-            others = gather_object([self.left_out.found])
-            # The others know it too: all log the same counts.
-            self.left_out.join(others if self.args.should_save else ())
-            for found in others:
-                self.left_out.found |= found
-
     def _refuse_out_of_memory(self, name: str, pack: Batch, failure: OutOfMemory) -> NoReturn:
         images = int(pack["sequence_images"].sum())
         raise DoesNotFit(
@@ -459,11 +432,6 @@ class QwenVLTrainer(ResumableTrainer):
             self.log(news)
             self.control.should_log = should_log
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether the model is sharded over processes, so that every forward waits for the others."""
-        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             if not self._supervised:
@@ -473,74 +441,3 @@ class QwenVLTrainer(ResumableTrainer):
             logs |= self.throughput.since_last(self.args.device)
         # Not SFTTrainer's, which adds figures of its own loss.
         Trainer.log(self, logs, start_time)
-
-    # Checkpoints
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the base class's, with the record of what the model is trained as."""
-        super().save_model(output_dir, _internal_call)
-        if self.record is not None and self.args.should_save:
-            write_record(output_dir or str(self.args.output_dir), self.record)
-        if self.rounds_to is not None and self.args.should_save:
-            say_dtype(Path(output_dir or str(self.args.output_dir)), self.rounds_to)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the base class's, but complete or absent: written under another name, synced, hashed, then renamed."""
-        step = self.state.global_step
-        self.gather_left_out()
-        note = self.resumption.note()
-        final = checkpoint_path(self.run.checkpoints, step)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.saves.measured())
-            partial = self._from_main_process(stack.enter_context(writing(final)) if self.args.should_save else None)
-            if not (self.shares_folder or self.args.should_save):
-                partial = Path(stack.enter_context(TemporaryDirectory()))
-            stack.callback(setattr, self.args, "output_dir", self.args.output_dir)
-            self.args.output_dir = str(partial)
-            # Not SFTTrainer's: it writes a model card into the output folder first.
-            Trainer._save_checkpoint(self, model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                written = partial / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-                for file in sorted(written.iterdir()):
-                    file.rename(partial / file.name)
-                written.rmdir()
-                if (partial / ADAPTER_CONFIG).is_file():
-                    write_plain_config(partial)
-                self._name_best_checkpoint(partial / TRAINER_STATE_NAME)
-                note.write(partial)
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            passing = passing_checkpoints(self.run.checkpoints)
-            prune(self.run.checkpoints, self.args.save_total_limit, {Path(best)} if best else set(), passing)
-        self.accelerator.wait_for_everyone()
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if not self.shares_folder:
-            states = gather_object(
-                [(file.name, file.read_bytes()) for file in Path(output_dir).glob("rng_state_*.pth")]
-            )
-            for name, content in states if self.args.should_save else ():
-                Path(output_dir, name).write_bytes(content)
-
-    @property
-    def takes_over_result(self) -> bool:
-        """Whether processes may end with different weights: the best checkpoint's, where they find it, or the last."""
-        several = self.accelerator.num_processes > 1 and not self._is_sharded
-        return several and bool(self.args.load_best_model_at_end)
-
-    def _name_best_checkpoint(self, state_file: Path) -> None:
-        """Write the best checkpoint's final name, in the run folder, into a saved trainer state."""
-        best = self.state.best_global_step
-        self.state.best_model_checkpoint = str(checkpoint_path(self.run.checkpoints, best)) if best else None
-        state = json.loads(state_file.read_text())
-        state["best_model_checkpoint"] = self.state.best_model_checkpoint
-        state_file.write_text(json.dumps(state, indent=2) + "\n")
-
-    def _from_main_process(self, value: Any) -> Any:
-        if self.accelerator.num_processes == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
