@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetune.errors import Failed, UserError
 from finetune.files.shards import MODEL, SHARDS, read_stored, stored_forms
+from finetune.training.sharded_model import BESIDE_ADAPTER
 
 GROUPS = "optimizer_groups.json"
 OPTIMIZER, ADAPTER = "optimizer.pt", "adapter_model.safetensors"
@@ -227,7 +228,8 @@ def _read_weights(folder: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     """A checkpoint's weights, by the names that they have in the model."""
     if isinstance(model, PeftModel):
         # PEFT leaves the adapter's name out in its files.
-        named = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}
+        trained = {name for name, one in model.named_parameters() if one.requires_grad}
+        named = {n: one for n, one in model.state_dict().items() if n in trained or BESIDE_ADAPTER in n}
         names = {id(one): name for name, one in named.items()}
         saved = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
         in_file = {key: names[id(one)] for key, one in saved.items()}

@@ -24,6 +24,9 @@ from qwenvl.model.pretrained import QwenVLPreTrainedModel
 ROUNDS_TO = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Accelerate's names of what float32 masters are rounded to where they are gathered."""
 
+BESIDE_ADAPTER = ".modules_to_save."
+"""In the names of components that PEFT saves as a whole, with what is frozen in them."""
+
 Forms = list[tuple[str, tuple[int, ...], torch.dtype, bool]]
 """Name, shape, type of each tensor of a model, and whether it is trained."""
 
@@ -143,7 +146,7 @@ def gather(
     One tensor at a time is on the devices.
 
     Args:
-        trained_only: leave out what is frozen.
+        trained_only: leave out what is frozen, as it is not saved with an adapter.
         rounds_to: dtype of what is returned; None leaves each as it is.
 
     Returns:
@@ -152,7 +155,7 @@ def gather(
     gathered: dict[str, torch.Tensor] = {}
     trained = {name for name, one in model.named_parameters() if one.requires_grad}
     for name, tensor in model.state_dict().items():
-        if trained_only and name not in trained:
+        if trained_only and not (name in trained or BESIDE_ADAPTER in name):
             continue
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if is_main:

@@ -22,9 +22,7 @@ from trl import SFTConfig
 from finetune.errors import UserError
 from finetune.model.adapters import TrainableModel, without_adapter
 from finetune.training.parallel import Parallel
-
-BESIDE_ADAPTER = ".modules_to_save."
-"""In the names of components that PEFT saves as a whole, with what is frozen in them."""
+from finetune.training.sharded_model import BESIDE_ADAPTER
 
 STATES = "global_step*/*_optim_states.pt"
 """DeepSpeed's optimizer states in a checkpoint: a file of each process that saved it."""

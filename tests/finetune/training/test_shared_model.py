@@ -25,7 +25,10 @@ FULL = {
 }
 LORA = {"adapter": {"r": 4, "dropout": 0.0, "vision_targets": ["in_proj"]}}
 BFLOAT16 = {**FULL, "model__dtype": "bfloat16"}
-WITH_EMBEDDINGS = {"adapter": {"r": 4, "dropout": 0.0, "train_embeddings": True}}
+WITH_EMBEDDINGS = {
+    "adapter": {"r": 4, "dropout": 0.0, "train_embeddings": True},
+    "freeze": {"resampler": False},  # which has a frozen part, the positions
+}
 SAMPLES = 12  # of a step, with 1, 2 and 3 processes
 
 
