@@ -37,7 +37,8 @@ def test_what_is_said_before_the_run_is_known_comes_first(tmp_path):
         ]
 
 
-def test_warnings_and_the_last_sentence(tmp_path):
+def test_warnings_and_the_last_sentence(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="transformers")
     file = tmp_path / "log.txt"
     before = warnings.showwarning, list(logging.getLogger().handlers)
     with pytest.raises(UserError), warnings.catch_warnings(), run_log() as log:

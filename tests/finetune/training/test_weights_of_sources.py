@@ -50,8 +50,10 @@ def seen(monkeypatch):
     step = QwenVLTrainer.training_step
 
     def look(self, model, inputs, *args, **kwargs):
-        batches.append(inputs["samples"].tolist())
-        return step(self, model, inputs, *args, **kwargs)
+        samples = inputs["samples"].tolist()
+        loss = step(self, model, inputs, *args, **kwargs)
+        batches.append(samples)  # not those of a step that was abandoned
+        return loss
 
     monkeypatch.setattr(QwenVLTrainer, "training_step", look)
     return batches
