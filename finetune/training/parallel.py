@@ -90,7 +90,7 @@ class Parallel:
 
     @property
     def zero_stage(self) -> int:
-        """Of DeepSpeed's ZeRO; 0 without it."""
+        """The stage of DeepSpeed's ZeRO; 0 without it."""
         return int(self.way.removeprefix("zero")) if self.way in ("zero2", "zero3") else 0
 
 
@@ -155,7 +155,7 @@ def refuse_impossible(recipe: Recipe, parallel: Parallel) -> None:
         refuse_config(train.deepspeed, parallel.zero_stage)
     if way not in ("fsdp", "zero2", "zero3"):
         return
-    for finding in what_cannot_be_shared(recipe.model, recipe.data, train, way):
+    for finding in what_cannot_be_shared(recipe.model, recipe.adapter, recipe.data, train, way):
         raise UserError(
             f"{finding.keys[0]} does not go with train.parallel: {way}: {finding.reason}. {finding.remedy}"
         )
