@@ -62,7 +62,7 @@ def whole(tmp_path_factory):
         ("0,1", "batch", 11, 2, 29613),
         ("1", "loss", 1, 2, 29614),
         ("0", "token", 2, 2, 29615),
-        ("0,1", "token", 4, 4, 29616),
+        ("0,1", "token", 6, 4, 29616),
     ],
 )
 def test_both_stop_after_the_same_step(whole, tmp_path, rank, kind, call, step, port):
