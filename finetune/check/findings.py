@@ -1,7 +1,7 @@
 """Everything that a run does before it loads weights: model, data, what is trained; and all problems together."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from finetune.model.given_adapter import GivenAdapter, find_given_adapter
 from finetune.recipe import Recipe
 from finetune.run.launch import planned_processes
 from finetune.training.arguments import trainer_arguments
-from finetune.training.parallel import asked_for, own_launch
+from finetune.training.parallel import asked_for, own_launch, refuse_impossible, settle_parallel
 from finetune.training.processes import as_one_process
 from finetune.training.settings_check import check_settings
 from finetune.vision_cache.phase import describe_phase
@@ -197,6 +197,7 @@ def _settings_notes(
         UserError: a run would stop at them.
     """
     processes = planned_processes()
+    refuse_impossible(recipe, settle_parallel(recipe.train, replace(own_launch(), processes=processes)))
     # How processes share the model is settled by them when they start, and a check is one process.
     alone = {"deepspeed": None, "fsdp": None, "fsdp_config": None}
     unshared = recipe.model_copy(update={"train": recipe.train.model_copy(update=alone)})

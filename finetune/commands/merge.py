@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_base(parser)
     add_style(parser)
-    add_dtype(parser, "the base is stored")
+    add_dtype(parser, "the base is stored, or, trained in full, as the run's result")
     parser.add_argument(
         "--onto",
         choices=("base", "dequantized"),

@@ -67,6 +67,7 @@ def reply_to(
 
 
 def free_memory() -> None:
+    """Give the memory of a model that nothing refers to any more back to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -16,13 +16,13 @@ from finetune.files.checkpoint_folder import (
     GENERATION_CONFIG,
     complete_trained_folder,
     copy_file,
+    read_json,
     say_links_left_out,
 )
 from finetune.files.disk_space import check_disk_space
 from finetune.files.shards import MODEL, SHARDS, read_stored, stored_forms
 from finetune.files.tensor_files import SHARD_BYTES, Planned, write_tensors
 from finetune.quantities import format_bytes
-from finetune.run.folder import RunFolder
 from finetune.terminal import Say, say
 from qwenvl.checkpoint.checkpoint_files import locate_tensors
 from qwenvl.checkpoint.record import read_record, write_record
@@ -49,7 +49,7 @@ def write_model(
         checkpoint: `checkpoints/step-N` of a run, verified.
         to: the folder to write; it appears complete or not at all.
         base: where the checkpoint that was trained is, if not where the record says: for the files beside weights.
-        dtype: "float32", "bfloat16", "float16", or "auto" for the recipe's `model.dtype`.
+        dtype: "float32", "bfloat16", "float16", or "auto" for that of the run's result.
         shard_bytes: size of a weight file at most.
         overwrite: replace a folder that is there.
 
@@ -68,7 +68,7 @@ def write_model(
         raise UserError(f"{checkpoint} does not say what it was trained as: restore its qwenvl.json")
     base = find_source(base or record.base.path).base
     forms, read = _weights(checkpoint)
-    wanted = DTYPES.get(dtype) or _dtype_of_run(checkpoint)
+    wanted = DTYPES.get(dtype) or _dtype_of_result(checkpoint)
     plan = [
         Planned(name, shape, wanted if wanted is not None and kind.is_floating_point else kind)
         for name, (shape, kind) in forms.items()
@@ -122,10 +122,8 @@ def _weights(
     return forms, read
 
 
-def _dtype_of_run(checkpoint: Path) -> torch.dtype | None:
-    """The type that the run's result has, by its recipe; None where that leaves it to the base."""
-    run = RunFolder(checkpoint.resolve().parent.parent).read_run() or {}
-    identity = run.get("identity")
-    recipe = identity.get("recipe") if isinstance(identity, dict) else None
-    model = recipe.get("model") if isinstance(recipe, dict) else None
-    return DTYPES.get(str(model.get("dtype"))) if isinstance(model, dict) else None
+def _dtype_of_result(checkpoint: Path) -> torch.dtype | None:
+    """The type that the run's result has, which its configuration says, whatever its masters are; None where it says
+    nothing."""
+    config = read_json(checkpoint / CONFIG)
+    return DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))

@@ -155,14 +155,17 @@ def refuse_text_only_samples(model: TrainableModel, checked: Checked) -> None:
         )
 
 
-def build_without_weights(recipe: Recipe, base: Base) -> TrainableModel:
+def build_without_weights(recipe: Recipe, base: Base, dtype: torch.dtype | None = None) -> TrainableModel:
     """The model as it will be trained, on the meta device: shapes without values.
+
+    Args:
+        dtype: see `shape_model`.
 
     Raises:
         UserError: the model cannot be trained as the recipe says.
     """
     config = QwenVLConfig.from_pretrained(base.path)
-    return shape_model(recipe, config, base.quantized, read_generation_config(base.path))
+    return shape_model(recipe, config, base.quantized, read_generation_config(base.path), dtype)
 
 
 def shape_model(

@@ -187,6 +187,11 @@ def settle(recipe: Recipe, folder: Path, config: QwenVLConfig) -> Recipe:
 
 
 def find_given_folder(given: str) -> Path:
+    """The folder of an adapter, given by it or by its run; verified where a run wrote it.
+
+    Raises:
+        InputError: there is none (`MissingFileError`), or it is damaged.
+    """
     folder = find_adapter(given)
     if folder is None:
         path = Path(given)

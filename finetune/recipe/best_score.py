@@ -45,10 +45,3 @@ def followed_score(train: Train, task_score: str | None) -> str:
 def higher_is_better(score: str) -> bool:
     """Whether a logged score is better when it is higher: all are but the loss."""
     return score != LOSS
-
-
-def picks_by_task(train: Train, evaluate: Evaluate | None) -> bool:
-    """Whether a task's score decides about the result, and not the loss."""
-    if evaluate is None or evaluate.task is None:
-        return False
-    return follows_score(train, evaluate) and followed_score(train, "eval_task") != LOSS

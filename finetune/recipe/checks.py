@@ -259,13 +259,15 @@ SHARED_OPTIMIZERS = {
 memory as a whole, or do not know tensors that are distributed."""
 
 
-def model_can_be_shared(model: Model, data: Data, train: Train) -> Iterator[Finding]:
+def model_can_be_shared(model: Model, adapter: Adapter | None, data: Data, train: Train) -> Iterator[Finding]:
     way = "fsdp" if train.parallel == "auto" and train.fsdp else train.parallel
     if way in SHARED_OPTIMIZERS:
-        yield from what_cannot_be_shared(model, data, train, way)
+        yield from what_cannot_be_shared(model, adapter, data, train, way)
 
 
-def what_cannot_be_shared(model: Model, data: Data, train: Train, way: str) -> Iterator[Finding]:
+def what_cannot_be_shared(
+    model: Model, adapter: Adapter | None, data: Data, train: Train, way: str
+) -> Iterator[Finding]:
     """What does not go with a way of training in which each process has a part of the model or of its optimizer.
 
     Args:
@@ -281,6 +283,9 @@ def what_cannot_be_shared(model: Model, data: Data, train: Train, way: str) -> I
     if data.vision_cache != "off" and in_parts:
         reason = "images are encoded before the processes share the model, when only the first one has it"
         yield Finding(("data.vision_cache", other), reason, "set it to off")
+    if adapter is not None and adapter.bias != "none" and way == "zero3":
+        reason = "biases are read in the type of the weights before DeepSpeed gathers them"
+        yield Finding(("adapter.bias", other), reason, "set train.parallel: fsdp or zero2, or adapter.bias: none")
     if train.optim not in ("auto", *optimizers):
         reason = f"{train.optim} does not work on parts of tensors"
         yield Finding(("train.optim", other), reason, f"take one of {', '.join(optimizers)}")

@@ -99,6 +99,7 @@ class Adapter(Section):
 
 
 def is_regular_expression(pattern: str) -> bool:
+    """Whether a pattern can be used, and is not empty."""
     try:
         re.compile(pattern)
     except re.error:

@@ -9,21 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTConfig
-
-
-def pick_best(arguments: SFTConfig, metric: str, *, keeps_it: bool = True) -> None:
-    """Decide by `metric` (as logged) which evaluation is the best, unless the arguments name another metric; its
-    checkpoint is the result where `keeps_it`.
-
-    `SaveBest` saves these checkpoints, so that `save_steps` can be anything; Transformers alone would need it to be a
-    multiple of `eval_steps`.
-    """
-    if arguments.metric_for_best_model is None:
-        arguments.metric_for_best_model = metric
-    if arguments.greater_is_better is None:
-        arguments.greater_is_better = not arguments.metric_for_best_model.endswith("loss")
-    arguments.load_best_model_at_end = keeps_it
 
 
 def metric_key(metric: str) -> str:
@@ -82,7 +67,7 @@ def _loss_of(record: Mapping[str, Any]) -> float:
 
 def step_is_best(args: TrainingArguments, state: TrainerState) -> bool:
     """`is_new_best` of the step that was just evaluated."""
-    assert args.metric_for_best_model is not None, "pick_best sets it"
+    assert args.metric_for_best_model is not None, "trainer_arguments sets it"
     return is_new_best(
         state.log_history,
         state.global_step,

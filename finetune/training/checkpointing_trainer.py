@@ -14,11 +14,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from finetune.files.checkpoint_folder import say_dtype
 from finetune.model.adapters import write_plain_config
-from finetune.run.checkpoints import checkpoint_path, prune, writing
+from finetune.run.checkpoints import checkpoint_path, prune, verify, writing
 from finetune.run.left_out import LeftOut
 from finetune.training.checkpoint_note import passing_checkpoints
 from finetune.training.resumable_trainer import ResumableTrainer
@@ -83,8 +83,9 @@ class CheckpointingTrainer(ResumableTrainer):
                 written.rmdir()
                 if (partial / ADAPTER_CONFIG).is_file():
                     write_plain_config(partial)
-                self._name_best_checkpoint(partial / TRAINER_STATE_NAME)
+                self._write_best_checkpoint(partial / TRAINER_STATE_NAME)
                 note.write(partial)
+        self._name_best_checkpoint()
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             passing = passing_checkpoints(self.run.checkpoints)
@@ -106,10 +107,30 @@ class CheckpointingTrainer(ResumableTrainer):
         several = self.accelerator.num_processes > 1 and not self._is_sharded
         return several and bool(self.args.load_best_model_at_end)
 
-    def _name_best_checkpoint(self, state_file: Path) -> None:
-        """Write the best checkpoint's final name, in the run folder, into a saved trainer state."""
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Transformers forgets the name in a process that does not see the run folder, which then would not take part.
+        self._name_best_checkpoint()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """As the base class's, which would go on with the last step's weights if the checkpoint was gone.
+
+        Raises:
+            DamagedCheckpoint: it is gone, or not as it was saved; in the main process.
+        """
+        if self.args.should_save:
+            assert self.state.best_model_checkpoint is not None, "asked for where there is one"
+            verify(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _name_best_checkpoint(self) -> None:
+        """Set the best checkpoint's final name in all processes: Transformers has that of the folder being written."""
         best = self.state.best_global_step
         self.state.best_model_checkpoint = str(checkpoint_path(self.run.checkpoints, best)) if best else None
+
+    def _write_best_checkpoint(self, state_file: Path) -> None:
+        """Write its name into a saved trainer state."""
+        self._name_best_checkpoint()
         state = json.loads(state_file.read_text())
         state["best_model_checkpoint"] = self.state.best_model_checkpoint
         state_file.write_text(json.dumps(state, indent=2) + "\n")

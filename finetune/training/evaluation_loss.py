@@ -57,8 +57,6 @@ def sum_losses(
     else:
         packs = _equal_packs(batches, loss_of_pack, budget, refuse, fillers)
     for pack, loss in packs:
-        if fillers is None and is_abandoned():
-            break
         there = pack["samples"] != NO_SAMPLE
         long = there & (pack["sequence_lengths"] > seq_length)
         counts = [(pack["labels"] != IGNORED).sum(), there.sum(), long.sum()]

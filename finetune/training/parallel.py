@@ -11,7 +11,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,7 @@ from trl import SFTConfig
 from finetune.errors import UserError
 from finetune.recipe import Recipe, Train
 from finetune.recipe.checks import what_cannot_be_shared
+from finetune.run.launch import launched_processes
 from finetune.training.zero_config import refuse_config, zero_config, zero_stage
 
 Way = Literal["none", "ddp", "fsdp", "zero2", "zero3"]
@@ -89,7 +90,7 @@ class Parallel:
 
     @property
     def zero_stage(self) -> int:
-        """Of DeepSpeed's ZeRO; 0 without it."""
+        """The stage of DeepSpeed's ZeRO; 0 without it."""
         return int(self.way.removeprefix("zero")) if self.way in ("zero2", "zero3") else 0
 
 
@@ -154,7 +155,7 @@ def refuse_impossible(recipe: Recipe, parallel: Parallel) -> None:
         refuse_config(train.deepspeed, parallel.zero_stage)
     if way not in ("fsdp", "zero2", "zero3"):
         return
-    for finding in what_cannot_be_shared(recipe.model, recipe.data, train, way):
+    for finding in what_cannot_be_shared(recipe.model, recipe.adapter, recipe.data, train, way):
         raise UserError(
             f"{finding.keys[0]} does not go with train.parallel: {way}: {finding.reason}. {finding.remedy}"
         )
@@ -213,4 +214,5 @@ def require_applied(parallel: Parallel, arguments: SFTConfig) -> None:
 
 def own_launch() -> Launch:
     """What started this process, by its environment."""
-    return Launch.of(os.environ)
+    # A lone WORLD_SIZE, which a check takes, starts no others.
+    return replace(Launch.of(os.environ), processes=launched_processes())

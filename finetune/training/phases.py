@@ -19,7 +19,7 @@ class Phases(TrainerCallback):
     | encode | the features of all images, where there is a vision cache |
     | evaluate | losses and replies: before, in and after training |
     | batches | between the steps: waiting for batches, logging |
-    | forward_backward | forwards and backwards of the optimizer steps, and clipping |
+    | forward_backward | forwards and backwards of the optimizer steps, and clipping; DeepSpeed's optimizer too |
     | optimizer | the optimizer's own work |
     | checkpoint | writing the state to resume from |
     | save | writing the result |

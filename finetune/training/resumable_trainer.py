@@ -63,7 +63,7 @@ class ResumableTrainer(ZeroTrainer):
         process wishes to save."""
         (wishes,) = self.stop.agree(self.saves.wishes() if self.args.process_index == 0 else 0)
         self.saves.heard(wishes)
-        # DeepSpeed's optimizer steps in the last backward: then the step is done.
+        # Under DeepSpeed a step is finished once its last backward is done: only its optimizer is left.
         is_done = self.accelerator.sync_gradients and self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if self.stop.agreed and not is_done:
             raise Abandoned

@@ -93,7 +93,7 @@ class Resumption:
             trainer.control.should_training_stop = True
 
     def _pay(self, owed: Owed | None) -> None:
-        """Do what is owed, and replace the checkpoint by one without the debt."""
+        """Do what is owed, and save the step again."""
         if owed is None:
             return
         trainer = self._trainer

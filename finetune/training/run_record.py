@@ -146,6 +146,7 @@ def finish_record(
     Args:
         trained: what it was trained on.
         left_out: samples of each part of the data that were met and could not be read.
+        best_checkpoint: whose weights are the result; None where they are the last step's.
     """
     run.update_run(
         {

@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from finetune.errors import Failed, UserError
 from finetune.files.shards import MODEL, SHARDS, read_stored, stored_forms
-from finetune.training.sharded_model import BESIDE_ADAPTER
+from finetune.training.sharded_model import BESIDE_ADAPTER, spread
 
 GROUPS = "optimizer_groups.json"
 OPTIMIZER, ADAPTER = "optimizer.pt", "adapter_model.safetensors"
@@ -182,7 +182,7 @@ def load_whole_weights(folder: Path, model: nn.Module, *, is_main: bool) -> None
         tensor = tensors.get(name)
         if tensor is None or tuple(tensor.shape) != shape:
             raise UserError(f"{folder} is a checkpoint of another model: {name} is not in it, or of another shape")
-        _spread(stored[name] if is_main else None, tensor)
+        spread(stored[name] if is_main else None, tensor)
 
 
 @torch.no_grad()
@@ -203,7 +203,7 @@ def load_whole_optimizer(folder: Path, optimizer: torch.optim.Optimizer, *, is_m
         states[number] = {}
         for key, (shape, dtype) in by_key.items():
             states[number][key] = room = _room_of(parameters[number], shape, dtype)
-            _spread(stored["state"][number][key] if is_main else None, room)
+            spread(stored["state"][number][key] if is_main else None, room)
     optimizer.load_state_dict({"state": states, "param_groups": forms["groups"]})
 
 
@@ -249,23 +249,6 @@ def _forms_of(stored: Mapping[str, Any]) -> dict[str, Any]:
         for number, states in stored["state"].items()
     }
     return {"groups": stored["param_groups"], "states": states}
-
-
-def _spread(whole: torch.Tensor | None, into: torch.Tensor) -> None:
-    """Set a tensor, shared or on each process, to the main process's values; a collective call."""
-    device = into.device_mesh.device_type if isinstance(into, DTensor) else _device()
-    values = torch.empty(into.shape, dtype=into.dtype, device=device)
-    if whole is not None:
-        values.copy_(whole)
-    if isinstance(into, DTensor):
-        into.to_local().copy_(distribute_tensor(values, into.device_mesh, into.placements, src_data_rank=0).to_local())
-    else:
-        dist.broadcast(values, src=0)
-        into.copy_(values)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu"
 
 
 def bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetune.errors import Failed
 from finetune.model.adapters import TrainableModel
+from finetune.run.agreement import group_device
 from qwenvl.model.pretrained import QwenVLPreTrainedModel
 
 ROUNDS_TO = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -113,29 +114,38 @@ def share(
     # The resampler's output is a view, on which nothing works in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPResampler\) returned a view tensor")
     model, optimizer = accelerator.prepare(model, optimizer)
-    fill_from_main(model, values, accelerator.device)
+    fill_from_main(model, values)
     register_fsdp_forward_method(model, "generate")
     return model, optimizer
 
 
 @torch.no_grad()
-def fill_from_main(model: nn.Module, values: Mapping[str, torch.Tensor] | None, device: torch.device) -> None:
+def fill_from_main(model: nn.Module, values: Mapping[str, torch.Tensor] | None) -> None:
     """Set the shards of a model to the first process's values, one tensor at a time; a collective call.
 
     Args:
         values: all of the model's tensors by name, whole; None in other processes.
-        device: of the process group.
     """
     for name, tensor in _tensors(model):
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        if values is not None:
-            whole.copy_(values[name])
-        if isinstance(tensor, DTensor):
-            part = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=0)
-            tensor.to_local().copy_(part.to_local())
-        else:
-            dist.broadcast(whole, src=0)
-            tensor.copy_(whole)
+        spread(None if values is None else values[name], tensor)
+
+
+@torch.no_grad()
+def spread(whole: torch.Tensor | None, into: torch.Tensor) -> None:
+    """Set a tensor, shared or on each process, to the first process's values; a collective call.
+
+    Args:
+        whole: the values; None in other processes.
+    """
+    values = torch.empty(into.shape, dtype=into.dtype, device=group_device())
+    if whole is not None:
+        values.copy_(whole)
+    if isinstance(into, DTensor):
+        part = distribute_tensor(values, into.device_mesh, into.placements, src_data_rank=0)
+        into.to_local().copy_(part.to_local())
+    else:
+        dist.broadcast(values, src=0)
+        into.copy_(values)
 
 
 def gather(

@@ -1,11 +1,11 @@
 """A training run, from recipe to report."""
 
 import contextlib
-import os
 from pathlib import Path
 
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
+from finetune.run.launch import is_main_process
 from finetune.run.left_out import LeftOut
 from finetune.run.log_file import RunLog, run_log
 from finetune.run.meeting import meeting_of
@@ -53,7 +53,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
         Interrupted: SIGTERM or SIGINT; the state is saved if training had begun.
         Failed: a conversation does not fit into the memory, or the loss is not finite.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_main_process()
     if not is_main:
         say = say_nothing
     parallel = settle_parallel(recipe.train, own_launch())
@@ -136,7 +136,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None,
                 steps=trainer.state.global_step,
                 trained=amounts,
                 left_out=left_out.counts(),
-                best_checkpoint=trainer.state.best_model_checkpoint,
+                best_checkpoint=trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None,
             )
             report_result(trainer, run, result, data.task, amounts, phases.seconds, say)
     return run.path

@@ -116,7 +116,8 @@ def _load(opened: OpenedRun) -> TrainableModel:
 
 def _shape(opened: OpenedRun) -> TrainableModel:
     """The same model without its weights, on the meta device."""
-    model = build_without_weights(opened.recipe, opened.base)
+    # By their types, trained biases are computed in that of the weights beside them.
+    model = build_without_weights(opened.recipe, opened.base, opened.computes_in)
     inner = without_adapter(model)
     inner.set_attn_implementation(opened.computing.attention)
     use_kernels(inner, opened.computing.kernels)

@@ -5,7 +5,6 @@ reduces gradients while they are computed, so that every process runs the same f
 """
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from trl import SFTConfig
 
 from finetune.errors import UserError
 from finetune.model.adapters import TrainableModel, without_adapter
+from finetune.run.launch import launched_processes
 from finetune.training.parallel import Parallel
 from finetune.training.sharded_model import BESIDE_ADAPTER
 
@@ -173,7 +173,7 @@ def refuse_other_checkpoint(checkpoint: Path, parallel: Parallel) -> None:
     Raises:
         UserError: it is DeepSpeed's and the run is not, or the other way round; or of another number of processes.
     """
-    way, processes = parallel.way, int(os.environ.get("WORLD_SIZE") or 1)
+    way, processes = parallel.way, launched_processes()
     then = saved_by(checkpoint)
     if not then and not parallel.zero_stage:
         return

@@ -29,6 +29,7 @@ WITH_EMBEDDINGS = {
     "adapter": {"r": 4, "dropout": 0.0, "train_embeddings": True},
     "freeze": {"resampler": False},  # which has a frozen part, the positions
 }
+IN_16_BITS = {"adapter": {"r": 4, "dropout": 0.0, "bias": "lora_only"}, "model__dtype": "bfloat16"}
 SAMPLES = 12  # of a step, with 1, 2 and 3 processes
 
 
@@ -103,7 +104,7 @@ def assert_same_steps(folder, other, *, rel=1e-4):
 CLOSE = {"full": 2e-4, "lora": 2e-5, "embeddings": 2e-4}
 # In 16 bits, packs of other sequences are rounded in other places.
 CLOSE_IN_16_BITS, STEPS_IN_16_BITS = 2e-2, 2e-2
-KINDS = {"full": FULL, "lora": LORA, "embeddings": WITH_EMBEDDINGS, "bfloat16": BFLOAT16}
+KINDS = {"full": FULL, "lora": LORA, "embeddings": WITH_EMBEDDINGS, "bfloat16": BFLOAT16, "16 bits": IN_16_BITS}
 
 
 def test_two_processes_train_and_save_what_one_does(tmp_path):

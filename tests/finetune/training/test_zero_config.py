@@ -123,6 +123,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, written):
         ("zero3", {"model__embeddings_on_cpu": True}, "model.embeddings_on_cpu"),
         ("zero3", {"model__quantization": "nf4"}, "model.quantization"),
         ("zero3", {"data__vision_cache": "memory"}, "data.vision_cache"),
+        ("zero3", {"adapter": {"r": 4, "bias": "lora_only"}}, "adapter.bias"),
         ("zero2", {"train__deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 3}}, "max_grad_norm"),
     ],
 )
@@ -136,7 +137,10 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_loaded(tmp_path, mo
             load_recipe(write_recipe(tmp_path, **changes, train__parallel=way))
 
 
-@pytest.mark.parametrize("changes", [{"model__quantization": "nf4"}, {"data__vision_cache": "memory"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"model__quantization": "nf4"}, {"data__vision_cache": "memory"}, {"adapter": {"r": 4, "bias": "lora_only"}}],
+)
 def test_stage_2_has_all_weights_on_each_process(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(parallel, "find_spec", lambda name: name)
     recipe = write_recipe(tmp_path, **changes, train__parallel="zero2")
