@@ -83,7 +83,7 @@ OWNED: dict[str, tuple[str | None, str]] = {
     "ddp_broadcast_buffers": (None, _OWN_EXCHANGE),
     "ddp_static_graph": (None, _OWN_EXCHANGE),
     "local_rank": (None, "comes from the launcher"),
-    "parallelism_config": ("parallel", "tensors and sequences are not cut"),
+    "parallelism_config": ("train.parallel", "tensors and sequences are not cut"),
     "push_to_hub": (None, _NO_UPLOAD),
     "hub_token": (None, f"{_NO_UPLOAD}. Write no token into a recipe"),
     "hub_private_repo": (None, _NO_UPLOAD),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
+from transformers.trainer_utils import IntervalStrategy
 
 from finetune.training.checkpoint_note import CheckpointNote, Owed, read_note
 from finetune.training.random_states import RandomStates
@@ -98,7 +99,8 @@ class Resumption:
             return
         trainer = self._trainer
         trainer._load_rng_state(self._checkpoint)  # which is saved again with what is done here
-        if trainer.args.process_index == 0:
+        evaluates_again = owed == "step" or trainer.args.eval_strategy == IntervalStrategy.EPOCH
+        if trainer.args.process_index == 0 and evaluates_again:
             trainer.run.forget_evaluation_of(trainer.state.global_step)  # logged, and killed before it was saved
         trainer.control.should_training_stop |= trainer.state.global_step >= trainer.state.max_steps
         rest = (trainer._tr_loss, None, trainer.model_wrapped, None, trainer.state.epoch, None, time.time())

@@ -155,8 +155,10 @@ def test_a_check_starts_no_group_of_processes(file, monkeypatch, capsys):
     assert "on 4 processes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("sharding", ["train.deepspeed=ds.json", "train.fsdp=true"])
+@pytest.mark.parametrize("sharding", ["train.deepspeed={folder}/ds.json", "train.fsdp=true"])
 def test_a_check_leaves_sharding_to_the_processes(file, sharding, capsys):
+    (file.parent / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    sharding = sharding.format(folder=file.parent)
     check(load_recipe(file, [sharding]), samples=0)
     capsys.readouterr()
     with pytest.raises(UserError, match="report_to: neptune"):

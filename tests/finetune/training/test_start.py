@@ -164,7 +164,7 @@ def changed(folder, *overrides, before=(), **changes):
     run.write_run({"identity": run_identity(then, {}, BASE)})
     save(run, 2)
     said: list[str] = []
-    find_start(run, now, run_identity(now, {}, BASE), run.read_run(), collect(said), is_main=True)
+    find_start(run, now, run_identity(now, {}, BASE), run.read_run(), collect(said))
     return said
 
 

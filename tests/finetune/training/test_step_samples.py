@@ -129,5 +129,5 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert logged(run).keys() == whole.keys()
     back_to(run, 4)
     done = finetune_on(3, recipe)
-    assert [one.returncode for one in done] == [2, 2, 2]
+    assert done[0].returncode == 2 and all(one.returncode for one in done)  # others may only see that it ended
     assert "3 processes" in done[0].stderr and "start it on 1, 2 or 4 processes" in done[0].stderr

@@ -11,6 +11,7 @@ from said import collect
 from transformers.integrations import integration_utils
 
 from finetune.recipe import load_recipe
+from finetune.training.settings_check import TRACKERS
 from finetune.training.trackers import trackers_in
 from finetune.training.train import train
 
@@ -50,6 +51,7 @@ def tensorboard(monkeypatch):
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(TRACKERS, "tensorboard", (lambda: True, "tensorboard"))
     return made
 
 
