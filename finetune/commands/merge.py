@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not in_full:
         find_adapter(source)
     refuse_unwritable_folder(arguments.to, "the merged model", "--to")
-    if in_full and (arguments.style or arguments.onto):
-        raise UserError(f"{source} was trained in full: --style and --onto are for adapters")
+    if in_full and (arguments.style or arguments.onto or arguments.no_check):
+        raise UserError(f"{source} was trained in full: --style, --onto and --no-check are for adapters")
     # Nothing heavy is imported before the arguments are known to be right.
     from transformers.utils import logging
 

@@ -259,6 +259,9 @@ SHARED_OPTIMIZERS = {
 memory as a whole, or do not know tensors that are distributed."""
 
 
+FLOAT16_BY_DEEPSPEED = "by DeepSpeed's own loss scaling it is not told which steps are skipped"
+
+
 def model_can_be_shared(model: Model, adapter: Adapter | None, data: Data, train: Train) -> Iterator[Finding]:
     way = "fsdp" if train.parallel == "auto" and train.fsdp else train.parallel
     if way in SHARED_OPTIMIZERS:
@@ -278,6 +281,10 @@ def what_cannot_be_shared(
         reason = "4-bit codes are not shared: every process would keep all of them"
         remedy = "set train.parallel: ddp, with one quantised base a GPU (some 6 GB), or model.quantization: none"
         yield Finding(("model.quantization", other), reason, remedy)
+    if model.dtype == "float16" and way != "fsdp":
+        yield Finding(
+            ("model.dtype", other), FLOAT16_BY_DEEPSPEED, "set model.dtype: bfloat16, or train.parallel: fsdp"
+        )
     if model.embeddings_on_cpu:
         yield Finding(("model.embeddings_on_cpu", other), "the processes share the embeddings too", "take it out")
     if data.vision_cache != "off" and in_parts:

@@ -104,8 +104,7 @@ class CheckpointingTrainer(ResumableTrainer):
     @property
     def takes_over_result(self) -> bool:
         """Whether processes may end with different weights: the best checkpoint's, where they find it, or the last."""
-        several = self.accelerator.num_processes > 1 and not self._is_sharded
-        return several and bool(self.args.load_best_model_at_end)
+        return not (self.shares_folder or self._is_sharded) and bool(self.args.load_best_model_at_end)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # Transformers forgets the name in a process that does not see the run folder, which then would not take part.

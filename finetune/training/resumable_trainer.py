@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import DistributedType
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -63,9 +62,7 @@ class ResumableTrainer(ZeroTrainer):
         process wishes to save."""
         (wishes,) = self.stop.agree(self.saves.wishes() if self.args.process_index == 0 else 0)
         self.saves.heard(wishes)
-        # Under DeepSpeed a step is finished once its last backward is done: only its optimizer is left.
-        is_done = self.accelerator.sync_gradients and self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        if self.stop.agreed and not is_done:
+        if self.stop.agreed:
             raise Abandoned
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

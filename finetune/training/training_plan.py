@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 from finetune.batches.budget import ChosenBudget
+from finetune.errors import UserError
 from finetune.memory.auto_budget import choose_budget
 from finetune.memory.run_plan import plan_run, settled
 from finetune.memory.sharding import sharding_of
 from finetune.memory.switches import Switches
+from finetune.recipe.checks import FLOAT16_BY_DEEPSPEED
 from finetune.run.launch import launched_processes
 from finetune.terminal import Say
 from finetune.training.arguments import trainer_arguments
@@ -59,6 +61,10 @@ def settle_arguments(opened: OpenedRun, plan: TrainingPlan, say: Say, *, own_opt
     arguments = trainer_arguments(
         recipe, plan.switches, None if task is None else task.key, opened.computes_in, opened.parallel
     )
+    if arguments.fp16 and opened.parallel.zero_stage:  # as `model.dtype: auto` comes to on an older GPU
+        raise UserError(
+            f"model.dtype: auto is float16 on this GPU, and {FLOAT16_BY_DEEPSPEED}: set train.parallel: fsdp"
+        )
     if opened.resumes:
         arguments.eval_on_start = False  # it took place when the run began
     notes = check_settings(

@@ -63,7 +63,7 @@ def test_what_cannot_be_merged_is_refused(run, tmp_path):
         (("--checkpoint", "step-7", "--to", tmp_path / "to"), "There are: step-1, step-2"),
         (
             ("--checkpoint", "step-2", "--to", tmp_path / "to", "--style", "chat"),
-            "--style and --onto are for adapters",
+            "--style, --onto and --no-check are for adapters",
         ),
         (("--checkpoint", "step-2", "--to", there), "not empty"),
     ):

@@ -29,5 +29,6 @@ def test_they_take_what_is_asked_for(tmp_path, monkeypatch, changes):
     written = sum(file.stat().st_size for kind in kinds for file in run.glob(f"checkpoints/step-1/{kind}"))
     (result,) = (folder for folder in (run / "model", run / "adapter") if folder.exists())
     taken = 4 * written + sum(file.stat().st_size for file in result.glob("*.safetensors"))
-    # Two are kept, one is written, and one more was asked for by the time alone. Names and shapes of tensors take some room in these small files.
+    # Two are kept, one is written, and one more was asked for by the time alone.
+    # Names and shapes of tensors take some room in these small files.
     assert 0.8 * taken < asked[0] < taken

@@ -129,10 +129,9 @@ def test_the_best_checkpoint_is_the_result(tmp_path, way):
 
 
 @pytest.mark.parametrize("way", STAGES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bits_have_float32_masters(tmp_path, way, dtype):
+def test_16_bits_have_float32_masters(tmp_path, way):
     """At this learning rate most updates are smaller than half of what 16 bits can hold."""
-    changes = {"model__dtype": dtype, "train__learning_rate": 1e-4, "train__warmup_steps": 0}
+    changes = {"model__dtype": "bfloat16", "train__learning_rate": 1e-4, "train__warmup_steps": 0}
     ways = {"one": (1, "none"), "two": (2, way)}
     for name, (processes, how) in ways.items():
         train(recipe_of(tmp_path / name, FULL, processes, **changes), processes, how)
