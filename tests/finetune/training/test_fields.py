@@ -169,7 +169,7 @@ def assert_resumes_exactly(file: Path, to: Path) -> Path:
     return whole
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["by score", pytest.param("epochs", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, name):
     run = assert_resumes_exactly(recipe_file(tmp_path, SETTINGS[name]), tmp_path / "cut")
     records = metrics_of(run)

@@ -120,6 +120,7 @@ def test_any_checkpoint_becomes_a_model(ran, tmp_path, kind, way):
 def test_the_best_checkpoint_is_the_result(tmp_path, way):
     """Another learning rate makes the loss worse again."""
     changes = {"train__learning_rate": 3.0, "train__load_best_model_at_end": True, "train__eval_steps": 2}
+    changes["train__lr_scheduler_type"] = "constant"
     train(recipe_of(tmp_path, LORA, 2, **changes), 2, way)
     losses = {step: value for (step, key), value in logged(tmp_path).items() if key == "eval_loss"}
     best = min(losses, key=losses.get)
