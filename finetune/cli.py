@@ -17,11 +17,15 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from finetune.errors import Failed, InputError, Interrupted
+from finetune.errors import Failed, InputError, Interrupted, UserError
+from finetune.run.launch import is_main_process, launched_processes
 from finetune.terminal import terminal_text
 
 COMMANDS = ("check", "prepare", "train", "evaluate", "merge", "export", "chat", "bench")
 """In the order of a job; each is the module of its name in `finetune.commands`. `train` need not be written."""
+
+SHARED = ("train", "evaluate")
+"""Commands whose work the processes of a launcher share."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,13 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end.code
     prepare_output()
     try:
+        if not has_work(name):
+            return 0
         with stopping_on_sigterm():
             command.run(parsed)
             sys.stdout.flush()
     except (Interrupted, KeyboardInterrupt) as error:
         stopped = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT, saved=False)
         state = "the state is saved: the same command goes on" if stopped.saved else command.WHEN_STOPPED
-        complain(f"interrupted by {stopped}; {state}")
+        complain(f"interrupted by {stopped}; {stopped.said or state}")
         return stopped.exit_code
     except InputError as error:
         complain(str(error))
@@ -68,6 +74,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             complain(traceback.format_exc().rstrip())
         return 1
     return 0
+
+
+def has_work(command: str) -> bool:
+    """Whether this process of a launcher has something to do: `check` looks at a run of all of them, once.
+
+    Raises:
+        UserError: each process would do all of the work, into one folder.
+    """
+    processes = launched_processes()
+    if processes == 1 or command in SHARED:
+        return True
+    if command == "check":
+        return is_main_process()
+    raise UserError(
+        f"finetune {command} works in one process, and a launcher started {processes} (RANK and WORLD_SIZE are set): "
+        "start it without one"
+    )
 
 
 class Parser(argparse.ArgumentParser):

@@ -46,10 +46,17 @@ class Interrupted(BaseException):
 
     A BaseException, as KeyboardInterrupt is: it can come anywhere, and what makes a bad image of any error that a
     decoder raises must let it pass.
+
+    Args:
+        saved: all that was done is saved.
+        said: what is saved, in words; None says it by `saved` and by the command.
+        agreed: all processes of the command stop together.
     """
 
-    def __init__(self, number: int, saved: bool):
+    def __init__(self, number: int, saved: bool, said: str | None = None, agreed: bool = False):
         super().__init__(signal.Signals(number).name)
         self.number = number
         self.saved = saved
+        self.said = said
+        self.agreed = agreed or saved
         self.exit_code = 128 + number

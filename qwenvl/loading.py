@@ -94,7 +94,7 @@ def load_model(
     """
     source = find_source(path, adapter=adapter)
     # Before its base is loaded, which may take minutes.
-    adapter_reading = None if source.adapter is None else _read_adapter(source.adapter)
+    adapter_reading = None if source.adapter is None else read_adapter(source.adapter)
     record = trained_as(source.base, source.adapter)
     refuse_other_record(source, record)
     parts = find_parts(source.base, quantization, quantize, trained=record.quantize if source.adapter else ())
@@ -359,7 +359,7 @@ def _base_of(adapter: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _AdapterReading:
+class AdapterReading:
     """How PEFT is to read an adapter.
 
     Attributes:
@@ -371,7 +371,7 @@ class _AdapterReading:
     key_mapping: dict[str, str] | None
 
 
-def _read_adapter(adapter: str) -> _AdapterReading:
+def read_adapter(adapter: str) -> AdapterReading:
     """Check an adapter before its base is loaded, by the rules of `checkpoint.adapter_config`.
 
     Raises:
@@ -384,17 +384,17 @@ def _read_adapter(adapter: str) -> _AdapterReading:
     settings = read_adapter_config(adapter)
     key_mapping = {PARTS_OF_MODULES: ""} if any(plain_key(name) != name for name in names) else None
     if settings.get("peft_type") != "LORA":
-        return _AdapterReading(None, key_mapping)
+        return AdapterReading(None, key_mapping)
     known = {field.name for field in fields(LoraConfig)}
     refuse_unknown_keys(adapter, settings, known)
     refuse_unsaved_modules(adapter, settings, names)
     with adapter_errors(adapter):
         config = LoraConfig(**{key: value for key, value in settings.items() if key in known - {"runtime_config"}})
-    return _AdapterReading(config, key_mapping)
+    return AdapterReading(config, key_mapping)
 
 
 def _add_adapter(
-    model: QwenVLForConditionalGeneration, base: str, adapter: str, reading: _AdapterReading
+    model: QwenVLForConditionalGeneration, base: str, adapter: str, reading: AdapterReading
 ) -> "PeftModel":
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import ModulesToSaveWrapper, load_peft_weights

@@ -20,7 +20,7 @@ from qwenvl.text.chat import IGNORED
 
 LEFT_OUT = "left_out"
 NO_SAMPLE = -1
-"""In the column `samples`: an empty place, whose sample was left out."""
+"""The index of an empty place, whose sample was left out, or which is behind the last one of an epoch."""
 
 
 class BatchError(UserError):
@@ -66,7 +66,8 @@ class Collator:
         """Collate rows `{"sample": index into samples}`.
 
         A sample whose row or images cannot be read leaves its place empty: one token without an image that is not
-        trained, so that a batch has as many sequences as rows whatever is left out, and none is without tokens.
+        trained, so that a batch has as many sequences as rows whatever is left out, and none is without tokens. The
+        index `NO_SAMPLE` is such a place.
 
         Returns:
             `input_ids`, `labels`, `position_ids`: (1, tokens of all rows), positions start at 0 in each row; the
@@ -127,6 +128,8 @@ class Collator:
 
     def _rendered(self, index: int, left_out: list[tuple[int, str, str]]) -> "_Rendered | None":
         """A sample with its images; None, and why in `left_out`, where it cannot be read."""
+        if index == NO_SAMPLE:
+            return None
         origin = ""
         try:
             sample = self.samples[index]

@@ -33,7 +33,7 @@ from finetune.model.computing import choose_backends
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
-from finetune.training.arguments import loader_settings, sft_config
+from finetune.training.arguments import loader_settings, mixed_precision, sft_config
 from finetune.training.progress import drop_own_printers
 from finetune.training.trainer import QwenVLTrainer
 from finetune.vision_cache.phase import remove_vision_tower
@@ -244,6 +244,7 @@ class _Row:
             "dataloader_persistent_workers": False,
             "max_steps": len(self.meter.all_steps),
             **(PUBLISHED_ARGUMENTS if self.padded_to is not None else {}),
+            **mixed_precision(way.subject.dtype(recipe), in_full=recipe.adapter is None),
         }
         base = without_adapter(model)
         base.set_attn_implementation(switches.attention)
@@ -268,6 +269,7 @@ class _Row:
             tokens_per_batch=self.budget,
             learning_rates=recipe.train.learning_rates.model_dump(),
             vision_layer_decay=recipe.train.vision_layer_decay,
+            loraplus_lr_ratio=recipe.train.loraplus_lr_ratio,
             shuffle=False,
             callbacks=[self.meter],
         )

@@ -13,6 +13,7 @@ from finetune.memory.free_memory import device_type
 from finetune.model.adapters import TrainableModel, trains_embeddings
 from finetune.model.base import make_trainable, read_generation_config
 from finetune.model.computing import choose_dtype
+from finetune.model.given_adapter import find_given_folder, settle
 from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.loading import DTYPES, find_source
@@ -52,13 +53,15 @@ class Subject:
         return sum(tensor.numel() for tensor in model.state_dict().values())
 
     def settled(self, recipe: Recipe) -> Recipe:
-        """The recipe with `adapter.train_embeddings: auto` settled.
+        """The recipe with `adapter.train_embeddings: auto` settled, and with the shapes of `adapter.from`.
 
         Raises:
             UserError: the checkpoint does not say whether it is a base or a chat model.
         """
         if recipe.adapter is None:
             return recipe
+        if recipe.adapter.from_ is not None:
+            return settle(recipe, find_given_folder(recipe.adapter.from_), self.config)
         trained = trains_embeddings(recipe.adapter.train_embeddings, self.generation_config)
         return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"train_embeddings": trained})})
 

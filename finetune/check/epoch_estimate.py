@@ -1,14 +1,14 @@
 """An estimate of an epoch from the lengths of the samples: tokens, optimizer steps, forwards of a step."""
 
-import os
 from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 
 from finetune.batches.packing import pack
+from finetune.batches.steps import count_steps
 from finetune.data.checks.checked import Checked
 from finetune.recipe import Recipe
+from finetune.run.launch import planned_processes
 
 SAMPLED_BATCHES = 200  # that are packed for the estimate
 
@@ -51,11 +51,9 @@ def estimate_epoch(recipe: Recipe, checked: Checked, budget: int | None) -> Epoc
     indices = checked.first_epoch(recipe.seed)
     places = np.searchsorted(checked.kept, indices)
     lengths = checked.lengths[places]
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = planned_processes()
     batch, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    batches = len(lengths) / (batch * processes)
-    batches = int(batches) if train.dataloader_drop_last else ceil(batches)
-    steps = max(1, ceil(batches / accumulation))
+    steps = count_steps(train, len(lengths), processes)
     drawn = np.random.default_rng(recipe.seed).permutation(len(lengths))[: SAMPLED_BATCHES * batch]
     packed = [pack(lengths[drawn[start : start + batch]].tolist(), budget) for start in range(0, len(drawn), batch)]
     packs = sum(map(len, packed))
@@ -65,9 +63,9 @@ def estimate_epoch(recipe: Recipe, checked: Checked, budget: int | None) -> Epoc
         supervised=int(checked.supervised[places].sum()),
         processes=processes,
         samples_per_step=batch * accumulation * processes,
-        steps=steps,
-        all_steps=train.max_steps if train.max_steps > 0 else ceil(train.num_train_epochs * steps),
+        steps=steps.epoch,
+        all_steps=steps.all,
         budget=budget,
-        packs_per_step=packs / max(len(packed), 1) * min(accumulation, batches),
+        packs_per_step=packs / max(len(packed), 1) * min(accumulation, steps.batches),
         fill=None if budget is None or not packs else float(lengths[drawn].sum()) / (packs * budget),
     )

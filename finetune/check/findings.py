@@ -1,8 +1,10 @@
 """Everything that a run does before it loads weights: model, data, what is trained; and all problems together."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from finetune.batches.budget import ChosenBudget, packing_budget
 from finetune.check.epoch_estimate import Epoch, estimate_epoch
@@ -15,12 +17,24 @@ from finetune.data.sample import BadRow, DataError
 from finetune.errors import InputError
 from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.memory.auto_budget import choose_budget
+from finetune.memory.free_memory import describe_cards
 from finetune.memory.run_plan import RunPlan, look_at_memory, settled
+from finetune.memory.several_cards import describe_several, fewest_cards
+from finetune.memory.sharding import sharding_of
+from finetune.memory.switches import Switches
 from finetune.model.base import Base, build_without_weights, find_base, refuse_text_only_samples
 from finetune.model.components import Count, count_parameters
+from finetune.model.computing import computing_dtype
+from finetune.model.given_adapter import GivenAdapter, find_given_adapter
 from finetune.recipe import Recipe
+from finetune.run.launch import planned_processes
+from finetune.training.arguments import trainer_arguments
+from finetune.training.parallel import asked_for, own_launch, refuse_impossible, settle_parallel
+from finetune.training.processes import as_one_process
+from finetune.training.settings_check import check_settings
 from finetune.vision_cache.phase import describe_phase
 from qwenvl import QwenVLConfig
+from qwenvl.base_check import identify_base
 
 
 @dataclass
@@ -28,6 +42,7 @@ class Findings:
     """What a check found.
 
     Attributes:
+        given: the adapter that the run goes on from; None where there is none.
         parameters: per component; None where the model cannot be set up as the recipe says.
         parts: "train" and, where there is evaluation, "eval".
         budget: tokens of one forward; None, like the epoch, where no training sample is left.
@@ -35,6 +50,8 @@ class Findings:
         task: description of the evaluation's task.
         vision_cache: description of the phase that encodes the images; None where there is none.
         memory: what a run on this machine would hold; None where the model cannot be set up or no sample is left.
+        notes: what is to be said of the settings of `train`.
+        cards: which usual GPUs it fits, and for full training how many of them.
         opened: for each part, if images were opened.
         legibility: of the text on some images of each part that has any.
         refusals: (what, why) of everything at which a run would stop.
@@ -42,6 +59,7 @@ class Findings:
 
     recipe: Recipe
     base: Base
+    given: GivenAdapter | None = None
     parameters: dict[str, Count] | None = None
     parts: dict[str, DataPart] = field(default_factory=dict)
     budget: ChosenBudget | None = None
@@ -50,6 +68,8 @@ class Findings:
     task: str | None = None
     vision_cache: str | None = None
     memory: RunPlan | None = None
+    notes: list[str] = field(default_factory=list)
+    cards: str = ""
     opened: dict[str, OpenedImages] = field(default_factory=dict)
     legibility: dict[str, Legibility] = field(default_factory=dict)
     previews: list[Preview] = field(default_factory=list)
@@ -84,6 +104,14 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         WorkerDied: one of several processes ended unexpectedly.
     """
     findings = Findings(recipe, find_base(recipe.model))
+    try:
+        findings.recipe, findings.given = find_given_adapter(recipe, findings.base)
+        if findings.given is not None and Path(findings.base.path).is_dir():
+            identity = identify_base(findings.base.path, cached=True)
+            findings.given.refuse_other_base(findings.base.path, identity)
+    except InputError as error:
+        findings.refusals.append(("adapter", str(error)))
+    recipe = findings.recipe
     base, rules = findings.base, rules_of(recipe, findings.base.processor)
     mode = "all" if images else recipe.data.check_images
     findings.parts = look_at_data(recipe, base.processor, processes=processes, check_images=mode)
@@ -101,22 +129,30 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         findings.overlap = look_for_overlap(recipe, whole)
     except DataError as error:
         findings.refusals.append(("eval data", str(error)))
+    adapter_fits = all(what != "adapter" for what, _ in findings.refusals)
     try:
-        model = build_without_weights(recipe, base)
-        findings.parameters = count_parameters(model)
-        if training is not None:
+        model = build_without_weights(recipe, base) if adapter_fits else None
+        findings.parameters = None if model is None else count_parameters(model)
+        if training is not None and model is not None:
             refuse_text_only_samples(model, training)
     except InputError as error:
         findings.refusals.append(("model", str(error)))
     if training is not None and len(training.kept):
         findings.budget = ChosenBudget(packing_budget(recipe.data, training.lengths))
-        can_be_planned = all(what != "model" for what, _ in findings.refusals)
+        can_be_planned = adapter_fits and all(what != "model" for what, _ in findings.refusals)
         if can_be_planned:
             config = QwenVLConfig.from_pretrained(base.path)
-            findings.budget = choose_budget(settled(recipe, base.path), config, training)
+            cards = planned_processes() if planned_processes() > 1 else torch.cuda.device_count()
+            sharding = sharding_of(asked_for(recipe.train) or own_launch().plugin, cards)
+            findings.budget = choose_budget(settled(recipe, base.path), config, training, sharding=sharding)
         findings.epoch = estimate_epoch(recipe, training, findings.budget.tokens)
         if can_be_planned:
-            findings.memory = look_at_memory(recipe, base.path, training, findings.budget.tokens)
+            budget = findings.budget.tokens
+            findings.memory = look_at_memory(recipe, base.path, training, budget, sharding=sharding)
+            if recipe.adapter is None:
+                findings.cards = describe_several(fewest_cards(recipe, config, findings.memory.plan.workload))
+            else:
+                findings.cards = describe_cards(findings.memory.plan.peak)
             if findings.memory.refusal:
                 findings.refusals.append(("memory", findings.memory.refusal))
     task = None
@@ -129,6 +165,14 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
             problems = error.problems if isinstance(error, DataError) else []
             example = f", such as {problems[0]}" if problems else ""
             findings.refusals.append(("eval task", _without_rows(error) + example))
+    if findings.memory is not None and findings.epoch is not None and "eval task" not in dict(findings.refusals):
+        try:
+            computes_in = computing_dtype(recipe.model, base.path, base.dtype)
+            findings.notes = _settings_notes(
+                recipe, findings.memory.switches, computes_in, findings.epoch.samples, task
+            )
+        except InputError as error:
+            findings.refusals += [("settings", line) for line in str(error).splitlines()]
     if not findings.refusals:
         findings.vision_cache = describe_phase(
             recipe, QwenVLConfig.from_pretrained(base.path), base.processor, findings.parts, task, processes
@@ -142,6 +186,24 @@ def look_before_training(recipe: Recipe, *, samples: int, images: bool, processe
         assert chosen is not None, "samples are chosen from parts that were opened"
         findings.previews.append(preview(name, chosen[index], rules))
     return findings
+
+
+def _settings_notes(
+    recipe: Recipe, switches: Switches, computes_in: torch.dtype, samples: int, task: TaskEvaluation | None
+) -> list[str]:
+    """What is to be said of the settings of `train`, as the trainer would have them.
+
+    Raises:
+        UserError: a run would stop at them.
+    """
+    processes = planned_processes()
+    refuse_impossible(recipe, settle_parallel(recipe.train, replace(own_launch(), processes=processes)))
+    # How processes share the model is settled by them when they start, and a check is one process.
+    alone = {"deepspeed": None, "fsdp": None, "fsdp_config": None}
+    unshared = recipe.model_copy(update={"train": recipe.train.model_copy(update=alone)})
+    with as_one_process():
+        arguments = trainer_arguments(unshared, switches, None if task is None else task.key, computes_in)
+    return check_settings(recipe, arguments, samples=samples, processes=processes, task=task)
 
 
 def _exports_as_rows(recipe: Recipe, parts: Mapping[str, DataPart]) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,6 @@ from finetune.data.checks.checked import Checked
 from finetune.data.message_parts import grounding_texts
 from finetune.data.samples import Samples
 from finetune.data.summary import count_sources, problem_kinds
-from finetune.memory.free_memory import describe_cards
 from finetune.quantities import format_count, format_duration
 from finetune.recipe import Source
 from finetune.report.images import image_tag, picture_tag, thumbnail
@@ -148,11 +147,11 @@ def _parameters(findings: Findings) -> str:
 
 
 def _memory(findings: Findings) -> str:
-    if findings.memory is None or findings.memory.plan is None:
+    if findings.memory is None:
         return ""
     plan = findings.memory.plan
     head, *rows = plan.table()
-    said = "".join(f"<p>{show(line)}</p>" for line in (*findings.memory.lines(), describe_cards(plan.peak)))
+    said = "".join(f"<p>{show(line)}</p>" for line in (*findings.memory.lines(), findings.cards))
     counted = table(rows, head=head, numeric=range(1, len(head)))
     return f'<h2>Memory</h2><div class="panel">{counted}{said}</div>'
 

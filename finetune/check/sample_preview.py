@@ -12,7 +12,7 @@ import numpy as np
 from finetune.data.checks.problems import find_problems
 from finetune.data.checks.rules import Rules
 from finetune.data.checks.shortening import Fitted
-from finetune.data.message_parts import image_sources
+from finetune.data.message_parts import boxes_inside, image_sources
 from finetune.data.reading import DataPart
 from finetune.data.sample import Sample
 from finetune.quantities import format_bytes
@@ -92,9 +92,12 @@ def _left_out(sample: Sample, fitted: Fitted, rules: Rules) -> Iterator[str]:
         pages = "page" if sample.pages_left_out == 1 else "pages"
         yield f"left out (data.pages.first): {sample.pages_left_out} {pages}"
     context = sum(message["role"] == "assistant" and not is_trained(message) for message in fitted.messages)
-    if context:
+    if context and rules.train_on == "last":
+        yield f"context (data.train_on: last): {context} {'reply' if context == 1 else 'replies'} before the last"
+    elif context:
         yield f"context, marked in the row as untrained: {context} {'reply' if context == 1 else 'replies'}"
-    if rules.box_edge == "clamp" and list(map(dict, rules.read(sample.messages))) != list(map(dict, sample.messages)):
+    clamped = sample.messages if rules.box_edge == "error" else boxes_inside(sample.messages, rules.grounding)
+    if list(map(dict, clamped)) != list(map(dict, sample.messages)):
         yield "coordinates of 1000 are read as 999 (data.box_edge: clamp)"
     _, markup = find_problems(
         sample, grounding=rules.grounding, markup_as_text=rules.markup_as_text, box_edge=rules.box_edge,

@@ -11,8 +11,7 @@ from finetune.check.histogram import bars, make_histogram
 from finetune.check.sample_preview import Piece, Preview, one_line
 from finetune.data.reading import rules_of, views_of
 from finetune.data.sample import SHOWN_PROBLEMS
-from finetune.data.summary import describe_data, describe_long, describe_sources, problem_kinds
-from finetune.memory.free_memory import describe_cards
+from finetune.data.summary import describe_data, describe_long, describe_sources, describe_train_on, problem_kinds
 from finetune.model.components import table_of_parameters
 from finetune.quantities import format_count, format_duration
 from finetune.report.page import readable
@@ -71,6 +70,12 @@ def _model(findings: Findings) -> Iterator[tuple[str, str]]:
     yield "model", f"{one_line(findings.recipe.model.path)}{bits}"
     for note in base.notes(views_of(findings.recipe)):
         yield "", note
+    if findings.given is not None:
+        part = findings.parts.get("train")
+        system = None if part is None or part.checked is None else part.checked.system
+        yield "adapter", f"goes on from {one_line(findings.given.folder)}"
+        for note in findings.given.notes(findings.recipe, base, views_of(findings.recipe), system):
+            yield "", one_line(note)
     for number, line in enumerate(table_of_parameters(findings.parameters or {})):
         yield "" if number else "trained", line
 
@@ -87,6 +92,8 @@ def _data(findings: Findings) -> Iterator[tuple[str, str]]:
         ):
             yield "", long
         seed = findings.recipe.seed
+        if name == "train" and (said := describe_train_on(findings.recipe.data)):
+            yield "", said
         for line in describe_sources(part.sources, part.samples, part.checked, seed):
             yield "", one_line(line)
         yield from (("", one_line(note)) for note in part.samples.notes)
@@ -115,6 +122,8 @@ def _steps(findings: Findings) -> Iterator[tuple[str, str]]:
     steps = f"{epoch.steps:,} an epoch, {epoch.all_steps:,} in all"
     yield "steps", f"{steps}; {epoch.samples_per_step:,} samples a step{on}"
     fill = "" if epoch.fill is None else f" of at most {epoch.budget:,} tokens, {epoch.fill:.0%} full (estimated)"
+    for note in findings.notes:
+        yield "", note
     yield "forwards", f"{epoch.packs_per_step:.1f} a step{fill}"
     if findings.budget is not None and findings.budget.reason:
         yield "packing", str(findings.budget)
@@ -127,10 +136,9 @@ def _memory(findings: Findings) -> Iterator[tuple[str, str]]:
         return
     for number, line in enumerate(findings.memory.lines()):
         yield "" if number else "memory", line
-    if findings.memory.plan is not None:
-        for name, *sizes in findings.memory.plan.table():
-            yield "", f"{name:<24}{''.join(f'{size:>10}' for size in sizes)}"
-        yield "", describe_cards(findings.memory.plan.peak)
+    for name, *sizes in findings.memory.plan.table():
+        yield "", f"{name:<26}{''.join(f'{size:>10}' for size in sizes)}"
+    yield "", findings.cards
 
 
 def _distributions(findings: Findings) -> Iterator[Text]:

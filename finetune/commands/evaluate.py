@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetune.commands.arguments import add_base, add_dtype, add_quantization, add_style, count, views
 from finetune.errors import UserError
 from finetune.files.output_paths import refuse_unwritable_folder
+from finetune.run.launch import is_main_process
 
 if TYPE_CHECKING:
     from finetune.data.images.pages import Pages
@@ -22,6 +23,7 @@ EXAMPLES = """\
 finetune evaluate Qwen/Qwen-VL-Chat --task docvqa --data HuggingFaceM4/DocumentVQA --split validation
 finetune evaluate Qwen/Qwen-VL-Chat --task refcoco --data lmms-lab/RefCOCO --split val --prompt published
 finetune evaluate runs/docvqa_lora --recipe recipes/docvqa_lora.yaml --compare Qwen/Qwen-VL-Chat
+torchrun --nproc-per-node 8 -m finetune evaluate runs/docvqa_lora --recipe recipes/docvqa_lora.yaml
 finetune evaluate runs/mine --task custom --metric anls --data questions.jsonl --column answers=label"""
 
 
@@ -117,7 +119,7 @@ def _mark(text: str) -> str:
 def run(arguments: argparse.Namespace) -> None:
     refuse_what_does_not_go_together(arguments)
     task, recipe = task_of(arguments)
-    if arguments.out is not None:
+    if arguments.out is not None and is_main_process():
         refuse_unwritable_folder(arguments.out, "the results", "--out", replaced=False)
     # Nothing heavy is imported before the arguments are known to be right.
     from finetune.data.reading import views_of

@@ -229,6 +229,7 @@ def _made_from(recipe: Recipe, image_size: int | None, parts: Mapping[str, tuple
         "data": {
             **{key: getattr(data, key) for key in settings},
             **{key: list(value) for key in set_only if (value := getattr(data, key))},
+            **({} if data.train_on == "all" else {"train_on": data.train_on}),
             **({} if data.views is None else {"views": data.views.model_dump(mode="json")}),
         },
         "sources": {
@@ -417,6 +418,8 @@ def snippet(to: Path, groups: Mapping[str, list[Group]], recipe: Recipe) -> str:
         if recipe.evaluate is not None and "eval" not in used:
             kept = [source.model_dump(mode="json", exclude_defaults=True) for source in recipe.evaluate.data]
             sections["evaluate"] = {"data": kept}
+    if recipe.data.train_on != "all":
+        sections["data"]["train_on"] = recipe.data.train_on
     if recipe.data.views is not None:
         sections["data"]["views"] = recipe.data.views.model_dump(mode="json")
     return write_yaml(sections)

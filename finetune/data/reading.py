@@ -59,6 +59,7 @@ def rules_of(recipe: Recipe, processor: QwenVLProcessor) -> Rules:
         identify=recipe.evaluate is not None,
         markup_as_text=check_markup_names(data.markup_as_text),
         views=views_of(recipe),
+        train_on=data.train_on,
     )
 
 

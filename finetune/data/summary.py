@@ -13,6 +13,7 @@ from finetune.data.checks.checked import Checked
 from finetune.data.checks.rules import Rules
 from finetune.data.sample import BadRow
 from finetune.data.samples import Samples
+from finetune.recipe import Data
 from finetune.recipe.sources import Source
 
 # In the text of a problem, what is of one row only: quoted data, and numbers.
@@ -50,6 +51,17 @@ def describe_data(checked: Checked) -> str:
     return text
 
 
+def describe_train_on(data: Data) -> str:
+    """What to say of `data.train_on`; empty where every reply is trained."""
+    if data.train_on == "all":
+        return ""
+    over = f", and data.labels: {data.labels} does not hold" if data.labels != "assistant" else ""
+    return (
+        "only the last reply of each conversation is trained, and evaluated by the loss (data.train_on: last): those "
+        f"before it are context{over}"
+    )
+
+
 def describe_long(checked: Checked, rules: Rules, seq_length: int, *, pages: bool = False) -> str:
     """What to say of samples that are longer than what the model was trained on; empty where there are none.
 
@@ -68,7 +80,21 @@ def describe_long(checked: Checked, rules: Rules, seq_length: int, *, pages: boo
     return (
         f"{count:,} samples are longer than the model's seq_length of {seq_length:,} tokens, the longest has "
         f"{int(checked.lengths[longest]):,}{cost if keys and pictures else ''}: beyond it the model stretches "
-        f"positions in use, and not in training; data.max_length: {seq_length} refuses them"
+        "positions in use and in evaluation, and not in training (both as published): it does not learn these as it "
+        f"will read them, and their losses in training and evaluation differ; data.max_length: {seq_length} with "
+        "data.on_long: drop leaves them out"
+    )
+
+
+def note_on_long(checked: Checked, seq_length: int) -> str:
+    """What a reader of an evaluation's loss has to know; empty where no evaluation sample is beyond `seq_length`."""
+    count = int((checked.lengths > seq_length).sum())
+    if not count:
+        return ""
+    return (
+        f"{count:,} of the {len(checked.kept):,} evaluation samples are longer than the model's seq_length of "
+        f"{seq_length:,} tokens. Their loss is computed with stretched positions, as the model is used; training "
+        "computes without: on these, losses of training and evaluation are not of the same computation."
     )
 
 

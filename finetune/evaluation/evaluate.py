@@ -3,14 +3,11 @@
     evaluate(Evaluation("runs/docvqa", find_task("docvqa"), (EvaluationSource("validation.parquet"),)))
 
 Wrong data, folders and settings are reported before weights are loaded. Replies are written as they come; after an
-interruption, the same call asks the remaining questions.
+interruption, the same call asks the remaining questions. The processes of a launcher share the questions out.
 """
 
-import contextlib
-import gc
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,10 @@ from transformers.utils import logging as transformers_logging
 from finetune.evaluation.asked_models import Asking, EvaluatedModel, find_models, with_prompt_given
 from finetune.evaluation.evaluated_model import default_folder, model_fingerprint
 from finetune.evaluation.evaluation import Evaluation, EvaluationSource
+from finetune.evaluation.model_replies import Replies, free_memory, generate, reply_to
 from finetune.evaluation.page import write_evaluation_page
-from finetune.evaluation.question_sample import QuestionPrompts, QuestionSample
+from finetune.evaluation.question_sample import QuestionSample
 from finetune.evaluation.questions import Questions
-from finetune.evaluation.reply_progress import ReplyProgress
 from finetune.evaluation.results import (
     COMPARED,
     PREDICTIONS,
@@ -36,7 +33,6 @@ from finetune.evaluation.results import (
     cut_count,
     hold_folder,
     read_results,
-    record_of,
     score_records,
     submission,
     summary,
@@ -44,14 +40,14 @@ from finetune.evaluation.results import (
     with_scores,
     write_json,
 )
-from finetune.model.computing import choose_dtype, is_random, own_device
+from finetune.evaluation.shared_replies import hear_numbers
+from finetune.model.computing import choose_dtype
 from finetune.recipe.sources import source_names
-from finetune.replies.replies import Decoding, generate_replies, plan_replies, stop_ids_of, without_adapter
 from finetune.run.environment import describe_environment
-from finetune.terminal import Say, say
-from qwenvl import ImageAccess, load_model, load_processor
+from finetune.run.meeting import Meeting, meeting_of
+from finetune.terminal import Say, say, say_nothing
+from qwenvl import ImageAccess
 from qwenvl.checkpoint.identity import BaseIdentity
-from qwenvl.images.images import ImageError
 
 __all__ = ["Evaluation", "EvaluationSource", "evaluate"]
 
@@ -75,12 +71,21 @@ def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     evaluation = with_prompt_given(evaluation)
-    task = evaluation.task
+    folder = evaluation.out or default_folder(evaluation.model, evaluation.task.name)
+    with meeting_of("evaluate") as meeting:
+        if meeting is None or meeting.is_main:
+            _evaluate(evaluation, folder, meeting, say)
+        else:
+            _help(evaluation, meeting)
+    return folder
 
+
+def _evaluate(evaluation: Evaluation, folder: Path, meeting: Meeting | None, say: Say) -> None:
+    """The whole of it, with replies of other processes where there are some."""
+    task = evaluation.task
     models = find_models(evaluation, say)
     questions = read_questions(evaluation, models, say)
     asked = questions[models[0].asking]
-    folder = evaluation.out or default_folder(evaluation.model, task.name)
     bases: dict[Path, BaseIdentity] = {}
     files = [prediction_file(evaluation, folder, model, questions[model.asking], bases) for model in models]
 
@@ -89,7 +94,7 @@ def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
             file.check()
         earlier = read_results(folder)
         replies = [
-            reply_to(evaluation, model, questions[model.asking], file, say)
+            reply_to(evaluation, model, questions[model.asking], file, meeting, say)
             for model, file in zip(models, files, strict=True)
         ]
         results = describe(evaluation, asked, files[0].identity, models[0].prompt.said, replies, earlier)
@@ -112,7 +117,22 @@ def evaluate(evaluation: Evaluation, say: Say = say) -> Path:
         say("replies", folder / PREDICTIONS)
         say("results", folder / RESULTS)
         say("page", page)
-    return folder
+
+
+def _help(evaluation: Evaluation, meeting: Meeting) -> None:
+    """Reply to this process's share of the questions for the main one, which writes."""
+    models = find_models(evaluation, say_nothing)
+    questions = read_questions(evaluation, models, say_nothing)
+    # One process of each machine reads all of a model.
+    reads_model = os.environ.get("LOCAL_RANK", "0") == "0"
+    bases: dict[Path, BaseIdentity] = {}
+    for model in models:
+        asked = questions[model.asking]
+        fingerprint = model_fingerprint(model.use.source, bases) if reads_model else None
+        numbers = hear_numbers(meeting, model.role, data_identity(asked), fingerprint)
+        if numbers:
+            generate(evaluation, model, asked, numbers, None, meeting)
+            free_memory()
 
 
 def read_questions(evaluation: Evaluation, models: Sequence[EvaluatedModel], say: Say) -> dict[Asking, QuestionSample]:
@@ -192,7 +212,7 @@ def prediction_file(
             "stop": task.stop,
             "published": task.published,
         },
-        "data": {"questions": len(questions), "fingerprint": questions.fingerprint()},
+        "data": data_identity(questions),
         "settings": {
             "style": model.style,
             "prompt": model.prompt.text,
@@ -208,124 +228,9 @@ def prediction_file(
     return PredictionFile(folder / COMPARED if model.role == "compared" else folder, identity)
 
 
-@dataclass(frozen=True)
-class Replies:
-    """The replies of one model.
-
-    Attributes:
-        records: one for each question, in their order, without scores.
-        speed: of the replies that were generated now; None where all were there already.
-        notes: what a reader of the numbers should know about the model.
-    """
-
-    records: list[Record]
-    speed: dict[str, float] | None = None
-    notes: tuple[str, ...] = ()
-
-
-def reply_to(
-    evaluation: Evaluation, model: EvaluatedModel, questions: QuestionSample, file: PredictionFile, say: Say
-) -> Replies:
-    """The replies to all questions: those that are in the file, and new ones, which are added to it as they come.
-
-    Raises:
-        ImageError: an image cannot be read, and that is refused.
-        Failed: the device's memory does not hold a single prompt.
-    """
-    kept = file.open()
-    numbers = [number for number in range(len(questions)) if number not in kept]
-    if kept:
-        say("resume", f"{len(kept):,} of {len(questions):,} replies of {model.name} are there")
-    new = generate(evaluation, model, questions, numbers, file) if numbers else Replies([])
-    # The next model may need the memory of this one.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    records = kept | {record["number"]: record for record in new.records}
-    return replace(new, records=[records[number] for number in range(len(questions))])
-
-
-def generate(
-    evaluation: Evaluation,
-    model: EvaluatedModel,
-    questions: QuestionSample,
-    numbers: Sequence[int],
-    file: PredictionFile,
-) -> Replies:
-    """Load the model and reply to the questions with these numbers."""
-    task = evaluation.task
-    source = model.use.source
-    processor = load_processor(source.base)
-    tokenizer = processor.tokenizer
-    prompts = QuestionPrompts(questions, numbers, tokenizer, processor.n_queries)
-    with ReplyProgress("reading questions", len(numbers)) as progress:
-        plan = plan_replies(prompts, progress.reached)
-    loaded = load_model(
-        source.base,
-        adapter=source.adapter,
-        dtype=choose_dtype(evaluation.dtype),
-        quantization=model.use.quantization,
-        quantize=model.use.quantize,
-        device_map=own_device() if torch.cuda.is_available() else None,
-    )
-    notes = []
-    if is_random(without_adapter(loaded)):
-        notes.append(f"{model.name} has random weights: it shows that evaluation works, not that it reads.")
-    trained_up_to = without_adapter(loaded).config.seq_length
-    if beyond := sum(length > trained_up_to for length in plan.lengths):
-        views = model.asking.views
-        cost = "" if views is None else f"; each image is {views.count} pictures (--views)"
-        notes.append(
-            f"{beyond:,} prompts of {model.name} are longer than the {trained_up_to:,} tokens that it was trained on "
-            f"(seq_length), up to {max(plan.lengths):,}: replies to them may be worse{cost}."
-        )
-    stop_texts = task.stop if model.style == "base" else ()
-    decoding = Decoding(
-        task.max_new_tokens,
-        # The published scripts end replies of chat models too at <|endoftext|> alone.
-        (tokenizer.eod_id,) if task.published else stop_ids_of(loaded, tokenizer, model.style),
-        tuple(text for text in stop_texts if text not in tokenizer.control_tokens),
-        batch_tokens=evaluation.batch_tokens,
-        min_new_tokens=task.min_new_tokens,
-    )
-    records = []
-    started = time.monotonic()
-    with ReplyProgress(f"{task.name}, {model.name}", len(numbers)) as progress, _naming_the_way_on():
-        for reply in generate_replies(
-            loaded,
-            prompts,
-            plan,
-            tokenizer,
-            processor.image_processor,
-            decoding,
-            on_bad_image=evaluation.on_bad_image,
-        ):
-            number = numbers[reply.index]
-            records.append(record_of(task, number, questions[number], reply))
-            file.append(records[-1:])
-            progress.reached(len(records))
-    seconds = time.monotonic() - started
-    speed = {
-        "replies": len(records),
-        "seconds": round(seconds, 2),
-        "examples_per_second": round(len(records) / max(seconds, 1e-9), 3),
-    }
-    return Replies(records, speed, tuple(notes))
-
-
-@contextlib.contextmanager
-def _naming_the_way_on() -> Iterator[None]:
-    """Raises:
-    ImageError: as within, with what else can be done than to mend the image.
-    """
-    try:
-        yield
-    except ImageError as error:
-        remedy = (
-            f"{error.remedy}. The replies so far are kept. --bad-image wrong counts the questions on such images as "
-            "wrong and lists them"
-        )
-        raise ImageError(error.image, error.reason, remedy) from error
+def data_identity(questions: QuestionSample) -> dict[str, Any]:
+    """What must be the same of the questions."""
+    return {"questions": len(questions), "fingerprint": questions.fingerprint()}
 
 
 def describe(

@@ -1,5 +1,6 @@
 """The model's replies to a few evaluation rows before and after training, for the run's report."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -7,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 
 from finetune.batches.collate import Collator
 from finetune.data.message_parts import image_sources
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
+from finetune.replies.lockstep import lockstep_of
 from finetune.replies.replies import Decoding, Prompt, generate_replies, plan_replies, stop_ids_of
 from finetune.report.images import jpeg_settings
 from qwenvl import ImageAccess, load_image
@@ -34,17 +38,28 @@ def split_last_reply(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mappin
 
 
 def write_predictions(
-    model: torch.nn.Module, collator: Collator, rows: Sequence[int], *, run: Path, when: str, max_new_tokens: int
+    model: torch.nn.Module,
+    collator: Collator,
+    rows: Sequence[int],
+    accelerator: Accelerator,
+    *,
+    run: Path,
+    when: str,
+    max_new_tokens: int,
 ) -> None:
-    """Generate greedy replies to samples and add them to the run's predictions.
+    """Generate greedy replies to samples and add them to the run's predictions; on all processes together.
 
     Args:
-        model: its mode is left as it is.
+        model: not wrapped by DDP; its mode is left as it is. It may be sharded over the processes.
         collator: has the samples.
-        rows: indices of samples.
+        rows: indices of samples, the same on all processes; each replies to a share of them.
+        accelerator: of the trainer; its main process writes.
         run: the run folder; images are written into it as small JPEGs, named by their content.
         when: "before" or "after" training; earlier records of the same time are replaced.
         max_new_tokens: most tokens of a reply.
+
+    Raises:
+        UserError: an image cannot be read, and such rows are not skipped.
     """
     asked, prompts = [], []
     for row in rows:
@@ -62,17 +77,31 @@ def write_predictions(
         )
         asked.append((sample, *parts))
         prompts.append(Prompt(rendered.ids, rendered.images, sample.access, str(sample.origin)))
-    decoding = Decoding(max_new_tokens, stop_ids_of(model, collator.tokenizer))
-    made = generate_replies(
-        model,
-        prompts,
-        plan_replies(prompts),
-        collator.tokenizer,
-        collator.image_processor,
-        decoding,
-        on_bad_image="wrong" if collator.rules.on_bad_row == "skip" else "refuse",
-        vision_cache=collator.vision_cache,
-    )
+    own = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    share = [prompts[number] for number in own]
+    with lockstep_of(model, collator.tokenizer.pad_token_id) as lockstep:
+        made = [
+            dataclasses.replace(reply, index=own[reply.index])
+            for reply in generate_replies(
+                model,
+                share,
+                plan_replies(share),
+                collator.tokenizer,
+                collator.image_processor,
+                Decoding(max_new_tokens, stop_ids_of(model, collator.tokenizer)),
+                on_bad_image="wrong",
+                vision_cache=collator.vision_cache,
+                lockstep=lockstep,
+            )
+        ]
+    if accelerator.num_processes > 1:
+        made = gather_object(made)
+    # After the gathering, so that all processes raise together and none waits for another.
+    bad = [reply.unreadable for reply in made if reply.unreadable is not None]
+    if bad and collator.rules.on_bad_row == "error":
+        raise UserError(bad[0])
+    if not accelerator.is_main_process:
+        return
     # A row that is left out because its image cannot be read has no reply to show.
     replies = {reply.index: reply.text for reply in made if reply.unreadable is None}
     records = [

@@ -19,10 +19,12 @@ class ReplyProgress:
         what: the name of the work.
         total: number of questions.
         bar: show a bar on a terminal; otherwise nothing is shown there.
+        shows: False shows nothing anywhere.
     """
 
-    def __init__(self, what: str, total: int, *, bar: bool = True):
-        self._what, self._total, self._shows_bar = terminal_line(what), total, bar
+    def __init__(self, what: str, total: int, *, bar: bool = True, shows: bool = True):
+        self._what, self._total, self._shows_bar = terminal_line(what), total, bar and shows
+        self._shows = shows
         self._bar: tqdm | None = None
 
     def __enter__(self) -> "ReplyProgress":
@@ -42,7 +44,7 @@ class ReplyProgress:
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
             return
-        if self._is_terminal:
+        if self._is_terminal or not self._shows:
             return
         now = time.monotonic()
         if now - self._shown < LINE_SECONDS:

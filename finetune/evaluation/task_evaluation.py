@@ -36,6 +36,7 @@ from finetune.evaluation.tasks import task_of
 from finetune.quantities import format_loss
 from finetune.recipe import Recipe
 from finetune.recipe.sources import source_names
+from finetune.replies.lockstep import lockstep_of
 from finetune.replies.replies import Decoding, Reply, generate_replies, plan_replies
 from finetune.run.left_out import LeftOut
 from qwenvl import ImageAccess, QwenVLProcessor
@@ -228,20 +229,25 @@ class TaskScorer:
         *,
         bar: bool = True,
         tick: Callable[[], Any] = lambda: None,
+        is_abandoned: Callable[[], bool] = lambda: False,
+        agree: Callable[[], None] = lambda: None,
     ) -> TaskScore:
         """Reply to the sample and score the replies; on all processes together.
 
         Args:
-            model: not wrapped by DDP or FSDP; its mode is left as it is.
+            model: not wrapped by DDP; its mode is left as it is. It may be sharded over the processes.
             accelerator: of the trainer.
             step: optimizer steps done.
             bar: show a bar on a terminal; a trainer's live line excludes one.
             tick: called after every reply of this process.
+            is_abandoned: whether this process shall make no further replies.
+            agree: called by all processes together when their replies are made; raises in all where one has none.
 
         Raises:
             UserError: an image of the sample is damaged, or a source has the name of a group of the data.
         """
-        replies = self._share(model, accelerator, bar and accelerator.is_main_process, tick)
+        replies = self._share(model, accelerator, bar and accelerator.is_main_process, tick, is_abandoned)
+        agree()
         if accelerator.num_processes > 1:
             replies = gather_object(replies)
         replies = sorted(replies, key=lambda reply: reply.index)
@@ -269,25 +275,34 @@ class TaskScorer:
         return self.last
 
     def _share(
-        self, model: torch.nn.Module, accelerator: Accelerator, bar: bool, tick: Callable[[], Any]
+        self,
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        bar: bool,
+        tick: Callable[[], Any],
+        is_abandoned: Callable[[], bool],
     ) -> list[Reply]:
         """This process's replies, to every n-th question; their index is the number in the sample."""
         numbers = list(range(accelerator.process_index, len(self.asked.questions), accelerator.num_processes))
         tokenizer = self.asked.processor.tokenizer
         prompts = QuestionPrompts(self.asked.questions, numbers, tokenizer, self.asked.processor.n_queries)
-        made = generate_replies(
-            model,
-            prompts,
-            plan_replies(prompts),
-            tokenizer,
-            self.asked.processor.image_processor,
-            Decoding(self.asked.task.max_new_tokens, self.stop_ids, batch_tokens=BATCH_TOKENS),
-            on_bad_image="wrong",
-            vision_cache=self.vision_cache,
-        )
         replies = []
-        with ReplyProgress(f"evaluating {self.asked.task.metric}", len(numbers), bar=bar) as progress:
-            for reply in made:
+        with (
+            ReplyProgress(f"evaluating {self.asked.task.metric}", len(numbers), bar=bar) as progress,
+            lockstep_of(model, tokenizer.pad_token_id) as lockstep,
+        ):
+            for reply in generate_replies(
+                model,
+                prompts,
+                plan_replies(prompts),
+                tokenizer,
+                self.asked.processor.image_processor,
+                Decoding(self.asked.task.max_new_tokens, self.stop_ids, batch_tokens=BATCH_TOKENS),
+                on_bad_image="wrong",
+                vision_cache=self.vision_cache,
+                lockstep=lockstep,
+                is_abandoned=is_abandoned,
+            ):
                 replies.append(replace(reply, index=numbers[reply.index]))
                 tick()
                 if accelerator.is_main_process:

@@ -13,6 +13,7 @@ from finetune.files.path_errors import path_errors
 from finetune.quantities import format_loss
 from finetune.report.logged_scores import is_score
 from finetune.run.folder import RunFolder
+from finetune.run.saved_step import saved_step
 
 LICENSE_PATTERNS = ("LICENSE*", "LICENCE*", "Tongyi*LICENSE*")
 TONGYI = "Tongyi Qianwen"
@@ -97,7 +98,8 @@ def training_sections(run: str | Path | None) -> list[str]:
     folder = RunFolder(run)
     lines = []
     with path_errors(run, "read", "Make it readable, or restore it"):
-        rows = (folder.read_run() or {}).get("rows")
+        facts = folder.read_run() or {}
+        rows = facts.get("rows")
         metrics = folder.read_metrics()
         recipe = (
             folder.recipe_file.read_text(encoding="utf-8", errors="replace") if folder.recipe_file.is_file() else ""
@@ -111,7 +113,7 @@ def training_sections(run: str | Path | None) -> list[str]:
         except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise UserError(f"{folder.run_file}: its rows are not as a run writes them: restore the file") from error
         lines.append("")
-    if table := _figures(metrics):
+    if table := _figures(metrics, saved_step(facts)):
         lines += ["## Figures", "", *table, ""]
     if recipe:
         fence = "```" if "```" not in recipe else "~~~~~~~~"
@@ -162,19 +164,23 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _figures(metrics: Sequence[dict[str, Any]]) -> list[str]:
-    """First and last value of the training loss and of every score of the evaluations."""
+def _figures(metrics: Sequence[dict[str, Any]], saved: int | None) -> list[str]:
+    """First value of the training loss and of every score of the evaluations, and that of the step that is saved; None
+    for the last."""
     first: dict[str, tuple[int, float]] = {}
     last: dict[str, tuple[int, float]] = {}
     for record in metrics:
         for key, value in record.items():
             if (key == "loss" or is_score(key)) and isinstance(value, int | float):
-                first.setdefault(key, (record.get("step", 0), value))
-                last[key] = (record.get("step", 0), value)
+                step = record.get("step", 0)
+                first.setdefault(key, (step, value))
+                if saved is None or step <= saved:
+                    last[key] = (step, value)
     if not last:
         return []
     rows = [
         f"| {key} | {format_loss(first[key][1])} (step {first[key][0]}) | {format_loss(value)} (step {step}) |"
         for key, (step, value) in last.items()
     ]
-    return ["| | first | last |", "|---|---|---|", *rows]
+    heading = "last" if saved is None else f"of these weights, step {saved}"
+    return [f"| | first | {heading} |", "|---|---|---|", *rows]

@@ -191,6 +191,16 @@ def dtype_settings(config: dict[str, Any], dtype: "torch.dtype") -> dict[str, An
     return dict.fromkeys(keys, name) | {flag: kind == name for flag, kind in PRECISION_FLAGS.items() if flag in config}
 
 
+def say_dtype(folder: Path, dtype: "torch.dtype") -> None:
+    """Make a saved folder's `config.json` say what type its weights are to be loaded in: float32 masters are there.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    config = read_json(folder / CONFIG)
+    _write_json(folder / CONFIG, config | dtype_settings(config, dtype))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 

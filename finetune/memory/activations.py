@@ -17,6 +17,7 @@ from finetune.memory.kernels import fused_shapes, kernels_of, own_bytes
 from finetune.memory.live_bytes import META, LiveBytes, Moment
 from finetune.memory.workload import Workload
 from finetune.model.adapters import TrainableModel, trains_vision, without_adapter
+from finetune.model.masters import rounded_masters
 from finetune.model.recomputation import Recomputation, set_recomputation
 from finetune.model.step_loss import forward_with_loss
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -56,6 +57,7 @@ def step_of_shapes(
     kernels: str = "torch",
     features: bool = False,
     input_gradient: bool = False,
+    rounds_to: torch.dtype | None = None,
 ) -> Step:
     """Count a step of a model on the meta device, of any depth. Gradients of an earlier forward are there already.
 
@@ -65,14 +67,16 @@ def step_of_shapes(
         device_type: see `count_step`.
         kernels: torch or liger.
         features: images come as features that were encoded before.
-        input_gradient: see `count_step`.
+        input_gradient, rounds_to: see `count_step`.
     """
     config = without_adapter(model).config
     batch = batch_of_shapes(config, workload, features)
 
     def run(layers: dict[str, int]) -> Step:
         with _only(model, layers), fused_shapes(model, kernels):
-            return count_step(model, batch, checkpointing, device_type, input_gradient=input_gradient)
+            return count_step(
+                model, batch, checkpointing, device_type, input_gradient=input_gradient, rounds_to=rounds_to
+            )
 
     return _of_all_layers(config, run, trains_vision=checkpointing is not None and trains_vision(model))
 
@@ -84,6 +88,7 @@ def count_step(
     device_type: str,
     *,
     input_gradient: bool = False,
+    rounds_to: torch.dtype | None = None,
 ) -> Step:
     """Run a step and count its bytes, with real tensors or on the meta device; gradients are allocated before it.
 
@@ -93,6 +98,7 @@ def count_step(
         device_type: cuda or cpu: whose kernels the meta device stands for.
         input_gradient: the embeddings' output requires gradients though nothing needs them, as with TRL's
             `gradient_checkpointing`.
+        rounds_to: of float32 masters, whose rounded copies are there before the step; see `masters.rounded_masters`.
     """
     base = without_adapter(model)
     trains = checkpointing is not None
@@ -107,6 +113,7 @@ def count_step(
         stack.enter_context(_stages(base, counted, input_gradient and trains))
         stack.enter_context(kernels_of(device_type))
         stack.enter_context(torch.set_grad_enabled(trains))
+        stack.enter_context(rounded_masters(model, rounds_to))
         stack.enter_context(counted)
         loss = forward_with_loss(model, model, batch, items=1).loss
         if loss.requires_grad:  # not if only the vision side is trained and the batch is text

@@ -11,6 +11,7 @@ from finetune.data.checks.checked import Checked
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.fitting import largest_budget
 from finetune.memory.free_memory import USABLE, device_type, free_device_memory
+from finetune.memory.sharding import Sharding
 from finetune.memory.workload import different_rows, worst_workload
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
@@ -18,7 +19,11 @@ from qwenvl import QwenVLConfig
 
 
 def choose_budget(
-    recipe: Recipe, config: QwenVLConfig, checked: Checked, stored: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    config: QwenVLConfig,
+    checked: Checked,
+    stored: Mapping[str, Any] | None = None,
+    sharding: Sharding | None = None,
 ) -> ChosenBudget:
     """Choose the budget of a run. To be called before its weights are loaded: the plan counts them.
 
@@ -27,6 +32,7 @@ def choose_budget(
         checked: of the training data; at least one sample is kept.
         stored: run.json of the run that is resumed. It keeps its budget, so that it computes what it would have
             computed without the interruption, unless the recipe's own number has changed.
+        sharding: see `plan.plan_memory`.
     """
     data = recipe.data
     is_auto = data.tokens_per_batch == "auto" and data.packing
@@ -37,11 +43,18 @@ def choose_budget(
             return ChosenBudget(stored["tokens_per_batch"], reason, tuple(stored[NOTES]))
     if not is_auto:
         return ChosenBudget(packing_budget(data, checked.lengths))
-    return auto_budget(recipe, config, checked, free=free_device_memory(), device_type=device_type())
+    free, where = free_device_memory(), device_type()
+    return auto_budget(recipe, config, checked, free=free, device_type=where, sharding=sharding)
 
 
 def auto_budget(
-    recipe: Recipe, config: QwenVLConfig, checked: Checked, *, free: int, device_type: str
+    recipe: Recipe,
+    config: QwenVLConfig,
+    checked: Checked,
+    *,
+    free: int,
+    device_type: str,
+    sharding: Sharding | None = None,
 ) -> ChosenBudget:
     """The largest packing budget that the memory plan has room for.
 
@@ -53,6 +66,7 @@ def auto_budget(
         recipe: as it is planned (`run_plan.settled`).
         free: bytes on the device before anything is loaded.
         device_type: cuda or cpu.
+        sharding: see `plan.plan_memory`.
     """
     batch = recipe.train.per_device_train_batch_size
     longest = int(checked.lengths.max())
@@ -61,8 +75,8 @@ def auto_budget(
     # Other keys that say auto (mainly checkpointing) are settled for packs of the usual size. The budget then fills
     # the memory that is left.
     usual = worst_workload(**rows, budget=packing_budget(recipe.data, checked.lengths), batch=batch)
-    switches = choose_switches(recipe, config, usual, capacity, device_type=device_type)
-    fitting = largest_budget(recipe, config, capacity, **rows, switches=switches)
+    switches = choose_switches(recipe, config, usual, capacity, device_type=device_type, sharding=sharding)
+    fitting = largest_budget(recipe, config, capacity, **rows, switches=switches, sharding=sharding)
     where = f"the {format_bytes(free)} free on this {'GPU' if device_type == 'cuda' else 'machine'}"
     if fitting is None:
         return ChosenBudget(longest, f"the longest conversation (more does not fit into {where})")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from finetune.memory.plan import plan_memory
+from finetune.memory.sharding import Sharding
 from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload
 from finetune.model.computing import settled_attention
@@ -24,6 +25,7 @@ def choose_switches(
     device_capacity: int | None,
     *,
     device_type: str,
+    sharding: Sharding | None = None,
 ) -> Switches:
     """Settle every key of the recipe that says `auto`.
 
@@ -34,6 +36,7 @@ def choose_switches(
         workload: the largest forward of the run.
         device_capacity: bytes that the run can plan with; None, where nothing is planned, takes the first pair.
         device_type: cuda or cpu.
+        sharding: see `plan.plan_memory`.
 
     Raises:
         UserError: the model cannot be trained as the recipe says.
@@ -53,7 +56,7 @@ def choose_switches(
         if value == "auto"
     ]
     if autos:
-        switches, reason = _first_that_fits(recipe, config, workload, device_capacity, switches, autos)
+        switches, reason = _first_that_fits(recipe, config, workload, device_capacity, switches, autos, sharding)
         settled = " and ".join(f"train.{key} {getattr(switches, key)}" for key in autos)
         switches = replace(switches, reasons=(f"auto is {settled}: {reason}",))
     return switches
@@ -64,10 +67,6 @@ def given_checkpointing(train: Train) -> Recomputation | None:
     if train.checkpointing is not None:
         return None if train.checkpointing == "auto" else train.checkpointing
     wanted = train.gradient_checkpointing if train.activation_checkpointing is None else train.activation_checkpointing
-    settings = train.activation_checkpointing_kwargs or train.gradient_checkpointing_kwargs or {}
-    settings = settings if isinstance(settings, dict) else {}
-    if train.activation_offloading or (wanted and settings.get("offload")):
-        return "offload"
     return "full" if wanted else "none"
 
 
@@ -78,13 +77,14 @@ def _first_that_fits(
     capacity: int | None,
     switches: Switches,
     autos: list[str],
+    sharding: Sharding | None,
 ) -> tuple[Switches, str]:
-    choices = list(_choices(switches, autos))
+    choices = list(_choices(switches, autos, shares=sharding is not None))
     if capacity is None:
-        return choices[0], "the memory of a model that processes share is not planned"
+        return choices[0], "its memory is not planned"
     tried = ""
     for choice in choices:
-        plan = plan_memory(recipe, config, workload, switches=choice)
+        plan = plan_memory(recipe, config, workload, switches=choice, sharding=sharding)
         peak = format_bytes(plan.peak)
         if plan.fits(capacity):
             before = f"; {tried} would take more" if tried else ""
@@ -93,7 +93,7 @@ def _first_that_fits(
     return choices[-1], f"which takes least, and by the plan does not fit: {peak} of {format_bytes(capacity)}"
 
 
-def _choices(switches: Switches, autos: list[str]) -> Iterator[Switches]:
+def _choices(switches: Switches, autos: list[str], *, shares: bool) -> Iterator[Switches]:
     on_gpu = switches.device_type == "cuda"
     kinds: tuple[Recomputation, ...] = (switches.checkpointing,)
     if "checkpointing" in autos:
@@ -102,7 +102,8 @@ def _choices(switches: Switches, autos: list[str]) -> Iterator[Switches]:
     optims = [switches.optim]
     if "optim" in autos:
         optims = ["adamw_torch_fused" if on_gpu else "adamw_torch"]
-        if on_gpu and find_spec("bitsandbytes") is not None:
+        # bitsandbytes' optimizers take no parts of tensors.
+        if on_gpu and not shares and find_spec("bitsandbytes") is not None:
             optims.append(PAGED)
     for optim in optims:
         for kind in kinds:

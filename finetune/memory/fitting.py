@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from finetune.errors import InputError
 from finetune.memory.auto_switches import choose_switches
 from finetune.memory.plan import MemoryPlan, plan_memory
+from finetune.memory.several_cards import describe_several, fewest_cards
+from finetune.memory.sharding import Sharding
 from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload, worst_workload
 from finetune.quantities import format_bytes
@@ -30,6 +32,8 @@ REMEDIES = (
     ("adapter.r=16",),
 )
 NEED_BITSANDBYTES = ("train.optim=paged_adamw_8bit", "model.quantization=nf4")
+NOT_SHARED = (*NEED_BITSANDBYTES, "model.embeddings_on_cpu=true", "data.vision_cache=disk")
+"""Those that do not go with a model that processes share."""
 
 
 def largest_budget(
@@ -41,6 +45,7 @@ def largest_budget(
     supervised: Sequence[int],
     images: Sequence[int],
     switches: Switches,
+    sharding: Sharding | None = None,
 ) -> int | None:
     """The largest packing budget, in tokens, that fits; None if not even the longest conversation does.
 
@@ -55,7 +60,7 @@ def largest_budget(
 
     def spare(budget: int) -> int:
         workload = worst_workload(lengths, supervised, images, budget=budget, batch=batch)
-        return capacity - plan_memory(recipe, config, workload, switches=switches).peak
+        return capacity - plan_memory(recipe, config, workload, switches=switches, sharding=sharding).peak
 
     lowest, highest = max(lengths), sum(sorted(lengths)[-batch:])
     if (room := spare(lowest)) < 0:
@@ -89,7 +94,13 @@ def _last_that_fits(spare: Callable[[int], int], fits: int, room: int, too_much:
 
 
 def remedies(
-    recipe: Recipe, config: QwenVLConfig, workload: Workload, capacity: int, *, switches: Switches
+    recipe: Recipe,
+    config: QwenVLConfig,
+    workload: Workload,
+    capacity: int,
+    *,
+    switches: Switches,
+    sharding: Sharding | None = None,
 ) -> list[str]:
     """Settings with which a run would fit that does not, as they are written on the command line.
 
@@ -104,7 +115,7 @@ def remedies(
     Returns:
         The settings that suffice alone; if none does, one combination that needs each of its parts; else nothing.
     """
-    trials = _Trials(recipe, config, workload, capacity, switches)
+    trials = _Trials(recipe, config, workload, capacity, switches, sharding)
     useful = [remedy for remedy in trials.remedies() if trials.peak(remedy) < trials.before]
     alone = [remedy for remedy in useful if trials.peak(remedy) <= capacity]
     if alone:
@@ -130,10 +141,18 @@ class _Trials:
         before: bytes that the run needs without any.
     """
 
-    def __init__(self, recipe: Recipe, config: QwenVLConfig, workload: Workload, capacity: int, switches: Switches):
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: QwenVLConfig,
+        workload: Workload,
+        capacity: int,
+        switches: Switches,
+        sharding: Sharding | None,
+    ):
         self.recipe, self.config, self.workload = recipe, config, workload
-        self.capacity, self.switches = capacity, switches
-        self.before = plan_memory(recipe, config, workload, switches=switches).peak
+        self.capacity, self.switches, self.sharding = capacity, switches, sharding
+        self.before = plan_memory(recipe, config, workload, switches=switches, sharding=sharding).peak
         self.written = recipe.to_yaml()
         self.known: dict[tuple[str, ...], float] = {}
 
@@ -143,6 +162,11 @@ class _Trials:
         has_bitsandbytes = find_spec("bitsandbytes") is not None
         for remedy in REMEDIES:
             if remedy[0] in NEED_BITSANDBYTES and not has_bitsandbytes:
+                continue
+            adapter = self.recipe.adapter
+            if remedy[0].startswith("adapter.r=") and adapter is not None and adapter.from_ is not None:
+                continue  # its rank is that of the adapter that it goes on from
+            if remedy[0] in NOT_SHARED and self.sharding is not None:
                 continue
             if "{budget}" not in remedy[0]:
                 yield remedy
@@ -172,8 +196,10 @@ class _Trials:
         workload = self._workload(recipe)
         device_type = self.switches.device_type
         try:
-            switches = choose_switches(recipe, self.config, workload, self.capacity, device_type=device_type)
-            return plan_memory(recipe, self.config, workload, switches=switches).peak
+            switches = choose_switches(
+                recipe, self.config, workload, self.capacity, device_type=device_type, sharding=self.sharding
+            )
+            return plan_memory(recipe, self.config, workload, switches=switches, sharding=self.sharding).peak
         except InputError:
             return float("inf")
 
@@ -194,7 +220,13 @@ class _Trials:
 
 
 def what_does_not_fit(
-    recipe: Recipe, plan: MemoryPlan, config: QwenVLConfig, capacity: int, *, switches: Switches
+    recipe: Recipe,
+    plan: MemoryPlan,
+    config: QwenVLConfig,
+    capacity: int,
+    *,
+    switches: Switches,
+    sharding: Sharding | None = None,
 ) -> str:
     """The message for a run that does not fit: what it needs, and settings with which it would fit."""
     workload, fullest = plan.workload, plan.fullest
@@ -204,7 +236,10 @@ def what_does_not_fit(
         f"{workload.tokens:,} tokens and {workload.images:,} images",
         *(f"  {line}" for line in plan.lines()[1:]),
     ]
-    found = remedies(recipe, config, workload, capacity, switches=switches)
+    if recipe.adapter is None and switches.device_type == "cuda":
+        several = describe_several(fewest_cards(recipe, config, workload))
+        lines.append(f"Trained in full it {several}, several of which share the model with train.parallel: fsdp")
+    found = remedies(recipe, config, workload, capacity, switches=switches, sharding=sharding)
     if not found:
         return "\n".join([*lines, "No setting known here makes it fit: take a larger GPU, or shorter conversations"])
     return "\n".join([*lines, "It would fit, by the plan, with", *(f"  {one}" for one in found)])

@@ -18,7 +18,8 @@ CONTEXT = 500_000_000
 USABLE = 0.95
 """Share of the free memory that a run can plan with; the rest is lost to fragmentation."""
 
-CARDS = {size: int((size * 1_000_000_000 - CONTEXT) * USABLE) for size in (6, 8, 12, 16, 24, 40, 48, 80)}
+SIZES = (6, 8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
+CARDS = {size: int((size * 1_000_000_000 - CONTEXT) * USABLE) for size in SIZES}
 """Usual GPUs by their size in GB, and the bytes of each that a run can plan with."""
 
 

@@ -73,7 +73,7 @@ def optimizer_states(optim: str, trained: Iterable[torch.Tensor], device_type: s
     """
     trained = list(trained)
     states = sum((_states(optim, parameter, device_type) for parameter in trained), StateBytes())
-    if _of_bitsandbytes(optim) and "8bit" in optim and any(one.numel() >= LEAST_8BIT for one in trained):
+    if of_bitsandbytes(optim) and "8bit" in optim and any(one.numel() >= LEAST_8BIT for one in trained):
         states += StateBytes(device=CODES_8BIT * (1 if "lion" in optim or "rmsprop" in optim else 2))
     if optim in ("adamw_torch", "stable_adamw", "adagrad", "rmsprop") and device_type == "cuda":
         # PyTorch's foreach implementation holds the denominators of all parameters at once.
@@ -83,7 +83,7 @@ def optimizer_states(optim: str, trained: Iterable[torch.Tensor], device_type: s
 
 def _states(optim: str, parameter: torch.Tensor, device_type: str) -> StateBytes:
     size = parameter.numel()
-    if _of_bitsandbytes(optim):
+    if of_bitsandbytes(optim):
         return _bitsandbytes_states(optim, size, device_type)
     if optim in FACTORED and parameter.ndim >= 2:
         *others, rows, columns = parameter.shape
@@ -100,7 +100,8 @@ def _states(optim: str, parameter: torch.Tensor, device_type: str) -> StateBytes
     return StateBytes(device=full + step * on_device, host=step * (not on_device))
 
 
-def _of_bitsandbytes(optim: str) -> bool:
+def of_bitsandbytes(optim: str) -> bool:
+    """Whether a value of `optim` is an optimizer of bitsandbytes."""
     by_name = ("paged_", "lion_", "rmsprop_bnb", "ademamix", "adamw_bnb")
     return optim.startswith(by_name) or optim == "adamw_8bit" or optim == "galore_adamw_8bit"
 

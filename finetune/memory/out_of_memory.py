@@ -23,10 +23,17 @@ class DoesNotFit(Failed):
         conversations, tokens: of the pack. A single conversation is never cut. A pack of several cannot be cut where
             the model is sharded, as every process waits for the others in each forward.
         said: the allocator's own message.
+        shared: whether processes share the model.
     """
 
-    def __init__(self, *, what: str, when: str, conversations: int, tokens: int, said: str):
-        if conversations == 1:
+    def __init__(self, *, what: str, when: str, conversations: int, tokens: int, said: str, shared: bool = False):
+        if conversations == 1 and shared:
+            problem = "one conversation by itself is too much for the memory"
+            remedy = (
+                "train.checkpointing: full (or offload), more GPUs, or data.max_length below "
+                f"{tokens:,} with data.on_long: drop or drop_turns"
+            )
+        elif conversations == 1:
             problem = "one conversation by itself is too much for the memory"
             remedy = (
                 "train.checkpointing: full (or offload), model.quantization: nf4, train.optim: paged_adamw_8bit, a "

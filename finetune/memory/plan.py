@@ -1,22 +1,31 @@
 """The memory plan of a run: bytes on the device in each of its phases, from recipe and config alone.
 
 Weights, gradients and optimizer states are exact; what a step allocates is counted by running it on the meta device
-(`activations`). Models that processes share (FSDP, DeepSpeed) are not planned.
+(`activations`). A model that several cards share (`sharding`) is planned for each of them.
 """
 
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import torch
+
 from finetune.batches.budget import ENCODED_TOGETHER, KEPT_FEATURE_BYTES, REPLY_BATCH_ROWS, REPLY_BATCH_TOKENS
 from finetune.memory.activations import BACKWARD, LANGUAGE, LOSS, VISION, VISION_BACKWARD, Step, step_of_shapes
+from finetune.memory.sharding import Sharding, SharedBytes, shared_bytes
 from finetune.memory.switches import Switches
 from finetune.memory.weights import WeightBytes, model_of_shapes, state_bytes, weight_bytes, weights_dtype
 from finetune.memory.workload import Workload
 from finetune.model.adapters import TrainableModel, without_adapter
+from finetune.model.masters import copy_bytes
 from finetune.model.recomputation import Recomputation
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from qwenvl import QwenVLConfig
+
+COPIES = "16-bit copies"
+"""Of trained float32 weights, for forward and backward."""
+GATHERED = "gathered layers"
+"""Weights that cards share, made whole where they are computed with."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,14 @@ class MemoryPlan:
         return f"{size / 1e9:.2f}" if self._unit == "GB" else f"{size / 1e6:.1f}"
 
 
-def plan_memory(recipe: Recipe, config: QwenVLConfig, workload: Workload, *, switches: Switches) -> MemoryPlan:
+def plan_memory(
+    recipe: Recipe,
+    config: QwenVLConfig,
+    workload: Workload,
+    *,
+    switches: Switches,
+    sharding: Sharding | None = None,
+) -> MemoryPlan:
     """Plan a run without loading its weights.
 
     `adapter.train_embeddings: auto` counts as false: see `weights.settle_embeddings`.
@@ -125,24 +141,38 @@ def plan_memory(recipe: Recipe, config: QwenVLConfig, workload: Workload, *, swi
     Args:
         workload: the largest forward of the run (`workload.worst_workload`).
         switches: what the run computes with.
+        sharding: how cards share the model, for a plan of each of them; None where a card has all of it.
 
     Raises:
         UserError: the model cannot be trained as the recipe says.
         ValueError: no forward has the sizes of `workload`.
     """
-    return _Plan(recipe, config, workload, switches).make()
+    return _Plan(recipe, config, workload, switches, sharding).make()
 
 
 class _Plan:
     """Makes the phases of one plan."""
 
-    def __init__(self, recipe: Recipe, config: QwenVLConfig, workload: Workload, switches: Switches):
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: QwenVLConfig,
+        workload: Workload,
+        switches: Switches,
+        sharding: Sharding | None,
+    ):
         self.recipe, self.config, self.workload, self.switches = recipe, config, workload, switches
         self.device_type = switches.device_type
         self.on_host = self.device_type == "cpu"
         self.model = model_of_shapes(recipe, config, self.device_type)
         self.weights: WeightBytes = weight_bytes(self.model)
-        self.states = state_bytes(self.model, switches.optim, self.device_type)
+        # Trained without an adapter in 16 bits, weights are float32, and rounded copies of them compute.
+        self.rounds_to = weights_dtype(recipe, config, self.device_type) if recipe.adapter is None else None
+        self.shared: SharedBytes | None = None
+        if sharding is not None:
+            self.shared = shared_bytes(self.model, sharding, switches.optim, self.device_type, self.rounds_to)
+        self.states = self.shared.states if self.shared else state_bytes(self.model, switches.optim, self.device_type)
+        self.copies = 0 if self.rounds_to is None or self.shared else copy_bytes(self.model, self.rounds_to)
         # With a vision cache images are encoded before training, and the vision side is removed then, unless the model
         # is trained without an adapter: its checkpoints contain the vision side.
         self.cached = switches.vision_cache != "off" and config.visual is not None
@@ -153,13 +183,18 @@ class _Plan:
         return MemoryPlan(tuple(phases), self.workload)
 
     def kept(self, *, training: bool, vision: bool = True) -> dict[str, int]:
-        """What a phase holds throughout: weights, optimizer states and, with `training`, gradients."""
+        """What a phase holds throughout: weights, their copies, optimizer states and, with `training`, gradients."""
         removed = () if vision else ("vision", "resampler")
-        parts = {name: size for name, size in self.weights.device.items() if name not in removed}
+        weights = self.shared.weights if self.shared else self.weights.device
+        parts = {name: size for name, size in weights.items() if name not in removed}
         if self.on_host and self.weights.host:
             parts["embeddings"] = parts.get("embeddings", 0) + self.weights.host
+        if self.copies:
+            parts[COPIES] = self.copies
+        if self.shared and self.shared.gathered:
+            parts[GATHERED] = self.shared.gathered
         if training:
-            parts["gradients"] = self.weights.gradients
+            parts["gradients"] = self.shared.gradients if self.shared else self.weights.gradients
         parts["optimizer states"] = self.states.device
         return parts
 
@@ -178,6 +213,8 @@ class _Plan:
             parts["embeddings"] = parts.get("embeddings", 0) + self.weights.host
         # 16-bit weights are all read into host memory before they are moved; 4-bit weights are moved one by one.
         staged = self.weights.largest if quantized else sum(self.weights.device.values())
+        if self.shared:  # the first process reads it, and shares it out tensor by tensor
+            parts = dict(self.shared.weights) | {"one tensor": self.shared.largest}
         return Phase("load", parts, host=0 if self.on_host else staged + self.weights.host)
 
     def encode(self) -> list[Phase]:
@@ -198,13 +235,16 @@ class _Plan:
         kept = self.kept(training=True, vision=not self.removes_vision)
         step = self._step()
         fullest = step.peak(LANGUAGE, LOSS, BACKWARD, VISION_BACKWARD)
+        if self.shared and self.shared.exchanged:
+            kept["gradients being exchanged"] = self.shared.exchanged
         activations = fullest.held[VISION] + fullest.held[LANGUAGE]
         made = {
             "activations": activations,
             "loss": fullest.held[LOSS],
             "working memory": fullest.total - activations - fullest.held[LOSS],
         }
-        if self.states.working > fullest.total:
+        if self.states.working > fullest.total + self.copies:
+            kept.pop(COPIES, None)
             made = {"working memory": self.states.working}  # the optimizer's step is the fullest moment
         return Phase("train", kept | made, host=self.host(step.host))
 
@@ -225,7 +265,12 @@ class _Plan:
         return [Phase("evaluate", kept | made, reducible=sum(made.values()) - need, host=self.host())]
 
     def save(self) -> Phase:
-        return Phase("save", self.kept(training=False, vision=not self.removes_vision), host=self.host())
+        parts = self.kept(training=False, vision=not self.removes_vision)
+        if self.shared:  # gathered tensor by tensor, into the host memory of the first process
+            parts.pop(GATHERED, None)
+            parts["one tensor"] = self.shared.largest
+            return Phase("save", parts, host=self.host(sum(self.weights.device.values())))
+        return Phase("save", parts, host=self.host())
 
     # --- what steps allocate -----------------------------------------------------------------------------------------
 
@@ -245,6 +290,7 @@ class _Plan:
             switches.kernels,
             features=self.cached,
             input_gradient=trains and by_trl,
+            rounds_to=self.rounds_to,
         )
 
     def _encoding(self, images: int) -> int:
@@ -254,7 +300,8 @@ class _Plan:
 
     def _forward(self, workload: Workload) -> Step:
         """A forward without gradients."""
-        return _step(self.model, workload, None, self.device_type, self.switches.attention, self.switches.kernels)
+        attention, kernels = self.switches.attention, self.switches.kernels
+        return _step(self.model, workload, None, self.device_type, attention, kernels, rounds_to=self.rounds_to)
 
     def _replies(self, rows: int, row: int, replies: int) -> dict[str, int]:
         """Bytes that a batch of replies allocates.
@@ -293,6 +340,7 @@ def _step(
     *,
     features: bool = False,
     input_gradient: bool = False,
+    rounds_to: torch.dtype | None = None,
 ) -> Step:
     without_adapter(model).config._attn_implementation = attention
     return step_of_shapes(
@@ -303,4 +351,5 @@ def _step(
         kernels=kernels,
         features=features,
         input_gradient=input_gradient,
+        rounds_to=rounds_to,
     )

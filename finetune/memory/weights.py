@@ -118,14 +118,14 @@ def weight_bytes(model: nn.Module) -> WeightBytes:
         if id(tensor) in on_host:
             host += tensor.nbytes
             continue
-        device[_component(name)] += tensor.nbytes
+        device[component_with_head(name)] += tensor.nbytes
         if tensor.requires_grad:
             gradients += tensor.nbytes
     for name, module in model.named_modules():
         if is_quantized(module) and id(module) not in seen:
             seen.add(id(module))
             state = quant_state(module)
-            device[_component(f"{name}.weight")] += _bytes_of_state(state)
+            device[component_with_head(f"{name}.weight")] += _bytes_of_state(state)
             if published_name(name) != "lm_head":  # it is read first, when nothing else is on the device yet
                 staged = max(staged, state.shape.numel() * state.dtype.itemsize)
     return WeightBytes(device, host, gradients, staged, largest)
@@ -137,7 +137,8 @@ def state_bytes(model: nn.Module, optim: str, device_type: str) -> StateBytes:
     return optimizer_states(optim, trained, device_type)
 
 
-def _component(name: str) -> str:
+def component_with_head(name: str) -> str:
+    """The component of a parameter (`components.COMPONENTS`), with the head apart from the embeddings."""
     component = component_of(name)
     return "head" if component == "embeddings" and published_name(name).startswith("lm_head.") else component
 

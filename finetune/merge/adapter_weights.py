@@ -327,7 +327,8 @@ class _Reader:
     def _targets(self) -> list[str]:
         """The base's modules on which `target_modules` puts LoRA, as PEFT finds them."""
         from peft import LoraConfig
-        from peft.tuners.tuners_utils import check_target_module_exists
+
+        from finetune.model.lora_targets import is_target
 
         targets = self.config.get("target_modules")
         if not targets:
@@ -338,8 +339,7 @@ class _Reader:
         modules = [name.removesuffix(".weight") for name in weights]
         with self._refused_by_peft():
             config = LoraConfig(target_modules=targets, **settings)
-            # Not a truth value: for an excluded module PEFT returns an object.
-            return [module for module in modules if check_target_module_exists(config, module) is True]
+            return [module for module in modules if is_target(config, module)]
 
     @contextmanager
     def _refused_by_peft(self) -> Iterator[None]:

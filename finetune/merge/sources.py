@@ -27,7 +27,7 @@ class Sources:
     Attributes:
         adapter: its folder.
         base: folder or hub id.
-        run: the run folder that the adapter is the result of; None for an adapter by itself.
+        run: the run folder that the adapter is the result or a checkpoint of; None for an adapter by itself.
         identity: of the base.
         checked: whether the adapter says which base it was trained on, and this is it.
         record: what the adapter was trained as.
@@ -59,7 +59,10 @@ def find_sources(path: Path, base: str | None, style: Style | None = None) -> So
     """
     adapter = find_adapter(path)
     require_whole_adapter(adapter)
-    run = adapter.resolve().parent if adapter.resolve().name == "adapter" else None
+    folder = adapter.resolve()
+    run = folder.parent if folder.name == "adapter" else None
+    if folder.parent.name == "checkpoints":
+        run = folder.parent.parent
     run = run if run is not None and (run / "run.json").is_file() else None
     own_record = read_record(adapter)
     named = read_adapter_config(adapter).get("base_model_name_or_path")

@@ -1,9 +1,8 @@
-"""Put a LoRA adapter on the model or train components in full; group what is trained by learning rate."""
+"""Put a LoRA adapter on the model, or train components in full."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -12,6 +11,16 @@ from transformers import GenerationConfig
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
 from finetune.model.components import component_of, published_name
+from finetune.model.lora_targets import (
+    VISION,
+    find_language_targets,
+    find_targets,
+    refuse_idle_patterns,
+    shortest,
+)
+from finetune.model.masters import make_masters
+from finetune.model.parameter_groups import COPIES
+from finetune.model.trained_biases import compute_in_stored_type
 from qwenvl import QwenVLForConditionalGeneration
 from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG
 from qwenvl.model.host_embedding import HostEmbedding
@@ -20,7 +29,6 @@ from qwenvl.model.nf4_weights import is_quantized
 if TYPE_CHECKING:
     from finetune.recipe import Adapter, Freeze
 
-LANGUAGE, VISION = "transformer.h.", "transformer.visual."
 EMBEDDINGS = ("wte", "lm_head")
 
 # The keys of an adapter's configuration that PEFT 0.7 knows: src/peft/config.py and src/peft/tuners/lora/config.py of
@@ -72,6 +80,8 @@ def trains_embeddings(setting: bool | str, generation_config: GenerationConfig |
 def train_in_full(model: QwenVLForConditionalGeneration, freeze: "Freeze") -> QwenVLForConditionalGeneration:
     """Without an adapter: train the components that are not frozen, embeddings with the language model.
 
+    All trained weights are float32 (see `finetune.model.masters`); frozen ones stay in what the base is stored in.
+
     Raises:
         UserError: everything is frozen.
     """
@@ -81,6 +91,7 @@ def train_in_full(model: QwenVLForConditionalGeneration, freeze: "Freeze") -> Qw
     frozen["embeddings"] = freeze.language
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen[component_of(name)])
+    make_masters(model)
     return model
 
 
@@ -92,9 +103,9 @@ def put_lora(
     All trained weights are float32, whatever the base is stored in, 4 bits (Q-LoRA) included.
 
     Raises:
-        UserError: a target that matches nothing (the message lists what there is), a component trained both by LoRA
-            and in full, embeddings to be trained that are in 4 bits or in host memory, or an initialisation that
-            `adapter.r` does not go with.
+        UserError: a target or a pattern that matches nothing (the message lists what there is), a layer that is not
+            there, a component trained both by LoRA and in full, embeddings to be trained that are in 4 bits or in host
+            memory, or an initialisation that `adapter.r` does not go with.
     """
     if not freeze.language:
         raise UserError(
@@ -105,10 +116,19 @@ def put_lora(
         raise UserError(
             "adapter.vision_targets trains the vision tower by LoRA, and freeze.vision: false in full: choose one"
         )
-    if adapter.init == "orthogonal" and adapter.r % 2:
-        raise UserError(f"adapter.init: orthogonal needs an even adapter.r, not {adapter.r}")
-    targets = find_targets(model, adapter.targets, LANGUAGE, "adapter.targets")
+    ranks = {
+        "adapter.r": adapter.r,
+        **{f"adapter.rank_pattern.{key}": rank for key, rank in adapter.rank_pattern.items()},
+    }
+    for key, rank in ranks.items():
+        if adapter.init == "orthogonal" and rank % 2:
+            raise UserError(f"adapter.init: orthogonal needs an even {key}, not {rank}")
+    targets = find_language_targets(model, adapter.targets, adapter.layers_to_transform)
     targets += find_targets(model, adapter.vision_targets, VISION, "adapter.vision_targets")
+    refuse_idle_patterns(adapter.rank_pattern, targets, "adapter.rank_pattern")
+    refuse_idle_patterns(adapter.alpha_pattern, targets, "adapter.alpha_pattern")
+    if adapter.bias == "lora_only" and not any(_has_bias(model, name) for name in targets):
+        raise UserError("adapter.bias: lora_only, but none of the layers with LoRA has a bias. Set bias: none")
     if embeddings:
         _refuse_untrainable_embeddings(model, adapter)
     beside = list(EMBEDDINGS) if embeddings else []
@@ -120,7 +140,11 @@ def put_lora(
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT declares int, and only divides it
         lora_dropout=adapter.dropout,
-        target_modules=_shortest(model, [*adapter.targets, *adapter.vision_targets], targets),
+        # Layers by number are written out as names: see `find_language_targets`.
+        target_modules=shortest(model, [*adapter.targets, *adapter.vision_targets], targets),
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        bias=adapter.bias,
         modules_to_save=beside or None,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
@@ -131,9 +155,11 @@ def put_lora(
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-        if freeze.resampler and component_of(name) == "resampler":
+        if freeze.resampler and component_of(name) == "resampler" and COPIES in name:
             # PEFT's trained copy of the vision side contains it.
             parameter.requires_grad_(False)
+    if adapter.bias != "none":
+        compute_in_stored_type(adapted)
     # TRL casts all trained weights to bfloat16 where this is set; PEFT reads it from the base model instead.
     adapted.is_loaded_in_4bit = False  # type: ignore[assignment]  # torch: a Module's are Tensor | Module
     return adapted
@@ -158,6 +184,10 @@ def write_plain_config(folder: Path) -> None:
     if base is not None and Path(base).is_dir():
         plain["base_model_name_or_path"] = str(Path(base).absolute())
     write_text(file, json.dumps(plain, indent=2, sort_keys=True) + "\n")
+
+
+def _has_bias(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name).bias, nn.Parameter)
 
 
 def _refuse_untrainable_embeddings(model: QwenVLForConditionalGeneration, adapter: "Adapter") -> None:
@@ -186,91 +216,3 @@ def trains_vision_only(model: nn.Module) -> bool:
 
 def _trained(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def find_targets(model: nn.Module, targets: Sequence[str], inside: str, key: str) -> list[str]:
-    """Names of the linears under `inside` that end in one of the targets, whole dotted parts compared.
-
-    Raises:
-        UserError: a target that matches none; the message lists what there is.
-    """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    linears = [name for name in linears if name.startswith(inside)]
-    found: list[str] = []
-    for target in targets:
-        matched = [name for name in linears if _matches(name, target)]
-        if not matched:
-            there = sorted({".".join(name.split(".")[-2:]) for name in linears})
-            raise UserError(f"{key}: {target!r} matches nothing under {inside[:-1]}. There are: {', '.join(there)}")
-        found += [name for name in matched if name not in found]
-    return found
-
-
-def parameter_groups(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    learning_rates: dict[str, float | None],
-    vision_layer_decay: float | None,
-    weight_decay: float,
-    no_decay: set[str],
-) -> list[dict[str, Any]]:
-    """Optimizer groups: one for each learning rate, with and without weight decay, named for logs.
-
-    Args:
-        model: its trainable parameters are grouped.
-        learning_rate: of every component that `learning_rates` leaves out.
-        learning_rates: per component (see `components.COMPONENTS`).
-        vision_layer_decay: factor from each vision layer to the one below it (the paper: 0.95 in its first two
-            stages). What follows the last layer has the full rate, the patch embedding the lowest.
-        weight_decay: of the parameters that are not in `no_decay`.
-        no_decay: names of parameters without weight decay (norms, biases).
-
-    Returns:
-        `{"params", "lr", "weight_decay", "component"}` for each group.
-    """
-    layers = _vision_layers(model)
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        component = component_of(name)
-        rate = learning_rates.get(component) or learning_rate
-        if vision_layer_decay is not None and component == "vision":
-            rate *= vision_layer_decay ** (layers - _vision_layer(name, layers))
-        groups.setdefault((component, rate, 0.0 if name in no_decay else weight_decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay, "component": component}
-        for (component, rate, decay), parameters in groups.items()
-    ]
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _shortest(model: nn.Module, given: Sequence[str], wanted: list[str]) -> list[str]:
-    """The targets as given, or full names where PEFT, which searches the whole model, would match more."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    everywhere = {name for name in linears for target in given if _matches(name, target)}
-    return list(given) if everywhere == set(wanted) else wanted
-
-
-def _vision_layers(model: nn.Module) -> int:
-    """Layers that the decay counts: the patch embedding, each block, and what comes after them."""
-    numbers = [_block_number(name) for name, _ in model.named_parameters()]
-    return max((number for number in numbers if number is not None), default=-1) + 2
-
-
-def _vision_layer(name: str, layers: int) -> int:
-    """0 for the patch embedding and positions, 1 .. for the blocks, `layers` for what comes after them."""
-    number = _block_number(name)
-    if number is not None:
-        return number + 1
-    first = ("transformer.visual.conv1", "transformer.visual.positional_embedding", "transformer.visual.ln_pre")
-    return 0 if published_name(name).startswith(first) else layers
-
-
-def _block_number(name: str) -> int | None:
-    parts = published_name(name).split(".")
-    return int(parts[parts.index("resblocks") + 1]) if "resblocks" in parts else None

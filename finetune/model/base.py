@@ -35,6 +35,7 @@ class Base:
         packed: the checkpoint is packed by GPTQ, and is read as the 16-bit weights that it stands for.
         record: what it was trained as.
         seq_length: tokens that it was made for, by its configuration.
+        dtype: of its weights, by its configuration; None where that does not say.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Base:
     packed: bool = False
     record: ModelRecord = field(default_factory=ModelRecord)
     seq_length: int = 2048
+    dtype: torch.dtype | None = None
 
     @property
     def taken_for(self) -> str:
@@ -78,8 +80,8 @@ def find_base(model: Model) -> Base:
     """
     if find_adapter(model.path) is not None:
         raise UserError(
-            f"model.path: {model.path} is an adapter. Training starts from a checkpoint: give its base, or merge the "
-            "adapter first"
+            f"model.path: {model.path} is an adapter. Training starts from a checkpoint: give its base here, and the "
+            f"adapter as adapter.from: {model.path} to go on from it; or merge the adapter first"
         )
     source = find_source(model.path)
     if Path(source.base).is_dir():  # weights on the hub are fetched, and then examined, when training begins
@@ -97,7 +99,8 @@ def find_base(model: Model) -> Base:
     record = trained_as(source.base)
     refuse_other_record(source, record)
     processor = QwenVLProcessor.from_pretrained(source.base)
-    return Base(source.base, quantized, processor, packed, record, config.seq_length)
+    dtype = None if config.dtype is None else getattr(torch, str(config.dtype).removeprefix("torch."))
+    return Base(source.base, quantized, processor, packed, record, config.seq_length, dtype)
 
 
 def read_generation_config(base: str) -> GenerationConfig:
@@ -152,14 +155,17 @@ def refuse_text_only_samples(model: TrainableModel, checked: Checked) -> None:
         )
 
 
-def build_without_weights(recipe: Recipe, base: Base) -> TrainableModel:
+def build_without_weights(recipe: Recipe, base: Base, dtype: torch.dtype | None = None) -> TrainableModel:
     """The model as it will be trained, on the meta device: shapes without values.
+
+    Args:
+        dtype: see `shape_model`.
 
     Raises:
         UserError: the model cannot be trained as the recipe says.
     """
     config = QwenVLConfig.from_pretrained(base.path)
-    return shape_model(recipe, config, base.quantized, read_generation_config(base.path))
+    return shape_model(recipe, config, base.quantized, read_generation_config(base.path), dtype)
 
 
 def shape_model(

@@ -14,6 +14,8 @@ from transformers.utils import is_flash_attn_2_available
 from finetune.errors import InputError, UserError
 from finetune.recipe import Model
 from qwenvl import QwenVLForConditionalGeneration
+from qwenvl.checkpoint.checkpoint_files import locate_tensors
+from qwenvl.loading import DTYPES
 from qwenvl.model.kernels import liger_runs, require_liger
 from qwenvl.model.varlen_attention import VARLEN
 
@@ -27,6 +29,22 @@ def choose_dtype(setting: str) -> str:
     if setting != "auto" or not torch.cuda.is_available():
         return setting
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def computing_dtype(model: Model, base: str, stored: torch.dtype | None) -> torch.dtype:
+    """The dtype that a checkpoint is loaded in, which its frozen weights and all activations have; as `choose_dtype`,
+    with "auto" settled as Transformers does.
+
+    Args:
+        base: folder or hub id of the checkpoint.
+        stored: what its configuration says; None where that does not.
+    """
+    chosen = choose_dtype(model.dtype)
+    if chosen != "auto":
+        return DTYPES[chosen]
+    if stored is not None:
+        return stored
+    return next(tensor.dtype for tensor in locate_tensors(base).values() if tensor.dtype.is_floating_point)
 
 
 def quantization_arguments(model: Model) -> dict[str, Any]:

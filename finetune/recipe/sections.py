@@ -1,11 +1,12 @@
 """The sections of a recipe other than `train`: every key with its type, unit and one sentence."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, Strict
+from pydantic import AfterValidator, ConfigDict, Field, Strict
 
-from finetune.recipe.section import Count, Finding, Section, Word, Words
+from finetune.recipe.section import Count, Finding, Section, Word, Words, read_only
 from finetune.recipe.sources import NamedSources, Sources, Split, name_given_twice, source_names
 
 
@@ -15,7 +16,8 @@ class Model(Section):
     path: Word
     """Hub id or folder of the checkpoint; a relative folder is taken from the working directory."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The type weights are loaded in; auto is bfloat16 on a GPU that has it, float16 on others, as stored on a CPU."""
+    """The type weights are loaded in; auto is bfloat16 on a GPU that has it, float16 on others, as stored on a CPU.
+    What is trained is float32, and rounded to this type where it is computed with; float16 scales the loss."""
     quantization: Literal["none", "nf4"] = "none"
     """nf4 holds the frozen base in 4 bits (Q-LoRA)."""
     quantize: Annotated[tuple[Literal["language", "vision", "head"], ...], Strict(False)] = ("language",)
@@ -37,19 +39,36 @@ class Model(Section):
             yield Finding(("quantize", "quantization"), reason, "set quantization: nf4, or remove quantize")
 
 
+Alpha = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)]
+
+
 class Adapter(Section):
     """A LoRA adapter; null in its place trains without one, as `freeze` says. Defaults are the published script's."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    from_: Annotated[Word | None, Field(alias="from")] = None
+    """Run or adapter folder whose trained weights are gone on from; keys that are left out are then as that one's."""
     r: Count = 64
     """Rank of the LoRA matrices."""
-    alpha: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)] = 16
+    alpha: Alpha = 16
     """LoRA's scale is alpha / r (alpha / sqrt(r) with rslora)."""
+    rank_pattern: Annotated[dict[str, Count], AfterValidator(read_only)] = Field(default_factory=lambda: read_only({}))
+    """Other ranks by the end of a layer's name, or a regular expression of it: {w2: 16}."""
+    alpha_pattern: Annotated[dict[str, Alpha], AfterValidator(read_only)] = Field(
+        default_factory=lambda: read_only({})
+    )
+    """Other alphas, in the same way."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the adapter's inputs that are dropped in training."""
     targets: Words = ("c_attn", "attn.c_proj", "w1", "w2")
     """Linear layers of the language model that get LoRA, by the end of their names."""
     vision_targets: Words = ()
     """Linear layers of the vision tower and the resampler that get LoRA, by the end of their names."""
+    layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False)] | None = None
+    """Numbers of the language model's layers that `targets` are in, the first is 0; null is all of them."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that are trained too: of layers with LoRA, or all of the model's, also those of the vision side."""
     rslora: bool = False
     """Scale by alpha / sqrt(r), which keeps large ranks learning."""
     dora: bool = False
@@ -66,6 +85,26 @@ class Adapter(Section):
             names = getattr(self, key)
             if len(set(names)) < len(names):
                 yield Finding((key,), "a layer is named twice", "name each once")
+        layers = self.layers_to_transform
+        if layers is not None and (not layers or len(set(layers)) < len(layers)):
+            reason = "a layer is named twice" if layers else "names no layer"
+            yield Finding(("layers_to_transform",), reason, "name each layer once, or remove it for all of them")
+        if layers is not None and not self.targets:
+            reason = "is about the layers of targets, and there are none"
+            yield Finding(("layers_to_transform", "targets"), reason, "remove it, or name targets")
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, key):
+                if not is_regular_expression(pattern):
+                    yield Finding((key,), f"{pattern!r} is no regular expression", "give the end of a layer's name")
+
+
+def is_regular_expression(pattern: str) -> bool:
+    """Whether a pattern can be used, and is not empty."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return pattern != ""
 
 
 class Freeze(Section):
@@ -138,6 +177,8 @@ class Data(Section):
     """Put several conversations into one forward, without padding; results do not change, speed does."""
     labels: Literal["assistant", "structure"] = "assistant"
     """What is learned: replies and their end, or also the turn structure as the published script does."""
+    train_on: Literal["all", "last"] = "all"
+    """all learns every reply of a conversation; last only the last one and its end, whatever `labels` says."""
     grounding: bool = False
     """Read well-formed <ref>, <box> and <quad> in the texts as the model's own tokens instead of as text."""
     box_edge: Literal["error", "clamp"] = "error"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 from pydantic import AfterValidator, Field, create_model
 
 from finetune.recipe.section import Finding, Section, Words, read_only
+from finetune.recipe.train_checks import findings_of_train
 
 FIELDS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("train_fields.json").read_text())["fields"]
 """Every field of `SFTConfig`; `fields` writes the file."""
@@ -21,6 +22,7 @@ _OWN_LOSS = "the loss is the cross-entropy over the supervised tokens of the who
 _OWN_EVALUATION = "evaluation measures the loss over all supervised tokens, and needs no such setting"
 _OWN_EXCHANGE = "processes exchange gradients once a step, after its last backward, and nothing else"
 _OWN_RESUME = "a run resumes exactly, or says why not"
+_NO_COMPILATION = "packs differ in shape from step to step, and each shape would be compiled anew"
 
 OWNED: dict[str, tuple[str | None, str]] = {
     "output_dir": ("output", ""),
@@ -81,7 +83,7 @@ OWNED: dict[str, tuple[str | None, str]] = {
     "ddp_broadcast_buffers": (None, _OWN_EXCHANGE),
     "ddp_static_graph": (None, _OWN_EXCHANGE),
     "local_rank": (None, "comes from the launcher"),
-    "parallelism_config": (None, "comes from the configuration of `accelerate launch`"),
+    "parallelism_config": ("train.parallel", "tensors and sequences are not cut"),
     "push_to_hub": (None, _NO_UPLOAD),
     "hub_token": (None, f"{_NO_UPLOAD}. Write no token into a recipe"),
     "hub_private_repo": (None, _NO_UPLOAD),
@@ -89,6 +91,28 @@ OWNED: dict[str, tuple[str | None, str]] = {
     "hub_strategy": (None, _NO_UPLOAD),
     "hub_always_push": (None, _NO_UPLOAD),
     "hub_revision": (None, _NO_UPLOAD),
+    "trackio_space_id": (None, _NO_UPLOAD),
+    "trackio_bucket_id": (None, _NO_UPLOAD),
+    "trackio_static_space_id": (None, _NO_UPLOAD),
+    "save_only_model": (None, "a run could not go on without the rest; its result's folder has the model alone"),
+    "save_on_each_node": (None, "one process writes the run's folder"),
+    "log_on_each_node": (None, "one process prints and writes the run's folder"),
+    "include_num_input_tokens_seen": (None, "tokens and their rate are always logged, without padding"),
+    "skip_memory_metrics": (None, "the peak memory is always logged"),
+    "debug": (None, "a loss that is not finite stops the run and names its rows"),
+    "full_determinism": (None, "it comes too late: the model is on the device by then, and its libraries are set up"),
+    "accelerator_config": (None, "how batches are shared out is part of what a resume repeats"),
+    "dataloader_in_order": (None, "the order of batches is part of what a resume repeats"),
+    "optim_target_modules": ("train.learning_rates", "only optimizers that are refused take it"),
+    "torch_compile": ("model.kernels", _NO_COMPILATION),
+    "torch_compile_backend": ("model.kernels", _NO_COMPILATION),
+    "torch_compile_mode": ("model.kernels", _NO_COMPILATION),
+    "use_liger_kernel": ("model.kernels", "liger, or auto, which takes them where they run"),
+    "liger_kernel_config": ("model.kernels", ""),
+    "activation_offloading": (
+        "train.checkpointing",
+        "offload keeps nothing on the device, and goes without a GPU too",
+    ),
 }
 """Fields of `SFTConfig` that a recipe does not take: the key that is used instead, if any, and why."""
 
@@ -97,6 +121,15 @@ DEFAULTS = {"learning_rate": (1e-5, "The default is the published LoRA script's;
 
 MORE_CHOICES = {"optim": (("auto",), "auto is AdamW in float32, or in 8 bits and paged where only that fits the GPU.")}
 """What we take beside TRL's choices, and a sentence on it."""
+
+NARROWER = {
+    # A string would be read as JSON, or as the name of a file that nothing opens.
+    "lr_scheduler_kwargs": ("null", "object"),
+    "gradient_checkpointing_kwargs": ("null", "object"),
+    "activation_checkpointing_kwargs": ("null", "object"),
+    "report_to": ("array", "string"),  # null would be a tracker of that name
+}
+"""Kinds of values that we take, where TRL takes more."""
 
 
 class Limits(TypedDict, total=False):
@@ -117,6 +150,7 @@ LIMITS: dict[str, Limits] = {
     "max_steps": {"ge": -1},
     "warmup_steps": {"ge": 0},
     "weight_decay": {"ge": 0},
+    "neftune_noise_alpha": {"gt": 0},
     "adam_beta1": {"ge": 0, "lt": 1},
     "adam_beta2": {"ge": 0, "lt": 1},
     "adam_epsilon": {"gt": 0},
@@ -139,10 +173,13 @@ DECIDING = (
 """Fields that decide the result of a run: always written out, so that a later TRL's defaults cannot change it."""
 
 TRL_CHECKPOINTING = (
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
     *("activation_checkpointing", "activation_checkpointing_kwargs"),
 )
 """Fields that `checkpointing` takes the place of."""
+
+FSDP_KEYS = ("reshard_after_forward", "version")
+"""Keys of `fsdp_config` that are taken: layers are freed after forward, and gathered again for backward; and 2."""
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -176,51 +213,84 @@ class OwnTrainKeys(Section):
         gradient_accumulation_steps: int
         learning_rate: float
         lr_scheduler_type: str
+        lr_scheduler_kwargs: Mapping[str, Any] | None
         warmup_steps: float
         optim: str
+        optim_args: str | None
+        neftune_noise_alpha: float | None
+        tf32: bool | None
+        report_to: str | tuple[str, ...]
         logging_steps: float
         eval_strategy: Literal["no", "steps", "epoch"]
         eval_steps: float | None
+        eval_delay: float
         eval_on_start: bool
         save_strategy: Literal["no", "steps", "epoch", "best"]
         save_steps: float
         save_total_limit: int | None
         load_best_model_at_end: bool
+        metric_for_best_model: str | None
+        greater_is_better: bool | None
         gradient_checkpointing: bool
-        gradient_checkpointing_kwargs: Mapping[str, Any] | str | None
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None
         activation_checkpointing: bool | None
-        activation_checkpointing_kwargs: Mapping[str, Any] | str | None
-        activation_offloading: bool
+        activation_checkpointing_kwargs: Mapping[str, Any] | None
         dataloader_prefetch_factor: int | None
         dataloader_persistent_workers: bool
         dataloader_multiprocessing_context: str | None
         dataloader_drop_last: bool
         deepspeed: Mapping[str, Any] | str | None
         fsdp: bool | str | None
+        fsdp_config: Mapping[str, Any] | str | None
 
     learning_rates: LearningRates = Field(default_factory=LearningRates)
     """Learning rates of single components; what is null takes learning_rate."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+: learning_rate times this is that of the LoRA matrices B and the vectors beside them; null is the same."""
     vision_layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor on the learning rate from each layer of the vision transformer to the one below (the paper: 0.95)."""
+    parallel: Literal["auto", "none", "ddp", "fsdp", "zero2", "zero3"] = "auto"
+    """How several processes share the work; auto is the plugin of `accelerate launch`, else ddp. ddp: a whole model
+    each; fsdp: each has a part of it (FSDP2); zero2, zero3: DeepSpeed's."""
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] | None = None
     """Activations that backward recomputes; auto is the least that fits, null leaves the choice to TRL's keys."""
 
+    save_minutes: Annotated[float, Field(gt=0)] | None = 10
+    """Minutes between two checkpoints, beside those by step; put off while saves take over 5 % of the time."""
+
     def findings(self) -> Iterator[Finding]:
-        if self.max_steps == 0:
-            yield Finding(("max_steps",), "0 steps train nothing", "write -1 to go by num_train_epochs")
-        for key in ("logging_steps", "eval_steps", "save_steps"):
-            steps = getattr(self, key)
-            if steps is not None and steps > 1 and steps != int(steps):
-                yield Finding((key,), f"{steps} is neither a whole number of steps nor a share below 1")
+        yield from findings_of_train(self)
         for key in TRL_CHECKPOINTING if self.checkpointing is not None else ():
             if key in self.model_fields_set:
                 yield Finding((key, "checkpointing"), "both say what is kept for backward", "remove one of them")
-        for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-            if isinstance(getattr(self, key), dict) and "selective" in getattr(self, key):
-                reason = "TRL's selective does not reach the layers, or stops the run, with recent Transformers"
-                yield Finding((key,), reason, "remove it, and set checkpointing: selective")
+        yield from self._parallel_findings()
+
+    def _parallel_findings(self) -> Iterator[Finding]:
         if self.deepspeed is not None and self.fsdp:
             yield Finding(("deepspeed", "fsdp"), "both shard the model", "choose one of them")
+        elif self.fsdp and self.parallel not in ("auto", "fsdp"):
+            yield Finding(("fsdp", "parallel"), f"parallel is {self.parallel}, and this asks for fsdp", "take it out")
+        elif self.deepspeed is not None and self.parallel not in ("auto", "zero2", "zero3"):
+            reason = f"parallel is {self.parallel}, and this asks for DeepSpeed"
+            yield Finding(("deepspeed", "parallel"), reason, "take it out")
+        if isinstance(self.fsdp, str) and set(self.fsdp.split()) - {"full_shard", "auto_wrap", "true", "True"}:
+            reason = f"{self.fsdp!r} is a way of the old FSDP; weights, gradients and optimizer are shared here"
+            yield Finding(("fsdp",), reason, "take it out, and set parallel: fsdp")
+        if self.fsdp_config is None:
+            return
+        if not self.fsdp and self.parallel != "fsdp":
+            yield Finding(("fsdp_config", "parallel"), "has no effect without parallel: fsdp", "take it out")
+        elif isinstance(self.fsdp_config, str):
+            yield Finding(("fsdp_config",), "is a file", f"write its keys here; there are {', '.join(FSDP_KEYS)}")
+        else:
+            given = {name.removeprefix("fsdp_"): value for name, value in self.fsdp_config.items()}
+            for name in sorted(given.keys() - set(FSDP_KEYS)):
+                reason = f"{name}: what is wrapped, loaded and saved is decided here"
+                yield Finding(("fsdp_config",), reason, f"take it out; there are {', '.join(FSDP_KEYS)}")
+            if given.get("version", 2) != 2:
+                yield Finding(("fsdp_config",), f"version {given['version']} is not supported", "write 2")
+            if not isinstance(given.get("reshard_after_forward", True), bool):
+                yield Finding(("fsdp_config",), "reshard_after_forward is true or false")
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `SFTConfig`: what the recipe sets, and what decides a run's result. The caller's to change."""
@@ -247,7 +317,8 @@ def _annotation(name: str, about: dict[str, Any]) -> Any:
         "object": Annotated[dict[str, Any], AfterValidator(read_only)],
         "null": None,
     }
-    return reduce(or_, (kinds[kind] for kind in kinds if kind in about["types"]))
+    taken = NARROWER.get(name, about["types"])
+    return reduce(or_, (kinds[kind] for kind in kinds if kind in taken))
 
 
 def _field(name: str, about: dict[str, Any]) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """The image features of many questions: threads read images ahead, and each image is encoded once."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
@@ -26,6 +26,7 @@ class ImageStore:
         image_processor: of the model.
         keep_bytes: bytes of features to keep. The images of one call of `features` are kept even if they are more.
         cache: has features of images that were encoded before; None without one.
+        encode: (images, 3, S, S) -> (images, n_queries, hidden); None is the model's `get_image_features`.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class ImageStore:
         image_processor: QwenVLImageProcessor,
         keep_bytes: int = KEPT_FEATURE_BYTES,
         cache: VisionCache | None = None,
+        encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
+        self._encode_pixels = model.get_image_features if encode is None else encode
         self._model, self._image_processor, self._keep_bytes = model, image_processor, keep_bytes
         self._cache = cache
         self._readers = ThreadPoolExecutor(READERS, "read-images")
@@ -104,7 +107,7 @@ class ImageStore:
                 del self._pending[key]
         pixels = {key: one for key, one in read.items() if one.dtype == torch.uint8}
         if pixels:
-            features = self._model.get_image_features(torch.stack(list(pixels.values())).to(self._model.device))
+            features = self._encode_pixels(torch.stack(list(pixels.values())).to(self._model.device))
             self.encoded += len(pixels)
             # Cloned, since a view would keep the whole stack in memory.
             read |= {key: one.clone() for key, one in zip(pixels, features, strict=True)}

@@ -6,9 +6,8 @@ images; the images of the next window are read while the current one is processe
 """
 
 import logging
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +20,9 @@ from finetune.batches.budget import KEPT_FEATURE_BYTES, REPLY_BATCH_ROWS, REPLY_
 from finetune.batches.image_request import ImageRequest, VisionCache, image_key
 from finetune.errors import Failed
 from finetune.replies.image_features import ImageStore
-from finetune.replies.reply_text import FirstOfChoices, StopAtText, reply_text, stop_place
+from finetune.replies.lockstep import Lockstep
+from finetune.replies.plan import Plan
+from finetune.replies.reply_text import FirstOfChoices, StopAtText, StopWhenAbandoned, reply_text, stop_place
 from finetune.replies.shared_prefix import PrefixedBatch, cut_prefixes, generate_from_prefixes
 from finetune.replies.task_replies import Style
 from qwenvl import ImageAccess, QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer
@@ -90,41 +91,6 @@ class Decoding:
     min_new_tokens: int = 0
 
 
-@dataclass
-class Plan:
-    """The lengths and images of prompts, from which their order follows.
-
-    Attributes:
-        lengths: tokens of each prompt.
-        images: for each prompt the numbers of its images; the same image has the same number in all prompts.
-    """
-
-    lengths: "array[int]" = field(default_factory=lambda: array("q"))
-    images: list[tuple[int, ...]] = field(default_factory=list)
-
-    def order(self, images_at_once: int) -> list[list[int]]:
-        """Order the prompts in windows of about `images_at_once` distinct images, those with the same images together.
-
-        The longest prompt of such a group comes first, and groups are sorted by it, longest first: the first prompt of
-        any slice is its longest, and the batches that need most memory come first.
-        """
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for index, images in enumerate(self.images):
-            groups.setdefault(images or (-1 - index,), []).append(index)
-        longest_first = sorted(groups.items(), key=lambda item: -max(self.lengths[index] for index in item[1]))
-        windows: list[list[int]] = []
-        seen: set[int] = set()
-        for images, group in longest_first:
-            indices = sorted(group, key=lambda index: (-self.lengths[index], index))
-            # Rows without images count too: a window is held in memory as a whole.
-            if not windows or len(seen | set(images)) > images_at_once:
-                windows.append([])
-                seen = set()
-            windows[-1] += indices
-            seen |= set(images)
-        return windows
-
-
 def plan_replies(prompts: Sequence[Prompt], seen: Callable[[int], None] = lambda count: None) -> Plan:
     """Take the length and the images of every prompt; no image is opened.
 
@@ -173,6 +139,8 @@ def generate_replies(
     on_bad_image: Literal["refuse", "wrong"] = "refuse",
     keep_bytes: int = KEPT_FEATURE_BYTES,
     vision_cache: VisionCache | None = None,
+    lockstep: Lockstep | None = None,
+    is_abandoned: Callable[[], bool] = lambda: False,
 ) -> Iterator[Reply]:
     """Reply to every prompt, once each, batch by batch.
 
@@ -188,6 +156,8 @@ def generate_replies(
         on_bad_image: "refuse" raises for an image that cannot be read, "wrong" returns its prompts as `unreadable`.
         keep_bytes: bytes of image features to keep in memory.
         vision_cache: has features of images that were encoded before; None without one.
+        lockstep: entered, where the model is sharded over processes; each of them replies to its own prompts.
+        is_abandoned: asked before each token; once it is true, no further replies come.
 
     Yields:
         Replies, in the order of the plan.
@@ -202,7 +172,8 @@ def generate_replies(
     # Sampling and penalties of the model's own config must not change what is measured.
     base.generation_config = GenerationConfig()
     try:
-        with ImageStore(base, image_processor, keep_bytes, vision_cache) as store:
+        encode = base.get_image_features if lockstep is None else lockstep.encode
+        with ImageStore(base, image_processor, keep_bytes, vision_cache, encode) as store:
             batch_tokens = decoding.batch_tokens
             # Two windows at once: images of the next one are read while the replies of the one before are generated.
             next_rows: list[_Row] = []
@@ -210,9 +181,14 @@ def generate_replies(
                 rows, next_rows = next_rows, _open(prompts, window, store)
                 while rows:
                     batch = rows[: _batch_size(rows, decoding, batch_tokens)]
-                    replies = attempt(partial(_reply, base, batch, tokenizer, decoding, store, on_bad_image))
+                    replies = attempt(
+                        partial(_reply, base, batch, tokenizer, decoding, store, on_bad_image, is_abandoned)
+                    )
+                    if is_abandoned():
+                        return
                     if isinstance(replies, OutOfMemory):
-                        batch_tokens = _smaller_budget(batch, prompts, decoding, replies)
+                        # Where the model is sharded, others are in the forward that has failed.
+                        batch_tokens = _smaller_budget(batch, prompts, decoding, replies, can_repeat=lockstep is None)
                         continue
                     rows = rows[len(batch) :]
                     yield from replies
@@ -266,13 +242,26 @@ def _batch_size(rows: Sequence[_Row], decoding: Decoding, batch_tokens: int) -> 
     return max(1, min(batch_tokens // row_tokens, decoding.batch_rows, len(rows)))
 
 
-def _smaller_budget(rows: Sequence[_Row], prompts: Sequence[Prompt], decoding: Decoding, failure: OutOfMemory) -> int:
+def _smaller_budget(
+    rows: Sequence[_Row],
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    failure: OutOfMemory,
+    *,
+    can_repeat: bool,
+) -> int:
     """The token budget of further batches, after these rows did not fit.
 
     Raises:
-        Failed: it was a single row.
+        Failed: it was a single row, or they cannot be run again.
     """
     tokens = len(rows) * (len(rows[0].ids) + decoding.max_new_tokens)
+    if not can_repeat:
+        raise Failed(
+            f"{prompts[rows[0].index].name}: {len(rows)} prompts of {tokens:,} tokens together do not fit into the "
+            "device's memory, and smaller batches cannot be tried where the model is sharded over processes; take "
+            f"fewer new tokens, or a smaller dtype\n({failure.said})"
+        )
     if len(rows) == 1:
         raise Failed(
             f"{prompts[rows[0].index].name}: {tokens:,} tokens do not fit into the device's memory, even by "
@@ -289,6 +278,7 @@ def _reply(
     decoding: Decoding,
     store: ImageStore,
     on_bad_image: Literal["refuse", "wrong"],
+    is_abandoned: Callable[[], bool],
 ) -> list[Reply]:
     """The replies to one batch, those with unreadable images first."""
     features: dict[str, torch.Tensor] = {}
@@ -307,7 +297,8 @@ def _reply(
     ]
     good = [row for row in rows if not any(key in bad for key in row.keys)]
     if good:
-        replies += _generate(model, good, [[features[key] for key in row.keys] for row in good], tokenizer, decoding)
+        own = [[features[key] for key in row.keys] for row in good]
+        replies += _generate(model, good, own, tokenizer, decoding, is_abandoned)
     return replies
 
 
@@ -317,6 +308,7 @@ def _generate(
     features: Sequence[Sequence[torch.Tensor]],
     tokenizer: QwenVLTokenizer,
     decoding: Decoding,
+    is_abandoned: Callable[[], bool],
 ) -> list[Reply]:
     """The replies to rows with the features of their images, (n_queries, hidden) each, in reading order."""
     pad = tokenizer.pad_token_id
@@ -334,12 +326,15 @@ def _generate(
             pad_token_id=pad,
             use_cache=True,
         ),
-        stopping_criteria=(
-            [StopAtText(tokenizer, batch.length, decoding.stop_texts)] if decoding.stop_texts else None
-        ),
+        stopping_criteria=[
+            StopWhenAbandoned(is_abandoned),
+            *([StopAtText(tokenizer, batch.length, decoding.stop_texts)] if decoding.stop_texts else []),
+        ],
         logits_processor=[FirstOfChoices(batch.length, [row.choices for row in rows])]
         if any(row.choices for row in rows)
         else None,
+        # Where the model is sharded, `Lockstep` keeps the processes together.
+        synced_gpus=False,
     )
     assert isinstance(generated, torch.Tensor), "no dictionary was asked for"
     new_ids = generated[:, batch.length :].tolist()

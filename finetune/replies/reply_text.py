@@ -1,6 +1,6 @@
 """When and how generated tokens are a reply: their text, where it is stopped, and what its first token may be."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -38,6 +38,16 @@ class StopAtText(StoppingCriteria):
         texts = [reply_text(self.tokenizer, ids) for ids in input_ids[:, self.prompt_length :].tolist()]
         ended = [stop_place(text, self.stops) is not None for text in texts]
         return torch.tensor(ended, device=input_ids.device)
+
+
+class StopWhenAbandoned(StoppingCriteria):
+    """Ends all rows once nobody wants the replies any more."""
+
+    def __init__(self, is_abandoned: Callable[[], bool]):
+        self.is_abandoned = is_abandoned
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full(input_ids.shape[:1], self.is_abandoned(), device=input_ids.device)
 
 
 class FirstOfChoices(LogitsProcessor):

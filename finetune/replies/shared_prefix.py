@@ -114,8 +114,13 @@ def generate_from_prefixes(
     first_rows = [batch.prefix_of.index(number) for number in range(len(batch.prefixes))]
     seen = [one for row, count in zip(first_rows, in_prefix, strict=True) for one in features[row][:count]]
     prefix_ids, prefix_mask = _padded(batch.prefixes, pad, device)
-    cache: Cache = model.transformer(
-        input_ids=prefix_ids, attention_mask=prefix_mask, image_features=_stacked(seen), use_cache=True
+    # As `generate` does, with the head: where the model is sharded, all forwards of text call the same modules.
+    cache: Cache = model(
+        input_ids=prefix_ids,
+        attention_mask=prefix_mask,
+        image_features=_stacked(seen),
+        use_cache=True,
+        logits_to_keep=1,
     ).past_key_values
     prefix_of = torch.tensor(batch.prefix_of, device=device)
     cache.batch_select_indices(prefix_of)

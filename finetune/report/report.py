@@ -10,7 +10,8 @@ It reads `run.json`, `metrics.jsonl`, `recipe.yaml` and `predictions.jsonl`. The
 all others are listed as they are:
 
     status          "running", "finished", "interrupted", "failed"
-    started         text, finished: text, wall_seconds: seconds
+    started         text, finished: text, wall_seconds: seconds, parts: into which the run was cut
+    trained_on      {"tokens": int, "images": int, ...}
     model           path or name of the base
     parameters      {component: {"trained": int, "total": int}}
     rows            {"train": {"kept": int, "bad": int, ...}, "eval": {...}}
@@ -48,6 +49,7 @@ from finetune.report.predictions import pair_rows, predictions_section
 from finetune.report.scores import score_charts, score_title, scores_section
 from finetune.run.json_values import NON_FINITE
 from finetune.run.left_out import LEFT_OUT, describe_left_out
+from finetune.run.saved_step import saved_step
 
 REPORT = "report.html"
 LARGEST_STEP = 10**12  # beyond any run
@@ -65,6 +67,7 @@ _CHARTS = (
 _OWN_PLACE = (
     *("status", "started", "finished", "wall_seconds", "model", "parameters", "rows"),
     *("packing_efficiency", "environment", "notes", "identity", "score", "phases", "left_out"),
+    *("parts", "trained_on"),
 )
 
 
@@ -242,8 +245,15 @@ def _numbers(facts: Mapping[str, Any], curves: Mapping[str, Curve]) -> Iterable[
     epoch = _finite(curves.get("epoch", []))
     if steps is not None:
         yield ("Optimizer steps", f"{steps:,.0f}", f"epoch {epoch[-1][1]:.2f}" if epoch else "")
+    if (saved := saved_step(facts)) is not None:
+        yield ("Saved step", f"{saved:,}", "; ".join(_scores_at(saved, curves)))
     if is_number(facts.get("wall_seconds")):
-        yield ("Wall time", format_duration(facts["wall_seconds"]), "")
+        parts = facts.get("parts")
+        more = f"in {parts} parts" if is_number(parts) and parts > 1 else ""
+        yield ("Wall time", format_duration(facts["wall_seconds"]), more)
+    trained = facts.get("trained_on")
+    if isinstance(trained, dict) and all(is_number(trained.get(key)) for key in ("tokens", "images")):
+        yield ("Trained on", f"{format_count(trained['tokens'])} tokens", f"{format_count(trained['images'])} images")
     rates = {key: _finite(curves.get(key, [])) for key in ("tokens_per_second", "images_per_second")}
     if tokens := rates["tokens_per_second"]:
         images = rates["images_per_second"]
@@ -251,6 +261,14 @@ def _numbers(facts: Mapping[str, Any], curves: Mapping[str, Curve]) -> Iterable[
         yield ("Throughput", f"{format_count(median(value for _, value in tokens))} tokens/s", more)
     if memory := _finite(curves.get("peak_memory_bytes", [])):
         yield ("Peak memory", format_bytes(max(value for _, value in memory)), "of one device")
+
+
+def _scores_at(step: int, curves: Mapping[str, Curve]) -> Iterable[str]:
+    """`eval loss 0.9876`, for each score that was logged at a step."""
+    for key in parts_of_scores(curves):
+        for at, value in curves[key]:
+            if at == step:
+                yield f"{key.replace('_', ' ')} {format_loss(value)}"
 
 
 def _first_to_last(curve: Curve) -> str:

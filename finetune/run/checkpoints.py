@@ -142,11 +142,21 @@ def find_last_good(checkpoints: str | Path) -> Found:
     return Found(damaged=damaged)
 
 
-def prune(checkpoints: str | Path, keep: int, also_keep: Collection[str | Path] = ()) -> list[Path]:
+def prune(
+    checkpoints: str | Path,
+    keep: int | None,
+    also_keep: Collection[str | Path] = (),
+    passing: Collection[str | Path] = (),
+) -> list[Path]:
     """Remove the oldest checkpoints, leaving the `keep` newest, those in `also_keep` and the last good one.
 
     When there is something to remove, the newest is read and verified first: a damaged one must not cost the good one
     before it. Where none is good, nothing is removed.
+
+    Args:
+        keep: None keeps all.
+        passing: are not counted, and go when a newer one is there; of those after the last that is counted the newest
+            stays, and two where none is counted yet.
 
     Returns:
         The removed ones, oldest first.
@@ -155,13 +165,17 @@ def prune(checkpoints: str | Path, keep: int, also_keep: Collection[str | Path] 
         ValueError: `keep` below 1.
         OSError: one cannot be moved away; the rest is as it was.
     """
-    if keep < 1:
+    if keep is not None and keep < 1:
         raise ValueError(f"keep={keep}: at least the last checkpoint has to stay")
     checkpoints = Path(checkpoints)
     steps = [(step, path) for path in checkpoints.iterdir() if (step := step_of(path)) is not None]
     by_step = [path for _, path in sorted(steps)]
+    going = {Path(path).resolve() for path in passing}
+    counted = [path for path in by_step if path.resolve() not in going]
+    after = by_step[by_step.index(counted[-1]) + 1 :] if counted else by_step
+    staying = {*(counted if keep is None else counted[-keep:]), *after[-1 if counted else -2 :]}
     kept = {Path(path).resolve() for path in also_keep}
-    surplus = [path for path in by_step[:-keep] if path.resolve() not in kept]
+    surplus = [path for path in by_step if path not in staying and path.resolve() not in kept]
     if not surplus:
         return []
     last_good = find_last_good(checkpoints).path

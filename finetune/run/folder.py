@@ -22,11 +22,13 @@ class RunFolder:
     | `recipe.yaml` | the recipe as it was resolved: file, defaults and overrides |
     | `run.json` | versions, fingerprints, state; its `identity` decides whether a resume continues the same run |
     | `metrics.jsonl` | one JSON object a line, each with its `step` |
+    | `log.txt` | what was printed, warned of and complained about, each line with its time |
     | `checkpoints/step-N/` | state after N optimizer steps, with a manifest (`checkpoints.py`) |
     | `adapter/` | the result, in PEFT's format |
     | `report.html` | the run to look at |
     | `left_out.jsonl` | the rows that are not trained on, or not whole, with reasons (`left_out.py`) |
     | `rows.npz` | a digest of each row, by which its place in the order is found again |
+    | `tensorboard/`, `wandb/` ... | what the trackers of `train.report_to` keep |
     | `run.lock` | held while a process trains here |
     """
 
@@ -35,6 +37,7 @@ class RunFolder:
         self.recipe_file = self.path / "recipe.yaml"
         self.run_file = self.path / "run.json"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.log_file = self.path / "log.txt"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.rows_file = self.path / "rows.npz"
@@ -96,3 +99,7 @@ class RunFolder:
     def forget_metrics_after(self, step: int) -> int:
         """Drop the records of later steps; see `metrics_file.forget_metrics_after`."""
         return metrics_file.forget_metrics_after(self.metrics_file, step)
+
+    def forget_evaluation_of(self, step: int) -> int:
+        """Drop the records of an evaluation; see `metrics_file.forget_evaluation_of`."""
+        return metrics_file.forget_evaluation_of(self.metrics_file, step)

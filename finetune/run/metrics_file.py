@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,13 +39,27 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def forget_metrics_after(file: Path, step: int) -> int:
-    """Drop the records of later steps, which a run that resumes at `step` will write again; atomically.
+    """Drop the records of later steps, which a run that resumes at `step` will write again; atomically. The one that
+    ends a training is written again too.
 
     Returns:
         How many were dropped. Records without a `step` stay.
     """
+    return _forget(file, lambda record: record.get("step", step) > step or "train_runtime" in record)
+
+
+def forget_evaluation_of(file: Path, step: int) -> int:
+    """Drop what an evaluation after `step` has logged, which will be evaluated again; atomically.
+
+    Returns:
+        How many records were dropped.
+    """
+    return _forget(file, lambda record: record.get("step") == step and any(key.startswith("eval_") for key in record))
+
+
+def _forget(file: Path, is_dropped: Callable[[dict[str, Any]], bool]) -> int:
     lines = _lines(file)
-    kept = [line for line, record in lines if record.get("step", step) <= step]
+    kept = [line for line, record in lines if not is_dropped(record)]
     if len(kept) < len(lines):
         write_text(file, "".join(kept))
     return len(lines) - len(kept)

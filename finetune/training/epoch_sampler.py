@@ -1,10 +1,11 @@
-"""The order of the training samples, where each epoch draws its own."""
+"""The order of the training samples: where each epoch draws its own, and where processes share an epoch."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import Sampler, SequentialSampler
 
 from finetune.data.epoch_draw import EpochDraws
 
@@ -37,3 +38,32 @@ class EpochSampler(Sampler[int]):
             generator = torch.Generator().manual_seed(self._seed + self._epoch)
             places = places[torch.randperm(len(places), generator=generator).numpy()]
         return iter(places.tolist())
+
+
+class SharedEpochSampler(Sampler[int]):
+    """An epoch of several processes: the order that one process has, with empty places up to whole rounds of batches.
+
+    Accelerate alone would fill the last round with samples from the epoch's start, some of them once more than the
+    others, and how many depends on the number of processes. So the samples of a step do not.
+
+    Args:
+        order: of one process.
+        round: samples of all processes' next batches together.
+        empty: position of the empty place in the dataset.
+    """
+
+    def __init__(self, order: EpochSampler | SeedableRandomSampler | SequentialSampler, round: int, empty: int):
+        self._order, self._round, self._empty = order, round, empty
+
+    def set_epoch(self, epoch: int) -> None:
+        """The number of the epoch that the next iteration is of."""
+        if not isinstance(self._order, SequentialSampler):
+            self._order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._round) * self._round
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._order
+        for _ in range(len(self) - len(self._order)):
+            yield self._empty

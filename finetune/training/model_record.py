@@ -1,6 +1,7 @@
 """What a run trains its model as: the record beside the adapter or the weights, see `qwenvl.checkpoint.record`."""
 
 from finetune.data.checks.checked import Checked
+from finetune.data.checks.rules import trained_labels
 from finetune.data.formats.row_format import PROMPTS
 from finetune.data.reading import views_of
 from finetune.model.base import Base
@@ -26,7 +27,7 @@ def record_of_run(recipe: Recipe, base: Base, base_identity: BaseIdentity, check
         system=checked.system,
         views=views_of(recipe),
         grounding=recipe.data.grounding,
-        labels=recipe.data.labels,
+        labels=trained_labels(recipe.data.labels, recipe.data.train_on),
     )
 
 

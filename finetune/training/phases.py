@@ -1,7 +1,8 @@
 """The seconds of a run by phase; the phases follow one another without a gap."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,13 +19,14 @@ class Phases(TrainerCallback):
     | encode | the features of all images, where there is a vision cache |
     | evaluate | losses and replies: before, in and after training |
     | batches | between the steps: waiting for batches, logging |
-    | forward_backward | forwards and backwards of the optimizer steps, and clipping |
+    | forward_backward | forwards and backwards of the optimizer steps, and clipping; DeepSpeed's optimizer too |
     | optimizer | the optimizer's own work |
     | checkpoint | writing the state to resume from |
     | save | writing the result |
 
-    Seconds are those of this process. A GPU runs asynchronously, so what one phase launches can end in the next. Over
-    many steps the sums are right, because each step waits for the device when it checks the loss.
+    Seconds are those of the main process, over all parts of a run. A GPU runs asynchronously, so what one phase
+    launches can end in the next. Over many steps the sums are right, because each step waits for the device when it
+    checks the loss.
 
     In the trainer's list it comes after the callbacks that decide about evaluating and saving.
 
@@ -48,6 +50,28 @@ class Phases(TrainerCallback):
         self._count()
         self._current = name
         self._phases.setdefault(name, {"seconds": 0.0, "times": 0, "began": self._since})["times"] += 1
+
+    def go_on_after(self, recorded: Any) -> None:
+        """Add what an earlier part of the run recorded; nothing where it is not as `record` gives it."""
+        for name, phase in recorded.items() if isinstance(recorded, Mapping) else ():
+            with suppress(TypeError, KeyError, ValueError):
+                seconds, times = float(phase["seconds"]), int(phase["times"])
+                began, ended = (
+                    datetime.fromisoformat(phase[key]).timestamp() - self._epoch for key in ("began", "ended")
+                )
+                own = self._phases.get(name, {"seconds": 0.0, "times": 0, "ended": ended})
+                self._phases[name] = {
+                    "seconds": own["seconds"] + seconds,
+                    "times": own["times"] + times,
+                    "began": began,
+                    "ended": own.get("ended", ended),
+                }
+
+    @property
+    def seconds(self) -> float:
+        """Of all phases together."""
+        self._count()
+        return sum(phase["seconds"] for phase in self._phases.values())
 
     def record(self) -> dict[str, dict[str, Any]]:
         """Return what `run.json` has: for each phase its `seconds` in all, how many `times` it took place, when it
@@ -92,6 +116,11 @@ class Phases(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.begin("optimizer")
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begin("evaluate")  # also one that a resumed run has to make up for
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,14 +1,15 @@
-"""What the processes of a distributed run do together: average gradients, and close their process group."""
+"""What the processes of a distributed run do together: average gradients, stop, and close their process group."""
 
 import atexit
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from finetune.errors import Interrupted
+from finetune.errors import Failed, Interrupted
 
 _KEPT: list[Any] = []
 """Closed groups, until the process ends. DistributedDataParallel refers to its group. If it is the last to do so, it
@@ -34,7 +35,7 @@ def closing_process_group() -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        if stopped.saved:  # all processes have stopped after the same step
+        if stopped.agreed:  # all processes have stopped after the same step
             _destroy_group(existed)
         raise
     _destroy_group(existed)
@@ -45,6 +46,38 @@ def _destroy_group(existed: bool) -> None:
         return
     _KEPT.append(dist.group.WORLD)
     dist.destroy_process_group()
+
+
+_LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@contextlib.contextmanager
+def as_one_process() -> Iterator[None]:
+    """Hide a launcher's environment variables: a check of 8 processes' settings starts no group with 7 others."""
+    hidden = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def stop_together(failure: Exception | None, device: torch.device) -> None:
+    """Stop all processes where one has failed, at a place that all of them reach; a collective call.
+
+    Args:
+        failure: of this process; None where all is well.
+        device: of the process group's tensors.
+
+    Raises:
+        Exception: `failure`.
+        Failed: another process has failed.
+    """
+    failed = torch.tensor(int(failure is not None), device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise Failed("another process of this run failed, and says why; this one stops with it")
 
 
 BUCKET_BYTES = 64_000_000

@@ -69,6 +69,7 @@ class Progress(TrainerCallback):
     Args:
         stream: where to write; standard output by default.
         checkpoints: the folder of the checkpoints; None leaves it out of a checkpoint's line.
+        log: called with each line that is printed, or would be where there is no terminal.
         clock: returns seconds, from any start; for the time left.
     """
 
@@ -77,10 +78,12 @@ class Progress(TrainerCallback):
         stream: TextIO | None = None,
         *,
         checkpoints: str | os.PathLike | None = None,
+        log: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stream = sys.stdout if stream is None else stream
         self._checkpoints = None if checkpoints is None else Path(checkpoints)
+        self._log = log or (lambda line: None)
         self._clock = clock
         self._pace = _Pace(clock)
         self._latest: dict[str, float] = {}
@@ -155,11 +158,15 @@ class Progress(TrainerCallback):
             self._note_best(numbers, state.global_step)
         if "out_of_memory_tokens" in numbers:
             self._say(f"{_step(state)}{SEPARATOR}{_lowered_budget(numbers)}")
+        if "loss_scale" in numbers:
+            self._say(f"{_step(state)}{SEPARATOR}{_skipped(numbers)}")
         if any(key in numbers for key in _LOGGED):
             self._latest = {key: numbers[key] for key in _LOGGED if key in numbers}
+            line = SEPARATOR.join(self._fields(args, state).values())
             if self._live is None:
-                self._say(SEPARATOR.join(self._fields(args, state).values()))
+                self._say(line)
             else:
+                self._log(line)
                 self._redraw(args, state, always=True)
 
     def on_train_end(
@@ -201,6 +208,7 @@ class Progress(TrainerCallback):
 
     def _say(self, line: str) -> None:
         """Print a permanent line."""
+        self._log(line)
         line = terminal_text(line)
         if self._live is None:
             print(line, file=self._stream, flush=True)
@@ -249,7 +257,7 @@ class Progress(TrainerCallback):
                 remark = ", best so far" if math.isfinite(loss) else ""
             else:
                 remark = f", best {format_loss(self._best[0])} at step {self._best[1]}"
-            scores.append(f"eval loss {format_loss(loss)}{remark}")
+            scores.append(f"eval loss {format_loss(loss)}{remark}{_on_long(numbers)}")
         for key, parts in parts_of_scores(numbers).items():
             if key != "eval_loss":
                 text = f"{key.replace('_', ' ')} {format_loss(numbers[key])}"
@@ -299,12 +307,26 @@ class _Pace:
         return steps * (each + self._paused / self._steps)
 
 
+def _on_long(numbers: Mapping[str, float]) -> str:
+    """Say that an evaluation's loss is not the training objective on samples beyond the model's `seq_length`."""
+    count = numbers.get("eval_long_samples", 0)
+    of = f" of {numbers['eval_samples']:,}" if "eval_samples" in numbers else ""
+    return (
+        f" ({count:,}{of} samples beyond seq_length, with positions that training does not stretch)" if count else ""
+    )
+
+
 def _lowered_budget(numbers: Mapping[str, float]) -> str:
     """Say that a pack did not fit into the memory (see `out_of_memory.PackBudget`), and the new budget."""
     too_many = f"out of memory with {numbers['out_of_memory_tokens']:,} tokens in one forward"
     if "tokens_per_batch" in numbers:
         return f"{too_many}: at most {numbers['tokens_per_batch']:,} from now on, with the same loss and gradients"
     return f"{too_many} of evaluation: at most {numbers['evaluation_tokens_per_batch']:,} from now on"
+
+
+def _skipped(numbers: Mapping[str, float]) -> str:
+    """Say that a step changed nothing (see `loss_scale`)."""
+    return f"skipped: its gradients overflow float16; the loss is scaled by {numbers['loss_scale']:g} from now on"
 
 
 def _step(state: TrainerState) -> str:

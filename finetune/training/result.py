@@ -13,8 +13,13 @@ from finetune.run.checkpoints import writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LEFT_OUT, describe_left_out
 from finetune.terminal import Say
+from finetune.training.best_checkpoint import describe_ties, metric_key
+from finetune.training.run_record import PARTS
+from finetune.training.sharded_model import gather
 from finetune.training.summary import summary
+from finetune.training.throughput import Amounts
 from finetune.training.trainer import QwenVLTrainer
+from finetune.training.zero import gather_from_zero
 from qwenvl.checkpoint.record import ModelRecord, write_record
 
 
@@ -32,37 +37,57 @@ def save_result(
         Its folder.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    result = run.adapter if isinstance(model, PeftModel) else run.path / "model"
+    is_adapter = isinstance(model, PeftModel)
+    result = run.adapter if is_adapter else run.path / "model"
+    # Of a model that processes share, each has a part; what is saved is the same.
+    values = None
+    if trainer.accelerator.is_fsdp2:
+        values = gather(model, is_main=is_main, trained_only=is_adapter, rounds_to=trainer.rounds_to)
+    elif trainer.is_deepspeed_enabled:
+        values = gather_from_zero(model, is_main=is_main, trained_only=is_adapter)
     if is_main:
-        with writing(result) as partial:
-            model.save_pretrained(partial)
+        with writing(result) as partial, trainer.computing():  # masters are rounded once, here or as gathered
+            model.save_pretrained(partial, state_dict=values)
             assert record is not None, "the main process reads the base"
             write_record(partial, record)
-            if isinstance(model, PeftModel):
+            if is_adapter:
                 write_plain_config(partial)
             else:
                 base.processor.save_pretrained(partial)
-                complete_trained_folder(partial, base.path, model.dtype)
+                complete_trained_folder(partial, base.path, trainer.rounds_to or model.dtype)
     trainer.accelerator.wait_for_everyone()
     return result
 
 
 def report_result(
-    trainer: QwenVLTrainer, run: RunFolder, result: Path, task: TaskEvaluation | None, seconds: float, say: Say
+    trainer: QwenVLTrainer,
+    run: RunFolder,
+    result: Path,
+    task: TaskEvaluation | None,
+    trained: Amounts,
+    seconds: float,
+    say: Say,
 ) -> None:
-    """Write the report, and print the result of the run and what can be done next."""
+    """Write the report, and print the result of the run and what can be done next.
+
+    Args:
+        trained, seconds: of all parts of the run.
+    """
     report = write_report(run.path)
     history = trainer.state.log_history
+    facts = run.read_run() or {}
     lines = summary(
         history if task is None else task.without_scores(history),
         wall_seconds=seconds,
         run=run.path,
-        tokens=trainer.throughput.all_tokens,
-        images=trainer.throughput.all_images,
+        parts=facts.get(PARTS, 1),
+        tokens=trained.tokens,
+        images=trained.images,
+        supervised=trained.supervised,
+        saved_step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else None,
     )
     for label, text in lines.items():
         say(label, text)
-    facts = run.read_run() or {}
     if said := describe_left_out(facts["rows"], trainer.left_out.counts()):
         say("left out", f"{'; '.join(said)}: {run.path / LEFT_OUT} lists them")
     if task is not None:
@@ -79,8 +104,12 @@ def report_result(
 
 
 def _of_which_step(trainer: QwenVLTrainer) -> str:
-    """`, of step 800: the best eval_loss`; empty where the result is the last step's."""
+    """`, of step 800: the best eval_anls, tied with step 400: the later`; empty for the last step, tied with none."""
     state, arguments = trainer.state, trainer.args
-    if not arguments.load_best_model_at_end or state.best_global_step in (None, state.global_step):
+    best, metric = state.best_global_step, arguments.metric_for_best_model
+    if not arguments.load_best_model_at_end or best is None or metric is None:
         return ""
-    return f", of step {state.best_global_step}: the best {arguments.metric_for_best_model}"
+    ties = describe_ties(state.log_history, best, metric_key(metric))
+    if best == state.global_step and not ties:
+        return ""
+    return f", of step {best}: the best {metric_key(metric)}{ties}"

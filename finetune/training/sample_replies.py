@@ -22,28 +22,31 @@ def reply_to_samples(
     *,
     is_main: bool,
 ) -> None:
-    """Score the task on all processes together, or reply to the first evaluation samples on the main process while the
-    others wait. Does nothing where the recipe has no evaluation. The score before training is logged as step 0.
+    """Score the task, or reply to the first evaluation samples, on all processes together.
+
+    Does nothing where the recipe has no evaluation. The score before training is logged as step 0.
     """
     evaluate = recipe.evaluate
     if evaluate is None:
         return
     phases.begin("evaluate")
-    if data.task is not None:
-        assert trainer.task_scorer is not None, "a run with a task has its scorer"
-        score = trainer.task_scorer.score_of(trainer)
-        if when == "before":
-            trainer.log(score.metrics())
-        if is_main:
-            record_score(run, score, when)
-            data.task.write_predictions(score, evaluate.predictions, run.path, when)
-    elif is_main and evaluate.predictions:
-        write_predictions(
-            trainer.accelerator.unwrap_model(trainer.model),
-            trainer.collators["eval"],
-            shown_samples(data.samples["eval"], data.checked["eval"], evaluate.predictions),
-            run=run.path,
-            when=when,
-            max_new_tokens=evaluate.max_new_tokens,
-        )
+    with trainer.computing():
+        if data.task is not None:
+            assert trainer.task_scorer is not None, "a run with a task has its scorer"
+            score = trainer.task_scorer.score_of(trainer)
+            if when == "before":
+                trainer.log(score.metrics())
+            if is_main:
+                record_score(run, score, when)
+                data.task.write_predictions(score, evaluate.predictions, run.path, when)
+        elif evaluate.predictions:
+            write_predictions(
+                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.collators["eval"],
+                shown_samples(data.samples["eval"], data.checked["eval"], evaluate.predictions),
+                trainer.accelerator,
+                run=run.path,
+                when=when,
+                max_new_tokens=evaluate.max_new_tokens,
+            )
     trainer.accelerator.wait_for_everyone()

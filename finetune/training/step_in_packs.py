@@ -30,6 +30,8 @@ class StepInPacks:
         empty_gradients: sets the gradients to what they are at the start of a step.
         refuse: called with a pack that does not fit and cannot be made smaller; raises.
         can_repeat: whether this process can repeat a step by itself; False where the model is sharded.
+        equalize: makes the packs of a batch alike on all processes; None leaves them.
+        is_abandoned: whether the step will be thrown away: what is left of a batch is not run then.
         device: of the model.
     """
 
@@ -41,11 +43,13 @@ class StepInPacks:
         empty_gradients: Callable[[], None],
         refuse: Callable[[Batch, OutOfMemory], NoReturn],
         can_repeat: bool = True,
+        equalize: Callable[[list[Batch]], list[Batch]] | None = None,
+        is_abandoned: Callable[[], bool] = lambda: False,
         device: torch.device,
     ):
         self.budget = budget
         self._run_pack, self._empty_gradients, self._refuse = run_pack, empty_gradients, refuse
-        self._can_repeat = can_repeat
+        self._can_repeat, self._equalize, self._is_abandoned = can_repeat, equalize, is_abandoned
         self._device = device
         self._random = RandomState(device)
         self._batches: list[Batch] = []
@@ -75,7 +79,11 @@ class StepInPacks:
         """Return the part of these batches; or that a pack did not fit, and the budget is lower now."""
         total = torch.zeros((), device=self._device)
         packs = [pack for batch in batches for pack in split_batch(batch, self.budget.tokens)]
+        if self._equalize is not None:
+            packs = self._equalize(packs)
         for number, pack in enumerate(packs, start=1):
+            if self._is_abandoned():
+                break
             result = attempt(partial(self._run_pack, pack, number == len(packs)))
             if isinstance(result, OutOfMemory):
                 lengths = pack["sequence_lengths"]

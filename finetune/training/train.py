@@ -1,34 +1,40 @@
 """A training run, from recipe to report."""
 
 import contextlib
-import os
-import time
 from pathlib import Path
 
-from finetune.files.base_identity import identify
-from finetune.model.base import embeddings_by_auto, find_base
-from finetune.model.computing import choose_backends
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
+from finetune.run.launch import is_main_process
 from finetune.run.left_out import LeftOut
+from finetune.run.log_file import RunLog, run_log
+from finetune.run.meeting import meeting_of
 from finetune.terminal import Say, say, say_nothing
-from finetune.training.arguments import trainer_arguments
+from finetune.training.extension import FollowLongerSchedule, pending
+from finetune.training.folder_of_run import take_over_result
 from finetune.training.interrupts import StopOnSignal
 from finetune.training.model_record import record_of_run
+from finetune.training.opened_run import open_run
+from finetune.training.parallel import own_launch, refuse_impossible, require_applied, settle_parallel
 from finetune.training.phases import Phases
 from finetune.training.processes import closing_process_group
 from finetune.training.progress import Progress
 from finetune.training.result import report_result, save_result
-from finetune.training.run_record import EACH_EPOCH, WEIGHTS, begin_record, finish_record, record_failure
+from finetune.training.run_record import (
+    begin_record,
+    finish_record,
+    record_failure,
+    say_new_masters,
+)
 from finetune.training.sample_replies import reply_to_samples
-from finetune.training.start import Finished, Fresh, Resume, find_start, run_identity
+from finetune.training.start import Finished, Fresh, Resume
+from finetune.training.trackers import trackers_in
 from finetune.training.trained_model import load_trained_model
 from finetune.training.trainer_setup import OwnOptimizer, encode_images, make_trainer
-from finetune.training.training_data import data_as_it_was, find_places, read_data
-from finetune.training.training_plan import plan_training
+from finetune.training.training_plan import plan_training, settle_arguments
 
 
-def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None) -> Path:
+def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None, *, extend: bool = False) -> Path:
     """Train as the recipe says, or resume a run that was interrupted.
 
     Args:
@@ -36,6 +42,7 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         say: prints a line; called by the main process of a distributed run only.
         optimizer: makes an optimizer for the model, in place of the one that `train.optim` names and with the same
             schedule; for an optimizer that has no name there.
+        extend: make the run in the output folder longer, by the recipe's epochs or steps.
 
     Returns:
         The run folder.
@@ -46,80 +53,53 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         Interrupted: SIGTERM or SIGINT; the state is saved if training had begun.
         Failed: a conversation does not fit into the memory, or the loss is not finite.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_main_process()
     if not is_main:
         say = say_nothing
+    parallel = settle_parallel(recipe.train, own_launch())
+    refuse_impossible(recipe, parallel)
     run = RunFolder(Path(recipe.output))
     with contextlib.ExitStack() as stack:
+        log = RunLog()
+        meeting = stack.enter_context(meeting_of("train"))
         if is_main:
+            log = stack.enter_context(run_log())
+            say = log.heard(say)
             stack.enter_context(run.lock())
+        stack.enter_context(trackers_in(run.path))
         stack.enter_context(closing_process_group())
         stop = stack.enter_context(StopOnSignal())
-        began, phases = time.monotonic(), Phases("read")
+        phases = Phases("read")
 
-        base = find_base(recipe.model)
-        computing = choose_backends(recipe.model)
-        say("model", f"{recipe.model.path}: {computing}{base.taken_for}")
-        data = read_data(recipe, base.processor, say, show_progress=is_main, seq_length=base.seq_length)
-
-        # Only now, with the data known to be right: for a hub id this downloads the weights.
-        # All of it is read, by one process of each machine.
-        reads_base = is_main or os.environ.get("LOCAL_RANK", "0") == "0"
-        base_identity = identify(base.path, page_cache=True) if reads_base else None
-        identity = run_identity(recipe, data.samples, base_identity, embeddings_by_auto(recipe, base))
-        stored = run.read_run()
-        places = find_places(data, identity["data"], run, stored)
-        start = find_start(run, recipe, identity, stored, say, is_main=is_main, aligned=places.aligned)
+        opened = open_run(recipe, parallel, run, meeting, stack, say, extend=extend)
+        recipe, run, start, data = opened.recipe, opened.run, opened.start, opened.data
         if isinstance(start, Finished):
             say(
                 "finished",
                 f"{run.path} is finished: its result and report are there. To train again, give another output",
             )
             return run.path
-
-        resumes = isinstance(start, Resume)
-        if resumes:
-            data = data_as_it_was(data, places)
-            if stored is not None and stored.get(WEIGHTS) != EACH_EPOCH:
-                # The run began before each epoch had its own draw.
-                if data.checked["train"].epochs(recipe.seed) is not None:
-                    say(
-                        "weights",
-                        "this run drew its samples once for all epochs when it began, and goes on with those",
-                    )
-                data = data.drawn_once()
-        phases.begin("load")
-        plan = plan_training(recipe, base.path, data.checked["train"], stored, say)
-        trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say)
         if is_main:
-            score_so_far = stored.get("score") if stored is not None and isinstance(start, Resume) else None
+            log.open(run.log_file)
+        phases.go_on_after((opened.before or {}).get("phases"))
+        phases.begin("load")
+        plan = plan_training(opened, say)
+        # This opens the process group of a distributed run, whose processes load and encode images together.
+        arguments = settle_arguments(opened, plan, say, own_optimizer=optimizer is not None)
+        require_applied(parallel, arguments)
+        trained = load_trained_model(opened, plan.switches, arguments, say)
+        say_new_masters(opened, trained, say)
+        if is_main:
             stack.enter_context(record_failure(run, phases))
-            begin_record(
-                run,
-                recipe,
-                identity,
-                base,
-                data,
-                places.then if resumes else places.now,  # of a run that goes on: as they were when it began
-                plan.switches,
-                trained,
-                score_so_far,
-                resumes=resumes,
-                mended={name: part.mended for name, part in places.aligned.items()},
-            )
+            begin_record(opened, plan.switches, trained)
         record = None
-        if base_identity is not None:
-            record = record_of_run(recipe, base, base_identity, data.checked["train"])
-        # This opens the process group of a distributed run, whose processes encode images together.
-        arguments = trainer_arguments(recipe, plan.switches, None if data.task is None else data.task.key)
-        left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=resumes)
-        cache = encode_images(recipe, base, data, trained, phases, left_out, say)
-        progress = Progress(checkpoints=run.checkpoints)
+        if opened.base_identity is not None:
+            record = record_of_run(recipe, opened.base, opened.base_identity, data.checked["train"])
+        left_out = LeftOut(run.path, recipe.data.on_bad_row, resumes=opened.resumes)
+        cache = encode_images(opened, trained, phases, left_out, say)
+        progress = Progress(checkpoints=run.checkpoints, log=log.write if is_main else None)
         trainer = make_trainer(
-            recipe,
-            run,
-            base,
-            data,
+            opened,
             plan,
             trained,
             arguments,
@@ -130,9 +110,10 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
             progress=progress,
             phases=phases,
             optimizer=optimizer,
-            is_main=is_main,
         )
 
+        if isinstance(start, Resume) and pending(start.extensions, start.step):
+            trainer.add_callback(FollowLongerSchedule(say))
         if isinstance(start, Fresh):
             reply_to_samples(trainer, recipe, run, data, phases, "before", is_main=is_main)
         try:
@@ -140,20 +121,22 @@ def train(recipe: Recipe, say: Say = say, optimizer: OwnOptimizer | None = None)
         finally:
             progress.close()
         stop.raise_if_received()
+        if trainer.takes_over_result:
+            take_over_result(trainer)
 
         phases.begin("save")
-        result = save_result(trainer, run, base, record, is_main=is_main)
+        result = save_result(trainer, run, opened.base, record, is_main=is_main)
         reply_to_samples(trainer, recipe, run, data, phases, "after", is_main=is_main)
         trainer.gather_left_out()
+        amounts = trainer.throughput.totals()
         if is_main:
-            seconds = time.monotonic() - began
             finish_record(
                 run,
                 phases,
-                seconds=seconds,
                 steps=trainer.state.global_step,
+                trained=amounts,
                 left_out=left_out.counts(),
-                best_checkpoint=trainer.state.best_model_checkpoint,
+                best_checkpoint=trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None,
             )
-            report_result(trainer, run, result, data.task, seconds, say)
+            report_result(trainer, run, result, data.task, amounts, phases.seconds, say)
     return run.path

@@ -2,55 +2,55 @@
 
 import contextlib
 import copy
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
-from accelerate import DistributedType
-from accelerate.utils import gather_object
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import AutocastKwargs
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import SFTConfig, SFTTrainer
+from transformers.trainer_utils import TrainOutput
+from trl import SFTConfig
 
-from finetune.batches.attempt import OutOfMemory, attempt
+from finetune.batches.attempt import OutOfMemory
 from finetune.batches.collate import LEFT_OUT, NO_SAMPLE, Collator
-from finetune.batches.packing import split_batch
 from finetune.data.epoch_draw import EpochDraws
 from finetune.data.loader_workers import ignore_signals_from_others
-from finetune.errors import Failed, UserError
+from finetune.errors import Failed
 from finetune.evaluation.task_evaluation import TaskScore, TaskScorer
 from finetune.memory.out_of_memory import Batch, DoesNotFit, PackBudget
-from finetune.model.adapters import TrainableModel, parameter_groups, write_plain_config
+from finetune.model.adapters import TrainableModel
+from finetune.model.masters import rounded_masters
+from finetune.model.parameter_groups import parameter_groups
 from finetune.model.step_loss import forward_with_loss
-from finetune.run.checkpoints import checkpoint_path, prune, writing
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
-from finetune.training.epoch_sampler import EpochSampler
-from finetune.training.processes import average_gradients
+from finetune.training.checkpointing_trainer import CheckpointingTrainer
+from finetune.training.epoch_sampler import EpochSampler, SharedEpochSampler
+from finetune.training.equal_packs import Fillers, equalize
+from finetune.training.evaluation_loss import loss_metrics, sum_losses
+from finetune.training.loss_scale import LossScale, skip_on_host
+from finetune.training.processes import average_gradients, stop_together
+from finetune.training.random_states import random_states_kept
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.throughput import Throughput
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
-from qwenvl.checkpoint.adapter_files import ADAPTER_CONFIG
-from qwenvl.checkpoint.record import ModelRecord, write_record
-from qwenvl.text.chat import IGNORED
+from qwenvl.checkpoint.record import ModelRecord
 
 
 class NonFiniteLoss(Failed):
     """The loss is NaN or infinite; the message names the samples."""
 
 
-class QwenVLTrainer(SFTTrainer):
+class QwenVLTrainer(CheckpointingTrainer):
     """TRL's trainer over samples that are rendered, decoded and packed when they are needed.
 
     One optimizer step is `per_device_train_batch_size x gradient_accumulation_steps x processes` samples. Its loss is
@@ -67,7 +67,7 @@ class QwenVLTrainer(SFTTrainer):
         tokens_per_batch: tokens of one forward; None runs every sequence by itself. A pack that does not fit into the
             memory lowers it (see `step_in_packs`).
         out_of_memory: what earlier parts of a resumed run noted in run.json about packs that did not fit.
-        learning_rates, vision_layer_decay: see `adapters.parameter_groups`.
+        learning_rates, vision_layer_decay, loraplus_lr_ratio: see `parameter_groups`.
         shuffle: draw a new order of the training samples in each epoch.
         draws: which of the training samples in `indices` each epoch has; None takes all of them in each.
         task_scorer: scores replies at each evaluation, besides the loss; None evaluates the loss alone.
@@ -89,6 +89,7 @@ class QwenVLTrainer(SFTTrainer):
         out_of_memory: Sequence[Mapping[str, Any]] = (),
         learning_rates: dict[str, float | None] | None = None,
         vision_layer_decay: float | None = None,
+        loraplus_lr_ratio: float | None = None,
         shuffle: bool = True,
         draws: EpochDraws | None = None,
         task_scorer: TaskScorer | None = None,
@@ -102,15 +103,21 @@ class QwenVLTrainer(SFTTrainer):
         self.train_budget = PackBudget("tokens_per_batch", tokens_per_batch, out_of_memory)
         # Evaluation keeps no activations. If it runs out of memory, training need not have smaller packs.
         self.eval_budget = PackBudget("evaluation_tokens_per_batch", tokens_per_batch, out_of_memory)
-        self.step_in_packs: StepInPacks | None = None
+        self.step_in_packs = None
         self.learning_rates = learning_rates or {}
-        self.vision_layer_decay = vision_layer_decay
+        self.vision_layer_decay, self.loraplus_lr_ratio = vision_layer_decay, loraplus_lr_ratio
         self.shuffle = shuffle
         self.epoch_sampler = None if draws is None else EpochSampler(draws, indices["train"], args.seed, shuffle)
+        self.shared_sampler: SharedEpochSampler | None = None
         self.task_scorer = task_scorer
         self.throughput = Throughput()
-        self._supervised: torch.Tensor | int = 0  # tokens of all processes since the last log
+
+        self._supervised = 0
+        self._failure: NonFiniteLoss | None = None
         datasets = {name: Dataset.from_dict({"sample": list(rows)}) for name, rows in indices.items()}
+        self.train_samples = len(indices["train"])
+        if args.world_size > 1:  # behind them, the empty place
+            datasets["train"] = Dataset.from_dict({"sample": [*indices["train"], NO_SAMPLE]})
         config = self._config_of(model)
         use_cache = config.use_cache
         super().__init__(
@@ -125,6 +132,19 @@ class QwenVLTrainer(SFTTrainer):
         )
         # Transformers turns it off, and a saved model would then generate without a cache.
         config.use_cache = use_cache
+        self.loss_scale = LossScale(self.accelerator) if args.fp16 else None
+        self.share_model()
+        self.obey(callbacks)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        # `bf16` and `fp16` round weights, or scale the loss: what the model computes in is for its own code to say.
+        return super()._build_accelerator_args(**kwargs) | {"kwargs_handlers": [AutocastKwargs(enabled=False)]}
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """To be entered for every forward, with its backward: see `masters.rounded_masters`."""
+        assert self.model is not None
+        # What is sharded is rounded where it is gathered, by FSDP2's policy or DeepSpeed.
+        return rounded_masters(self.model, None if self._is_sharded else self.rounds_to)
 
     @staticmethod
     def _config_of(model: nn.Module) -> QwenVLConfig:
@@ -147,19 +167,29 @@ class QwenVLTrainer(SFTTrainer):
             model.generation_config = settings
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        assert isinstance(dataset, Dataset)
+        samples = range(self.train_samples)
+        if self.args.world_size == 1 or self.args.dataloader_drop_last:
+            if self.epoch_sampler is not None:
+                return self.epoch_sampler
+            # Accelerate replaces the random one by one seeded from the seed and the epoch.
+            return RandomSampler(samples) if self.shuffle else SequentialSampler(samples)
+        order: EpochSampler | SeedableRandomSampler | SequentialSampler
         if self.epoch_sampler is not None:
-            return self.epoch_sampler
-        if not self.shuffle:
-            return SequentialSampler(dataset)
-        # Accelerate replaces its generator by one seeded from the seed and the epoch, the same on every process.
-        return RandomSampler(dataset)
+            order = self.epoch_sampler
+        elif self.shuffle:
+            order = SeedableRandomSampler(samples, data_seed=self.args.data_seed)
+        else:
+            order = SequentialSampler(samples)
+        self.shared_sampler = SharedEpochSampler(
+            order, self.args.train_batch_size * self.args.world_size, empty=self.train_samples
+        )
+        return self.shared_sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # Not by the loader's `set_epoch`, which does not reach a sampler behind those that skip and share batches.
-        if self.epoch_sampler is not None:
-            self.epoch_sampler.set_epoch(kwargs["epoch"])
+        for sampler in (self.epoch_sampler, self.shared_sampler):
+            if sampler is not None:
+                sampler.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
@@ -169,14 +199,14 @@ class QwenVLTrainer(SFTTrainer):
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        # Each sample once: processes with fewer samples do not repeat others, as they do in training.
-        loading = self.accelerator.dataloader_config
-        before = self.data_collator, loading.even_batches
-        self.data_collator, loading.even_batches = self.collators["eval"], False
+        # Each sample once, whatever training does: processes with fewer samples do not repeat others, none is dropped.
+        loading, args = self.accelerator.dataloader_config, self.args
+        before = self.data_collator, loading.even_batches, args.dataloader_drop_last
+        self.data_collator, loading.even_batches, args.dataloader_drop_last = self.collators["eval"], False, False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator, loading.even_batches = before
+            self.data_collator, loading.even_batches, args.dataloader_drop_last = before
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -188,6 +218,7 @@ class QwenVLTrainer(SFTTrainer):
                 learning_rate=self.args.learning_rate,
                 learning_rates=self.learning_rates,
                 vision_layer_decay=self.vision_layer_decay,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
                 weight_decay=self.args.weight_decay,
                 no_decay={name for name, _ in model.named_parameters()} - decaying,
             )
@@ -197,6 +228,8 @@ class QwenVLTrainer(SFTTrainer):
             )
             self.optimizer = optimizer_class(groups, **arguments)
         assert self.optimizer is not None
+        if self.args.fp16:
+            skip_on_host(self.optimizer)
         return self.optimizer
 
     # Loss
@@ -217,13 +250,21 @@ class QwenVLTrainer(SFTTrainer):
                 empty_gradients=model.zero_grad,
                 refuse=partial(self._refuse_out_of_memory, "train"),
                 can_repeat=not self._is_sharded,
+                equalize=self._equalize if self._is_sharded else None,
+                # Where the model is sharded, the others wait for this process in each forward.
+                is_abandoned=lambda: self.stop.is_received and not self._is_sharded,
                 device=self.args.device,
             )
         total = self.step_in_packs.run(inputs)
+        if self._is_sharded:
+            stop_together(self._failure, self.args.device)
+        self.agree_on_the_step()
         if self.accelerator.sync_gradients:
             self.step_in_packs = None
             if isinstance(model, DistributedDataParallel):
                 average_gradients(model.parameters())
+            elif self.is_deepspeed_enabled:
+                self.deepspeed.step()
         self.throughput.count(inputs)
         return total
 
@@ -235,13 +276,16 @@ class QwenVLTrainer(SFTTrainer):
         if isinstance(model, DistributedDataParallel):
             # Not through the wrapper, which would all-reduce during the backward: see `processes.average_gradients`.
             model = model.module
-        elif not (is_last and self.accelerator.sync_gradients):
+        elif isinstance(model, FSDPModule):
+            # Transformers defers it to the last batch of a step, with the gradients of all weights on each process.
+            model.set_requires_gradient_sync(True)
+        elif not self.is_deepspeed_enabled and not (is_last and self.accelerator.sync_gradients):
             without_sync = self.accelerator.no_sync(model)
         pack = self._prepare_inputs(pack)
-        with without_sync, self.maybe_activation_offload_context:
+        with self.computing(), without_sync:
             loss = self.compute_loss(model, pack, num_items_in_batch=num_items_in_batch)
             self._refuse_non_finite(loss, pack)
-            self.accelerator.backward(loss)
+            self.backward(loss, is_last=is_last)
         return loss.detach()
 
     def compute_loss(
@@ -265,13 +309,21 @@ class QwenVLTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def _equalize(self, packs: list[Batch]) -> list[Batch]:
+        assert self.model is not None
+        tokenizer = self.collators["train"].tokenizer
+        return equalize(packs, Fillers.of(self._config_of(self.model), tokenizer.eod_id), self.args.device)
+
     def _refuse_non_finite(self, loss: torch.Tensor, pack: Batch) -> None:
         if torch.isfinite(loss):
             return
-        raise NonFiniteLoss(
+        failure = NonFiniteLoss(
             f"the loss is {loss.item()} at step {self.state.global_step + 1}, on {self._origins('train', pack)}. Look "
             "at these rows; if they are fine, lower train.learning_rate, or use model.dtype: bfloat16 or float32"
         )
+        if not self._is_sharded:
+            raise failure
+        self._failure = self._failure or failure  # the others wait for this process in the backward
 
     def _origins(self, name: str, pack: Batch) -> str:
         """File and row of each sample of a pack."""
@@ -287,15 +339,6 @@ class QwenVLTrainer(SFTTrainer):
         for index, origin, reason in batch.pop(LEFT_OUT, ()):
             self.left_out.meet(name, index, origin, reason)
 
-    def gather_left_out(self) -> None:
-        """Tell all processes what each has left out; a collective call."""
-        if self.accelerator.num_processes > 1:
-            others = gather_object([self.left_out.found])
-            # The others know it too: all log the same counts.
-            self.left_out.join(others if self.args.should_save else ())
-            for found in others:
-                self.left_out.found |= found
-
     def _refuse_out_of_memory(self, name: str, pack: Batch, failure: OutOfMemory) -> NoReturn:
         images = int(pack["sequence_images"].sum())
         raise DoesNotFit(
@@ -306,6 +349,7 @@ class QwenVLTrainer(SFTTrainer):
             conversations=len(pack["sequence_lengths"]),
             tokens=pack["input_ids"].numel(),
             said=failure.said,
+            shared=self._is_sharded,
         )
 
     # Evaluation
@@ -314,8 +358,7 @@ class QwenVLTrainer(SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As `_evaluate_in_place`, with the random state put back: even making a data loader draws a number."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with random_states_kept(self.args.device), self.computing():
             return self._evaluate_in_place(eval_dataset, metric_key_prefix)
 
     def _evaluate_in_place(self, eval_dataset: Any, metric_key_prefix: str) -> dict[str, float]:
@@ -328,28 +371,21 @@ class QwenVLTrainer(SFTTrainer):
         assert self.model is not None
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        # Sum of losses, supervised tokens, samples, samples beyond seq_length.
-        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
-        beyond = self._config_of(self.model).seq_length
-        for batch in self.get_eval_dataloader(eval_dataset):
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            self._note_left_out("eval", batch)
-            for pack, loss in self._losses(model, batch):
-                there = (pack["samples"] != NO_SAMPLE).sum()
-                counts = [(pack["labels"] != IGNORED).sum(), there, (pack["sequence_lengths"] > beyond).sum()]
-                sums += torch.tensor([loss, *counts], dtype=torch.float64, device=sums.device)
+        config = self._config_of(self.model)
+        sums = sum_losses(
+            self._eval_batches(eval_dataset),
+            partial(self._loss_of_pack, model),
+            self.eval_budget,
+            partial(self._refuse_out_of_memory, "eval"),
+            seq_length=config.seq_length,
+            device=self.args.device,
+            fillers=Fillers.of(config, self.collators["eval"].tokenizer.eod_id) if self._is_sharded else None,
+            is_abandoned=lambda: self.stop.is_received,
+        )
+        self.stop.abandon_if_received()
         sums = self.accelerator.reduce(sums, reduction="sum")
-        self._log_lowered(self.eval_budget)
-        if not sums[1]:
-            raise UserError(
-                f"evaluate.data: none of its samples can be read now; {self.left_out.file or 'the log'} lists them"
-            )
-        metrics = {
-            f"{metric_key_prefix}_loss": (sums[0] / sums[1]).item(),
-            f"{metric_key_prefix}_supervised_tokens": int(sums[1]),
-            f"{metric_key_prefix}_samples": int(sums[2]),
-            f"{metric_key_prefix}_long_samples": int(sums[3]),
-        }
+        self._log_news(self.eval_budget.take_news(self.args.device))
+        metrics: dict[str, Any] = loss_metrics(sums, metric_key_prefix, self.left_out.file)
         if self.task_scorer is not None:
             metrics |= self._task_score(self.task_scorer).metrics()
         metrics[f"{metric_key_prefix}_seconds"] = round(time.monotonic() - start, 3)
@@ -357,23 +393,11 @@ class QwenVLTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _losses(self, model: nn.Module, batch: Batch) -> Iterator[tuple[Batch, torch.Tensor]]:
-        """Yield the packs of a batch, each with its summed loss; smaller packs where they do not fit."""
-        budget = self.eval_budget
-        budget.reach(self.state.global_step)
-        packs = split_batch(batch, budget.tokens)
-        while packs:
-            pack, *others = packs
-            loss = attempt(partial(self._loss_of_pack, model, pack))
-            if not isinstance(loss, OutOfMemory):
-                yield pack, loss
-                packs = others
-                continue
-            lengths = pack["sequence_lengths"]
-            if len(lengths) == 1 or self._is_sharded:
-                self._refuse_out_of_memory("eval", pack, loss)
-            budget.lower(int(lengths.sum()), max(int(one["sequence_lengths"].max()) for one in packs))
-            packs = [smaller for larger in packs for smaller in split_batch(larger, budget.tokens)]
+    def _eval_batches(self, eval_dataset: Any) -> Iterator[Batch]:
+        for batch in self.get_eval_dataloader(eval_dataset):
+            self._tick()
+            self._note_left_out("eval", batch)
+            yield batch
 
     def _loss_of_pack(self, model: nn.Module, pack: Batch) -> torch.Tensor:
         with torch.no_grad():
@@ -381,28 +405,32 @@ class QwenVLTrainer(SFTTrainer):
 
     def _task_score(self, scorer: TaskScorer) -> TaskScore:
         model = self.accelerator.unwrap_model(self.model)
-        return scorer.evaluate(model, self.accelerator, self.state.global_step, bar=False, tick=self._tick)
+        return scorer.evaluate(
+            model,
+            self.accelerator,
+            self.state.global_step,
+            bar=False,
+            tick=self._tick,
+            is_abandoned=lambda: self.stop.is_received,
+            agree=self.stop.abandon_if_received,
+        )
 
     def _tick(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # The step is done and not saved yet.
-        self._log_lowered(self.train_budget)
+        self._log_news(self.train_budget.take_news(self.args.device))
+        if self.loss_scale is not None:
+            self._log_news(self.loss_scale.take_news(self.state.global_step))
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _log_lowered(self, budget: PackBudget) -> None:
-        news = budget.take_news(self.args.device)
+    def _log_news(self, news: dict[str, float] | None) -> None:
         if news is not None:
             # A log clears the flag that asks for the step's own log.
             should_log = self.control.should_log
             self.log(news)
             self.control.should_log = should_log
-
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether the model is sharded over processes, so that every forward waits for the others."""
-        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -410,55 +438,6 @@ class QwenVLTrainer(SFTTrainer):
                 # All samples were left out. A loss of 0 would look like one that was learned.
                 del logs["loss"]
             self._supervised = 0
-            logs |= self.throughput.since_last(self.accelerator.num_processes, self.args.device)
+            logs |= self.throughput.since_last(self.args.device)
         # Not SFTTrainer's, which adds figures of its own loss.
         Trainer.log(self, logs, start_time)
-
-    # Checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.record is not None and self.args.should_save:
-            write_record(output_dir or str(self.args.output_dir), self.record)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the base class's, but complete or absent: written under another name, synced, hashed, then renamed."""
-        step = self.state.global_step
-        self.gather_left_out()
-        final = checkpoint_path(self.run.checkpoints, step)
-        with contextlib.ExitStack() as stack:
-            partial = self._from_main_process(stack.enter_context(writing(final)) if self.args.should_save else None)
-            stack.callback(setattr, self.args, "output_dir", self.args.output_dir)
-            self.args.output_dir = str(partial)
-            # Not SFTTrainer's: it writes a model card into the output folder first.
-            Trainer._save_checkpoint(self, model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                written = partial / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-                for file in sorted(written.iterdir()):
-                    file.rename(partial / file.name)
-                written.rmdir()
-                if (partial / ADAPTER_CONFIG).is_file():
-                    write_plain_config(partial)
-                self._name_best_checkpoint(partial / TRAINER_STATE_NAME)
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            keep = self.args.save_total_limit
-            if keep is not None:
-                prune(self.run.checkpoints, keep, {Path(best)} if best else set())
-        self.accelerator.wait_for_everyone()
-
-    def _name_best_checkpoint(self, state_file: Path) -> None:
-        """Write the best checkpoint's final name, in the run folder, into a saved trainer state."""
-        best = self.state.best_global_step
-        self.state.best_model_checkpoint = str(checkpoint_path(self.run.checkpoints, best)) if best else None
-        state = json.loads(state_file.read_text())
-        state["best_model_checkpoint"] = self.state.best_model_checkpoint
-        state_file.write_text(json.dumps(state, indent=2) + "\n")
-
-    def _from_main_process(self, value: Any) -> Any:
-        if self.accelerator.num_processes == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]

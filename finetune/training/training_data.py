@@ -9,7 +9,7 @@ from finetune.data.checks.checked import Checked
 from finetune.data.places import Aligned, Places, align, as_they_were, load_places, places_of
 from finetune.data.reading import look_for_overlap, read_checked, rules_of
 from finetune.data.samples import Samples
-from finetune.data.summary import describe_data, describe_long, describe_sources
+from finetune.data.summary import describe_data, describe_long, describe_sources, describe_train_on
 from finetune.evaluation.task_evaluation import TaskEvaluation
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
@@ -19,6 +19,10 @@ from qwenvl import QwenVLProcessor
 
 PLACES = "places"
 """Entry of run.json: the run folder has the places of its rows."""
+
+WEIGHTS = "weights"
+"""Key of run.json: whether samples are drawn by the weights of their sources in each epoch or once for all."""
+EACH_EPOCH, ONCE = "each epoch", "once"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ def read_data(
         pages = recipe.data.pages is not None
         if long := describe_long(checked, rules_of(recipe, processor), seq_length, pages=pages):
             say("", long)
+        if name == "train" and (said := describe_train_on(recipe.data)):
+            say("", said)
         if name == "train" and any(source.weight != 1 for source in recipe.data.train):
             for line in describe_sources(recipe.data.train, samples, checked, recipe.seed):
                 say("", terminal_line(line))

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -174,7 +175,10 @@ class QwenVLModel(QwenVLPreTrainedModel):
         else:
             raise InputError("give either input_ids or inputs_embeds")
         # An embedding table trained in float32 beside 16-bit blocks must not make all hidden states float32.
-        return hidden.to(self.ln_f.weight.dtype)
+        norm = self.ln_f.weight
+        if isinstance(norm, DTensor) and norm.dtype.itemsize > hidden.dtype.itemsize:
+            return hidden  # a float32 shard, which FSDP2 rounds when it gathers it, as it did the embeddings
+        return hidden.to(norm.dtype)
 
     def _positions(
         self,

@@ -221,6 +221,18 @@ def is_trained(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("train") is not False
 
 
+def train_last_only(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with all of the assistant's but the last marked as context, `"train": False`.
+
+    The last is trained unless it is marked itself; another one does not take its place.
+    """
+    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    return [
+        {**message, "train": False} if message["role"] == "assistant" and index != last else message
+        for index, message in enumerate(messages)
+    ]
+
+
 def _check_message(message: Any, index: int) -> None:
     if not isinstance(message, Mapping):
         raise InputError(f"message {index} must be a mapping with role and content, not {type(message).__name__}")

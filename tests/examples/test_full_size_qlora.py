@@ -30,6 +30,7 @@ def prove(*arguments, code=0):
     return done
 
 
+@pytest.mark.slow
 def test_on_a_checkpoint_that_is_there(tmp_path):
     # An odd width of the tiny tower would send bitsandbytes to a path that it compiles first.
     done = prove("--to", tmp_path / "proof", "--checkpoint", TINY, "model.quantize=[language,head]")

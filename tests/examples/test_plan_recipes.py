@@ -35,6 +35,13 @@ def test_the_table_in_the_readme_is_this_one(lines):
     assert not text[first + len(lines)].startswith("|")
 
 
+def test_so_is_that_of_cards_that_share_a_model(script):
+    shared = script["shared_table"]("full_sft", "fsdp")
+    text = README.read_text(encoding="utf-8").splitlines()
+    first = text.index(shared[0])
+    assert text[first : first + len(shared)] == shared
+
+
 def test_every_recipe_of_a_published_checkpoint_is_in_it(script, lines):
     planned = [cells(line)[0].partition("]")[0].strip("[") for line in lines[2:]]
     assert planned == sorted(planned)  # a recipe for two cards has two lines

@@ -193,3 +193,26 @@ def test_a_typo_is_answered_without_anything_heavy():
     done = in_a_process(program, capture_output=True)
     assert done.stdout == "[2, 2] []\n", done.stderr
     assert "did you mean train.max_steps?" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["chat", "merge", "export", "prepare", "bench"])
+def test_a_command_of_one_process_under_a_launcher(monkeypatch, capsys, command):
+    """Each process would do all of the work, into one folder."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = {
+        "prepare": ["recipe.yaml", "--to", "there"],
+        "export": ["a", "--to", "qwen2"],
+        "merge": ["a", "--to", "b"],
+    }
+    assert main([command, *words.get(command, ["recipe.yaml"])]) == 2
+    assert f"finetune {command} works in one process, and a launcher started 2" in capsys.readouterr().err
+
+
+def test_a_check_under_a_launcher_is_of_the_main_process(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["check", "not-there.yaml"]) == 0
+    monkeypatch.setenv("RANK", "0")
+    assert main(["check", "not-there.yaml"]) == 2
+    assert capsys.readouterr().err.count("not-there.yaml") == 1

@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_FORKING = multiprocessing.get_context("forkserver")
-_FORKING.set_forkserver_preload(["finetune.training.train"])
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["finetune.training.train"])
 
 
 def run_forked(
@@ -29,7 +29,7 @@ def run_forked(
     """
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = _FORKING.Process(
+        process = FORKING.Process(
             target=_finetune, args=(list(arguments), str(cwd or Path.cwd()), dict(env or os.environ), said)
         )
         process.start()

@@ -35,6 +35,10 @@ KINDS = {
     "q-lora": ["model.dtype=bfloat16", *ALL_IN_4_BITS],
     "q-lora of the language model": ["model.quantization=nf4"],
     "in full": EVERYTHING_IN_FULL,
+    "in full, 16 bits": ["model.dtype=bfloat16", *EVERYTHING_IN_FULL],
+    "resampler and language in full, 16 bits": [
+        *("model.dtype=bfloat16", "adapter=null", "freeze.language=false", "freeze.resampler=false")
+    ],
 }
 
 ONE = Workload(tokens=300, supervised=20, sequences=1, images=1, sequence_length=300)

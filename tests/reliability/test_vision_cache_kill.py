@@ -87,7 +87,8 @@ def test_two_runs_at_once(many, tmp_path):
     assert f"the features of {IMAGES} images are in" in run(many, f"output={tmp_path / 'three'}")
 
 
-@pytest.mark.parametrize("kind", ["disk", pytest.param("memory", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["disk", "memory"])
 def test_two_processes_of_one_run(many, tmp_path, kind):
     """Each encodes a half and has all: their adapter is that of one process with twice the accumulation."""
     settings = ["adapter.dropout=0.0", "data.shuffle=false", f"data.vision_cache={kind}"]

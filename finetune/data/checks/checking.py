@@ -61,7 +61,14 @@ def check_samples(
         WorkerDied: a worker process was killed or crashed.
     """
     rules = Rules(
-        tokenizer, max_length, n_queries, labels, grounding, on_long, on_bad_row, markup_as_text=markup_as_text
+        tokenizer,
+        max_length,
+        n_queries,
+        labels,
+        grounding=grounding,
+        on_long=on_long,
+        on_bad_row=on_bad_row,
+        markup_as_text=markup_as_text,
     )
     checked = look_at(samples, rules, show_progress=show_progress, processes=processes)
     if error := refusal(checked, rules):
@@ -233,6 +240,7 @@ def _check(sample: Sample, rules: Rules) -> tuple[Fitted, list[str]]:
         markup_as_text=rules.markup_as_text,
         box_edge=rules.box_edge,
         views=rules.views,
+        train_on=rules.train_on,
     )
     fitted = None
     try:

@@ -9,7 +9,7 @@ from finetune.data.images.picture_numbers import refuse_moved_pictures
 from finetune.data.message_parts import boxes_inside, content_parts, grounding_texts, image_sources
 from finetune.data.sample import BadField, Sample
 from finetune.errors import InputError
-from qwenvl.text.chat import is_trained
+from qwenvl.text.chat import is_trained, train_last_only
 from qwenvl.views import Views
 
 MOST_IMAGES = 1000
@@ -25,12 +25,13 @@ def find_problems(
     markup_as_text: frozenset[str],
     box_edge: Literal["error", "clamp"] = "error",
     views: Views | None = None,
+    train_on: Literal["all", "last"] = "all",
 ) -> tuple[list[BadField], list[str]]:
     """Everything that is wrong with a sample, and the kinds of markup that its text holds.
 
     Args:
         sample: of any format.
-        grounding, markup_as_text, box_edge, views: see `rules.Rules`.
+        grounding, markup_as_text, box_edge, views, train_on: see `rules.Rules`.
 
     Raises:
         BadField: it has more images than are looked at, or cannot be shown with views; nothing else was looked at.
@@ -61,6 +62,9 @@ def find_problems(
         problems.append(BadField("messages", "nothing in it is trained: it has no assistant's turn"))
     elif not any(map(is_trained, sample.messages)):
         problems.append(BadField("messages", "nothing in it is trained: all assistant's turns are marked as context"))
+    elif train_on == "last" and not any(map(is_trained, train_last_only(sample.messages))):
+        reason = "nothing in it is trained: its last reply, which data.train_on: last trains, is marked as context"
+        problems.append(BadField("messages", reason))
     kinds = [look.kind for look in found]
     if markup_as_text:
         for _, text in grounding_texts(messages, grounding):

@@ -6,9 +6,16 @@ from typing import Any, Literal
 
 from finetune.data.checks.shortening import Fitted, OnLong, render_fitting
 from finetune.data.message_parts import boxes_inside
-from qwenvl.text.chat import LabelRule
+from qwenvl.text.chat import LabelRule, train_last_only
 from qwenvl.text.tokenizer import QwenVLTokenizer
 from qwenvl.views import Views
+
+TrainOn = Literal["all", "last"]
+
+
+def trained_labels(labels: LabelRule, train_on: TrainOn) -> LabelRule:
+    """Which tokens are trained: of a last reply alone never the structure, which is that of all turns."""
+    return "assistant" if train_on == "last" else labels
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class Rules:
         identify: note what each sample is made of, to find those that train and evaluate (see `overlap`).
         markup_as_text: kinds of markup that are text where no format reads them (see `markup`); others are refused.
         views: what pictures an image becomes; None is itself alone.
+        train_on: "last" trains the last reply of a conversation alone, and with it nothing of the turns' structure,
+            whatever `labels` says; of evaluation data the loss is of the same.
     """
 
     tokenizer: QwenVLTokenizer
@@ -38,6 +47,7 @@ class Rules:
     identify: bool = False
     markup_as_text: frozenset[str] = frozenset()
     views: Views | None = None
+    train_on: TrainOn = "all"
 
     @property
     def pictures(self) -> int:
@@ -55,7 +65,7 @@ class Rules:
             self.tokenizer,
             max_length=self.max_length,
             on_long=self.on_long,
-            labels=self.labels,
+            labels=trained_labels(self.labels, self.train_on),
             grounding=self.grounding,
             n_queries=self.n_queries,
             views=self.views,
@@ -83,5 +93,7 @@ class Rules:
         )
 
     def read(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """The messages with coordinates at the image's edge as `box_edge` says."""
-        return messages if self.box_edge == "error" else boxes_inside(messages, self.grounding)
+        """The messages with coordinates at the image's edge as `box_edge` says, and replies that are not trained by
+        `train_on` marked as context."""
+        messages = messages if self.box_edge == "error" else boxes_inside(messages, self.grounding)
+        return messages if self.train_on == "all" else train_last_only(messages)

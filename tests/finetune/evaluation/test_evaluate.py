@@ -12,7 +12,7 @@ from recipes_for_tests import IMAGES, ROOT, TINY, finetune
 
 from finetune.data.sample import DataError
 from finetune.errors import InputError, UserError
-from finetune.evaluation import evaluate as evaluate_module
+from finetune.evaluation import model_replies
 from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 from finetune.evaluation.tasks import custom_task, find_task
 from finetune.metrics import anls
@@ -103,7 +103,7 @@ def test_an_interrupted_evaluation_goes_on(whole, tmp_path, monkeypatch):
     """Also after a half last line, and the other way of cutting batches; what is there is not asked again."""
     write_questions(tmp_path / "questions.jsonl")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluate_module, "generate_replies", stop_after(4))
+        patch.setattr(model_replies, "generate_replies", stop_after(4))
         run(tmp_path)
     file = tmp_path / "out" / "predictions.jsonl"
     assert len(file.read_text().splitlines()) == 4
@@ -111,18 +111,18 @@ def test_an_interrupted_evaluation_goes_on(whole, tmp_path, monkeypatch):
         opened.write('{"number": 8, "id": "10')
     asked = []
     monkeypatch.setattr(
-        evaluate_module, "plan_replies", lambda prompts, seen: asked.append(len(prompts)) or plan_before(prompts, seen)
+        model_replies, "plan_replies", lambda prompts, seen: asked.append(len(prompts)) or plan_before(prompts, seen)
     )
     _, records, said = run(tmp_path, batch_tokens=4000)
     assert asked == [5] and without_place(records) == without_place(whole[2])
     assert any("4 of 9 replies" in line for line in said)
     # All of them are there now: no model is loaded, and the speed of the last part stays.
-    monkeypatch.setattr(evaluate_module, "load_model", None)
+    monkeypatch.setattr(model_replies, "load_model", None)
     again, records, _ = run(tmp_path)
     assert without_place(records) == without_place(whole[2]) and again["speed"]["replies"] == 5
 
 
-plan_before = evaluate_module.plan_replies
+plan_before = model_replies.plan_replies
 
 
 def without_place(records: list[dict]) -> list[dict]:
@@ -139,7 +139,7 @@ def without_place(records: list[dict]) -> list[dict]:
     ],
 )
 def test_another_evaluation_in_the_folder_is_refused(whole, changes, told, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "load_model", None)
+    monkeypatch.setattr(model_replies, "load_model", None)
     with pytest.raises(UserError) as raised:
         run(whole[0], **changes)
     assert told in str(raised.value) and "another --out" in str(raised.value)
@@ -147,7 +147,7 @@ def test_another_evaluation_in_the_folder_is_refused(whole, changes, told, monke
 
 def test_other_weights_are_refused(whole, tmp_path, monkeypatch):
     other = changed_model(tmp_path / "other")
-    monkeypatch.setattr(evaluate_module, "load_model", None)
+    monkeypatch.setattr(model_replies, "load_model", None)
     with pytest.raises(UserError, match=r"model\.base: "):
         run(whole[0], model=str(other))
 
@@ -210,14 +210,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_weights_load(tmp_path
     write_questions(tmp_path / "questions.jsonl")
     (tmp_path / "taken").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    monkeypatch.setattr(evaluate_module, "load_model", None)
+    monkeypatch.setattr(model_replies, "load_model", None)
     with pytest.raises(UserError, match=rf"cannot write .*{told}.*with --out"):
         run(tmp_path, out=tmp_path / name)
 
 
 def test_damaged_files_are_named_before_weights_load(whole, tmp_path, monkeypatch):
     write_questions(tmp_path / "questions.jsonl")
-    monkeypatch.setattr(evaluate_module, "load_model", None)
+    monkeypatch.setattr(model_replies, "load_model", None)
     out = tmp_path / "out"
     out.mkdir()
     (out / "compared").write_text("x")

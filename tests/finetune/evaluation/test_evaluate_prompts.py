@@ -11,7 +11,7 @@ from recipes_for_tests import IMAGES, ROOT, TINY, write_recipe
 from finetune.cli import main
 from finetune.commands.evaluate import path_and_split
 from finetune.errors import UserError
-from finetune.evaluation import evaluate as evaluate_module
+from finetune.evaluation import model_replies
 from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 from finetune.evaluation.tasks import find_task
 from finetune.recipe import load_recipe
@@ -46,7 +46,7 @@ def asked(monkeypatch):
         calls.append(([list(prompt.ids) for prompt in prompts], decoding))
         return generate_replies(model, prompts, plan, tokenizer, images, decoding, **options)
 
-    monkeypatch.setattr(evaluate_module, "generate_replies", replies)
+    monkeypatch.setattr(model_replies, "generate_replies", replies)
     return calls
 
 

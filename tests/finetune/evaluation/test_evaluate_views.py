@@ -11,6 +11,7 @@ from recipes_for_tests import IMAGES, ROOT, TINY, write_recipe
 from finetune.cli import main
 from finetune.errors import UserError
 from finetune.evaluation import evaluate as evaluate_module
+from finetune.evaluation import model_replies
 from finetune.evaluation.asked_models import choose_views
 from finetune.evaluation.evaluate import Evaluation, EvaluationSource, evaluate
 from finetune.evaluation.evaluation import NO_VIEWS
@@ -68,7 +69,7 @@ def asked(monkeypatch):
         calls.append([list(prompt.images) for prompt in prompts])
         return generate_replies(model, prompts, *others, **options)
 
-    monkeypatch.setattr(evaluate_module, "generate_replies", replies)
+    monkeypatch.setattr(model_replies, "generate_replies", replies)
     return calls
 
 

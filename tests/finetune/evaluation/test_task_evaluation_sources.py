@@ -156,9 +156,10 @@ def test_another_source_may_pick_the_best_checkpoint(tmp_path):
     said: list[str] = []
     done = train(load_recipe(file, ["train.metric_for_best_model=eval_anls_old"]), say=collect(said))
     description = json.loads((done / "run.json").read_text())
-    # All scores are 0, and of equal ones the first counts.
-    assert description["best_checkpoint"].endswith("step-1") and description["steps"] == 2
-    assert f"adapter     {done / 'adapter'}, of step 1: the best eval_anls_old" in said
+    # All scores are 0, and of equal ones that with the lower loss counts, then the later one.
+    assert description["best_checkpoint"].endswith("step-2") and description["steps"] == 2
+    told = f"adapter     {done / 'adapter'}, of step 2: the best eval_anls_old, tied with step 1: the lower eval_loss"
+    assert told in said
 
 
 def test_a_source_called_like_a_group_is_refused_before_training(tmp_path):

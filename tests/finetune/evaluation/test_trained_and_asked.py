@@ -165,7 +165,7 @@ def boxes(tmp_path):
         "train__eval_steps": 1,
         "data__train": train_on,
     }
-    settings |= {"data__images_root": None, "train__save_strategy": "no"}
+    settings |= {"data__images_root": None, "train__save_strategy": "no", "train__load_best_model_at_end": False}
     evaluate = {"data": asked, "task": "custom", "metric": "detection", "predictions": 1, "max_new_tokens": 40}
     return write_recipe(tmp_path, **settings, evaluate=evaluate)
 

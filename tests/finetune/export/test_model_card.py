@@ -83,6 +83,19 @@ def test_a_run_gives_data_figures_and_recipe(tmp_path):
     assert re.search(r"```yaml\nmodel:\n  path: Qwen/Qwen-VL-Chat\n```", body)
 
 
+def test_the_figures_are_those_of_the_saved_step(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.write_run({"best_checkpoint": str(tmp_path / "run" / "checkpoints" / "step-20")})
+    for step in (10, 20, 30):
+        run.append_metrics({"step": step, "loss": step / 10})
+        run.append_metrics({"step": step, "eval_anls": step / 100})
+    write_card(tmp_path, title="x", base="Qwen/Qwen-VL", training=training_sections(run.path))
+    body = read(tmp_path)[1]
+    assert "| | first | of these weights, step 20 |" in body
+    assert "| loss | 1.0000 (step 10) | 2.0000 (step 20) |" in body
+    assert "| eval_anls | 0.1000 (step 10) | 0.2000 (step 20) |" in body
+
+
 def test_a_run_folder_may_lack_everything(tmp_path):
     (tmp_path / "run").mkdir()
     write_card(tmp_path, title="x", base="Qwen/Qwen-VL", training=training_sections(tmp_path / "run"))

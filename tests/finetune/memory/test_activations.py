@@ -10,7 +10,7 @@ from recipes_for_tests import write_recipe
 
 from finetune.memory.activations import batch_of_shapes, count_step, sequence_lengths, step_of_shapes
 from finetune.memory.live_bytes import LiveBytes
-from finetune.memory.plan import plan_memory
+from finetune.memory.plan import COPIES, plan_memory
 from finetune.memory.switches import Switches
 from finetune.memory.weights import model_of_shapes
 from finetune.memory.workload import Workload
@@ -34,19 +34,20 @@ def assert_close(planned, counted):
 
 @pytest.fixture(scope="module", params=KINDS)
 def models(request):
-    """(of shapes, real)"""
+    """(of shapes, real), and what masters are rounded to."""
     recipe = recipe_of(*KINDS[request.param])
-    return model_of_shapes(recipe, tiny_config(), "cpu"), real_model(recipe)
+    rounds_to = torch.bfloat16 if "16 bits" in request.param else None
+    return (model_of_shapes(recipe, tiny_config(), "cpu"), real_model(recipe)), rounds_to
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload", None])
 @pytest.mark.parametrize("workload", [ONE, THREE], ids=["one", "three"])
 def test_a_step_takes_what_is_planned(models, workload, checkpointing):
-    shapes, real = models
-    for model in models:
+    (shapes, real), rounds_to = models
+    for model in (shapes, real):
         model.config._attn_implementation = "varlen"
-    planned = step_of_shapes(shapes, workload, checkpointing, "cpu")
-    counted = count_step(real, real_batch(workload), checkpointing, "cpu")
+    planned = step_of_shapes(shapes, workload, checkpointing, "cpu", rounds_to=rounds_to)
+    counted = count_step(real, real_batch(workload), checkpointing, "cpu", rounds_to=rounds_to)
     assert_close(planned, counted)
     assert planned.host == counted.host
     assert (planned.host > 0) == (checkpointing == "offload")
@@ -104,7 +105,11 @@ def test_any_depth_follows_from_two(kind, checkpointing):
     assert_close(step_of_shapes(model, THREE, checkpointing, "cuda"), direct)
 
 
-def test_a_run_takes_what_is_planned(tmp_path, monkeypatch):
+IN_FULL = {"adapter": None, "freeze": {"language": False, "resampler": False}, "model__dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("changes", [{"adapter__train_embeddings": False}, IN_FULL], ids=["lora", "in full"])
+def test_a_run_takes_what_is_planned(tmp_path, monkeypatch, changes):
     """The trainer's own steps, counted: gradients are there from the second pack on."""
     peaks, packs = [], []
     forward_backward = QwenVLTrainer._forward_backward
@@ -121,7 +126,7 @@ def test_a_run_takes_what_is_planned(tmp_path, monkeypatch):
 
     monkeypatch.setattr(QwenVLTrainer, "_forward_backward", counting)
     recipe = load_recipe(
-        write_recipe(tmp_path, train__gradient_checkpointing=True, adapter__train_embeddings=False),
+        write_recipe(tmp_path, train__gradient_checkpointing=True, **changes),
         ["train.gradient_accumulation_steps=2", "train.max_steps=1", "evaluate=null"],
     )
     train(recipe, say=say_nothing)
@@ -131,6 +136,7 @@ def test_a_run_takes_what_is_planned(tmp_path, monkeypatch):
         plan = plan_memory(recipe, tiny_config(), pack, switches=switches)
         parts = {name: plan["train"].parts[name] for name in ("activations", "loss", "working memory")}
         made = max(sum(parts.values()), plan["encode"].parts["encoding images"] if pack.images else 0)
+        made += plan["train"].parts.get(COPIES, 0)
         assert made == pytest.approx(peak, rel=0.03), pack
 
 

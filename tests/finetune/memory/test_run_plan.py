@@ -13,7 +13,7 @@ from finetune.check.page import check_page
 from finetune.check.terminal import print_findings
 from finetune.errors import UserError
 from finetune.memory import run_plan
-from finetune.memory.run_plan import host_memory, is_sharded
+from finetune.memory.run_plan import host_memory
 from finetune.memory.workload import Workload
 from finetune.recipe import load_recipe
 from finetune.terminal import say_nothing
@@ -104,8 +104,14 @@ def test_the_limit_of_a_container(tmp_path):
     assert host_memory(tmp_path) == 1_000_000
 
 
-def test_models_that_processes_share_are_not_planned(monkeypatch):
-    assert not is_sharded(recipe_of())
-    assert is_sharded(recipe_of("train.fsdp=full_shard"))
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert is_sharded(recipe_of())
+def test_a_model_that_cards_share_is_planned_for_each(tmp_path, monkeypatch):
+    settings = {"adapter": None, "freeze": {"language": False}, "train__parallel": "fsdp", "model__dtype": "bfloat16"}
+    recipe = load_recipe(write_recipe(tmp_path, **settings))
+    alone = look_before_training(recipe, samples=0, images=False, processes=1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shared = look_before_training(recipe, samples=0, images=False, processes=1)
+    assert alone.memory.sharding is None
+    assert "on each of 4 GPUs that share the model" in shared.memory.lines()
+    states = [found.memory.plan["train"].parts["optimizer states"] for found in (alone, shared)]
+    assert states[1] == pytest.approx(states[0] / 4, rel=0.01)
+    assert alone.cards == shared.cards == "fits 1 x 6 GB"

@@ -70,8 +70,6 @@ def test_a_cpu_has_the_plain_ones():
         ([], "full"),
         (["train.gradient_checkpointing=false"], "none"),
         (["train.activation_checkpointing=false"], "none"),
-        (["train.activation_checkpointing_kwargs={offload: true}"], "offload"),
-        (["train.activation_offloading=true"], "offload"),
         (["train.checkpointing=selective"], "selective"),
         (["train.checkpointing=auto"], None),
     ],

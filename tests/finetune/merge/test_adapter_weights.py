@@ -50,6 +50,16 @@ def test_the_hash_is_of_the_content(adapter, tmp_path):
     assert first != read_adapter(tmp_path / "moved", BASE).sha256()
 
 
+def test_a_layer_that_a_regular_expression_names_is_missed(tmp_path):
+    folder = tmp_path / "adapter"
+    make_adapter(folder, **KINDS["gaussian by regex"])
+    assert set(read_adapter(folder, BASE).changes) == {
+        f"transformer.h.1.{name}.weight" for name in ("attn.c_attn", "mlp.w2")
+    }
+    edit(folder, lambda weights: [weights.pop(key) for key in list(weights) if "w2" in key])
+    refused(folder, r"says that transformer.h.1.mlp.w2 has LoRA")
+
+
 KEYS_OF = ("lora", "dora", "embeddings in full", "resampler in full", "embedding lora", "token rows", "lora bias")
 
 

@@ -10,7 +10,6 @@ from finetune.errors import UserError
 from finetune.model.adapters import (
     KEYS_OF_PEFT_0_7,
     find_targets,
-    parameter_groups,
     put_lora,
     train_in_full,
     trains_embeddings,
@@ -26,7 +25,11 @@ def adapter(**changes):
         "alpha": 16,
         "dropout": 0.0,
         "targets": ["c_attn", "attn.c_proj", "w1", "w2"],
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "vision_targets": [],
+        "layers_to_transform": None,
+        "bias": "none",
         "rslora": False,
         "dora": False,
         "init": "default",
@@ -169,55 +172,6 @@ def test_auto_embeddings_of_a_checkpoint_that_does_not_say(tiny_model):
     del tiny_model.generation_config.chat_format
     with pytest.raises(UserError, match="train_embeddings: auto"):
         trains_embeddings("auto", tiny_model.generation_config)
-
-
-def groups_of(model, **changes):
-    arguments = {
-        "learning_rate": 1e-4,
-        "learning_rates": {},
-        "vision_layer_decay": None,
-        "weight_decay": 0.1,
-        "no_decay": {name for name, parameter in model.named_parameters() if parameter.ndim == 1},
-    }
-    return parameter_groups(model, **{**arguments, **changes})
-
-
-def rate_of(model, groups, name) -> float:
-    wanted = dict(model.named_parameters())[name]
-    return next(group["lr"] for group in groups if any(wanted is parameter for parameter in group["params"]))
-
-
-def test_every_trained_parameter_is_in_one_group(tiny_model):
-    groups = groups_of(tiny_model, learning_rates={"vision": 1e-5}, vision_layer_decay=0.9)
-    grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in tiny_model.parameters())
-    for group in groups:
-        assert all((parameter.ndim == 1) == (group["weight_decay"] == 0) for parameter in group["params"])
-
-
-def test_a_learning_rate_for_each_component(tiny_model):
-    rates = {"vision": 1e-6, "resampler": 2e-6, "language": 3e-6, "embeddings": None}
-    groups = groups_of(tiny_model, learning_rates=rates)
-    assert {group["component"]: group["lr"] for group in groups} == {**rates, "embeddings": 1e-4}
-
-
-def test_layer_wise_decay_of_the_vision_tower(tiny_model):
-    """0.95 a layer, as the paper has it: what comes after the blocks has the full rate, the patches the lowest."""
-    groups = groups_of(tiny_model, vision_layer_decay=0.95)
-    visual = "transformer.visual."
-    expected = {
-        "conv1.weight": 3,
-        "positional_embedding": 3,
-        "ln_pre.weight": 3,
-        "transformer.resblocks.0.attn.in_proj.weight": 2,
-        "transformer.resblocks.1.mlp.c_fc.bias": 1,
-        "ln_post.weight": 0,
-        "proj": 0,
-        "attn_pool.query": 0,
-    }
-    for name, power in expected.items():
-        assert rate_of(tiny_model, groups, visual + name) == pytest.approx(1e-4 * 0.95**power), name
-    assert rate_of(tiny_model, groups, "transformer.h.0.mlp.w1.weight") == 1e-4
 
 
 def test_the_table_says_what_is_trained(tiny_model):

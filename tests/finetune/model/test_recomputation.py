@@ -115,7 +115,6 @@ def test_packs_keep_their_attention_too():
 TRL_KEYS = {
     "gradient_checkpointing": "true",
     "gradient_checkpointing_kwargs": "{use_reentrant: false}",
-    "activation_offloading": "true",
     "activation_checkpointing": "false",
 }
 

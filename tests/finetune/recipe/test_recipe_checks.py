@@ -14,6 +14,7 @@ data:
 output: o
 """
 EVALUATE = "evaluate.data={path: p, format: messages}"
+VQA = "evaluate.data={path: p, format: vqa}"
 
 
 def refusal(*overrides, text=TEXT):
@@ -48,7 +49,71 @@ def test_both_lines_are_named():
         (["train.eval_strategy=steps"], ["train.eval_strategy", "evaluate"]),
         (["train.eval_on_start=true"], ["train.eval_on_start", "evaluate"]),
         (["train.load_best_model_at_end=true"], ["train.load_best_model_at_end", "evaluate"]),
-        (["train.save_strategy=best"], ["train.save_strategy", "evaluate"]),
+        (["train.save_strategy=best"], ["train.save_strategy", "load_best_model_at_end"]),
+        (["train.metric_for_best_model=loss"], ["train.metric_for_best_model", "evaluate"]),
+        (["train.greater_is_better=false"], ["train.greater_is_better", "evaluate"]),
+        ([EVALUATE, "train.metric_for_best_model=loss"], ["train.metric_for_best_model", "no effect"]),
+        (
+            [EVALUATE, "train.metric_for_best_model=eval_anls", "train.load_best_model_at_end=true"],
+            ["train.metric_for_best_model", "evaluate.task", "the loss alone"],
+        ),
+        (
+            [EVALUATE, "train.greater_is_better=true", "train.load_best_model_at_end=true"],
+            ["train.greater_is_better", "keeps the worst"],
+        ),
+        (
+            [VQA, "evaluate.task=docvqa", "train.greater_is_better=false"],
+            ["train.greater_is_better", "keeps the worst"],
+        ),
+        (
+            [VQA, "evaluate.task=docvqa", "train.metric_for_best_model=eval_loss", "train.greater_is_better=true"],
+            ["train.greater_is_better", "keeps the worst"],
+        ),
+        ([VQA, "evaluate.task=docvqa", "train.save_strategy=no"], ["train.save_strategy", "evaluate.task"]),
+        (
+            [EVALUATE, "evaluate.patience=1", "train.save_strategy=no"],
+            ["train.save_strategy", "load_best_model_at_end"],
+        ),
+        (
+            [EVALUATE, "train.lr_scheduler_type=reduce_lr_on_plateau", "train.lr_scheduler_kwargs={mode: max}"],
+            ["train.lr_scheduler_kwargs", "write mode: min"],
+        ),
+        (["train.lr_scheduler_type=greedy"], ["train.lr_scheduler_type", "reduce_lr_on_plateau"]),
+        (["train.lr_scheduler_type=constant", "train.warmup_steps=3"], ["train.warmup_steps", "constant_with_warmup"]),
+        (
+            ["train.lr_scheduler_type=constant_with_warmup", "train.lr_scheduler_kwargs={min_lr: 0.1}"],
+            ["train.lr_scheduler_kwargs", "no effect"],
+        ),
+        (["train.warmup_steps=1.5"], ["train.warmup_steps"]),
+        ([EVALUATE, "train.eval_steps=5"], ["train.eval_steps", "train.eval_strategy", "once an epoch"]),
+        ([EVALUATE, "train.eval_delay=4"], ["train.eval_delay", "train.num_train_epochs"]),
+        (
+            [EVALUATE, "train.eval_strategy=steps", "train.eval_delay=9", "train.max_steps=8"],
+            ["train.eval_delay", "train.max_steps"],
+        ),
+        (["train.optim=lomo"], ["train.optim", "backward"]),
+        (["train.optim=schedule_free_adamw"], ["train.optim", "evaluated and saved"]),
+        (["train.optim=galore_adamw"], ["train.optim", "projects"]),
+        (["train.optim=stable_adamw"], ["train.optim", "optimizer=..."]),
+        (["train.optim=sgd", "train.adam_beta1=0.8"], ["train.adam_beta1", "train.optim", "no effect"]),
+        (["train.optim=lion_32bit", "train.adam_epsilon=1e-6"], ["train.adam_epsilon", "train.optim", "no effect"]),
+        (["train.optim_args='momentum=0.9'"], ["train.optim_args", "train.optim", "takes no momentum"]),
+        (["train.optim=sgd", "train.optim_args='momentun=0.9'"], ["train.optim_args", "momentum, dampening"]),
+        (["train.optim=sgd", "train.optim_args='weight_decay=0.1'"], ["train.optim_args", "use train.weight_decay"]),
+        (["train.optim=sgd", "train.optim_args=fast"], ["train.optim_args", "no setting"]),
+        (
+            ["train.gradient_checkpointing_kwargs={use_reentrant: true}"],
+            ["train.gradient_checkpointing_kwargs", "use_reentrant: false"],
+        ),
+        (
+            ["train.activation_checkpointing_kwargs={preserve_rng_state: false}"],
+            ["train.activation_checkpointing_kwargs", "set checkpointing"],
+        ),
+        (
+            ["train.gradient_checkpointing=true", "train.activation_checkpointing=false"],
+            ["train.activation_checkpointing", "train.gradient_checkpointing"],
+        ),
+        (["train.report_to=[none, wandb]"], ["train.report_to", "none stands alone"]),
         (["train.lr_scheduler_type=reduce_lr_on_plateau"], ["train.lr_scheduler_type", "evaluate"]),
         ([EVALUATE, "evaluate.patience=2", "train.eval_strategy=no"], ["evaluate.patience", "train.eval_strategy"]),
         (
@@ -103,7 +168,16 @@ def test_contradiction(overrides, keys):
         # Evaluation is once an epoch by default, saving every 500 steps: the best is saved besides.
         [EVALUATE, "train.load_best_model_at_end=true"],
         [EVALUATE, "train.load_best_model_at_end=true", "train.eval_strategy=steps", "train.eval_steps=300"],
-        [EVALUATE, "train.load_best_model_at_end=true", "train.save_strategy=best"],
+        [EVALUATE, "train.load_best_model_at_end=true", "train.metric_for_best_model=loss"],
+        [EVALUATE, "evaluate.patience=1", "train.greater_is_better=false"],
+        [EVALUATE, "evaluate.patience=1", "train.load_best_model_at_end=false", "train.save_strategy=no"],
+        [VQA, "evaluate.task=docvqa", "train.greater_is_better=true"],
+        [VQA, "evaluate.task=docvqa", "train.metric_for_best_model=eval_loss"],
+        [VQA, "evaluate.task=docvqa", "train.load_best_model_at_end=false", "train.save_strategy=no"],
+        [EVALUATE, "train.lr_scheduler_type=reduce_lr_on_plateau", "train.lr_scheduler_kwargs={mode: min}"],
+        ["train.optim=sgd", "train.optim_args='momentum=0.9, nesterov=true'", "train.adam_beta1=0.9"],
+        ["train.gradient_checkpointing_kwargs={use_reentrant: false}"],
+        ["train.lr_scheduler_type=constant_with_warmup", "train.warmup_steps=3"],
         ["data.tokens_per_batch=2048"],
         ["data.tokens_per_batch=auto"],
         ["data.max_length=null", "data.tokens_per_batch=512"],

@@ -21,7 +21,8 @@ def test_train_fields_are_those_of_the_installed_trl():
 
 
 def test_every_field_is_taken_or_owned():
-    ours = {"learning_rates", "vision_layer_decay", "checkpointing"}
+    ours = {"parallel", "save_minutes", "checkpointing"}
+    ours |= {"learning_rates", "loraplus_lr_ratio", "vision_layer_decay"}
     assert set(Train.model_fields) - ours == set(FIELDS) - set(OWNED)
     for name in (*OWNED, *DECIDING, *LIMITS):
         assert name in FIELDS

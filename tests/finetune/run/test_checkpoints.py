@@ -280,6 +280,25 @@ def test_prune(tmp_path, keep, also_keep, left):
     assert removed == [tmp_path / f"step-{step}" for step in (10, 20, 30, 40) if step not in left]
 
 
+@pytest.mark.parametrize(
+    ("keep", "passing", "left"),
+    [
+        (2, [10, 30, 50], [20, 40, 50]),  # the newest that passes, beside those that are counted
+        (2, [10, 30], [40, 50]),
+        (1, [20, 30, 40, 50], [10, 50]),
+        (1, [10, 20, 30, 40, 50], [40, 50]),
+        (None, [10, 20, 40], [30, 50]),
+        (None, [10, 20, 40, 50], [30, 50]),
+        (None, [], [10, 20, 30, 40, 50]),
+    ],
+)
+def test_prune_takes_what_passes_first(tmp_path, keep, passing, left):
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, step)
+    prune(tmp_path, keep, passing={tmp_path / f"step-{step}" for step in passing})
+    assert names(tmp_path) == [f"step-{step}" for step in left]
+
+
 def test_prune_keeps_the_last_good(tmp_path):
     for step in (10, 20, 30, 40):
         save(tmp_path, step)

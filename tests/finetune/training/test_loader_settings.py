@@ -1,43 +1,43 @@
 """Loader workers: the same batches as without, uint8, made ahead of the step."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from recipes_for_tests import write_recipe
 
-from finetune.model.base import find_base
-from finetune.model.computing import choose_backends
 from finetune.recipe import load_recipe
 from finetune.run.folder import RunFolder
 from finetune.run.left_out import LeftOut
 from finetune.terminal import say_nothing
 from finetune.training import trainer_setup
-from finetune.training.arguments import loader_settings, trainer_arguments
+from finetune.training.arguments import loader_settings
 from finetune.training.interrupts import StopOnSignal
+from finetune.training.opened_run import open_run
+from finetune.training.parallel import Parallel
 from finetune.training.phases import Phases
 from finetune.training.progress import Progress
 from finetune.training.trained_model import load_trained_model
-from finetune.training.training_data import read_data
-from finetune.training.training_plan import plan_training
+from finetune.training.training_plan import plan_training, settle_arguments
 from qwenvl.checkpoint.record import ModelRecord
 
 
-def make_trainer(folder, workers):
-    evaluation = {"data": {"path": str(folder / "eval.jsonl"), "format": "messages"}, "predictions": 0}
-    file = write_recipe(folder, data__workers=workers, evaluate=evaluation, train__per_device_train_batch_size=3)
+def open_recipe(file):
     recipe = load_recipe(file)
-    base = find_base(recipe.model)
-    data = read_data(recipe, base.processor, say_nothing, show_progress=False)
-    plan = plan_training(recipe, base.path, data.checked["train"], None, say_nothing)
-    computing = choose_backends(recipe.model)
-    trained = load_trained_model(recipe, base, computing, plan.switches, data.checked["train"], say_nothing)
+    return open_run(recipe, Parallel(), RunFolder(recipe.output), None, ExitStack(), say_nothing, extend=False)
+
+
+def make_trainer(folder, workers, **changes):
+    evaluation = {"data": {"path": str(folder / "eval.jsonl"), "format": "messages"}, "predictions": 0}
+    changes = {"train__per_device_train_batch_size": 3, **changes}
+    opened = open_recipe(write_recipe(folder, data__workers=workers, evaluate=evaluation, **changes))
+    plan = plan_training(opened, say_nothing)
+    arguments = settle_arguments(opened, plan, say_nothing, own_optimizer=False)
     return trainer_setup.make_trainer(
-        recipe,
-        RunFolder(folder / "run"),
-        base,
-        data,
+        opened,
         plan,
-        trained,
-        trainer_arguments(recipe, plan.switches, None),
+        load_trained_model(opened, plan.switches, arguments, say_nothing),
+        arguments,
         None,
         ModelRecord(),
         LeftOut(None, "error"),
@@ -45,7 +45,6 @@ def make_trainer(folder, workers):
         progress=Progress(),
         phases=Phases("load"),
         optimizer=None,
-        is_main=True,
     )
 
 
@@ -76,6 +75,14 @@ def test_batches_are_the_same_with_workers(tmp_path):
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(14)) and orders[0] != orders[1]
 
 
+def test_an_incomplete_batch_is_dropped_in_training_alone(tmp_path):
+    settings = {"train__dataloader_drop_last": True, "train__per_device_eval_batch_size": 3}
+    trainer = make_trainer(tmp_path, 0, **settings)
+    assert [len(batch["sequence_lengths"]) for batch in trainer.get_train_dataloader()] == [3, 3, 3, 3]  # of 14
+    assert [len(batch["sequence_lengths"]) for batch in trainer.get_eval_dataloader()] == [3, 1]
+    assert trainer.args.dataloader_drop_last is True
+
+
 @pytest.mark.parametrize(("workers", "accumulation", "ahead"), [(2, 1, 2), (2, 16, 8), (3, 16, 6), (8, 8, 2)])
 def test_the_next_optimizer_step_is_made_ahead(workers, accumulation, ahead):
     settings = loader_settings(workers, accumulation)
@@ -87,10 +94,7 @@ def test_the_next_optimizer_step_is_made_ahead(workers, accumulation, ahead):
 
 def test_a_recipe_may_say_otherwise(tmp_path):
     file = write_recipe(tmp_path, data__workers=2, train__dataloader_prefetch_factor=5)
-    recipe = load_recipe(file)
-    base = find_base(recipe.model)
-    data = read_data(recipe, base.processor, say_nothing, show_progress=False)
-    plan = plan_training(recipe, base.path, data.checked["train"], None, say_nothing)
-    arguments = trainer_arguments(recipe, plan.switches, None)
+    opened = open_recipe(file)
+    arguments = settle_arguments(opened, plan_training(opened, say_nothing), say_nothing, own_optimizer=False)
     assert (arguments.dataloader_prefetch_factor, arguments.dataloader_num_workers) == (5, 2)
     assert arguments.dataloader_pin_memory is torch.cuda.is_available()

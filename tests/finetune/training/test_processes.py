@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 from recipes_for_tests import ROOT
 
 from finetune.errors import Failed, Interrupted
-from finetune.training.processes import closing_process_group
+from finetune.training.processes import closing_process_group, stop_together
 
 
 @pytest.fixture
@@ -54,11 +55,22 @@ def test_the_callers_own_group_stays(open_group):
     assert dist.is_initialized()
 
 
+def test_all_stop_where_one_has_failed(open_group, monkeypatch):
+    open_group()
+    device = torch.device("cpu")
+    stop_together(None, device)
+    with pytest.raises(Failed, match="the loss is nan"):
+        stop_together(Failed("the loss is nan"), device)
+    monkeypatch.setattr(dist, "all_reduce", lambda failed, op: failed.fill_(1))
+    with pytest.raises(Failed, match="another process of this run failed"):
+        stop_together(None, device)
+
+
 REPEATED = """
 import sys
 import torch
 import torch.distributed as dist
-from finetune.training.processes import closing_process_group
+from finetune.training.processes import closing_process_group, stop_together
 
 def train(rank, folder, number):
     with closing_process_group():

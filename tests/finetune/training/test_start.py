@@ -31,7 +31,7 @@ def start_of(run, recipe, identity=None, **stored):
     identity = run_identity(recipe, {}, BASE) if identity is None else identity
     if stored:
         run.write_run({"identity": run_identity(recipe, {}, BASE), **stored})
-    return find_start(run, recipe, identity, run.read_run(), say_nothing, is_main=True)
+    return find_start(run, recipe, identity, run.read_run(), say_nothing)
 
 
 def save(run: RunFolder, step: int):
@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run, recipe
     (run.checkpoints / "step-4" / "state").write_text("5")
     run.write_run({"identity": run_identity(recipe, {}, BASE), "status": "running"})
     said: list[str] = []
-    start = find_start(run, recipe, run_identity(recipe, {}, BASE), run.read_run(), collect(said), is_main=True)
+    start = find_start(run, recipe, run_identity(recipe, {}, BASE), run.read_run(), collect(said))
     assert start == Resume(run.checkpoints / "step-2", 2)
     assert "step-4 is damaged" in said[0] and said[1] == "resume      from step 2"
 
@@ -141,3 +141,63 @@ def test_keys_that_recipes_got_later_are_no_difference(run, recipe):
     other["recipe"]["data"]["box_edge"] = "clamp"
     with pytest.raises(UserError, match=r'recipe\.data\.box_edge: "error" -> "clamp"'):
         start_of(run, recipe, other)
+
+
+def test_fields_that_are_refused_by_now_are_no_difference(run, recipe):
+    """A run of before goes on if it left them alone, and else says what it had."""
+    stored = run_identity(recipe, {}, BASE)
+    stored["recipe"]["train"] |= {"save_only_model": False, "torch_compile": False, "accelerator_config": None}
+    run.write_run({"identity": stored})
+    save(run, 2)
+    assert start_of(run, recipe) == Resume(run.checkpoints / "step-2", 2)
+    stored["recipe"]["train"]["torch_compile"] = True
+    run.write_run({"identity": stored})
+    with pytest.raises(UserError, match=r"recipe\.train\.torch_compile: true -> \(absent\)"):
+        start_of(run, recipe)
+
+
+def changed(folder, *overrides, before=(), **changes):
+    """Find where a run stands whose recipe was changed since it began; return what is said."""
+    file = write_recipe(folder, **changes)
+    then, now = load_recipe(file, before), load_recipe(file, [*before, *overrides])
+    run = RunFolder(then.output)
+    run.write_run({"identity": run_identity(then, {}, BASE)})
+    save(run, 2)
+    said: list[str] = []
+    find_start(run, now, run_identity(now, {}, BASE), run.read_run(), collect(said))
+    return said
+
+
+def test_most_new_tokens_may_change_where_they_decide_no_score(tmp_path):
+    evaluation = {"data": [{"path": str(tmp_path / "eval.jsonl"), "format": "messages"}]}
+    assert changed(tmp_path, "evaluate.max_new_tokens=9", evaluate=evaluation)
+    scored = evaluation | {"task": "custom", "metric": "anls"}
+    with pytest.raises(UserError, match=r"evaluate\.max_new_tokens: 64 -> 9"):
+        changed(tmp_path, "evaluate.max_new_tokens=9", evaluate=scored)
+
+
+def test_steps_of_the_log_may_change_where_they_are_not_those_of_the_evaluation(tmp_path):
+    evaluation = {"data": [{"path": str(tmp_path / "eval.jsonl"), "format": "messages"}]}
+    by_steps = ["train.eval_strategy=steps"]
+    assert changed(tmp_path, "train.logging_steps=3", evaluate=evaluation)
+    assert changed(tmp_path, "train.logging_steps=3", evaluate=evaluation, before=[*by_steps, "train.eval_steps=2"])
+    with pytest.raises(UserError, match=r"train\.logging_steps: 1 -> 3"):
+        changed(tmp_path, "train.logging_steps=3", evaluate=evaluation, before=by_steps)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("train.save_strategy=epoch", "train.save_total_limit=5", "train.log_level=info", "train.run_name=other"),
+        *("train.gradient_checkpointing=true", "train.report_to=[wandb]", "train.dataloader_pin_memory=false"),
+    ],
+)
+def test_what_changes_no_number_may_change(tmp_path, override):
+    assert changed(tmp_path, override) == ["resume      from step 2"]
+
+
+@pytest.mark.parametrize("override", ["model.attention=sdpa", "data.tokens_per_batch=3000", "data.vision_cache=disk"])
+def test_what_changes_rounding_is_told(tmp_path, override):
+    _, said = changed(tmp_path, override)
+    key, value = override.split("=")
+    assert key in said and value in said and "not bit for bit as it would have" in said

@@ -50,3 +50,14 @@ def test_summary_with_losses_that_are_not_numbers():
 def test_scores_of_sources_stand_behind_that_of_all():
     history = [{"step": step, "eval_anls": step / 10, "eval_anls_old": 1 - step / 10} for step in (0, 5)]
     assert "eval anls   0.0000 -> 0.5000 (old 1.0000 -> 0.5000)" in lines(history, wall_seconds=3.0, run="a")
+
+
+def test_parts_and_the_step_that_is_saved():
+    history = [{"step": step, "eval_loss": loss, "eval_anls": 0.5} for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0))]
+    said = lines(history, wall_seconds=60, run="a", parts=3, tokens=10, images=2, supervised=4, saved_step=10)
+    assert said[:3] == [
+        "steps       30 in 1m 00s, in 3 parts",
+        "trained on  10 tokens (4 supervised), 2 images",
+        "eval loss   3.0000 -> 1.0000 at step 20 (best), 2.0000 at the end, 3.0000 at step 10, which is saved",
+    ]
+    assert said[3] == "eval anls   0.5000 -> 0.5000, 0.5000 at step 10, which is saved"

@@ -166,4 +166,4 @@ def test_throughput_is_logged(make_trainer):
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert logged["tokens_per_second"] > 0 and logged["images_per_second"] > 0
     assert logged["peak_memory_bytes"] > 1e8
-    assert trainer.throughput.all_images == 7
+    assert trainer.throughput.totals().images == 7

@@ -18,9 +18,9 @@ from finetune.errors import Interrupted
 from finetune.recipe import load_recipe
 from finetune.training.epoch_sampler import EpochSampler
 from finetune.training.interrupts import StopOnSignal
-from finetune.training.run_record import EACH_EPOCH, ONCE, WEIGHTS
 from finetune.training.train import train
 from finetune.training.trainer import QwenVLTrainer
+from finetune.training.training_data import EACH_EPOCH, ONCE, WEIGHTS
 
 # 3 rows, and 4 of which an epoch draws 1.6: 5 samples an epoch, 3 steps, 4 epochs.
 SETTINGS = {
@@ -50,8 +50,10 @@ def seen(monkeypatch):
     step = QwenVLTrainer.training_step
 
     def look(self, model, inputs, *args, **kwargs):
-        batches.append(inputs["samples"].tolist())
-        return step(self, model, inputs, *args, **kwargs)
+        samples = inputs["samples"].tolist()
+        loss = step(self, model, inputs, *args, **kwargs)
+        batches.append(samples)  # not those of a step that was abandoned
+        return loss
 
     monkeypatch.setattr(QwenVLTrainer, "training_step", look)
     return batches
