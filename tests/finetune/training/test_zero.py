@@ -118,9 +118,9 @@ def test_any_checkpoint_becomes_a_model(ran, tmp_path, kind, way):
 
 @pytest.mark.parametrize("way", STAGES)
 def test_the_best_checkpoint_is_the_result(tmp_path, way):
-    """Another learning rate makes the loss worse again."""
-    changes = {"train__learning_rate": 3.0, "train__load_best_model_at_end": True, "train__eval_steps": 2}
-    changes["train__lr_scheduler_type"] = "constant"
+    """A weight decay that doubles the weights at each step makes the loss worse again."""
+    changes = {"train__weight_decay": 300.0, "train__learning_rate": 1e-2, "train__lr_scheduler_type": "constant"}
+    changes |= {"train__warmup_steps": 0, "train__load_best_model_at_end": True, "train__eval_steps": 2}
     train(recipe_of(tmp_path, LORA, 2, **changes), 2, way)
     losses = {step: value for (step, key), value in logged(tmp_path).items() if key == "eval_loss"}
     best = min(losses, key=losses.get)
