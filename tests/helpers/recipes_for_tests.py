@@ -91,3 +91,15 @@ def finetune(
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def scored_questions(folder: Path, count: int) -> dict:
+    """An `evaluate` section that scores short replies to questions on images, which it writes into the folder."""
+    questions = [{"image": str(IMAGES[n]), "question": f"Number {n}?", "answers": ["a"]} for n in range(count)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    return {
+        "data": [{"path": str(folder / "questions.jsonl"), "format": "vqa"}],
+        "task": "docvqa",
+        "predictions": 0,
+        "max_new_tokens": 4,
+    }

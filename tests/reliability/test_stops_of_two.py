@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipes_for_tests import IMAGES, finetune, write_recipe
+from recipes_for_tests import finetune, scored_questions, write_recipe
 
 TWO = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
 HELPER = Path(__file__).parent.parent / "helpers" / "signal_at.py"
@@ -15,14 +15,7 @@ HELPER = Path(__file__).parent.parent / "helpers" / "signal_at.py"
 
 def make(folder: Path, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    questions = [{"image": str(IMAGES[n]), "question": f"Number {n}?", "answers": ["a"]} for n in range(4)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    evaluate = {
-        "data": [{"path": str(folder / "questions.jsonl"), "format": "vqa"}],
-        "task": "docvqa",
-        "predictions": 0,
-        "max_new_tokens": 4,
-    }
+    evaluate = scored_questions(folder, 4)
     settings = {"train__eval_strategy": "steps", "train__eval_steps": 2, "train__max_steps": 5, "evaluate": evaluate}
     settings |= {"train__save_steps": 500, "train__logging_steps": 2, "train__per_device_eval_batch_size": 1}
     return write_recipe(folder, **settings | changes)

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from recipes_for_tests import IMAGES, write_recipe
+from recipes_for_tests import scored_questions, write_recipe
 from said import collect
 
 from finetune.errors import Interrupted
@@ -26,14 +26,7 @@ EPOCHS = {"train__eval_strategy": "epoch"}
 def make(folder: Path, **changes) -> Path:
     """Four steps an epoch, of four micro-batches; it ends inside of the second epoch, and logs each third step."""
     folder.mkdir(parents=True, exist_ok=True)
-    questions = [{"image": str(IMAGES[n]), "question": f"Number {n}?", "answers": ["a"]} for n in range(3)]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    evaluate = {
-        "data": [{"path": str(folder / "questions.jsonl"), "format": "vqa"}],
-        "task": "docvqa",
-        "predictions": 0,
-        "max_new_tokens": 4,
-    }
+    evaluate = scored_questions(folder, 3)
     settings = {"evaluate": evaluate, "train__max_steps": 6, "train__logging_steps": 3, "train__save_steps": 500}
     return write_recipe(folder, **settings | changes)
 
