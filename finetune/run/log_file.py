@@ -92,14 +92,18 @@ class _LogHandler(logging.Handler):
     def __init__(self, log: RunLog):
         super().__init__(logging.WARNING)
         self.log = log
+        self._last: logging.LogRecord | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record is self._last:  # it was heard at Transformers' logger and has come to the root's
+            return
+        self._last = record
         self.log.write(f"{record.levelname.lower():<11} {record.name}: {record.getMessage()}")
 
 
 def _hear_warnings(log: RunLog, stack: contextlib.ExitStack) -> None:
     handler = _LogHandler(log)
-    # Transformers' logger hands nothing on to the root's handlers.
+    # Transformers' logger hands nothing on to the root's handlers, unless the environment has CI=1.
     for logger in (logging.getLogger(), logging.getLogger("transformers")):
         logger.addHandler(handler)
         stack.callback(logger.removeHandler, handler)

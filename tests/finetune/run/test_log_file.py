@@ -37,7 +37,9 @@ def test_what_is_said_before_the_run_is_known_comes_first(tmp_path):
         ]
 
 
-def test_warnings_and_the_last_sentence(tmp_path, caplog):
+@pytest.mark.parametrize("propagate", [False, True])  # True is Transformers' own where the environment has CI=1
+def test_warnings_and_the_last_sentence(tmp_path, caplog, monkeypatch, propagate):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", propagate)
     caplog.set_level(logging.WARNING, logger="transformers")
     file = tmp_path / "log.txt"
     before = warnings.showwarning, list(logging.getLogger().handlers)
