@@ -1,0 +1,1 @@
+"""The language model of a GGUF folder in llama.cpp."""
