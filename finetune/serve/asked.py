@@ -36,11 +36,6 @@ class Asked:
     sampling: Sampling = GREEDY
     deadline: float | None = None
 
-    @property
-    def tokens(self) -> int:
-        """Most tokens that the replies have in the batch, each with its prompt."""
-        return self.n * (len(self.ids) + self.max_new_tokens)
-
 
 @dataclass(frozen=True)
 class ChoiceToken:
@@ -77,7 +72,7 @@ class Ended:
     usage: Usage
 
 
-Cause = Literal["image", "memory", "timeout", "closing", "fault"]
+Cause = Literal["input", "memory", "timeout", "closing", "fault"]
 
 
 @dataclass(frozen=True)
@@ -85,14 +80,22 @@ class Refused:
     """There will be no more of the replies. The last event.
 
     Attributes:
-        cause: an image that cannot be read; the prompt and its reply do not fit into memory; the deadline has passed;
-            the engine is closing; or a fault of ours, which is logged.
+        cause: what was asked is wrong (an image that cannot be read, say); the prompt and its reply do not fit into
+            memory; the deadline has passed; the engine is closing; or a fault of ours, which is logged.
         message: for whoever asked.
     """
 
     cause: Cause
     message: str
 
+
+REFUSALS: dict[Cause, str] = {
+    "memory": "the device's memory does not hold the prompt and its reply: ask for fewer tokens, images or replies",
+    "timeout": "the time allowed for the request has passed",
+    "closing": "the server is stopping",
+    "fault": "a fault of the server, which is in its log",
+}
+"""What is said, where there is no more to say."""
 
 Event = ChoiceToken | Ended | Refused
 
