@@ -8,8 +8,8 @@ question is asked twice in a phase, and no page is shown in two phases. One at a
 one another; of many clients at once, each asks about pages of its own. Arrivals are evenly spaced, at 70 % of the
 requests a second that the many clients of the same round had.
 
-On a machine that does other work, times vary by more than what is measured: the phases alternate, and ratios are of the
-phases of one round. `nano` is `examples/nano`. `mid` has random weights, which are written to a temporary folder:
+On a machine that does other work, times vary by more than what is measured: the phases alternate, and ratios are of
+the phases of one round. `nano` is `examples/nano`. `mid` has random weights, which are written to a temporary folder:
 hidden size 1,024, 8 layers, 101 M parameters in its layers, 6 layers of width 512 in its vision transformer, the
 nano's vocabulary (752 tokens) and images (140 x 140 pixels, 100 positions). On two cores its decoding step is nearly
 all matrix products; its replies are as long as they may be.

@@ -15,7 +15,7 @@ import torch
 
 from finetune.export.qwen2_prompt_embeddings import encoded_for_server
 from finetune.replies.running_batch import TokenLogprob
-from finetune.replies.sampling import Sampling
+from finetune.replies.sampling import GREEDY, Sampling
 
 TOKEN_ID = "token_id:"
 """How vLLM writes a token with `return_tokens_as_token_ids`."""
@@ -27,7 +27,7 @@ def completion_request(
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int],
-    sampling: Sampling,
+    sampling: Sampling = GREEDY,
 ) -> dict[str, Any]:
     """The body of a streamed request for one reply.
 

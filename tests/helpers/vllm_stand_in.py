@@ -19,12 +19,13 @@ from typing import Annotated, Any
 
 import torch
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+NewToken = tuple[int, torch.Tensor, str | None]
 INT64 = Field(ge=-(2**63), le=2**63 - 1)
 
 
@@ -183,7 +184,7 @@ class StandIn:
         kept = chances.cumsum(-1) - chances < (asked.top_p or 1.0)
         return int(ids[torch.multinomial(chances * kept, 1, generator=draws)])
 
-    def choice(self, asked: CompletionRequest, tokens: list[tuple[int, torch.Tensor, str | None]]) -> dict[str, Any]:
+    def choice(self, asked: CompletionRequest, tokens: list[NewToken]) -> dict[str, Any]:
         ids, finish = [token for token, _, _ in tokens], tokens[-1][2]
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish, "stop_reason": None}
         shown = ids[:-1] if finish == "stop" else ids
@@ -213,7 +214,11 @@ class StandIn:
 
 
 def make_app(stand_in: StandIn) -> FastAPI:
-    app = FastAPI()
+    def authorized(request: Request) -> None:
+        if stand_in.key is not None and request.headers.get("authorization") != f"Bearer {stand_in.key}":
+            raise Refused("Unauthorized", 401)
+
+    app = FastAPI(dependencies=[Depends(authorized)])
 
     @app.exception_handler(Refused)
     async def refused(_: Request, refusal: Refused) -> JSONResponse:
@@ -222,12 +227,6 @@ def make_app(stand_in: StandIn) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         return JSONResponse({"error": Refused(str(error.errors())).error}, 400)
-
-    @app.middleware("http")
-    async def authorized(request: Request, call_next: Any) -> Any:
-        if stand_in.key is not None and request.headers.get("authorization") != f"Bearer {stand_in.key}":
-            return JSONResponse({"error": "Unauthorized"}, 401)
-        return await call_next(request)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
