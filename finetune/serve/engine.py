@@ -101,7 +101,7 @@ class Engine:
     ) -> None:
         self._model, self._max_queue = model, max_queue
         self._bounds = bounds or BatchBounds()
-        self._context = model.decoder.context
+        self._context, self._most_rows = model.decoder.context, self._bounds.rows
         cache = FeatureCache(keep_feature_bytes)
         self._encoder = PictureEncoder(model.encode, cache)
         self._readers = None if model.image_processor is None else PictureReaders(model.image_processor, cache)
@@ -135,6 +135,8 @@ class Engine:
                 f"the prompt has {len(asked.ids):,} tokens and the reply up to {asked.max_new_tokens:,}, and the "
                 f"model takes {self._context:,} together"
             )
+        if asked.n > self._most_rows:
+            raise UserError(f"{asked.n} replies are asked for, and at most {self._most_rows} grow together")
         if asked.images and self._readers is None:
             raise UserError("this model takes no images: leave them out")
         if asked.sampling.seed is None:
@@ -214,8 +216,8 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait_for_news():
-                self._run_given_work()
                 self._remove_unwanted()
+                self._run_given_work()  # what drops an adapter comes after what had it
                 self._schedule.join_waiting()
                 self._schedule.step()
         except BaseException:
@@ -279,7 +281,8 @@ class Engine:
                     work.pictures = read
                 self._news.notify()
 
-        self._readers.read(images, f"{work.asked.adapter or ''} ", lambda: not self._is_unwanted(work), done)
+        key_prefix = f"{self._model.vision_key(work.asked.adapter)} "
+        self._readers.read(images, key_prefix, lambda: not self._is_unwanted(work), done)
 
     def _run_given_work(self) -> None:
         while self._between:
