@@ -30,6 +30,7 @@ class ScriptedDecoder:
     """
 
     def __init__(self, script: Script, end: int, vocabulary: int, *, context: int = 4096, held: bool = False) -> None:
+        self.most_rows = self.most_tokens = None
         self._script, self._end, self._vocabulary, self.context = script, end, vocabulary, context
         self._next = 0
         self._rows: dict[int, list[int]] = {}  # what each row will still say

@@ -1,5 +1,6 @@
 """The engine on a decoder whose replies are scripted: nothing here is computed, and every order is exact."""
 
+import itertools
 import queue
 import threading
 import time
@@ -144,7 +145,7 @@ def test_running_replies_wait_for_one_prefill_at_a_time(open_house):
     # 3 + 2 tokens together, then the long one by itself, then the last.
     joins = [index for index, what in enumerate(order) if what.startswith("join")][1:]
     assert [order[index] for index in joins] == ["join 5", "join 9", "join 4"]
-    assert all("step" in order[one:other] for one, other in zip(joins, joins[1:], strict=False))
+    assert all("step" in order[one:other] for one, other in itertools.pairwise(joins))
 
 
 def test_a_cancelled_request_leaves_before_the_next_step(open_house):
