@@ -11,6 +11,7 @@ from finetune.replies.decoder import Decoder
 from finetune.replies.model_style import ModelUse, find_use
 from finetune.replies.replies import without_adapter
 from finetune.replies.task_replies import Style
+from finetune.replies.torch_decoder import TorchDecoder
 from finetune.serve.adapters import MERGE, ModelAdapters, changes_base
 from finetune.serve.asked_name import Asking, as_asked, name_of, use_of_adapter
 from finetune.serve.served_names import ServedNames
@@ -53,7 +54,7 @@ def open_served(
     prompt: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
-    make_decoder: Callable[[torch.nn.Module], Decoder],
+    make_decoder: Callable[[torch.nn.Module], Decoder] = TorchDecoder,
 ) -> tuple[OpenedModel, ServedNames]:
     """Open a model to be served, with adapters by name.
 
