@@ -72,7 +72,7 @@ class Ended:
     usage: Usage
 
 
-Cause = Literal["input", "memory", "timeout", "closing", "fault"]
+Cause = Literal["input", "memory", "timeout", "closing", "fault", "unreachable", "upstream"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Refused:
 
     Attributes:
         cause: what was asked is wrong (an image that cannot be read, say); the prompt and its reply do not fit into
-            memory; the deadline has passed; the engine is closing; or a fault of ours, which is logged.
+            memory; the deadline has passed; the engine is closing; or a fault of ours, which is logged. Where another
+            server makes the replies: it does not answer now; or it answers with an error.
         message: for whoever asked.
     """
 
@@ -95,7 +96,7 @@ REFUSALS: dict[Cause, str] = {
     "closing": "the server is stopping",
     "fault": "a fault of the server, which is in its log",
 }
-"""What is said, where there is no more to say."""
+"""What is said, where there is no more to say; for the other causes there always is."""
 
 Event = ChoiceToken | Ended | Refused
 

@@ -8,20 +8,33 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from finetune.batches.image_request import ImageRequest
+from finetune.errors import InputError, UserError
 from finetune.export.qwen2_prompt_embeddings import PromptEncoder
 from finetune.replies.running_batch import NewToken, TokenLogprob
 from finetune.replies.text_stream import TextStream, TokenBytes
-from finetune.serve.asked import Asked, ChoiceToken, Ended, EngineClosed, Event, QueueFull, Refused, Usage
+from finetune.serve.asked import (
+    REFUSALS,
+    Asked,
+    ChoiceToken,
+    Ended,
+    EngineClosed,
+    Event,
+    QueueFull,
+    Refused,
+    Usage,
+)
+from finetune.serve.engine import EngineState
 from finetune.serve.feature_cache import FeatureCache
 from finetune.serve.picture_reading import Picture, PictureReaders
 from finetune.serve.vllm_completions import Piece, completion_request
 from finetune.serve.vllm_server import ServedThere, ServerFailed, Streams, VllmServer
-from qwenvl.images.images import ImageError
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +60,9 @@ class VllmEngine:
     before several that serve the same folder behind a balancer. One thread of its own talks to the server, and one
     encodes images.
 
+    Attributes:
+        context: most tokens of a prompt and its reply.
+
     Args:
         server: that serves the folder.
         served: what it says of its model.
@@ -59,20 +75,21 @@ class VllmEngine:
         self, server: VllmServer, served: ServedThere, encoder: PromptEncoder, *, max_open: int, image_bytes: int
     ) -> None:
         self._server, self._served, self._encoder, self._max_open = server, served, encoder, max_open
+        # Beyond the context of its training the exported model computes something else, without an error.
+        self.context = min(encoder.config.seq_length, served.context or encoder.config.seq_length)
         self._token_bytes = TokenBytes(encoder.processor.tokenizer)
         self._features = FeatureCache(image_bytes)
         self._readers = PictureReaders(encoder.processor.image_processor, self._features)
         self._encoding = ThreadPoolExecutor(1, "encode-images")
         self._open: set[VllmTicket] = set()
         self._lock = threading.Lock()
-        self._closing = False
+        self._close_at: float | None = None
+        self._prompt_tokens = self._reply_tokens = self._pictures = self._pictures_encoded = 0
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._connections: Streams
         begun = threading.Event()
-        self._thread = threading.Thread(
-            target=self._loop.run_until_complete, args=[self._run(begun)], name="vllm", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run_loop, args=[begun], name="vllm", daemon=True)
         self._thread.start()
         begun.wait()
 
@@ -87,32 +104,87 @@ class VllmEngine:
         Raises:
             QueueFull: as many requests are open as may be.
             EngineClosed: it takes no more.
+            UserError: the server's model cannot hold it.
         """
+        if self.context < len(asked.ids) + asked.max_new_tokens:
+            raise UserError(
+                f"the prompt has {len(asked.ids):,} tokens and the reply up to {asked.max_new_tokens:,}, and the "
+                f"model takes {self.context:,} together"
+            )
         ticket = VllmTicket()
         with self._lock:
-            if self._closing:
+            if self._close_at is not None or not self._thread.is_alive():
                 raise EngineClosed
-            if len(self._open) >= self._max_open:
+            if self.is_full:
                 raise QueueFull
             self._open.add(ticket)
-        ticket.task = asyncio.run_coroutine_threadsafe(self._reply(asked, on_event, ticket), self._loop)
+            ticket.task = asyncio.run_coroutine_threadsafe(self._reply(asked, on_event, ticket), self._loop)
         ticket.task.add_done_callback(lambda _: self._left(ticket))
         if not ticket.is_wanted:  # cancelled before it had a task
             ticket.task.cancel()
         return ticket
 
+    def run_between_steps(self, work: Callable[[], T]) -> "Future[T]":
+        """Run `work` at once: the model is not here, and nothing is loaded into it."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
     def close(self, grace: float) -> None:
-        """Take no more requests, let those that were taken finish for `grace` seconds, and end the others. Returns
-        once the thread has ended."""
+        """Take no more requests, let those that were taken finish for `grace` seconds, and end the others.
+
+        May be called again, from another thread, with less time. Returns once the thread has ended.
+        """
         with self._lock:
-            self._closing = True
-        deadline = time.monotonic() + grace
-        while self._open and time.monotonic() < deadline:
+            end = time.monotonic() + grace
+            self._close_at = end if self._close_at is None else min(self._close_at, end)
+        while self._open and time.monotonic() < self._close_at:
             time.sleep(0.02)
-        self._loop.call_soon_threadsafe(self._stop.set)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._readers.close()
-        self._encoding.shutdown()
+        self._encoding.shutdown(wait=False)
+
+    @property
+    def failed(self) -> bool:
+        """Whether its thread has ended by itself."""
+        return self._close_at is None and not self._thread.is_alive()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `submit` would raise `QueueFull`."""
+        return len(self._open) >= self._max_open
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether `close` was called."""
+        return self._close_at is not None
+
+    @property
+    def state(self) -> EngineState:
+        """What it is doing, and has done. What runs and what waits, the server alone knows: all of it runs here."""
+        return EngineState(
+            waiting=0,
+            rows=len(self._open),
+            row_bound=self._max_open,
+            token_bound=0,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=0,
+            reply_tokens=self._reply_tokens,
+            pictures=self._pictures,
+            pictures_encoded=self._pictures_encoded,
+            set_aside=0,
+        )
+
+    def _run_loop(self, begun: threading.Event) -> None:
+        try:
+            self._loop.run_until_complete(self._run(begun))
+        finally:
+            self._loop.close()
 
     async def _run(self, begun: threading.Event) -> None:
         async with self._server.opened() as self._connections:
@@ -146,22 +218,24 @@ class VllmEngine:
                     for reply in replies:
                         reply.cancel()
         except asyncio.CancelledError:
-            hand_out(Refused("closing", "the server is closing"))
+            hand_out(Refused("closing", REFUSALS["closing"]))
             raise
         except TimeoutError:
-            hand_out(Refused("timeout", "the replies took longer than they may"))
-        except ImageError as error:
-            hand_out(Refused("image", str(error)))
+            hand_out(Refused("timeout", REFUSALS["timeout"]))
+        except InputError as error:
+            hand_out(Refused("input", str(error)))
         except ServerFailed as failed:
             hand_out(Refused(failed.cause, failed.message))
         except Exception:
             logger.exception("a request failed")
-            hand_out(Refused("fault", "a fault of the server, which is in its log"))
+            hand_out(Refused("fault", REFUSALS["fault"]))
         else:
             hand_out(Ended(Usage(len(asked.ids), completion, 0)))
 
     async def _embed(self, asked: Asked, ticket: VllmTicket) -> torch.Tensor:
         """(length, hidden) of a prompt, with its images."""
+        self._prompt_tokens += len(asked.ids)
+        self._pictures += len(asked.images)
         pictures = await self._read(asked.images, ticket) if asked.images else []
         return await self._loop.run_in_executor(self._encoding, self._embed_here, list(asked.ids), pictures)
 
@@ -189,6 +263,7 @@ class VllmEngine:
             if picture.features is None:
                 assert picture.pixels is not None
                 picture.features = self._encoder.encode_images(picture.pixels[None])[0]
+                self._pictures_encoded += 1
                 self._features.put(picture.key, picture.features)
         features = [picture.features for picture in pictures if picture.features is not None]
         return self._encoder.embed(torch.tensor([ids]), torch.stack(features) if features else None)[0]
@@ -212,6 +287,7 @@ class VllmEngine:
             async for piece in pieces:
                 for token in self._tokens(piece, choice, text, asked):
                     tokens += token.id is not None
+                    self._reply_tokens += token.id is not None
                     hand_out(ChoiceToken(choice, token))
                     if token.finish is not None:
                         return tokens
