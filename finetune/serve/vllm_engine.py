@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
@@ -28,13 +28,11 @@ from finetune.serve.asked import (
     Refused,
     Usage,
 )
-from finetune.serve.engine import EngineState
 from finetune.serve.feature_cache import FeatureCache
 from finetune.serve.picture_reading import Picture, PictureReaders
+from finetune.serve.replier import ReplierState
 from finetune.serve.vllm_completions import Piece, completion_request
 from finetune.serve.vllm_server import ServedThere, ServerFailed, Streams, VllmServer
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class VllmTicket:
 
 
 class VllmEngine:
-    """Replies by a vLLM server, with the interface of `finetune.serve.engine.Engine`.
+    """Replies by a vLLM server, as `finetune.serve.replier.Replier` says.
 
     It keeps nothing of a request but the features of its images: any number of these may stand before one server, or
     before several that serve the same folder behind a balancer. One thread of its own talks to the server, and one
@@ -124,15 +122,6 @@ class VllmEngine:
             ticket.task.cancel()
         return ticket
 
-    def run_between_steps(self, work: Callable[[], T]) -> "Future[T]":
-        """Run `work` at once: the model is not here, and nothing is loaded into it."""
-        future: Future[T] = Future()
-        try:
-            future.set_result(work())
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
     def close(self, grace: float) -> None:
         """Take no more requests, let those that were taken finish for `grace` seconds, and end the others.
 
@@ -165,19 +154,15 @@ class VllmEngine:
         return self._close_at is not None
 
     @property
-    def state(self) -> EngineState:
+    def state(self) -> ReplierState:
         """What it is doing, and has done. What runs and what waits, the server alone knows: all of it runs here."""
-        return EngineState(
-            waiting=0,
+        return ReplierState(
             rows=len(self._open),
             row_bound=self._max_open,
-            token_bound=0,
             prompt_tokens=self._prompt_tokens,
-            cached_tokens=0,
             reply_tokens=self._reply_tokens,
             pictures=self._pictures,
             pictures_encoded=self._pictures_encoded,
-            set_aside=0,
         )
 
     def _run_loop(self, begun: threading.Event) -> None:
