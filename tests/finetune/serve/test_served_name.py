@@ -1,4 +1,4 @@
-"""Requests are written as a model was trained: the same ids as `qwenvl.text.chat` gives, or an error with its place."""
+"""Requests are written as a model was trained: with the ids of `qwenvl.text.chat`, or an error with its place."""
 
 import socket
 from dataclasses import replace
@@ -119,9 +119,7 @@ def test_every_message_of_the_user_is_put_into_the_prompt_behind_its_images(chat
         n_queries=4,
     )
     assert prompt.ids == expected.ids
-    with pytest.raises(
-        RequestError, match=r"messages\[0\].content: the message has 2 text parts, and the prompt '\{q"
-    ):
+    with pytest.raises(RequestError, match=r"messages\[0\].content: the message has 2 text parts, and the prompt '"):
         trained.render([user(text_part("Total"), text_part("and date?"))])
 
 
@@ -179,7 +177,8 @@ def test_boxes_are_pixels_of_the_upright_image(chat):
     )
     reply = (
         "<ref>a dog</ref><box>(100,200),(500,999)</box><box>(0,0),(0,0)</box> and "
-        "<quad>(0,10),(500,0),(510,100),(10,110)</quad> not <box>(1,2)</box> but <ref>it</ref><box>(900,900),(800,1000)"
+        "<quad>(0,10),(500,0),(510,100),(10,110)</quad> not <box>(1,2)</box> but "
+        "<ref>it</ref><box>(900,900),(800,1000)"
     )
     found = [(one.label, one.box, one.quad, one.image) for one in prompt.boxes(reply)]
     quad = ((0.0, 3.0), (100.0, 0.0), (102.0, 30.0), (2.0, 33.0))
@@ -206,7 +205,7 @@ def test_boxes_are_pixels_of_the_upright_image(chat):
         ([{"role": [], "content": "x"}], r"messages\[0\].role: must be one of system"),
         (
             [user("x"), {"role": "system", "content": "y"}],
-            r"messages\[1\].role: a system message can only be the first",
+            r"\[1\].role: a system message can only be the first",
         ),
         ([{**user("x"), "name": "Ann"}], r"messages\[0\].name: is not supported"),
         ([{"role": "user"}], r"messages\[0\].content: must be a text, or a list of parts"),
@@ -301,9 +300,9 @@ def test_a_page_is_named_behind_the_uri(chat):
     first = ask(chat, document + "#1")
     keys = {image_key(request.source, request.access) for request in (*prompt.images, *first.images)}
     assert len(keys) == 2
-    with pytest.raises(RequestError, match="it has [0-9]+ pages and one must be named"):
+    with pytest.raises(RequestError, match=r"it has \d+ pages and one must be named"):
         ask(chat, document, boxes=True)
-    with pytest.raises(RequestError, match="page 99 is asked for, and it has [0-9]+ pages"):
+    with pytest.raises(RequestError, match=r"page 99 is asked for, and it has \d+ pages"):
         ask(chat, document + "#99", boxes=True)
 
 
