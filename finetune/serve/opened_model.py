@@ -16,6 +16,7 @@ from finetune.serve.adapters import MERGE, ModelAdapters, changes_base
 from finetune.serve.asked_name import Asking, as_asked, name_of, use_of_adapter
 from finetune.serve.served_names import ServedNames
 from qwenvl import QwenVLConfig, QwenVLImageProcessor, QwenVLTokenizer, load_model, load_processor
+from qwenvl.base_check import check_base
 from qwenvl.loading import read_adapter
 from qwenvl.loading_errors import adapter_errors
 
@@ -98,8 +99,10 @@ def open_served(
         _add(uses, other, use_of_adapter(folder, checkpoint, use.quantized, asking))
     for each, of_name in uses.items():
         as_asked(of_name, each, None, tokenizer, asking)
-    for other in others:
-        _refuse_beside_others(uses[other].source.adapter)
+        if (adapter := of_name.source.adapter) is not None:
+            if each in others:
+                _refuse_beside_others(adapter)
+            check_base(adapter, checkpoint, page_cache=True, cached=True)
 
     loaded = load_model(
         checkpoint,
@@ -155,11 +158,10 @@ def _add(uses: dict[str, ModelUse], name: str, use: ModelUse) -> None:
     uses[name] = use
 
 
-def _refuse_beside_others(adapter: str | None) -> None:
+def _refuse_beside_others(adapter: str) -> None:
     """Raises:
     UserError: an adapter that changes its base.
     """
-    assert adapter is not None, "these are adapters"
     if changed := changes_base(read_adapter(adapter)):
         raise UserError(f"{adapter} cannot be served beside others: {changed}. {MERGE}")
 
