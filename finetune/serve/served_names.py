@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from finetune.errors import UserError
@@ -104,18 +104,23 @@ class ServedNames:
             if remove is not None:
                 remove()
 
-    def put(self, use: ModelUse, name: str, adapter: str | None) -> ServedName:
+    def put(
+        self, use: ModelUse, name: str, adapter: str | None, *, stop_ids: tuple[int, ...] | None = None
+    ) -> ServedName:
         """Serve what is in the model already.
 
         Args:
             use: how it is asked.
             name: as clients call it.
             adapter: what the decoder calls its adapter; None for the model without one.
+            stop_ids: tokens that end a reply; None where the checkpoint's own settings say them.
 
         Raises:
             UserError: the name is taken or is none, or it cannot be asked as the command says.
         """
         served = as_asked(use, name, adapter, self._tokenizer, self._asking)
+        if stop_ids is not None:
+            served = replace(served, stop_ids=stop_ids)
         with self._lock:
             self._require_free(name)
             self._names[name] = _Held(served)
