@@ -106,8 +106,8 @@ def check_language(folder: GgufFolder, model: LanguageModel) -> None:
     digest = NO_VISUAL if folder.visual is None else visual_digest(folder.visual)
     if model.setting(VISUAL_KEY) != digest:
         raise UserError(
-            f"{folder.path / VISUAL_FILE} is not the vision side that {file.name} was exported with: it is damaged, or "
-            "of another folder. Restore it, or export anew"
+            f"{folder.path / VISUAL_FILE} is not the vision side that {file.name} was exported with: it is damaged, "
+            "or of another folder. Restore it, or export anew"
         )
 
 
