@@ -2,12 +2,17 @@
 
 import base64
 import json
+import re
+import subprocess
+import sys
 
+import httpx
 import pytest
 from recipes_for_tests import IMAGES, TINY
 from starlette.testclient import TestClient
 from vllm_stand_in import StandIn, serve_stand_in
 
+from finetune.cli import main
 from finetune.errors import UserError
 from finetune.export.export import export
 from finetune.replies.text_stream import TokenBytes
@@ -15,11 +20,9 @@ from finetune.serve.api.api import Api
 from finetune.serve.api.app import build_app
 from finetune.serve.api.metrics import Metrics
 from finetune.serve.api.settings import ApiSettings
-from finetune.serve.engine import Engine
-from finetune.serve.opened_model import open_served
-from finetune.serve.vllm_model import open_before_vllm
+from finetune.serve.model_to_open import pytorch_model
+from finetune.serve.vllm_model import vllm_model
 from finetune.terminal import say_nothing
-from qwenvl import QwenVLTokenizer
 
 IMAGE = "data:image/png;base64," + base64.b64encode(IMAGES[0].read_bytes()).decode()
 MESSAGES = [
@@ -41,26 +44,26 @@ def stand_in(exported):
     return StandIn(exported)
 
 
-def client_of(replier, names, context):
-    tokenizer = QwenVLTokenizer.from_pretrained(TINY)
-    settings = ApiSettings(context)
-    return TestClient(build_app(Api(replier, names, settings, Metrics(replier), TokenBytes(tokenizer))))
+def client_of(backend):
+    metrics, token_bytes = Metrics(backend.replier), TokenBytes(backend.tokenizer)
+    return TestClient(build_app(Api(backend.replier, backend.names, ApiSettings(2048), metrics, token_bytes)))
 
 
 @pytest.fixture(scope="module")
 def front(exported, stand_in):
     with serve_stand_in(stand_in) as address:
-        engine, names = open_before_vllm(str(exported), address, name="tiny", max_open=8, image_bytes=10**6)
-        yield client_of(engine, names, engine.context)
-        engine.close(0)
+        model = vllm_model(str(exported), address, name="tiny")
+        assert model.length_limit(None) == 700  # of its training
+        backend = model.open()
+        yield client_of(backend)
+        backend.replier.close(0)
 
 
 @pytest.fixture(scope="module")
 def own():
-    opened, names = open_served(str(TINY), name="tiny")
-    engine = Engine(opened)
-    yield client_of(engine, names, 2048)
-    engine.close(0)
+    backend = pytorch_model(str(TINY), name="tiny").open()
+    yield client_of(backend)
+    backend.replier.close(0)
 
 
 def comparable(body):
@@ -135,10 +138,10 @@ def test_another_model_there_is_found_at_the_start(exported, stand_in):
         with serve_stand_in(stand_in) as address:
             table.copy_(own.roll(1, dims=0))
             with pytest.raises(UserError, match="another model than the folder here; serve that folder there"):
-                open_before_vllm(str(exported), address, max_open=1, image_bytes=0)
+                vllm_model(str(exported), address).open()
             stand_in.takes_embeddings = False
             with pytest.raises(UserError, match="You must set `--enable-prompt-embeds`"):
-                open_before_vllm(str(exported), address, max_open=1, image_bytes=0)
+                vllm_model(str(exported), address).open()
     finally:
         table.copy_(own)
         stand_in.takes_embeddings = True
@@ -146,6 +149,58 @@ def test_another_model_there_is_found_at_the_start(exported, stand_in):
 
 def test_a_server_that_does_not_answer_and_a_folder_that_is_none_are_said(exported):
     with pytest.raises(UserError, match="start it with `vllm serve FOLDER --enable-prompt-embeds`"):
-        open_before_vllm(str(exported), "http://127.0.0.1:9", max_open=1, image_bytes=0)
+        vllm_model(str(exported), "http://127.0.0.1:9")
     with pytest.raises(UserError, match="takes a folder of `finetune export MODEL --to qwen2`"):
-        open_before_vllm(str(TINY), "http://127.0.0.1:9", max_open=1, image_bytes=0)
+        vllm_model(str(TINY), "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--engine", "vllm"], "needs --at URL"),
+        (["--at", "http://localhost:8000"], "--at is for a vLLM server: give --engine vllm as well"),
+        (["--engine", "vllm", "--at", "http://x", "--dtype", "float32"], "--dtype has no effect with --engine vllm"),
+        (["--engine", "vllm", "--at", "http://x", "--batch-rows", "8"], "--batch-rows has no effect"),
+        (["--engine", "vllm", "--at", "http://x", "--adapter", "a=b"], "--adapter has no effect"),
+        (["--engine", "vllm", "--at", "http://x", "--allow-adapter-changes", "."], "--allow-adapter-changes has no"),
+        (
+            ["--engine", "vllm", "--at", "http://x", "--at-key-file", "none.txt"],
+            "--at-key-file none.txt cannot be read",
+        ),
+        (["--engine", "vllm", "--at", "x"], "--at x: that is no address"),
+    ],
+)
+def test_the_command_refuses_what_has_no_effect(exported, arguments, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", str(exported), "--port", "0", *arguments]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_the_command_serves_before_a_vllm_server(exported, stand_in, tmp_path):
+    """And says that nobody else may reach that server."""
+    (tmp_path / "key.txt").write_text("secret\n")
+    stand_in.key = "secret"
+    try:
+        with serve_stand_in(stand_in) as address:
+            command = ["serve", str(exported), "--engine", "vllm", "--at", address, "--name", "tiny", "--port", "0"]
+            command += ["--at-key-file", str(tmp_path / "key.txt")]
+            server = subprocess.Popen(
+                [sys.executable, "-u", "-m", "finetune", *command],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            said = []
+            for line in server.stdout:
+                said.append(line)
+                if found := re.search(r"serving +(http://\S+/v1)", line):
+                    break
+            answer = httpx.post(f"{found[1]}/chat/completions", json=ASKED, timeout=30).json()
+            server.terminate()
+            server.communicate(timeout=30)
+    finally:
+        stand_in.key = None
+    assert answer["usage"]["completion_tokens"] == 12
+    assert "that server must be reached from here alone" in " ".join("".join(said).split())
+    assert "secret" not in "".join(said)
