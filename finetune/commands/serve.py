@@ -22,7 +22,23 @@ EXAMPLES = """\
 finetune serve runs/docvqa
 finetune serve Qwen/Qwen-VL-Chat --quantization nf4 --port 9000
 finetune serve Qwen/Qwen-VL-Chat --adapter contracts=runs/a --adapter charts=runs/b
-finetune serve models/docvqa --host 0.0.0.0 --api-key-file keys.txt"""
+finetune serve models/docvqa --host 0.0.0.0 --api-key-file keys.txt
+finetune serve models/docvqa-qwen2 --engine vllm --at http://10.0.0.7:8000"""
+
+
+ENGINES = ("pytorch", "vllm")
+
+OF_A_MODEL_HERE = (
+    "adapter",
+    "base_name",
+    "base",
+    "dtype",
+    "quantization",
+    "batch_rows",
+    "batch_tokens",
+    "allow_adapter_changes",
+)
+"""Arguments about a model in this process."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     models.add_argument("--name", metavar="NAME", help="of the model in requests; by default its folder's or run's")
     models.add_argument("--base-name", metavar="NAME", help="serve the base of an adapter too, under this name")
+    models.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="pytorch",
+        help="what makes the replies: PyTorch in this process (the default), or a vLLM server (--at) that serves "
+        "MODEL, a folder of finetune export --to qwen2",
+    )
+    models.add_argument("--at", metavar="URL", help="of the vLLM server, started with --enable-prompt-embeds")
+    models.add_argument("--at-key-file", metavar="FILE", type=Path, help="the key of the vLLM server, if it has one")
     add_base(models)
     add_dtype(models)
     add_quantization(models)
@@ -96,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=count,
         default=64,
-        help="requests that wait; others are answered 429 (default: 64)",
+        help="requests that wait, of a vLLM server those that it has at once; others are answered 429 (default: 64)",
     )
     limits.add_argument(
         "--batch-rows", metavar="N", type=count, default=64, help="replies that grow together (default: 64)"
@@ -121,6 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_engine(arguments)
     adapters = dict(arguments.adapter)
     if len(adapters) < len(arguments.adapter):
         raise UserError("--adapter: two have the same name; give each a name of its own")
@@ -136,6 +162,19 @@ def run(arguments: argparse.Namespace) -> None:
 
     def find_model() -> ModelToOpen:
         """The one place that knows what computes replies."""
+        if arguments.engine == "vllm":
+            from finetune.serve.vllm_model import read_server_key, vllm_model
+
+            return vllm_model(
+                arguments.model,
+                arguments.at,
+                key=None if arguments.at_key_file is None else read_server_key(arguments.at_key_file),
+                name=arguments.name,
+                style=arguments.style,
+                system=arguments.system,
+                prompt=arguments.prompt,
+                max_open=arguments.max_queue,
+            )
         return pytorch_model(
             arguments.model,
             name=arguments.name,
@@ -169,6 +208,29 @@ def run(arguments: argparse.Namespace) -> None:
             temperature=arguments.temperature,
         ),
     )
+
+
+def check_engine(arguments: argparse.Namespace) -> None:
+    """Refuse what has no effect with the engine.
+
+    Raises:
+        UserError: there is such an argument, or one is missing.
+    """
+    if arguments.engine != "vllm":
+        for option in ("at", "at_key_file"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} is for a vLLM server: give --engine vllm as well")
+        return
+    if arguments.at is None:
+        raise UserError("--engine vllm needs --at URL, the address of the vLLM server, such as http://localhost:8000")
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    for option in OF_A_MODEL_HERE:
+        if getattr(arguments, option) != defaults.get_default(option):
+            raise UserError(
+                f"--{option.replace('_', '-')} has no effect with --engine vllm, as the vLLM server has the model: "
+                "leave it out"
+            )
 
 
 def named_folder(text: str) -> tuple[str, str]:
