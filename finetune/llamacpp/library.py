@@ -24,7 +24,7 @@ NEEDED = (
 )
 CONTEXT_FIELDS = ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_outputs_max", "n_threads", "kv_unified")
 ON_BY_DEFAULT = ("offload_kqv", "op_offload", "swa_full")
-"""Fields that llama.cpp sets. They come last in their structure: with another layout they are not where they should."""
+"""Fields that llama.cpp sets, late in their structure: in another layout they are not where they should be."""
 
 WARNING = 3
 """GGML_LOG_LEVEL_WARN; errors are above. A level of 5 continues the line before."""
@@ -81,8 +81,8 @@ def library() -> Any:
     defaults = bound.llama_context_default_params()
     if not all(getattr(defaults, name) for name in ON_BY_DEFAULT):
         raise UserError(
-            f"the library of llama.cpp that is loaded ({bound._base_path}) is of another version than llama-cpp-python "
-            f"{_version()}: their structures differ. Install it anew, {INSTALL}, and leave LLAMA_CPP_LIB_PATH unset"
+            f"the library of llama.cpp in {bound._base_path} is of another version than llama-cpp-python {_version()}: "
+            f"their structures differ. Install it anew, {INSTALL}, and leave LLAMA_CPP_LIB_PATH unset"
         )
     # Kept alive by the attribute: ctypes keeps no callback that C holds.
     bound.qwenvl_log_callback = bound.llama_log_callback(messages.take)
