@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from qwenvl.errors import InputError
 from qwenvl.images.image_processor import normalize_pixels
+from qwenvl.model.assisted import AssistedGeneration
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.generation import (
     PublishedGenerationConfig,
@@ -216,7 +217,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         )
 
 
-class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
+class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, AssistedGeneration, GenerationMixin):
     """Qwen-VL with its language-model head."""
 
     def __init__(self, config: QwenVLConfig) -> None:
@@ -377,8 +378,11 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     ) -> GenerateOutput | torch.LongTensor:
         """As Transformers' `generate`, with images: each is encoded once, however many beams or returned sequences.
 
+        An `assistant_model` encodes the images too, itself: see `qwenvl.model.assisted`.
+
         Raises:
-            InputError: `prefill_chunk_size` is set (see `generation.refuse_chunked_prefill`).
+            InputError: `prefill_chunk_size` is set (see `generation.refuse_chunked_prefill`), or assisted generation
+                that is not possible.
         """
         refuse_chunked_prefill(
             kwargs.get("prefill_chunk_size"),
@@ -388,6 +392,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             if image_features is not None:
                 raise InputError("give either pixel_values or image_features, not both")
             image_features = self.get_image_features(pixel_values)
+            if kwargs.get("assistant_model") is not None:
+                kwargs["pixel_values"] = pixel_values
         if image_features is not None:
             kwargs["image_features"] = image_features
         return super().generate(  # type: ignore[misc]  # GenerationMixin's self type is for another type checker
@@ -425,6 +431,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        if image_features is not None:
+            kwargs.pop("pixel_values", None)  # an assistant's
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]  # as in generate
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -434,7 +442,9 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if image_features is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+        # The prompt of an assistant is no first iteration to Transformers, but is longer than a step of decoding.
+        is_prompt = is_first_iteration or next_sequence_length not in (None, 1)
+        if image_features is not None and (is_prompt or not kwargs.get("use_cache", True)):
             if next_sequence_length is not None:
                 image_features = images_of_suffix(image_features, input_ids, next_sequence_length, self.config)
             inputs["image_features"] = image_features
