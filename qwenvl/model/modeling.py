@@ -15,6 +15,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
+from qwenvl.checkpoint.record import trained_as
 from qwenvl.errors import InputError
 from qwenvl.images.image_processor import normalize_pixels
 from qwenvl.model.assisted import AssistedGeneration
@@ -25,6 +26,7 @@ from qwenvl.model.generation import (
     read_published_settings,
     refuse_chunked_prefill,
     repeat_images,
+    reply_as_trained,
 )
 from qwenvl.model.gptq_checkpoint import gptq_arguments
 from qwenvl.model.image_span import place_image_features
@@ -38,7 +40,7 @@ from qwenvl.model.loss import (
     without_image_targets,
 )
 from qwenvl.model.nf4_weights import compute_in
-from qwenvl.model.pretrained import QwenVLPreTrainedModel, require_whole_files
+from qwenvl.model.pretrained import QwenVLPreTrainedModel, loads_elsewhere, require_whole_files
 from qwenvl.model.quantized_head import head_logits
 from qwenvl.model.rotary import Positions, dynamic_ntk_alpha, rotary_positions
 from qwenvl.model.sequences import (
@@ -231,7 +233,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, AssistedGeneration, 
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Self:
-        """As the base class, and adapt a published generation config (see `read_published_settings`).
+        """As the base class, and adapt a published generation config (see `read_published_settings`). Replies end
+        where the record of the model's training (`qwenvl.json`) says.
 
         Checkpoints packed by GPTQ are read as the 16-bit weights that they stand for.
 
@@ -249,6 +252,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, AssistedGeneration, 
         if packed is not None:
             model.name_or_path = model.config.name_or_path = str(path)
         settings = read_published_settings(model.generation_config, model.config)
+        if path is not None and not loads_elsewhere(kwargs):
+            reply_as_trained(settings, model.config, trained_as(os.fspath(path)))
         model.generation_config = PublishedGenerationConfig.of(settings)
         if getattr(model, "is_loaded_in_4bit", False):  # set by Transformers
             compute_in(model, model.dtype)
