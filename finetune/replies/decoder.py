@@ -25,11 +25,23 @@ class PromptRow:
 
 
 class Decoder(Protocol):
-    """Keeps the state of live rows. A call that fails leaves the other rows as they were."""
+    """Keeps the state of live rows. A call that fails leaves the other rows as they were.
+
+    Where memory does not hold what is asked, calls raise `torch.OutOfMemoryError`.
+    """
 
     @property
     def context(self) -> int:
         """Most tokens of a row, prompt and reply together."""
+
+    @property
+    def most_rows(self) -> int | None:
+        """Most live rows; None where only memory bounds them."""
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Most tokens of all live rows together, prompts and replies; None where only memory bounds them. What is
+        kept of rows that have left makes room for others."""
 
     def join(self, rows: Sequence[PromptRow]) -> tuple[list[int], torch.Tensor]:
         """Compute prompts, each of which is then a live row; what is known of them already is not computed again.

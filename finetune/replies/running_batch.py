@@ -1,11 +1,16 @@
 """A batch of replies that grow together; prompts join it and replies leave it between two tokens."""
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
+from finetune.errors import UserError
 from finetune.replies.decoder import Decoder, PromptRow
-from finetune.replies.sampling import GREEDY, Sampling
+from finetune.replies.sampling import GREEDY, Sampling, choose
+from finetune.replies.text_stream import TextStream, TokenBytes
 from qwenvl import QwenVLTokenizer
 
 
@@ -64,26 +69,144 @@ class NewToken:
 class RunningBatch:
     """Replies that grow by one token a step.
 
+    A call that raises leaves the other replies as they were: after a failed `step` it may be tried again, with fewer
+    replies where memory was short.
+
     Args:
         decoder: computes logits.
         tokenizer: of the model.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: QwenVLTokenizer) -> None:
-        self._decoder, self._tokenizer = decoder, tokenizer
+        self._decoder = decoder
+        self._token_bytes = TokenBytes(tokenizer)
+        self._replies: dict[int, _Reply] = {}
+
+    def __len__(self) -> int:
+        """How many replies are growing."""
+        return len(self._replies)
 
     def join(self, requests: Sequence[ReplyRequest]) -> tuple[list[int], list[NewToken]]:
         """Add replies, each of which has its first token then.
 
         Returns:
-            Their numbers, and their first tokens.
+            Their numbers, which are never used twice, and their first tokens, in the same order.
+
+        Raises:
+            UserError: a prompt fills the model's context; none of the replies is added.
         """
-        raise NotImplementedError
+        rooms = [self._decoder.context - len(request.prompt.ids) for request in requests]
+        for request, room in zip(requests, rooms, strict=True):
+            if room < 1:
+                raise UserError(
+                    f"the prompt has {len(request.prompt.ids):,} tokens, and the model takes "
+                    f"{self._decoder.context:,} with its reply: shorten it"
+                )
+        numbers, logits = self._decoder.join([request.prompt for request in requests])
+        new = {
+            number: _Reply(
+                request,
+                min(room, request.max_new_tokens),
+                TextStream(self._token_bytes, request.stop_texts),
+                random.Random(request.sampling.seed),
+            )
+            for number, request, room in zip(numbers, requests, rooms, strict=True)
+        }
+        self._replies |= new
+        try:
+            return numbers, self._take(new, logits)
+        except BaseException:
+            self.leave(numbers)
+            raise
 
     def step(self) -> list[NewToken]:
         """The next token of each reply; none, where there are no replies."""
-        raise NotImplementedError
+        if not self._replies:
+            return []
+        logits = self._decoder.step({number: reply.last for number, reply in self._replies.items()})
+        return self._take(dict(self._replies), logits)
 
     def leave(self, replies: Sequence[int]) -> None:
-        """End replies that nobody wants any more."""
-        raise NotImplementedError
+        """End replies that nobody wants any more; those that have ended already do not matter."""
+        live = [number for number in dict.fromkeys(replies) if number in self._replies]
+        for number in live:
+            del self._replies[number]
+        if live:
+            self._decoder.leave(live)
+
+    def _take(self, replies: "dict[int, _Reply]", logits: torch.Tensor) -> list[NewToken]:
+        """Choose the replies' tokens from (replies, vocabulary) logits; those that end leave."""
+        allowed = _allowed(list(replies.values()), logits)
+        samplings = [reply.request.sampling for reply in replies.values()]
+        tokens = choose(allowed, samplings, [reply.draws for reply in replies.values()])
+        logprobs = _logprobs(logits, samplings, tokens)
+        new = [
+            reply.take(number, token, *logprobs.get(row, (None, ())))
+            for row, ((number, reply), token) in enumerate(zip(replies.items(), tokens, strict=True))
+        ]
+        self.leave([one.reply for one in new if one.finish is not None])
+        return new
+
+
+@dataclass
+class _Reply:
+    """A growing reply.
+
+    Attributes:
+        most: its most tokens.
+        count: tokens so far.
+        last: the latest of them.
+    """
+
+    request: ReplyRequest
+    most: int
+    text: TextStream
+    draws: random.Random
+    count: int = 0
+    last: int = field(default=-1)
+
+    def take(
+        self, number: int, token: int, logprob: TokenLogprob | None, top_logprobs: tuple[TokenLogprob, ...]
+    ) -> NewToken:
+        """Add a token; what came of it."""
+        if token in self.request.stop_ids:
+            return NewToken(number, None, self.text.end(), "stop", logprob, top_logprobs)
+        self.last = token
+        self.count += 1
+        text = self.text.add(token)
+        finish: Literal["stop", "length"] | None = "stop" if self.text.stopped else None
+        if finish is None and self.count == self.most:
+            text += self.text.end()
+            finish = "stop" if self.text.stopped else "length"
+        return NewToken(number, token, text, finish, logprob, top_logprobs)
+
+
+def _allowed(replies: Sequence[_Reply], logits: torch.Tensor) -> torch.Tensor:
+    """The logits, -inf for tokens that may not be the next: all but the choices, or the stop ids of a short reply."""
+    allowed = logits
+    for row, reply in enumerate(replies):
+        chosen_from = reply.request.choices if reply.count == 0 else ()
+        too_short = reply.request.stop_ids if reply.count < reply.request.min_new_tokens else ()
+        if (chosen_from or too_short) and allowed is logits:
+            allowed = logits.clone()
+        if chosen_from:
+            places = list(chosen_from)
+            allowed[row] = -torch.inf
+            allowed[row, places] = logits[row, places]
+        if too_short:
+            allowed[row, list(too_short)] = -torch.inf
+    return allowed
+
+
+def _logprobs(
+    logits: torch.Tensor, samplings: Sequence[Sampling], tokens: Sequence[int]
+) -> dict[int, tuple[TokenLogprob, tuple[TokenLogprob, ...]]]:
+    """By row: the token's log-probability, and those of the likeliest tokens; of the rows that ask for them."""
+    found = {}
+    for row, (sampling, token) in enumerate(zip(samplings, tokens, strict=True)):
+        if sampling.logprobs is not None:
+            logprobs = logits[row].float().log_softmax(-1)
+            values, ids = logprobs.topk(sampling.logprobs)
+            top = tuple(map(TokenLogprob, ids.tolist(), values.tolist()))
+            found[row] = (TokenLogprob(token, float(logprobs[token])), top)
+    return found

@@ -315,7 +315,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, AssistedGeneration, 
                 either, as nothing generates them (see `loss.without_image_targets`).
             inputs_embeds: (batch, length, hidden) instead of ids, images already placed.
             image_features: (images, n_queries, hidden) instead of pixel_values, from `get_image_features`.
-            logits_to_keep: compute logits for the last n positions only (0: all), or for an index tensor of positions.
+            logits_to_keep: compute logits for the last n positions only (0: all), or for an index tensor of positions:
+                (kept positions,) of all rows, or (batch, kept positions) of each row.
             num_items_in_batch: supervised tokens of the whole step; see `loss.mean_loss`.
             sequence_lengths: tokens of each packed sequence, in order, on the host: instead of position_ids, which
                 would have to be searched on the device.
@@ -359,6 +360,9 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, AssistedGeneration, 
             loss = mean_loss(total, len(rows), num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            if isinstance(kept, torch.Tensor) and kept.ndim == 2:
+                hidden = hidden.take_along_dim(kept[..., None].to(hidden.device), dim=1)
+                kept = slice(None)
             logits = head_logits(self.lm_head, in_type_of(self.lm_head, hidden[:, kept]))
             if labels is not None:
                 loss = next_token_loss(logits, labels[:, kept], num_items_in_batch)
