@@ -1,8 +1,7 @@
-"""Who may open the page: an address of this machine alone, or whoever has a password."""
+"""Who may open the page that other machines reach: whoever has a password."""
 
 import asyncio
 import hmac
-import ipaddress
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -13,16 +12,6 @@ WRONG_PASSWORD_SECONDS = 1.0
 """How long the answer to a wrong password takes: nobody tries many."""
 
 CheckPassword = Callable[[str, str], Awaitable[bool]]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address reaches this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False  # a name, of whatever address
 
 
 def read_passwords(file: Path) -> dict[str, str]:

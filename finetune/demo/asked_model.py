@@ -5,17 +5,11 @@ from typing import Any, Protocol
 
 from finetune.replies.task_replies import Style
 from finetune.serve.asked import Event
+from finetune.serve.replier import Cancellable
 from qwenvl.views import Views
 
 Message = dict[str, Any]
 """As `qwenvl.text.chat.render_chat` takes it; images are sources that `load_image` takes with `pictures.ACCESS`."""
-
-
-class Ticket(Protocol):
-    """A request that was taken."""
-
-    def cancel(self) -> None:
-        """End it: no more events come. Nothing happens where it has ended."""
 
 
 class AskedModel(Protocol):
@@ -49,6 +43,10 @@ class AskedModel(Protocol):
     def markup_is_text(self) -> bool:
         """Whether `<ref>`, `<box>` and `<quad>` in messages are text to it."""
 
+    @property
+    def trained_length(self) -> int:
+        """Tokens of the conversations that it was trained on, at most."""
+
     def ask(
         self,
         messages: Sequence[Message],
@@ -56,7 +54,7 @@ class AskedModel(Protocol):
         max_new_tokens: int,
         temperature: float,
         on_event: Callable[[Event], None],
-    ) -> Ticket:
+    ) -> Cancellable:
         """Ask for the next reply. Does not wait.
 
         Args:

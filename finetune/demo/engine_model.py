@@ -6,10 +6,11 @@ switched for each request.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from finetune.batches.image_request import ImageRequest
-from finetune.demo.asked_model import Message, Ticket
+from finetune.demo.asked_model import Message
 from finetune.demo.pictures import ACCESS
 from finetune.errors import UserError
 from finetune.replies.model_style import ModelUse, find_use
@@ -17,8 +18,8 @@ from finetune.replies.sampling import Sampling
 from finetune.replies.task_replies import Style
 from finetune.serve.adapters import changes_base
 from finetune.serve.asked import Asked, Event
-from finetune.serve.engine import Engine
-from finetune.serve.opened_model import open_served
+from finetune.serve.model_to_open import pytorch_model
+from finetune.serve.replier import Cancellable, Replier
 from finetune.serve.served_name import ServedName
 from qwenvl.loading import read_adapter
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
@@ -37,16 +38,18 @@ class EngineModel:
         about: what it is and how it is asked, a sentence each.
         served: how it is asked.
         views: what pictures it is shown of an image.
-        engine: computes its replies.
+        replier: computes its replies.
         context: most tokens of a conversation.
+        trained_length: tokens of the conversations that it was trained on, at most.
     """
 
     title: str
     about: tuple[str, ...]
     served: ServedName
     views: Views | None
-    engine: Engine
+    replier: Replier
     context: int
+    trained_length: int
 
     @property
     def template(self) -> str | None:
@@ -71,7 +74,7 @@ class EngineModel:
         max_new_tokens: int,
         temperature: float,
         on_event: Callable[[Event], None],
-    ) -> Ticket:
+    ) -> Cancellable:
         """As `AskedModel.ask`."""
         rendered = self._render(messages)
         room = self.context - len(rendered.ids)
@@ -88,7 +91,7 @@ class EngineModel:
             adapter=self.served.adapter,
             sampling=Sampling(temperature=temperature),
         )
-        return self.engine.submit(asked, on_event)
+        return self.replier.submit(asked, on_event)
 
     def _render(self, messages: Sequence[Message]) -> Rendered:
         served = self.served
@@ -120,37 +123,37 @@ def open_models(
     dtype: str | None = None,
     quantization: str | None = None,
 ) -> list[EngineModel]:
-    """Open a model, and one to compare it with; each engine of theirs is to be closed.
+    """Open a model, and one to compare it with; to be closed by `close_models`.
 
     Args:
-        model, base, style, dtype, quantization: as `finetune.serve.opened_model.open_served`.
+        model, base, style, dtype, quantization: as `finetune.serve.opened_model.open_served` takes them.
         compare: anything `qwenvl.load_model` takes.
 
     Raises:
         InputError: an argument is wrong; found before weights are loaded.
     """
     use = find_use(model, base=base, style=style, quantization=quantization)
-    options = {"style": style, "dtype": dtype, "quantization": quantization}
+    opened = partial(_opened, style=style, dtype=dtype, quantization=quantization)
     if compare is None:
-        return [_opened(model, {MODEL: (model, _kind(use))}, base=base, **options)[0]]
+        return [opened(model, {MODEL: (model, _kind(use))}, base=base)[0]]
     other = find_use(compare, style=style, quantization=quantization)
     kinds = {MODEL: (model, _kind(use)), COMPARED: (compare, _kind(other))}
     if not _share_weights(use, other):
         first, second = (
-            _opened(name, {role: kinds[role]}, base=of, **options)[0]
+            opened(name, {role: kinds[role]}, base=of)[0]
             for role, name, of in ((MODEL, model, base), (COMPARED, compare, None))
         )
         return _shown_alike(first, second)
     if other.source.adapter is not None:
-        return _shown_alike(*_opened(model, kinds, base=base, adapters={COMPARED: compare}, **options))
+        return _shown_alike(*opened(model, kinds, base=base, adapters={COMPARED: compare}))
     kinds[COMPARED] = (compare, f"The same model in memory, with the adapter of {model} switched off")
-    return _shown_alike(*_opened(model, kinds, base=base, base_name=COMPARED, **options))
+    return _shown_alike(*opened(model, kinds, base=base, base_name=COMPARED))
 
 
 def close_models(models: Sequence[EngineModel], grace: float) -> None:
-    """End the engines, each once."""
-    for engine in {id(model.engine): model.engine for model in models}.values():
-        engine.close(grace)
+    """End what computes the replies."""
+    for replier in {id(model.replier): model.replier for model in models}.values():
+        replier.close(grace)
 
 
 def _opened(
@@ -169,9 +172,9 @@ def _opened(
     Args:
         folder: of the model.
         kinds: what it is served as -> its title and what it is; the first is the model itself.
-        adapters, base_name: as for `open_served`.
+        adapters, base_name: as for `pytorch_model`.
     """
-    opened, names = open_served(
+    to_open = pytorch_model(
         folder,
         name=next(iter(kinds)),
         adapters=adapters,
@@ -181,13 +184,14 @@ def _opened(
         dtype=dtype,
         quantization=quantization,
     )
-    engine = Engine(opened)
+    backend = to_open.open()
     models = []
     for name, (title, kind) in kinds.items():
-        served = names.get(name)
+        served = backend.names.get(name)
         assert served is not None, "it was opened under this name"
+        lengths = to_open.context, to_open.trained_length
         views = served.record.views
-        models.append(EngineModel(title, _about(served, kind), served, views, engine, opened.decoder.context))
+        models.append(EngineModel(title, _about(served, kind), served, views, backend.replier, *lengths))
     return models
 
 

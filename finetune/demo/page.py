@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio_client.utils import is_http_url_like
 
 from finetune.demo import view
 from finetune.demo.asked_model import AskedModel
@@ -33,7 +32,7 @@ def take_uploads_alone(button: gr.UploadButton) -> None:
     take = button.async_move_resource_to_block_cache
 
     async def take_upload(url_or_file_path: Any) -> Any:
-        if isinstance(url_or_file_path, str) and is_http_url_like(url_or_file_path):
+        if "://" in str(url_or_file_path):
             raise gr.Error("addresses are not fetched here: upload the file")
         return await take(url_or_file_path)
 

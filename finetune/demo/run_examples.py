@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.chat.conversation import PLACEHOLDERS
 from finetune.data.formats.row_format import PROMPTS
 from finetune.demo.pictures import ACCESS, THUMBNAIL, small_copy
 from finetune.errors import UserError
@@ -15,6 +14,7 @@ from finetune.evaluation.predictions import PREDICTIONS
 from finetune.evaluation.tasks import task_of
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.sources import source_names
+from finetune.replies.prompt_template import PLACEHOLDERS
 from finetune.report.predictions import Row, pair_rows
 from qwenvl import load_image
 from qwenvl.checkpoint.record import ModelRecord
@@ -144,7 +144,7 @@ def _later_replies(run: Path) -> dict[tuple[str, str], list[Recorded]]:
 def _read_lines(file: Path) -> list[Mapping[str, Any]]:
     if not file.is_file():
         return []
-    records = []
+    records: list[Mapping[str, Any]] = []
     # At \n only: strings may hold other line separators.
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():

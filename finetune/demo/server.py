@@ -1,58 +1,48 @@
 """The page as a server: its port, its folder of files, and Gradio's app within bounds."""
 
+import contextlib
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from finetune.demo.access import CheckPassword, is_loopback
+from finetune.demo.access import CheckPassword
 from finetune.demo.asked_model import AskedModel
 from finetune.demo.run_examples import Example
 from finetune.errors import UserError
-from finetune.terminal import say
+from finetune.serve.api.server import listen
+from finetune.serve.reach import is_this_machine
 
 FIRST_PORT, PORTS = 7860, 100
 """Gradio's own: the first port that is free from there, where none is given."""
-GRACE = 3
+GRACE = 2
 """Seconds for what is being sent when the page is closed."""
 
 
-def listen(host: str, port: int | None) -> socket.socket:
+def take_port(host: str, port: int | None) -> socket.socket:
     """Take a port, before a model is loaded for minutes.
 
     Args:
+        host: name or address.
         port: None for the first one that is free from `FIRST_PORT`; 0 for any.
 
     Raises:
-        UserError: it is taken, or there is no such address here.
+        UserError: it cannot be had.
     """
-    bare = host.strip("[]")
-    family = socket.AF_INET6 if ":" in bare else socket.AF_INET
-    ports = range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]
-    problem: OSError | None = None
-    for number in ports:
-        one = socket.socket(family, socket.SOCK_STREAM)
-        if os.name == "posix":
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            one.bind((bare, number))
-            one.listen(128)
-            return one
-        except (OSError, OverflowError) as error:
-            one.close()
-            problem = error if isinstance(error, OSError) else OSError(str(error))
-    reason = problem.strerror or problem if problem is not None else "none is free"
-    where = f"port {port}" if port is not None else f"ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
-    raise UserError(f"the page cannot listen on {host}, {where} ({reason}): give another one with --port or --host")
+    if port is not None:
+        return listen(host, port)
+    for number in range(FIRST_PORT, FIRST_PORT + PORTS - 1):
+        with contextlib.suppress(UserError):
+            return listen(host, number)
+    return listen(host, FIRST_PORT + PORTS - 1)
 
 
-@contextmanager
+@contextlib.contextmanager
 def page_folder() -> Iterator[Path]:
     """A folder for what visitors upload and the page shows, for this user alone; it is removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="finetune-demo-"))
@@ -79,6 +69,7 @@ def make_app(
     examples: Sequence[Example],
     folder: Path,
     check_password: CheckPassword | None = None,
+    hosts: Sequence[str] | None = None,
 ) -> Any:
     """The page as an ASGI app; `prepare_gradio` was called before.
 
@@ -88,6 +79,7 @@ def make_app(
         examples: of a run's evaluation data.
         folder: of the page's files.
         check_password: of who may open it; None lets everyone in.
+        hosts: what requests may call the server; None is anything.
     """
     import gradio as gr
     from fastapi import FastAPI
@@ -136,41 +128,50 @@ def make_app(
     )
     # Gradio takes any path of this machine for an upload, until its own `launch` has said this.
     blocks.has_launched = True
-    return Guard(app)
+    return Guard(app, hosts)
 
 
 class Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """Serves the page until a signal comes or a model fails.
 
-    def __init__(self, config: uvicorn.Config, said: str) -> None:
+    Args:
+        app: of `make_app`.
+        on_start: called when the page can be opened.
+        has_failed: whether a model will not reply any more.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        on_start: Callable[[], None] = lambda: None,
+        has_failed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=GRACE,
+        )
         super().__init__(config)
-        self._said = said
+        self._on_start, self._has_failed = on_start, has_failed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        say("page", self._said)
+        self._on_start()
 
-
-def make_server(app: Any, said: str) -> Server:
-    """A server of the page; `said` is printed when it listens."""
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, server_header=False
-    )
-    return Server(config, said)
-
-
-def address_of(listening: socket.socket) -> str:
-    """`http://127.0.0.1:7860`"""
-    host, port = listening.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    async def on_tick(self, counter: int) -> bool:
+        return self._has_failed() or await super().on_tick(counter)
 
 
 def refuse_open_page(host: str, has_passwords: bool) -> None:
     """Raises:
     UserError: other machines would reach the page, and there is no password.
     """
-    if not is_loopback(host) and not has_passwords:
+    if not has_passwords and not is_this_machine(host):
         raise UserError(
-            f"--host {host} lets other machines open the page: give --password-file FILE with lines name:password, "
-            "or leave --host out and reach it by ssh -L"
+            f"--host {host} is reached from other machines: give --password-file FILE with lines name:password, or "
+            "leave --host out to be reached from this machine alone"
         )

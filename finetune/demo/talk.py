@@ -12,7 +12,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
-from finetune.chat.conversation import PLACEHOLDERS, has_markup, in_prompt
 from finetune.demo.asked_model import AskedModel, Message
 from finetune.demo.pictures import (
     MOST_HELD,
@@ -26,9 +25,10 @@ from finetune.demo.pictures import (
 )
 from finetune.demo.run_examples import Example
 from finetune.errors import InputError, UserError
-from finetune.serve.asked import ChoiceToken, EngineClosed, Event, QueueFull, Refused
+from finetune.replies.prompt_template import PLACEHOLDERS, in_prompt
+from finetune.serve.asked import ChoiceToken, Ended, EngineClosed, Event, QueueFull, Refused
 from finetune.terminal import terminal_line
-from qwenvl.text.grounding import Region, parse_grounding
+from qwenvl.text.grounding import Region, has_markup, parse_grounding
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class Reply:
         boxes: what the regions of the text are in pixels, a line each.
         drawn: the picture with the regions on it.
         note: on the regions, where they cannot be drawn.
+        length_note: where the conversation is longer than those of the training.
     """
 
     prompt: str
@@ -74,6 +75,7 @@ class Reply:
     boxes: tuple[str, ...] = ()
     drawn: Path | None = None
     note: str = ""
+    length_note: str = ""
 
     @property
     def is_running(self) -> bool:
@@ -290,7 +292,7 @@ class Talk:
                     waiting.append(events.get())
                 for item in waiting:
                     if item is not None:
-                        _take(turn.replies[item[0]], item[1])
+                        _take(turn.replies[item[0]], item[1], self.models[item[0]].trained_length)
                 yield turn
         finally:
             for ticket in tickets:
@@ -351,8 +353,13 @@ class Talk:
                 reply.note = "The boxes could not be drawn."
 
 
-def _take(reply: Reply, event: Event) -> None:
+def _take(reply: Reply, event: Event, trained_length: int) -> None:
     """Add an event of the engine to a reply."""
+    if isinstance(event, Ended) and event.usage.prompt > trained_length:
+        reply.length_note = (
+            f"The conversation is {event.usage.prompt:,} tokens long, and the model was trained on up to "
+            f"{trained_length:,}: replies may get worse. A new conversation is shorter."
+        )
     if not reply.is_running:
         return
     if isinstance(event, ChoiceToken):

@@ -48,7 +48,7 @@ _REPLY = (
 {% elif reply.state == "ended" and not reply.text.strip() %}<p class="note">No reply: the message is forgotten.</p>
 {% endif %}
 {% if reply.problem %}<p class="problem">{{ reply.problem }}</p>{% endif %}
-{% if reply.note %}<p class="note">{{ reply.note }}</p>{% endif %}
+{% for note in (reply.note, reply.length_note) if note %}<p class="note">{{ note }}</p>{% endfor %}
 {% if reply.drawn %}<div class="pictures drawn">
 {{ picture(reply.drawn, "The picture with the boxes of the reply", "The boxes of the reply") }}</div>{% endif %}
 {% if reply.boxes %}<details><summary>Boxes in pixels</summary><ul>

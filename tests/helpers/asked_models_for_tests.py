@@ -39,6 +39,7 @@ class ScriptedModel:
     views: Views | None = None
     takes_images: bool = True
     markup_is_text: bool = False
+    trained_length: int = 2048
     pause: float = 0.0
     asked: list[tuple[list[Message], int, float]] = field(default_factory=list)
     tickets: list[ScriptedTicket] = field(default_factory=list)

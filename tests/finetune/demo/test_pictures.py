@@ -73,11 +73,11 @@ def test_a_file_that_cannot_be_read_is_a_sentence(data, said, tmp_path):
 
 def test_a_file_is_bounded_in_bytes_and_in_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "MOST_BYTES", 100)
-    with pytest.raises(UserError, match="photo.png: the file is larger than"):
+    with pytest.raises(UserError, match=r"photo\.png: the file is larger than"):
         read_upload("photo.png", b"x" * 101)
     monkeypatch.undo()
     monkeypatch.setattr(pictures, "ACCESS", pictures.ImageAccess(max_pixels=1000))
-    with pytest.raises(UserError, match="photo.png: it has 60 x 40 pixels, more than 1000"):
+    with pytest.raises(UserError, match=r"photo\.png: it has 60 x 40 pixels, more than 1000"):
         offer(read_upload("photo.png", png((60, 40))), tmp_path)
 
 

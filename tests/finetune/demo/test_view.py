@@ -10,7 +10,10 @@ from finetune.demo.pictures import Picture
 from finetune.demo.run_examples import Example
 from finetune.demo.talk import Reply, Turn
 
-EVIL = "<ref>x</ref> <img src=http://evil.example/a.png onerror=alert(1)> </p><script>alert(1)</script> \" ' & \u202e {{7*7}}"
+EVIL = (
+    "<ref>x</ref> <img src=http://evil.example/a.png onerror=alert(1)> </p><script>alert(1)</script> "
+    "\" ' & \u202e {{7*7}}"
+)
 
 
 class Tags(HTMLParser):
