@@ -32,6 +32,14 @@ class TorchDecoder:
         return self._config.max_position_embeddings
 
     @property
+    def most_rows(self) -> None:
+        return None
+
+    @property
+    def most_tokens(self) -> None:
+        return None
+
+    @property
     def _config(self) -> QwenVLConfig:
         return self._base.config
 
