@@ -10,19 +10,17 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from finetune.errors import UserError
+from finetune.replies.prompt_template import in_prompt
 from finetune.replies.replies import stop_ids_of, without_adapter
 from finetune.replies.task_replies import Style
 from finetune.replies.text_stream import TextStream, TokenBytes
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer, load_image
 from qwenvl.images.page_references import find_page
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
-from qwenvl.text.grounding import split_markup
+from qwenvl.text.grounding import has_markup
 from qwenvl.views import Views
 
 Message = dict[str, Any]
-
-PLACEHOLDERS = ("{question}", "{phrase}")
-"""What stands for the user's words in the prompts of recipes."""
 
 
 @dataclass
@@ -71,7 +69,7 @@ class Conversation:
         image_processor: of the model; None for one that reads text only.
         style: "chat" for ChatML with all turns so far; "base" for raw text, each prompt by itself.
         system: the system message; None for the default one.
-        prompt: the template that each question is put into, in place of its `PLACEHOLDERS`; None asks it as it is.
+        prompt: the template that each question is put into (`prompt_template.in_prompt`); None asks it as it is.
         views: what pictures each image becomes, as the model was trained; None is itself alone.
         markup_is_text: well-formed `<ref>`, `<box>` and `<quad>` in messages are text, as the model was trained;
             otherwise tokens.
@@ -240,14 +238,6 @@ class Conversation:
         return torch.cat(features) if features else None
 
 
-def in_prompt(question: str, prompt: str | None) -> str:
-    """The question in place of the placeholder of a prompt template; as it is without one."""
-    for placeholder in PLACEHOLDERS:
-        if prompt is not None and placeholder in prompt:
-            return prompt.replace(placeholder, question)
-    return question
-
-
 class _Stream(BaseStreamer):
     """Receives new tokens from `generate` and passes on their text, in whole characters."""
 
@@ -278,8 +268,3 @@ class _Stream(BaseStreamer):
     def _show(self, text: str) -> None:
         if text:
             self.on_text(text)
-
-
-def has_markup(text: str) -> bool:
-    """Whether a text has well-formed grounding markup."""
-    return any(is_tag for _, is_tag in split_markup(text))

@@ -9,18 +9,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from finetune.chat.conversation import PLACEHOLDERS, Answer, ChatImage, Conversation, has_markup, in_prompt
+from finetune.chat.conversation import Answer, ChatImage, Conversation
 from finetune.chat.conversation_rows import append_row
 from finetune.errors import Failed, InputError, UserError
 from finetune.files.path_errors import path_errors
 from finetune.quantities import format_count
 from finetune.replies.model_style import ModelUse, find_use
+from finetune.replies.prompt_template import asking_notes, choose_template
 from finetune.replies.replies import without_adapter
 from finetune.replies.task_replies import Style
 from finetune.terminal import terminal_line, terminal_text
 from qwenvl import QwenVLConfig, QwenVLTokenizer, load_image, load_model, load_processor
 from qwenvl.images.drawing import save_grounding
-from qwenvl.text.grounding import Region, parse_grounding
+from qwenvl.text.grounding import Region, has_markup, parse_grounding
 
 HELP = """\
 /image PATH   put an image into the next message; several times for several images
@@ -82,21 +83,10 @@ def chat(
         if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show become escapes
             stream.reconfigure(errors="backslashreplace")
 
-    template = _template(prompt, use)
+    template = choose_template(prompt, use.record, use.name)
     tell(f"{model}: {use}")
-    if template is not None:
-        by = "as it was trained; --prompt plain asks as typed" if prompt in (None, "trained") else "--prompt"
-        tell(f"each message is put into the prompt {template!r} ({by})")
-    elif prompt is None and use.record.only_prompt is None and (templates := use.record.templates):
-        others = "" if all(use.record.prompts.values()) else " and on rows with prompts of their own"
-        tell(
-            f"messages are asked as typed: it was trained with {' and '.join(map(repr, templates))}{others}; --prompt "
-            "TEXT puts them into one of these"
-        )
-    if use.style == "chat" and system is None and use.record.system is not None:
-        tell(f"after the system message {use.record.system!r} (as it was trained; --system TEXT gives another)")
-    if use.record.views is not None:
-        tell(f"each image is shown as {use.record.views} (as it was trained)")
+    for note in asking_notes(use.record, use.style, prompt=prompt, template=template, system=system):
+        tell(note)
     loaded = load_model(
         use.source.base,
         adapter=use.source.adapter,
@@ -133,30 +123,6 @@ def open_conversation(use: ModelUse, loaded: torch.nn.Module) -> Conversation:
         views=record.views,
         markup_is_text=record.markup_is_text,
     )
-
-
-def _template(prompt: str | None, use: ModelUse) -> str | None:
-    """The template of `--prompt`.
-
-    Raises:
-        UserError: a text without a placeholder, or "trained" where there is not one prompt of training.
-    """
-    trained = use.record.only_prompt
-    if prompt is None:
-        return trained if trained is not None and in_prompt("", trained) else None
-    if prompt == "plain":
-        return None
-    if prompt == "trained" and trained is None:
-        several = ", ".join(map(repr, use.record.templates))
-        known = f"it was trained on several: {several}" if several else "its record has none"
-        raise UserError(f"--prompt trained: {use.name} has no single prompt that it was trained with: {known}")
-    template = trained if prompt == "trained" else prompt
-    if template is None or not any(placeholder in template for placeholder in PLACEHOLDERS):
-        raise UserError(
-            f"--prompt: there is no {' or '.join(PLACEHOLDERS)} in {template!r} to put a message in place of. Give "
-            "trained, plain, or a text with one"
-        )
-    return template
 
 
 class TerminalChat:

@@ -1,1 +1,1 @@
-"""The language model of a GGUF folder in llama.cpp."""
+"""llama.cpp by its C functions, as the package llama-cpp-python binds them: language models in GGUF files."""

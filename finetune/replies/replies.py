@@ -19,6 +19,7 @@ from finetune.replies.image_features import ImageStore
 from finetune.replies.lockstep import Lockstep
 from finetune.replies.plan import Plan
 from finetune.replies.reply import Decoding, Prompt, Reply
+from finetune.replies.stop_ids import stop_ids_by
 from finetune.replies.task_replies import Style
 from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer
 
@@ -46,11 +47,7 @@ def stop_ids_of(model: torch.nn.Module, tokenizer: QwenVLTokenizer, style: Style
 
     The config of a base checkpoint has no end of a turn, but a chat adapter on it generates them.
     """
-    config = without_adapter(model).generation_config
-    eos = None if config is None else config.eos_token_id
-    own = [] if eos is None else [eos] if isinstance(eos, int) else eos
-    turns = [tokenizer.im_end_id, tokenizer.im_start_id] if style == "chat" else []
-    return tuple(dict.fromkeys([*own, *turns, tokenizer.eod_id]))
+    return stop_ids_by(without_adapter(model).generation_config, tokenizer, style)
 
 
 def without_adapter(model: torch.nn.Module) -> QwenVLForConditionalGeneration:

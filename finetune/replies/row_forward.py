@@ -2,22 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from finetune.errors import UserError
+from finetune.replies.active_adapter import AdapterLayer, adapter_layers, has_adapter
 from finetune.replies.masks import takes_masks
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
-
-AdapterLayer = BaseTunerLayer | AuxiliaryTrainingWrapper
 
 NO_ADAPTER = "__base__"
 """PEFT's name in `adapter_names` of rows without an adapter."""
@@ -60,7 +56,7 @@ class RowForward:
         if adapter is None:
             return None
         if adapter not in self._mixed:
-            layers = [layer for layer in _adapter_layers(self.base) if _has(layer, adapter)]
+            layers = [layer for layer in adapter_layers(self.base) if has_adapter(layer, adapter)]
             if not layers:
                 raise UserError(f"the model has no adapter {adapter!r}")
             self._mixed[adapter] = all(_mixes(layer, adapter) for layer in layers)
@@ -83,7 +79,7 @@ class RowForward:
         if not named:
             yield
             return
-        layers = [layer for layer in _adapter_layers(self.base) if any(_has(layer, name) for name in named)]
+        layers = [layer for layer in adapter_layers(self.base) if any(has_adapter(layer, name) for name in named)]
         if len(set(adapters)) == 1:
             (name,) = named
             try:
@@ -106,15 +102,6 @@ class RowForward:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _adapter_layers(model: nn.Module) -> list[AdapterLayer]:
-    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
-
-
-def _has(layer: AdapterLayer, name: str) -> bool:
-    """Whether a layer has weights of an adapter."""
-    return any(name in attrgetter(names)(layer) for names in layer.adapter_layer_names)
 
 
 def _mixes(layer: AdapterLayer, name: str) -> bool:

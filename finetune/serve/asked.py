@@ -72,7 +72,7 @@ class Ended:
     usage: Usage
 
 
-Cause = Literal["input", "memory", "timeout", "closing", "fault"]
+Cause = Literal["input", "memory", "timeout", "closing", "fault", "upstream", "unreachable"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Refused:
 
     Attributes:
         cause: what was asked is wrong (an image that cannot be read, say); the prompt and its reply do not fit into
-            memory; the deadline has passed; the engine is closing; or a fault of ours, which is logged.
+            memory; the deadline has passed; the engine is closing; a fault of ours, which is logged; or another server
+            that computes the replies has failed, or cannot be reached now.
         message: for whoever asked.
     """
 
@@ -94,6 +95,8 @@ REFUSALS: dict[Cause, str] = {
     "timeout": "the time allowed for the request has passed",
     "closing": "the server is stopping",
     "fault": "a fault of the server, which is in its log",
+    "upstream": "the server that computes the replies has failed",
+    "unreachable": "the server that computes the replies cannot be reached",
 }
 """What is said, where there is no more to say."""
 

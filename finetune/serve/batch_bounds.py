@@ -1,6 +1,6 @@
 """How much the running batch may hold, which is learned where memory is short."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.batches.budget import ENCODED_TOGETHER, REPLY_BATCH_ROWS, REPLY_BATCH_TOKENS
 
@@ -26,6 +26,14 @@ class BatchBounds:
     def hold(self, rows: int, length: int) -> bool:
         """Whether so many rows, the longest of `length` tokens, are within the bounds."""
         return rows <= self.rows and rows * length <= self.tokens
+
+    def within(self, rows: int | None, tokens: int | None) -> "BatchBounds":
+        """These bounds, or lower ones where a decoder has them."""
+        return replace(
+            self,
+            rows=self.rows if rows is None else min(self.rows, rows),
+            tokens=self.tokens if tokens is None else min(self.tokens, tokens),
+        )
 
     def lower_to(self, rows: int, length: int) -> None:
         """More than these did not fit into memory."""

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from finetune.serve.batch_bounds import BatchBounds
 from finetune.serve.feature_cache import FeatureCache
 from finetune.serve.picture_encoding import PictureEncoder
 from finetune.serve.picture_reading import Picture, PictureReaders
+from finetune.serve.replier import ReplierState
 from finetune.serve.schedule import Schedule, tell
 from finetune.serve.work import Choice, Work
 
@@ -39,33 +40,6 @@ T = TypeVar("T")
 
 LAST_STEP = 30.0
 """Seconds that `Engine.close` waits for a step that runs, after its grace."""
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """What the engine is doing, and has done.
-
-    Attributes:
-        waiting: requests that are not in the batch.
-        rows: replies in the batch.
-        row_bound, token_bound: most of the batch; lower than they were set where memory was short.
-        prompt_tokens, cached_tokens, reply_tokens: of all requests that joined the batch; cached ones are of the
-            prompts' and were not computed again.
-        pictures, pictures_encoded: of all requests that joined the batch, and those that were encoded for it: the
-            features of the others were kept.
-        set_aside: how often a reply was taken out of the batch for want of memory, to be begun anew.
-    """
-
-    waiting: int
-    rows: int
-    row_bound: int
-    token_bound: int
-    prompt_tokens: int
-    cached_tokens: int
-    reply_tokens: int
-    pictures: int
-    pictures_encoded: int
-    set_aside: int
 
 
 class Ticket:
@@ -100,8 +74,8 @@ class Engine:
         keep_feature_bytes: int = KEPT_FEATURE_BYTES,
     ) -> None:
         self._model, self._max_queue = model, max_queue
-        self._bounds = bounds or BatchBounds()
-        self._context = model.decoder.context
+        self._bounds = (bounds or BatchBounds()).within(model.decoder.most_rows, model.decoder.most_tokens)
+        self._context, self._most_rows = model.decoder.context, self._bounds.rows
         cache = FeatureCache(keep_feature_bytes)
         self._encoder = PictureEncoder(model.encode, cache)
         self._readers = None if model.image_processor is None else PictureReaders(model.image_processor, cache)
@@ -135,6 +109,8 @@ class Engine:
                 f"the prompt has {len(asked.ids):,} tokens and the reply up to {asked.max_new_tokens:,}, and the "
                 f"model takes {self._context:,} together"
             )
+        if asked.n > self._most_rows:
+            raise UserError(f"{asked.n} replies are asked for, and at most {self._most_rows} grow together")
         if asked.images and self._readers is None:
             raise UserError("this model takes no images: leave them out")
         if asked.sampling.seed is None:
@@ -189,9 +165,9 @@ class Engine:
         return self._close_at is not None
 
     @property
-    def state(self) -> EngineState:
+    def state(self) -> ReplierState:
         """What it is doing, and has done."""
-        return EngineState(
+        return ReplierState(
             waiting=len(self._arrived) + len(self._schedule.waiting),
             rows=self._schedule.rows,
             row_bound=self._bounds.rows,
@@ -214,8 +190,8 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait_for_news():
-                self._run_given_work()
                 self._remove_unwanted()
+                self._run_given_work()  # what drops an adapter comes after what had it
                 self._schedule.join_waiting()
                 self._schedule.step()
         except BaseException:
@@ -279,7 +255,8 @@ class Engine:
                     work.pictures = read
                 self._news.notify()
 
-        self._readers.read(images, f"{work.asked.adapter or ''} ", lambda: not self._is_unwanted(work), done)
+        key_prefix = f"{self._model.vision_key(work.asked.adapter)} "
+        self._readers.read(images, key_prefix, lambda: not self._is_unwanted(work), done)
 
     def _run_given_work(self) -> None:
         while self._between:

@@ -139,7 +139,7 @@ class Schedule:
         return group
 
     def _encode(self, group: Sequence[Work]) -> None:
-        """Encode pictures of requests, as many as are encoded together; the others have their turn in a later round."""
+        """Encode pictures of requests, as many as may be at once; the others have their turn in a later round."""
         result = self._encoder.encode(group, self._bounds.images)
         for work, failure in result.failed:
             self._blame([work], failure)

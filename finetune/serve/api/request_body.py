@@ -1,0 +1,64 @@
+"""The body of a request: counted while it is read, and then JSON that means one thing."""
+
+import json
+from typing import Any, NoReturn
+
+from fastapi import Request
+
+from finetune.serve.api.errors import ApiError, invalid
+
+
+async def read_body(request: Request, most: int) -> bytearray:
+    """The body of a request.
+
+    Raises:
+        ApiError: it is longer than `most` bytes; no more is read then.
+        ClientDisconnect: the client has left.
+    """
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and int(said[:20]) > most:
+        raise _too_long(most)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise _too_long(most)
+    return body
+
+
+def read_object(body: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object in a body.
+
+    Raises:
+        ApiError: it is none, or says something twice.
+    """
+    try:
+        read = json.loads(body, object_pairs_hook=_object, parse_constant=_no_number)
+    except RecursionError:
+        raise invalid("the body is nested too deeply") from None
+    except ValueError as error:  # also bytes that are no text
+        raise invalid(f"the body is not JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise invalid("the body must be a JSON object")
+    return read
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice!r} is given twice"[:120])
+    return read
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _too_long(most: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the request has more than {most:,} bytes, which is the most that this server takes (--max-body)",
+        code="body_too_large",
+    )
