@@ -28,11 +28,7 @@ def run_forked(
         TimeoutExpired: it was killed after `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = FORKING.Process(
-            target=_finetune, args=(list(arguments), str(cwd or Path.cwd()), dict(env or os.environ), said)
-        )
-        process.start()
+        process, said = start_forked(arguments, Path(folder), cwd, env)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -40,6 +36,18 @@ def run_forked(
             raise subprocess.TimeoutExpired(["finetune", *arguments], timeout)
         stdout, stderr = (file.read_text() for file in said)
     return subprocess.CompletedProcess(["finetune", *arguments], process.exitcode, stdout, stderr)
+
+
+def start_forked(
+    arguments: Sequence[str], folder: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> tuple[multiprocessing.process.BaseProcess, list[Path]]:
+    """Start the command; its process, and the files in `folder` that have its stdout and stderr."""
+    said = [folder / name for name in ("stdout", "stderr")]
+    process = FORKING.Process(
+        target=_finetune, args=(list(arguments), str(cwd or Path.cwd()), dict(env or os.environ), said)
+    )
+    process.start()
+    return process, said
 
 
 def _finetune(arguments: list[str], cwd: str, environment: dict[str, str], said: list[Path]) -> None:
