@@ -16,7 +16,7 @@ import openai
 import pytest
 import torch
 from adapters_for_tests import make_adapter
-from forked_finetune import start_forked
+from forked_finetune import Started
 from recipes_for_tests import IMAGES, TINY
 
 from finetune.cli import main
@@ -30,9 +30,7 @@ from qwenvl.text.chat import render_chat
 class Served:
     """A server and its client."""
 
-    process: Any
-    stdout: Path
-    stderr: Path
+    process: Started
     client: openai.OpenAI
     adapters: Path
 
@@ -47,21 +45,20 @@ def served(tmp_path_factory) -> Iterator[Served]:
     adapters = folder / "adapters"
     make_adapter(adapters / "first")
     make_adapter(adapters / "second", target_modules=["c_attn", "in_proj"])
-    process, (stdout, stderr) = start_forked(
+    process = Started(
         [
-            *("serve", str(TINY), "--style", "chat", "--dtype", "float32", "--port", "0", "--grace", "20"),
-            *("--adapter", f"first={adapters / 'first'}", "--allow-adapter-changes", str(adapters)),
-        ],
-        folder,
+            *("serve", TINY, "--style", "chat", "--dtype", "float32", "--port", "0", "--grace", "20"),
+            *("--adapter", f"first={adapters / 'first'}", "--allow-adapter-changes", adapters),
+        ]
     )
     end = time.monotonic() + 120
-    while not (stdout.exists() and (found := re.search(r"^serving +(http\S+)", stdout.read_text(), re.MULTILINE))):
-        assert process.is_alive() and time.monotonic() < end, stderr.read_text()
+    while not (found := re.search(r"^serving +(http\S+)", process.said_so_far()[0], re.MULTILINE)):
+        assert process.poll() is None and time.monotonic() < end, process.said_so_far()
         time.sleep(0.02)
     client = openai.OpenAI(base_url=found[1], api_key="none", max_retries=0, timeout=60)
-    yield Served(process, stdout, stderr, client, adapters)
+    yield Served(process, client, adapters)
     process.kill()
-    process.join(20)
+    process.wait(20)
 
 
 def with_image(text: str, image: Path) -> list[dict[str, Any]]:
@@ -184,7 +181,7 @@ def test_errors_are_openais(served):
 
 
 def test_what_it_says_at_the_start(served):
-    said = served.stdout.read_text()
+    said = served.process.said_so_far()[0]
     assert f"model       tiny: {TINY}\n" in said
     assert f"model       first: {served.adapters / 'first'}\n" in said
     assert "takes       up to 700 tokens, prompt and reply together\n" in said
@@ -203,9 +200,8 @@ def test_sigterm_lets_a_stream_finish(served):  # the last one: the server ends
     assert len(after) > 8
     finished = [piece.choices[0].index for piece in after if piece.choices[0].finish_reason is not None]
     assert sorted(finished) == [0, 1, 2, 3]
-    served.process.join(30)
-    assert served.process.exitcode == 143
-    assert served.stderr.read_text().endswith(
+    assert served.process.wait(30) == 143
+    assert served.process.said_so_far()[1].endswith(
         "interrupted by SIGTERM; replies that ran were finished, or ended after --grace\n"
     )
     with pytest.raises(openai.APIConnectionError):
