@@ -50,6 +50,11 @@ class Started:
         self.pid = self._process.pid
         atexit.register(self.kill)  # Python's end waits for a process, and a test that fails may leave one
 
+    def said_so_far(self) -> tuple[str, str]:
+        """What it has written on standard output and on standard error."""
+        stdout, stderr = (file.read_text() if file.exists() else "" for file in self._said)
+        return stdout, stderr
+
     def poll(self) -> int | None:
         return self._process.exitcode
 

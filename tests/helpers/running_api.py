@@ -35,7 +35,9 @@ class RunningApi:
     The reply to a user's message is the message itself: `Say abc` is answered `Say abc`.
     """
 
-    def __init__(self, held: bool, settings: dict[str, Any], engine: dict[str, Any], send_buffer: int | None) -> None:
+    def __init__(
+        self, held: bool, settings: dict[str, Any], engine: dict[str, Any], send_buffer: int | None, adapters: Any
+    ) -> None:
         processor = QwenVLProcessor.from_pretrained(TINY)
         config = QwenVLConfig.from_pretrained(TINY)
         self.tokenizer = tokenizer = processor.tokenizer
@@ -44,7 +46,7 @@ class RunningApi:
         )
         self.model = scripted_model(self.decoder, processor, config)
         self.engine = Engine(self.model, **engine)
-        names = ServedNames(str(TINY), (), tokenizer, Asking())
+        names = ServedNames(str(TINY), (), tokenizer, Asking(), adapters)
         names.put(find_use(str(TINY), style="chat"), "tiny", None)
         options = ApiSettings(**{"max_model_len": 1024, **settings})
         self.api = Api(
@@ -56,9 +58,16 @@ class RunningApi:
         self.port = bound.getsockname()[1]
         started = threading.Event()
         self.server = Server(build_app(self.api), self.engine, grace=0, on_start=started.set)
-        self.thread = threading.Thread(target=self.server.run, args=([bound],), daemon=True)
+        self.error: Exception | None = None  # that ended the server
+        self.thread = threading.Thread(target=self._serve, args=(bound,), daemon=True)
         self.thread.start()
         assert started.wait(20)
+
+    def _serve(self, bound: socket.socket) -> None:
+        try:
+            self.server.serve_on(bound)
+        except Exception as error:
+            self.error = error
 
     def _echo(self, row: PromptRow) -> Sequence[int]:
         text = self.tokenizer.decode([token for token in row.ids if token < self.tokenizer.eod_id])
@@ -116,7 +125,12 @@ def chat_body(text: Any, **fields: Any) -> dict[str, Any]:
 
 @contextmanager
 def running_api(
-    *, held: bool = False, engine: dict[str, Any] | None = None, send_buffer: int | None = None, **settings: Any
+    *,
+    held: bool = False,
+    engine: dict[str, Any] | None = None,
+    send_buffer: int | None = None,
+    adapters: Any = None,
+    **settings: Any,
 ) -> Iterator[RunningApi]:
     """A server that is stopped afterwards.
 
@@ -124,9 +138,10 @@ def running_api(
         held: each step waits until `decoder.permit` lets it go.
         engine: arguments of `Engine`.
         send_buffer: bytes that the operating system holds for a client that does not read.
+        adapters: holds those of the model, see `ServedNames`.
         settings: of `ApiSettings`.
     """
-    api = RunningApi(held, settings, engine or {}, send_buffer)
+    api = RunningApi(held, settings, engine or {}, send_buffer, adapters)
     try:
         yield api
     finally:
