@@ -6,6 +6,8 @@ images; the images of the next window are read while the current one is processe
 """
 
 import logging
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,20 +15,20 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
 
 from finetune.batches.attempt import OutOfMemory, attempt
 from finetune.batches.budget import KEPT_FEATURE_BYTES, REPLY_BATCH_ROWS, REPLY_BATCH_TOKENS
 from finetune.batches.image_request import ImageRequest, VisionCache, image_key
 from finetune.errors import Failed
+from finetune.replies.decoder import PromptRow
 from finetune.replies.image_features import ImageStore
 from finetune.replies.lockstep import Lockstep
 from finetune.replies.plan import Plan
-from finetune.replies.reply_text import FirstOfChoices, StopAtText, StopWhenAbandoned, reply_text, stop_place
-from finetune.replies.shared_prefix import PrefixedBatch, cut_prefixes, generate_from_prefixes
+from finetune.replies.running_batch import NewToken, ReplyRequest, RunningBatch
 from finetune.replies.stop_ids import stop_ids_by
 from finetune.replies.task_replies import Style
-from qwenvl import ImageAccess, QwenVLConfig, QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer
+from finetune.replies.torch_decoder import TorchDecoder
+from qwenvl import ImageAccess, QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer
 from qwenvl.images.images import ImageError
 
 logger = logging.getLogger(__name__)
@@ -139,9 +141,9 @@ def generate_replies(
     lockstep: Lockstep | None = None,
     is_abandoned: Callable[[], bool] = lambda: False,
 ) -> Iterator[Reply]:
-    """Reply to every prompt, once each, batch by batch.
+    """Reply to every prompt, once each, in a running batch: a prompt joins it when there is room.
 
-    The model's mode and generation config are restored when the iterator is exhausted or closed; random number
+    The model's mode is restored when the iterator is exhausted or closed; its generation config and random number
     generators are not used.
 
     Args:
@@ -164,33 +166,29 @@ def generate_replies(
         Failed: a single prompt does not fit into the device's memory.
     """
     base = without_adapter(model)
-    was_training, config = model.training, base.generation_config
+    was_training = model.training
     model.eval()
-    # Sampling and penalties of the model's own config must not change what is measured.
-    base.generation_config = GenerationConfig()
     try:
         encode = base.get_image_features if lockstep is None else lockstep.encode
         with ImageStore(base, image_processor, keep_bytes, vision_cache, encode) as store:
-            batch_tokens = decoding.batch_tokens
-            # Two windows at once: images of the next one are read while the replies of the one before are generated.
-            next_rows: list[_Row] = []
-            for window in [*plan.order(_images_at_once(base, keep_bytes)), []]:
-                rows, next_rows = next_rows, _open(prompts, window, store)
-                while rows:
-                    batch = rows[: _batch_size(rows, decoding, batch_tokens)]
-                    replies = attempt(
-                        partial(_reply, base, batch, tokenizer, decoding, store, on_bad_image, is_abandoned)
-                    )
-                    if is_abandoned():
-                        return
-                    if isinstance(replies, OutOfMemory):
-                        # Where the model is sharded, others are in the forward that has failed.
-                        batch_tokens = _smaller_budget(batch, prompts, decoding, replies, can_repeat=lockstep is None)
-                        continue
-                    rows = rows[len(batch) :]
-                    yield from replies
+            growing = _GrowingReplies(base, prompts, tokenizer, decoding, store, on_bad_image, lockstep is None)
+            # Images of the next window are read while there are replies to the one before.
+            windows = iter(plan.order(_images_at_once(base, keep_bytes)))
+            opened = _open(prompts, next(windows, []), store)
+            waiting: deque[_Row] = deque()
+            order: deque[int] = deque()
+            made: dict[int, Reply] = {}
+            while waiting or opened or growing.rows:
+                if not waiting and opened:
+                    waiting.extend(opened)
+                    order.extend(row.index for row in opened)
+                    opened = _open(prompts, next(windows, []), store)
+                if is_abandoned():
+                    return
+                made |= {reply.index: reply for reply in growing.next(waiting)}
+                while order and order[0] in made:
+                    yield made.pop(order.popleft())
     finally:
-        base.generation_config = config
         model.train(was_training)
 
 
@@ -233,10 +231,122 @@ def _open(prompts: Sequence[Prompt], window: Sequence[int], store: ImageStore) -
     return rows
 
 
-def _batch_size(rows: Sequence[_Row], decoding: Decoding, batch_tokens: int) -> int:
-    """How many of the rows, the first of which is the longest, go into one batch."""
-    row_tokens = len(rows[0].ids) + decoding.max_new_tokens
-    return max(1, min(batch_tokens // row_tokens, decoding.batch_rows, len(rows)))
+class _GrowingReplies:
+    """The replies that grow at the moment.
+
+    Attributes:
+        rows: the prompts of the growing replies, by the reply's number.
+    """
+
+    def __init__(
+        self,
+        model: QwenVLForConditionalGeneration,
+        prompts: Sequence[Prompt],
+        tokenizer: QwenVLTokenizer,
+        decoding: Decoding,
+        store: ImageStore,
+        on_bad_image: Literal["refuse", "wrong"],
+        can_repeat: bool,
+    ) -> None:
+        # Prompts may be longer than the model's context, as in its own `generate`.
+        self._batch = RunningBatch(TorchDecoder(model, context=sys.maxsize), tokenizer)
+        self._prompts, self._decoding, self._store = prompts, decoding, store
+        self._on_bad_image, self._can_repeat = on_bad_image, can_repeat
+        self._tokens = decoding.batch_tokens
+        self._ids: dict[int, list[int]] = {}
+        self._texts: dict[int, list[str]] = {}
+        self.rows: dict[int, _Row] = {}
+
+    def next(self, waiting: "deque[_Row]") -> list[Reply]:
+        """Let prompts join, or the replies grow by a token; the replies that have ended.
+
+        Raises:
+            Failed: a single prompt does not fit into the device's memory.
+        """
+        joining = [waiting.popleft() for _ in range(self._room(waiting))]
+        replies = attempt(partial(self._join, joining)) if joining else attempt(self._step)
+        if not isinstance(replies, OutOfMemory):
+            return replies
+        rows = sorted([*self.rows.values(), *joining], key=lambda row: -len(row.ids))
+        # Where the model is sharded, others are in the forward that has failed.
+        self._tokens = _smaller_budget(rows, self._prompts, self._decoding, replies, can_repeat=self._can_repeat)
+        if not joining:  # those that came last begin again later
+            numbers = list(self.rows)[(len(self.rows) + 1) // 2 :]
+            joining = [self._forget(number) for number in numbers]
+            self._batch.leave(numbers)
+        waiting.extendleft(reversed(joining))
+        return []
+
+    def _room(self, waiting: "deque[_Row]") -> int:
+        """How many of the prompts that wait join now: when there is room for a quarter of the batch, or for all."""
+        new, live = self._decoding.max_new_tokens, len(self.rows)
+        longest = max((len(row.ids) for row in self.rows.values()), default=0)
+        count = 0
+        for row in waiting:
+            longest = max(longest, len(row.ids))
+            together = live + count + 1
+            if together > self._decoding.batch_rows or together * (longest + new) > self._tokens:
+                break
+            count += 1
+        if not live:
+            return max(count, min(1, len(waiting)))
+        return count if count == len(waiting) or 4 * count >= live + count else 0
+
+    def _join(self, rows: Sequence[_Row]) -> list[Reply]:
+        """Those that have unreadable images, or end with their first token, are done."""
+        features: dict[str, torch.Tensor] = {}
+        bad: dict[str, ImageError] = {}
+        for key, found in self._store.features({key: image for row in rows for key, image in row.images}).items():
+            if not isinstance(found, ImageError):
+                features[key] = found
+            elif self._on_bad_image == "refuse":
+                raise found
+            else:
+                bad[key] = found
+        unreadable = {
+            row.index: Reply(row.index, unreadable=str(next(bad[key] for key in row.keys if key in bad)))
+            for row in rows
+            if any(key in bad for key in row.keys)
+        }
+        good = [row for row in rows if row.index not in unreadable]
+        if not good:
+            return list(unreadable.values())
+        decoding = self._decoding
+        requests = [
+            ReplyRequest(
+                PromptRow(row.ids, [features[key] for key in row.keys], row.keys),
+                decoding.max_new_tokens,
+                decoding.stop_ids,
+                decoding.stop_texts,
+                min_new_tokens=decoding.min_new_tokens,
+                choices=row.choices,
+            )
+            for row in good
+        ]
+        numbers, tokens = self._batch.join(requests)
+        self.rows |= dict(zip(numbers, good, strict=True))
+        self._ids |= {number: [] for number in numbers}
+        self._texts |= {number: [] for number in numbers}
+        return [*unreadable.values(), *self._take(tokens)]
+
+    def _step(self) -> list[Reply]:
+        return self._take(self._batch.step())
+
+    def _take(self, tokens: Sequence[NewToken]) -> list[Reply]:
+        ended = []
+        for token in tokens:
+            ids, texts = self._ids[token.reply], self._texts[token.reply]
+            texts.append(token.text)
+            if token.id is not None:
+                ids.append(token.id)
+            if token.finish is not None:
+                row = self._forget(token.reply)
+                ended.append(Reply(row.index, tuple(ids), "".join(texts), cut=token.finish == "length"))
+        return ended
+
+    def _forget(self, number: int) -> _Row:
+        del self._ids[number], self._texts[number]
+        return self.rows.pop(number)
 
 
 def _smaller_budget(
@@ -266,98 +376,3 @@ def _smaller_budget(
         )
     logger.warning("out of memory with batches of %d tokens: going on with %d", tokens, tokens // 2)
     return tokens // 2
-
-
-def _reply(
-    model: QwenVLForConditionalGeneration,
-    rows: Sequence[_Row],
-    tokenizer: QwenVLTokenizer,
-    decoding: Decoding,
-    store: ImageStore,
-    on_bad_image: Literal["refuse", "wrong"],
-    is_abandoned: Callable[[], bool],
-) -> list[Reply]:
-    """The replies to one batch, those with unreadable images first."""
-    features: dict[str, torch.Tensor] = {}
-    bad: dict[str, ImageError] = {}
-    for key, found in store.features({key: request for row in rows for key, request in row.images}).items():
-        if not isinstance(found, ImageError):
-            features[key] = found
-        elif on_bad_image == "refuse":
-            raise found
-        else:
-            bad[key] = found
-    replies = [
-        Reply(row.index, unreadable=str(next(bad[key] for key in row.keys if key in bad)))
-        for row in rows
-        if any(key in bad for key in row.keys)
-    ]
-    good = [row for row in rows if not any(key in bad for key in row.keys)]
-    if good:
-        own = [[features[key] for key in row.keys] for row in good]
-        replies += _generate(model, good, own, tokenizer, decoding, is_abandoned)
-    return replies
-
-
-def _generate(
-    model: QwenVLForConditionalGeneration,
-    rows: Sequence[_Row],
-    features: Sequence[Sequence[torch.Tensor]],
-    tokenizer: QwenVLTokenizer,
-    decoding: Decoding,
-    is_abandoned: Callable[[], bool],
-) -> list[Reply]:
-    """The replies to rows with the features of their images, (n_queries, hidden) each, in reading order."""
-    pad = tokenizer.pad_token_id
-    batch = _cut(rows, model.config)
-    generated = generate_from_prefixes(
-        model,
-        batch,
-        features,
-        pad,
-        generation_config=GenerationConfig(
-            max_new_tokens=decoding.max_new_tokens,
-            min_new_tokens=decoding.min_new_tokens or None,
-            do_sample=False,
-            eos_token_id=list(decoding.stop_ids) or None,
-            pad_token_id=pad,
-            use_cache=True,
-        ),
-        stopping_criteria=[
-            StopWhenAbandoned(is_abandoned),
-            *([StopAtText(tokenizer, batch.length, decoding.stop_texts)] if decoding.stop_texts else []),
-        ],
-        logits_processor=[FirstOfChoices(batch.length, [row.choices for row in rows])]
-        if any(row.choices for row in rows)
-        else None,
-        # Where the model is sharded, `Lockstep` keeps the processes together.
-        synced_gpus=False,
-    )
-    assert isinstance(generated, torch.Tensor), "no dictionary was asked for"
-    new_ids = generated[:, batch.length :].tolist()
-    return [_read(row, new, tokenizer, decoding) for row, new in zip(rows, new_ids, strict=True)]
-
-
-def _cut(rows: Sequence[_Row], config: QwenVLConfig) -> PrefixedBatch:
-    """The rows cut into prefixes and rests where that saves at least a tenth of the positions; otherwise whole."""
-    ids = [row.ids for row in rows]
-    whole = PrefixedBatch([], [], [list(own) for own in ids])
-    # Beyond seq_length the rotary base depends on the length of the whole row, so prefixes cannot be shared.
-    if max(map(len, ids)) > config.seq_length:
-        return whole
-    cut = cut_prefixes(ids, [tuple(row.keys) or row.index for row in rows], config)
-    return cut if all(cut.prefixes) and cut.tokens < 0.9 * whole.tokens else whole
-
-
-def _read(row: _Row, new: list[int], tokenizer: QwenVLTokenizer, decoding: Decoding) -> Reply:
-    """One row of generated tokens; after its end it is padded to the longest row's length."""
-    ends = {*decoding.stop_ids, tokenizer.pad_token_id}
-    end = next((place for place, token in enumerate(new) if token in ends), len(new))
-    text, stops = reply_text(tokenizer, new[:end]), decoding.stop_texts
-    cut = end == decoding.max_new_tokens
-    if (place := stop_place(text, stops)) is not None:
-        # Without a stop token, Transformers continues this row until all rows have ended.
-        while stop_place(reply_text(tokenizer, new[: end - 1]), stops) is not None:
-            end -= 1
-        text, cut = text[:place], False
-    return Reply(row.index, tuple(new[:end]), text, cut=cut)
