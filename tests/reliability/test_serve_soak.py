@@ -40,6 +40,7 @@ from qwenvl import load_model, load_processor
 WORKERS = 24
 IMAGES = 12
 PROMPTS = 48
+FIRST_TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
 NEAR = 1e-3
 """Of two logits."""
 MAX_BODY = 1_000_000
