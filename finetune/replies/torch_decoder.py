@@ -11,7 +11,7 @@ from finetune.replies.masks import attention_mask
 from finetune.replies.prefill import prefill
 from finetune.replies.prefix_store import PrefixStore
 from finetune.replies.prompt_tokens import BLOCK, ComparedTokens, image_starts, without_half_image
-from finetune.replies.row_cache import KeysAndValues, RowCache
+from finetune.replies.row_cache import KeysAndValues, RowCache, tokens_of
 from finetune.replies.row_forward import RowForward
 
 
@@ -80,7 +80,7 @@ class TorchDecoder:
             raise
         order = torch.tensor([index for _, indices, _, _ in computed for index in indices]).argsort()
         logits = torch.cat([logits for _, _, _, logits in computed])
-        self.tokens_reused += sum(len(row[0][0]) for row in known if row is not None)
+        self.tokens_reused += sum(tokens_of(row) for row in known if row is not None)
         return numbers, logits[order.to(logits.device)]
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class TorchDecoder:
         count = without_half_image(row.ids, min(count, len(row.ids) - 1), self._forward.config)
         if count < BLOCK:
             return None
-        return [(key[:count], value[:count]) for key, value in found]
+        return [(key[:, :count], value[:, :count]) for key, value in found]
 
 
 @dataclass
@@ -210,4 +210,4 @@ class _Lane:
         if len(image_starts(ids, config)) != len(row.image_keys):
             return  # the model has spelled an image
         tokens = ComparedTokens(ids, row.image_keys, row.adapter, config)
-        store.keep(tokens, [(key[: len(ids)], value[: len(ids)]) for key, value in self.cache.row(slot)])
+        store.keep(tokens, [(key[:, : len(ids)], value[:, : len(ids)]) for key, value in self.cache.row(slot)])

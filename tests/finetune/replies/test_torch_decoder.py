@@ -181,7 +181,7 @@ def test_what_has_left_is_kept(tiny_model, tiny_processor):
 def test_a_store_keeps_to_its_bytes(tiny_model):
     def kept(first: int, length: int) -> tuple[ComparedTokens, list]:
         tokens = ComparedTokens([first, *range(length - 1)], [], None, tiny_model.config)
-        return tokens, [(torch.full((length, 1, 2), float(first)), torch.zeros(length, 1, 2))]
+        return tokens, [(torch.full((1, length, 2), float(first)), torch.zeros(1, length, 2))]
 
     store = PrefixStore(most_bytes=16 * 100)
     for first in (1, 2, 3):
