@@ -35,4 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
         from finetune.programs.trl_launch import prepare_trl
 
         prepare_trl()
+    elif program in ("lm_eval", "lm-eval"):
+        from finetune.programs.lm_eval_prompts import prepare_lm_eval
+
+        prepare_lm_eval()
     sys.exit(call(script, program, given))

@@ -50,7 +50,7 @@ OF_PYTORCH = ("adapter", "base_name", "base", "dtype", "quantization", "allow_ad
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run, adapter, checkpoint or merged folder, or hub id")
+    parser.add_argument("model", metavar="MODEL", help="run, adapter, checkpoint, merged or GGUF folder, or hub id")
     models = parser.add_argument_group("what is served")
     models.add_argument(
         "--adapter",

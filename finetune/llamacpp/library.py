@@ -81,8 +81,8 @@ def library() -> Any:
     defaults = bound.llama_context_default_params()
     if not all(getattr(defaults, name) for name in ON_BY_DEFAULT):
         raise UserError(
-            f"the library in {bound._base_path} is of another version than llama-cpp-python {_version()}: "
-            f"their structures differ. Install it anew, {INSTALL}, and leave LLAMA_CPP_LIB_PATH unset"
+            f"the library of llama.cpp in {bound._base_path} does not fit llama-cpp-python {_version()}: their "
+            f"structures differ. Install it anew, {INSTALL}, and leave LLAMA_CPP_LIB_PATH unset"
         )
     # Kept alive by the attribute: ctypes keeps no callback that C holds.
     bound.qwenvl_log_callback = bound.llama_log_callback(messages.take)

@@ -1,6 +1,7 @@
 """The family under the names by which other programs look for it in Transformers itself."""
 
-import transformers
+import sys
+
 from transformers.models.auto import modeling_auto
 
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
@@ -17,6 +18,7 @@ def expose_class_names() -> None:
     is in memory.
     """
     for name in CLASS_NAMES:
-        setattr(transformers, name, QwenVLForConditionalGeneration)
+        # Transformers replaces its own module while it is imported; a name bound before that is not the one in use.
+        setattr(sys.modules["transformers"], name, QwenVLForConditionalGeneration)
     names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     names[QwenVLConfig.model_type] = QwenVLForConditionalGeneration.__name__

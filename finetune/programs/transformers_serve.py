@@ -22,6 +22,7 @@ from qwenvl import QwenVLConfig
 
 REPLY_FORM: Mapping[str, Any] = {
     "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
     "fields": {
         "content": {
             "close_pattern": r"<\|im_end\|>|<\|im_start\|>|<\|endoftext\|>",
@@ -31,6 +32,9 @@ REPLY_FORM: Mapping[str, Any] = {
     },
 }
 """A reply is the text up to a token that ends it, in the terms of Transformers' response templates."""
+
+CHAT_OPTIONS = ("grounding", "numbered")
+"""Options of `processor.apply_chat_template` that a client may give, as `chat_template_kwargs`."""
 
 
 def prepare_serve() -> None:
@@ -101,6 +105,7 @@ def refusing_raw_models(resolve: Any) -> Any:
         found = resolve(self, body)
         _name, model, _processor = found
         if isinstance(model.config, QwenVLConfig):
+            refuse_unknown_options({**self.chat_template_kwargs, **(body.get("chat_template_kwargs") or {})})
             chat_format = getattr(model.generation_config, "chat_format", None)
             if chat_format != "chatml":
                 said = (
@@ -118,6 +123,20 @@ def refusing_raw_models(resolve: Any) -> Any:
         return found
 
     return resolve_trained
+
+
+def refuse_unknown_options(options: Mapping[str, Any]) -> None:
+    """Check the options of rendering that the server, or a client, gives.
+
+    Raises:
+        InputError: one that is not `CHAT_OPTIONS`, such as a file of this machine in place of an image.
+    """
+    unknown = sorted(set(options) - set(CHAT_OPTIONS))
+    if unknown:
+        raise InputError(
+            f"chat_template_kwargs: {', '.join(unknown)}: Qwen-VL's form of a conversation has only "
+            f"{' and '.join(CHAT_OPTIONS)}. Leave it out (the server's --chat-template-kwargs and --reasoning too)"
+        )
 
 
 def refusing_references(read: Any) -> Any:

@@ -60,7 +60,8 @@ class GgufModel:
         """What it takes of memory, in words."""
         mapped = f"{self.folder.language.name}: {format_bytes(self.language.weight_bytes)} of weights"
         cache = f"keys and values of {self.language.cells:,} tokens: {format_bytes(self.language.cache_bytes)}"
-        lines = [f"{mapped} in the file's mapping, {cache}, {self.threads} threads"]
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        lines = [f"{mapped} in the file's mapping, {cache}; {threads}"]
         if self.folder.visual is not None:
             size = format_bytes(self.folder.visual.stat().st_size)
             lines.append(f"vision side: {size} in the file's mapping, of which a block at a time is in memory")

@@ -10,10 +10,9 @@ import torch
 
 from finetune.replies.decoder import PromptRow
 from finetune.replies.masks import attention_mask
-from finetune.replies.prompt_tokens import BLOCK, whole_images
+from finetune.replies.prompt_tokens import BLOCK, common_prefix, whole_images
 from finetune.replies.row_cache import KeysAndValues, RowCache
 from finetune.replies.row_forward import RowForward
-from finetune.replies.shared_prefix import cut_prefixes
 
 PAD = 0
 """Any id that is in every vocabulary and part of no image: its results are dropped."""
@@ -68,19 +67,20 @@ def _prefill_groups(forward: RowForward, rows: Sequence[PromptRow], fresh: Seque
         row = rows[index]
         # Beyond seq_length the rotary base depends on the length of the whole row, so prefixes cannot be shared.
         shares = len(row.ids) <= config.seq_length and len(row.image_keys) == len(row.features)
-        begin = (row.adapter, tuple(row.image_keys) or tuple(row.ids[:BLOCK])) if shares else index
+        alike: tuple[Hashable, ...] = tuple(row.image_keys) or tuple(row.ids[:BLOCK])
+        begin = (row.adapter, alike) if shares else index
         groups.setdefault(begin, []).append(index)
     prefix_of: dict[int, list[int]] = {}
     for group in groups.values():
         ids = [rows[index].ids for index in group]
-        prefix = cut_prefixes(ids, [0] * len(ids), config).prefixes[0] if len(group) > 1 else []
+        prefix = common_prefix(ids, config) if len(group) > 1 else []
         if (len(group) - 1) * len(prefix) >= WORTH * sum(map(len, ids)):
             prefix_of |= dict.fromkeys(group, prefix)
     whole = [index for index in fresh if index not in prefix_of]
-    for alike in _alike(whole, [len(rows[index].ids) for index in whole]):
-        yield Prefilled(alike, *compute(forward, [rows[index] for index in alike]))
+    for group in _alike(whole, [len(rows[index].ids) for index in whole]):
+        yield Prefilled(group, *compute(forward, [rows[index] for index in group]))
     first = list({id(prefix): index for index, prefix in reversed(prefix_of.items())}.values())
-    for alike in _alike(first, [len(prefix_of[index]) for index in first]):
+    for those in _alike(first, [len(prefix_of[index]) for index in first]):
         # Of each prefix's first row.
         beginnings = [
             replace(
@@ -88,10 +88,10 @@ def _prefill_groups(forward: RowForward, rows: Sequence[PromptRow], fresh: Seque
                 ids=prefix_of[index],
                 features=rows[index].features[: whole_images(prefix_of[index], len(prefix_of[index]), config)],
             )
-            for index in alike
+            for index in those
         ]
         prefixes, _ = compute(forward, beginnings)
-        slots = {id(prefix_of[index]): slot for slot, index in enumerate(alike)}
+        slots = {id(prefix_of[index]): slot for slot, index in enumerate(those)}
         members = [index for index, prefix in prefix_of.items() if id(prefix) in slots]
         for group in _alike(members, [len(rows[index].ids) - len(prefix_of[index]) for index in members]):
             known = [prefixes.row(slots[id(prefix_of[index])]) for index in group]

@@ -12,23 +12,15 @@ def image_starts(ids: Sequence[int], config: QwenVLConfig) -> list[int]:
     """Where the `<img>` of each whole image is, in order (as `qwenvl.model.image_span.image_span_starts`)."""
     if config.image_token_id is None:
         return []
-    starts, place, count = [], 0, config.n_queries
-    ids = list(ids)
-    pads = [config.image_token_id] * count
-    while (place := _find(ids, config.image_start_id, place)) is not None:
-        end = place + count + 1
-        if end < len(ids) and ids[end] == config.image_end_id and ids[place + 1 : end] == pads:
+    count = config.n_queries
+    span = [config.image_start_id, *[config.image_token_id] * count, config.image_end_id]
+    starts, place, ids = [], 0, list(ids)
+    while config.image_start_id in ids[place:]:
+        place = ids.index(config.image_start_id, place)
+        if ids[place : place + count + 2] == span:
             starts.append(place)
-            place = end
         place += 1
     return starts
-
-
-def _find(ids: list[int], token: int, start: int) -> int | None:
-    try:
-        return ids.index(token, start)
-    except ValueError:
-        return None
 
 
 def whole_images(ids: Sequence[int], length: int, config: QwenVLConfig) -> int:
@@ -42,6 +34,15 @@ def without_half_image(ids: Sequence[int], length: int, config: QwenVLConfig) ->
         if start < length < start + config.n_queries + 2:
             return start
     return length
+
+
+def common_prefix(rows: Sequence[Sequence[int]], config: QwenVLConfig) -> list[int]:
+    """What rows of the same images all begin with, before the last token of any and not cut inside an image."""
+    # The common prefix of the smallest and the largest row is that of all rows.
+    first, last = min(map(list, rows)), max(map(list, rows))
+    shortest = min(map(len, rows)) - 1
+    length = next((place for place in range(shortest) if first[place] != last[place]), shortest)
+    return first[: min(without_half_image(row, length, config) for row in (first, last))]
 
 
 class ComparedTokens:

@@ -95,7 +95,8 @@ class RowForward:
         def with_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, {**kwargs, "adapter_names": names}
 
-        hooks = [layer.register_forward_pre_hook(with_names, with_kwargs=True) for layer in layers]
+        modules = [layer for layer in layers if isinstance(layer, nn.Module)]
+        hooks = [module.register_forward_pre_hook(with_names, with_kwargs=True) for module in modules]
         try:
             yield
         finally:

@@ -13,10 +13,10 @@ image has as many positions as it gives.
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import AssistedCandidateGenerator, CandidateGenerator, GenerationMixin
 
 from qwenvl.errors import InputError
@@ -37,7 +37,8 @@ class AssistedGeneration(GenerationMixin):
         logits_processor: LogitsProcessorList,
         model_kwargs: dict[str, Any],
         assistant_model: PreTrainedModel | None = None,
-        **tokenizers: Any,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
+        assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> CandidateGenerator:
         """What proposes tokens, for Transformers' `generate`.
 
@@ -51,7 +52,7 @@ class AssistedGeneration(GenerationMixin):
         refuse_unassisted(generation_config, model_kwargs)
         has_images = model_kwargs.get("image_features") is not None
         prompt = None
-        if assistant_model is not None and all(tokenizer is None for tokenizer in tokenizers.values()):
+        if assistant_model is not None and (target_tokenizer is None or assistant_tokenizer is None):
             features = None
             if has_images:
                 features = features_of_assistant(assistant_model, self.config, model_kwargs.get("pixel_values"))
@@ -70,12 +71,13 @@ class AssistedGeneration(GenerationMixin):
             )
         inner = super()._get_candidate_generator(  # type: ignore[misc]  # its self type is for another type checker
             generation_config=generation_config,
-            input_ids=input_ids if prompt is None else prompt,
+            input_ids=input_ids if prompt is None else cast(torch.LongTensor, prompt),
             inputs_tensor=inputs_tensor if prompt is None else prompt,
             logits_processor=logits_processor,
             model_kwargs=model_kwargs,
             assistant_model=assistant_model,
-            **tokenizers,
+            target_tokenizer=target_tokenizer,
+            assistant_tokenizer=assistant_tokenizer,
         )
         return CandidatesAfterPrompt(inner, input_ids.shape[1], prompt, image_tokens(self.config))
 
@@ -100,7 +102,9 @@ class CandidatesAfterPrompt(CandidateGenerator):
         self.inner, self.prompt_length, self.assistant_prompt = inner, prompt_length, assistant_prompt
         self.refused = refused
 
-    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def get_candidates(  # type: ignore[override]  # the base class says that there are always logits
+        self, input_ids: torch.LongTensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens so far (1, length) with those that are proposed, and the assistant's logits (1, proposed,
         vocabulary) if there is one."""
         if input_ids.shape[1] == self.prompt_length:
@@ -181,7 +185,7 @@ def features_of_assistant(
             f"the assistant reads images of {side} x {side} pixels, and this model's have {size} x {size}: give an "
             "assistant of the same visual.image_size"
         )
-    return assistant.get_image_features(pixel_values.to(assistant.device))  # type: ignore[attr-defined,operator]
+    return assistant.get_image_features(pixel_values.to(assistant.device))  # type: ignore[operator]
 
 
 def prompt_of_assistant(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import InputError, UserError
 from finetune.replies.decoder import PromptRow
 from finetune.replies.running_batch import ReplyRequest, RunningBatch
+from finetune.serve.asked_name import name_of
 from finetune.serve.opened_model import open_served
 from finetune.serve.served_names import NameTaken, UnknownName
 from qwenvl import load_model
@@ -99,6 +100,26 @@ def test_each_name_replies_as_its_adapter_alone(adapters, alone):
     assert replies(opened, names, *expected) == expected
     assert len({tuple(reply) for reply in expected.values()}) == len(expected)  # otherwise nothing is shown
     assert replies(opened, names, "dora") == {"dora": alone("dora")}
+
+
+@pytest.mark.parametrize("form", [{"dtype": "bfloat16"}, {"quantization": "nf4"}])
+def test_names_reply_in_16_and_in_4_bits_as_alone(adapters, form):
+    """Copies that were trained in full stay in 32 bits beside a 16-bit base; PEFT casts those of each adapter."""
+    kinds = ["lora", "embeddings in full"]
+    if "quantization" in form:
+        pytest.importorskip("bitsandbytes")
+    opened, names = open_served(
+        str(TINY), name="bare", adapters={kind: str(adapters / kind) for kind in kinds}, **form
+    )
+    for kind in kinds:
+        model = load_model(TINY, adapter=adapters / kind, **form)
+        assert dtypes_of(model, "default") == dtypes_of(module_of(opened), names.get(kind).adapter)
+        assert replies(opened, names, kind) == {kind: generated(model)}
+
+
+def dtypes_of(model, adapter) -> dict[str, torch.dtype]:
+    found = {name: one.dtype for name, one in model.named_parameters() if f".{adapter}." in name}
+    return {name.replace(adapter, "").removeprefix("base_model.model."): dtype for name, dtype in found.items()}
 
 
 def test_features_are_shared_between_adapters_that_leave_vision_alone(adapters):
@@ -261,6 +282,16 @@ def test_names_and_adapters_that_are_wrong_are_refused_before_weights_are_loaded
         open_served(str(other_base), adapters={"x": lora})
     with pytest.raises(InputError, match="init_lora_weights"):
         open_served(str(TINY), adapters={"x": str(pissa)})
+
+
+def test_the_name_of_a_folder(tmp_path):
+    run = tmp_path / "receipts"
+    for folder in ("adapter", "model"):
+        (run / folder).mkdir(parents=True)
+    assert [name_of(str(run / folder)) for folder in ("", "adapter", "model")] == ["receipts", "adapter", "model"]
+    (run / "run.json").write_text("{}")
+    assert [name_of(str(run / folder)) for folder in ("", "adapter", "model/")] == ["receipts"] * 3
+    assert name_of("Qwen/Qwen-VL-Chat") == "Qwen/Qwen-VL-Chat"
 
 
 def test_a_name_is_taken_while_it_is_served(adapters):

@@ -1,7 +1,10 @@
 """Requests are written as a model was trained: with the ids of `qwenvl.text.chat`, or an error with its place."""
 
 import socket
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 from encoded_images import encode
@@ -282,6 +285,38 @@ def test_a_host_that_is_at_a_private_address_is_not_reached(chat, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: found)
     with pytest.raises(RequestError, match=r"pictures.example is at 10.0.0.7, which is not a public address"):
         ask(chat, "http://pictures.example/x.png", access=ImageAccess(allow_urls=True))
+
+
+class Pictures(BaseHTTPRequestHandler):
+    """Another picture each time."""
+
+    given: ClassVar[list[bytes]] = []
+
+    def do_GET(self):
+        self.given.append(encode(Image.new("RGB", (3, 2), (len(self.given), 0, 0))))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.given[-1])))
+        self.end_headers()
+        self.wfile.write(self.given[-1])
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_what_a_url_leads_to_is_known_by_its_content(chat):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        access = ImageAccess(allow_urls=True, address_allowed=lambda address: address.is_loopback)
+        url = f"http://127.0.0.1:{server.server_port}/x.png"
+        first, second = (ask(chat, url, access=access).images[0] for _ in range(2))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [first.source, second.source] == Pictures.given
+    sent = ask(chat, data_uri(Pictures.given[0])).images[0]
+    assert image_key(first.source, access) == image_key(sent.source, sent.access)
+    assert image_key(first.source, access) != image_key(second.source, access)
 
 
 def test_an_image_with_more_pixels_than_allowed_is_not_decoded(chat):
