@@ -62,16 +62,17 @@ def prepare_serve() -> None:
 
     load = getattr(ModelManager, "_load_processor", None)
     require_parameters("transformers", "ModelManager._load_processor", load, ["self", "model_id_and_revision"])
-    ModelManager._load_processor = ready_processor(load)
+    ModelManager._load_processor = ready_processor(load)  # type: ignore[method-assign]
     for handler in (ChatCompletionHandler, ResponseHandler):
         resolve = getattr(handler, "_resolve_model", None)
         require_parameters("transformers", f"{handler.__name__}._resolve_model", resolve, ["self", "body"])
-        handler._resolve_model = refusing_raw_models(resolve)
+        handler._resolve_model = refusing_raw_models(resolve)  # type: ignore[method-assign]
         read = getattr(handler, "get_processor_inputs_from_messages", None)
         require_parameters(
             "transformers", f"{handler.__name__}.get_processor_inputs_from_messages", read, ["messages", "modality"]
         )
-        handler.get_processor_inputs_from_messages = staticmethod(refusing_references(read))
+        contained = staticmethod(refusing_references(read))
+        handler.get_processor_inputs_from_messages = contained  # type: ignore[method-assign]
     build = getattr(server, "build_server", None)
     require_parameters("transformers", "cli.serving.server.build_server", build, ["model_manager"])
     server.build_server = answering_errors(build)
