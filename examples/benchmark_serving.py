@@ -41,6 +41,7 @@ PAGES = EXAMPLES / "quickstart" / "known"
 MID = {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 5504}
 MID |= {"kv_channels": 128}
 MID_VISUAL = {"width": 512, "heads": 8, "layers": 6, "output_dim": 1024}
+NAME = "measured"
 LOAD = 0.7  # of the capacity
 
 
@@ -58,7 +59,12 @@ class Question:
         if self.image is not None:
             url = "data:image/png;base64," + base64.b64encode(self.image.read_bytes()).decode()
             parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
-        asked: dict[str, Any] = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "stream": True}
+        asked: dict[str, Any] = {
+            "model": NAME,
+            "messages": [{"role": "user", "content": parts}],
+            "temperature": 0,
+            "stream": True,
+        }
         asked |= {"max_tokens": self.max_tokens, "stream_options": {"include_usage": True}}
         return json.dumps(asked).encode()
 
@@ -321,8 +327,8 @@ def served(folder: Path, options: Sequence[str]) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "finetune", "serve", str(folder), "--port", str(port), *options]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "finetune", "serve", str(folder), "--name", NAME, "--port", str(port)]
+    server = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
     try:
         while True:
             if server.poll() is not None:

@@ -21,7 +21,7 @@ from finetune.errors import Failed, InputError, Interrupted, UserError
 from finetune.run.launch import is_main_process, launched_processes
 from finetune.terminal import terminal_text
 
-COMMANDS = ("check", "prepare", "train", "evaluate", "merge", "export", "chat", "serve", "bench", "run")
+COMMANDS = ("check", "prepare", "train", "evaluate", "merge", "export", "chat", "serve", "demo", "bench", "run")
 """In the order of a job; each is the module of its name in `finetune.commands`. `train` need not be written."""
 
 SHARED = ("train", "evaluate", "run")

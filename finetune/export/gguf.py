@@ -166,7 +166,8 @@ def limits(config: QwenVLConfig, kind: str) -> list[str]:
     """What the exported model does not do, for the card and the terminal."""
     lines = [
         f"At most {config.seq_length:,} tokens of prompt and reply together: beyond, the source stretches its "
-        "positions, which llama.cpp does not do for this model. `finetune serve` and `finetune chat` refuse longer ones."
+        "positions, which llama.cpp does not do for this model. `finetune serve` and `finetune chat` refuse longer "
+        "prompts, and end replies there."
     ]
     if kind == "f16":
         lines.append("Weights of bfloat16 below float16's smallest numbers (6e-8) are 0.")

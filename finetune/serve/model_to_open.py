@@ -84,7 +84,7 @@ def pytorch_model(
     """A model that PyTorch computes in this process.
 
     Args:
-        model, name, adapters, base_name, base, style, system, prompt, dtype, quantization: as `open_served` takes them.
+        model, name, adapters, base_name, base, style, system, prompt, dtype, quantization: as `open_served`'s.
         bounds: of the batch.
         max_queue: most requests that wait.
 
@@ -114,7 +114,7 @@ def pytorch_model(
 
 
 class BetweenStepsOf:
-    """`run_between_steps` of an engine; what comes once it is closed fails in its future: the model is gone with it."""
+    """`run_between_steps` of an engine; what comes once it is closed fails in its future, the model gone."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

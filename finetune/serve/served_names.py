@@ -105,7 +105,13 @@ class ServedNames:
                 remove()
 
     def put(
-        self, use: ModelUse, name: str, adapter: str | None, *, stop_ids: tuple[int, ...] | None = None
+        self,
+        use: ModelUse,
+        name: str,
+        adapter: str | None,
+        *,
+        stop_ids: tuple[int, ...] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> ServedName:
         """Serve what is in the model already.
 
@@ -114,13 +120,13 @@ class ServedNames:
             name: as clients call it.
             adapter: what the decoder calls its adapter; None for the model without one.
             stop_ids: tokens that end a reply; None where the checkpoint's own settings say them.
+            notes: what is to be said of it beside how it is asked.
 
         Raises:
             UserError: the name is taken or is none, or it cannot be asked as the command says.
         """
         served = as_asked(use, name, adapter, self._tokenizer, self._asking)
-        if stop_ids is not None:
-            served = replace(served, stop_ids=stop_ids)
+        served = replace(served, stop_ids=stop_ids or served.stop_ids, notes=(*served.notes, *notes))
         with self._lock:
             self._require_free(name)
             self._names[name] = _Held(served)

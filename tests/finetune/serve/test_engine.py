@@ -511,5 +511,7 @@ def test_a_device_that_is_lost_ends_the_engine(open_house):
     house.decoder.permit(1000)
     assert [taker.all()[1].cause for taker in takers] == ["fault", "fault"]
     assert house.engine.failed
+    house.engine.close(0)
+    assert house.engine.failed, "and stays so"
     with pytest.raises(EngineClosed):
         house.ask(300, 1)
