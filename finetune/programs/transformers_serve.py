@@ -13,12 +13,14 @@ answered with status 400 and its message, in OpenAI's form.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError, UserError
 from finetune.programs.class_names import expose_class_names
 from finetune.programs.internals import other_internals, require_parameters
 from qwenvl import QwenVLConfig
+from qwenvl.loading import find_source
 
 REPLY_FORM: Mapping[str, Any] = {
     "defaults": {"role": "assistant"},
@@ -87,6 +89,7 @@ def ready_processor(load: Any) -> Any:
         path, _, revision = model_id_and_revision.rpartition("@")
         if kwargs.get("gguf_file") is not None or args:
             return load(self, model_id_and_revision, *args, **kwargs)
+        refuse_unmerged(path)
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=self.trust_remote_code)
         if isinstance(config, QwenVLConfig) and config.visual is None:
             processor = AutoTokenizer.from_pretrained(path, revision=revision)
@@ -97,6 +100,23 @@ def ready_processor(load: Any) -> Any:
         return processor
 
     return load_ready
+
+
+def refuse_unmerged(path: str) -> None:
+    """Check that a folder is a checkpoint, and neither an adapter nor a run.
+
+    Raises:
+        InputError: it is one of these, or there is nothing to load.
+    """
+    if not Path(path).is_dir() or Path(path, "config.json").is_file():
+        return
+    source = find_source(path)
+    if source.adapter is not None:
+        raise InputError(
+            f"{path} is an adapter, and transformers serve takes whole checkpoints: merge it (finetune merge), or "
+            "serve it by finetune serve"
+        )
+    raise InputError(f"{path} is a run, and transformers serve takes its checkpoint: give {source.base}")
 
 
 def refusing_raw_models(resolve: Any) -> Any:

@@ -1,6 +1,7 @@
 """`transformers serve` on our folders, asked by the stock `openai` package over a real connection."""
 
 import base64
+import json
 import os
 import pty
 import shutil
@@ -153,6 +154,22 @@ def test_another_transformers_is_said(unprepared, monkeypatch):
     monkeypatch.setattr(ModelManager, "_load_processor", lambda self, name: None)
     with pytest.raises(UserError, match=r"transformers 5\.\S+ has no ModelManager._load_processor as this software"):
         transformers_serve.prepare_serve()
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path):
+    transformers_serve.refuse_unmerged(str(TINY))
+    transformers_serve.refuse_unmerged("Qwen/Qwen-VL-Chat")
+    run = tmp_path / "run"
+    shutil.copytree(TINY, run / "model")
+    with pytest.raises(
+        InputError, match=f"is a run, and transformers serve takes its checkpoint: give {run / 'model'}"
+    ):
+        transformers_serve.refuse_unmerged(str(run))
+    shutil.move(run / "model", run / "base")
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(run / "base")}))
+    with pytest.raises(InputError, match="is an adapter, and transformers serve takes whole checkpoints"):
+        transformers_serve.refuse_unmerged(str(run))
 
 
 def test_an_option_that_the_form_has_not_is_named():
