@@ -3,7 +3,7 @@
 What Transformers 5.23 needs beyond the registration of `import qwenvl`:
 
 - the model's class by its name, and its kind in a table of names (`class_names`);
-- the form of a reply, so that `<ref>` and `<box>` are text of it: without one, special tokens are left out;
+- `<ref>` and `<box>` as text of a reply, though other special tokens are left out of it;
 - the tokenizer of the library `tokenizers` ready before the first request, as building it takes seconds;
 - the tokenizer in place of a processor for a text-only checkpoint.
 
@@ -12,28 +12,16 @@ addresses to be fetched; a model that was not trained on ChatML is not asked in 
 answered with status 400 and its message, in OpenAI's form.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError, UserError
 from finetune.programs.class_names import expose_class_names
-from finetune.programs.internals import other_internals, require_parameters
+from finetune.programs.internals import require_parameters
 from qwenvl import QwenVLConfig
 from qwenvl.loading import find_source
-
-REPLY_FORM: Mapping[str, Any] = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|im_start|>assistant\n",
-    "fields": {
-        "content": {
-            "close_pattern": r"<\|im_end\|>|<\|im_start\|>|<\|endoftext\|>",
-            "content": "text",
-            "content_args": {"strip": False},
-        }
-    },
-}
-"""A reply is the text up to a token that ends it, in the terms of Transformers' response templates."""
 
 CHAT_OPTIONS = ("grounding", "numbered")
 """Options of `processor.apply_chat_template` that a client may give, as `chat_template_kwargs`."""
@@ -51,17 +39,12 @@ def prepare_serve() -> None:
         raise UserError(
             'run transformers serve: its packages are not all installed: pip install "qwenvl-finetune[serve]" openai'
         )
-    from transformers.cli.serving import server, utils
+    from transformers.cli.serving import server
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
 
     expose_class_names()
-    forms = getattr(utils, "_RESPONSE_TEMPLATE_FALLBACKS", None)
-    if not isinstance(forms, dict):
-        raise other_internals("transformers", "cli.serving.utils._RESPONSE_TEMPLATE_FALLBACKS")
-    forms[(QwenVLConfig.model_type,)] = dict(REPLY_FORM)
-
     load = getattr(ModelManager, "_load_processor", None)
     require_parameters("transformers", "ModelManager._load_processor", load, ["self", "model_id_and_revision"])
     ModelManager._load_processor = ready_processor(load)  # type: ignore[method-assign]
@@ -96,7 +79,9 @@ def ready_processor(load: Any) -> Any:
         else:
             processor = load(self, model_id_and_revision, *args, **kwargs)
         if isinstance(config, QwenVLConfig):
-            getattr(processor, "tokenizer", processor)._tokenizer  # noqa: B018  # builds it
+            tokenizer = getattr(processor, "tokenizer", processor)
+            tokenizer._tokenizer  # noqa: B018  # builds it
+            tokenizer.decode = functools.partial(tokenizer.decode, keep_grounding=True)
         return processor
 
     return load_ready
