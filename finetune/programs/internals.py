@@ -20,12 +20,7 @@ def require_parameters(package: str, name: str, function: Callable[..., Any] | N
     """
     if function is not None and set(wanted) <= set(inspect.signature(function).parameters):
         return
-    raise other_internals(package, name)
-
-
-def other_internals(package: str, name: str) -> UserError:
-    """Says that an installed package is none that an adaptation was written for."""
-    return UserError(
+    raise UserError(
         f"run: {package} {version(package)} has no {name} as this software knows it, so that the model cannot be "
         f"fitted in; constraints.txt names the version of {package} that was tried"
     )
