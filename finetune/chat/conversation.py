@@ -13,8 +13,10 @@ from finetune.chat.gguf_reply import gguf_reply
 from finetune.errors import UserError
 from finetune.replies.gguf_model import GgufModel
 from finetune.replies.prompt_template import in_prompt
-from finetune.replies.replies import reply_text, stop_ids_of, without_adapter
+from finetune.replies.replies import stop_ids_of, without_adapter
+from finetune.replies.reply_text import reply_text
 from finetune.replies.task_replies import Style
+from finetune.replies.text_stream import TextStream, TokenBytes
 from qwenvl import QwenVLConfig, QwenVLImageProcessor, QwenVLTokenizer, load_image
 from qwenvl.images.page_references import find_page
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
@@ -22,9 +24,6 @@ from qwenvl.text.grounding import has_markup
 from qwenvl.views import Views
 
 Message = dict[str, Any]
-
-# A character has at most 4 bytes and a token at least one: 4 tokens that are not valid UTF-8 never will be.
-LONGEST_CHARACTER = 4
 
 
 @dataclass
@@ -239,8 +238,7 @@ class Conversation:
         except KeyboardInterrupt:
             stopped = True
             stream.end()
-        text = reply_text(self.tokenizer, stream.ids)
-        return Answer(text, len(prompt.ids), stream.ended, stopped)
+        return Answer(stream.text, len(prompt.ids), stream.ended, stopped)
 
     def _generate_by_llamacpp(
         self,
@@ -285,11 +283,15 @@ class _Stream(BaseStreamer):
     """Receives new tokens from `generate` and passes on their text, in whole characters."""
 
     def __init__(self, tokenizer: QwenVLTokenizer, stop_ids: Sequence[int], on_text: Callable[[str], None]):
-        self.tokenizer, self.stop_ids, self.on_text = tokenizer, stop_ids, on_text
-        self.ids: list[int] = []
+        self.stop_ids, self.on_text = stop_ids, on_text
         self.ended = False
         self._prompt_seen = False
-        self._open: list[int] = []  # tokens that end within a character
+        self._stream = TextStream(TokenBytes(tokenizer))
+
+    @property
+    def text(self) -> str:
+        """So far."""
+        return self._stream.text
 
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt_seen:  # `generate` puts the prompt first
@@ -299,20 +301,11 @@ class _Stream(BaseStreamer):
             if token in self.stop_ids:
                 self.ended = True
             else:
-                self.ids.append(token)
-                self._open.append(token)
-                self._show(last=False)
+                self._show(self._stream.add(token))
 
     def end(self) -> None:
-        self._show(last=True)
+        self._show(self._stream.end())
 
-    def _show(self, last: bool) -> None:
-        try:
-            text = reply_text(self.tokenizer, self._open, errors="strict")
-        except UnicodeDecodeError:
-            if not last and len(self._open) < LONGEST_CHARACTER:
-                return
-            text = reply_text(self.tokenizer, self._open)
-        self._open = []
+    def _show(self, text: str) -> None:
         if text:
             self.on_text(text)

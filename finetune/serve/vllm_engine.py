@@ -262,7 +262,8 @@ class VllmEngine:
         """Stream one reply; its tokens, a stop token aside."""
         sampling = asked.sampling
         if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + choice)
+            # As of our own batch; vLLM takes 64 bits.
+            sampling = replace(sampling, seed=(sampling.seed + choice + 2**63) % 2**64 - 2**63)
         request = completion_request(
             self._served_name,
             embeddings,
@@ -301,3 +302,6 @@ class VllmEngine:
             yield NewToken(choice, token, new, finish, logprob, top)
             if finish is not None:
                 return
+        if piece.finish is not None:  # without a token of its own
+            new = text.end()
+            yield NewToken(choice, None, new, "stop" if text.stopped else piece.finish)

@@ -158,12 +158,24 @@ def test_a_stop_token_and_a_stop_text_end_a_reply_as_in_our_own_batch(engine, en
     until(lambda: stand_in.left == left + 1)  # the work there is ended, too
 
 
+def test_an_end_without_a_token_ends_a_reply(engine, encoder, stand_in):
+    stand_in.bare_finish = True
+    tokens = of_our_batch(encoder, asked(encoder))
+    events = events_of(engine, asked(encoder))
+    assert [one.token.id for one in events[:-1]] == [*(one.id for one in tokens), None]
+    assert text_of(events) == "".join(one.text for one in tokens)
+    assert events[-2].token.finish == "length" and events[-1].usage.completion == 12
+
+
 def test_several_replies_are_drawn_with_seeds_of_their_own(engine, encoder, stand_in):
     stand_in.asked.clear()
     events = events_of(engine, asked(encoder, n=3, sampling=Sampling(temperature=1.0, seed=7)))
     assert sorted(one.seed for one in stand_in.asked) == [7, 8, 9]
     assert len({text_of(events, choice) for choice in range(3)}) == 3
     assert events[-1].usage.completion == 36
+    stand_in.asked.clear()
+    events_of(engine, asked(encoder, n=2, sampling=Sampling(temperature=1.0, seed=2**63 - 1)))
+    assert sorted(one.seed for one in stand_in.asked) == [-(2**63), 2**63 - 1]
 
 
 def test_an_image_is_encoded_once(engine, encoder):
