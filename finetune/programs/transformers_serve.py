@@ -81,7 +81,8 @@ def ready_processor(load: Any) -> Any:
         if isinstance(config, QwenVLConfig):
             tokenizer = getattr(processor, "tokenizer", processor)
             tokenizer._tokenizer  # noqa: B018  # builds it
-            tokenizer.decode = functools.partial(tokenizer.decode, keep_grounding=True)
+            with_boxes = functools.partial(tokenizer.decode, keep_grounding=True)
+            tokenizer.decode = with_boxes  # type: ignore[method-assign]
         return processor
 
     return load_ready
