@@ -35,11 +35,22 @@ def take_port(host: str, port: int | None) -> socket.socket:
         UserError: it cannot be had.
     """
     if port is not None:
-        return listen(host, port)
+        return _listening(host, port)
     for number in range(FIRST_PORT, FIRST_PORT + PORTS - 1):
         with contextlib.suppress(UserError):
-            return listen(host, number)
-    return listen(host, FIRST_PORT + PORTS - 1)
+            return _listening(host, number)
+    return _listening(host, FIRST_PORT + PORTS - 1)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens: before that, another page could take the same port."""
+    bound = listen(host, port)
+    try:
+        bound.listen()
+    except OSError as error:
+        bound.close()
+        raise UserError(f"--host {host} --port {port} cannot be listened on: {error.strerror}") from None
+    return bound
 
 
 @contextlib.contextmanager
