@@ -200,7 +200,7 @@ def load_processor(path: str | Path) -> QwenVLProcessor:
     """Load the processor of a hub id, a checkpoint, or the base of an adapter or run, with the system message that the
     model was trained under, for conversations that bring none, and with the views that its images were.
 
-    `QwenVLProcessor.from_pretrained` and `AutoProcessor` read neither: set `processor.system` and `processor.views`.
+    `QwenVLProcessor.from_pretrained` and `AutoProcessor` read both too, but know no adapters and no runs.
 
     Raises:
         MissingFileError: nothing to load at `path`.

@@ -9,20 +9,21 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from finetune.chat.gguf_reply import gguf_reply
 from finetune.errors import UserError
+from finetune.replies.gguf_model import GgufModel
 from finetune.replies.prompt_template import in_prompt
-from finetune.replies.replies import reply_text, stop_ids_of, without_adapter
+from finetune.replies.replies import stop_ids_of, without_adapter
+from finetune.replies.reply_text import reply_text
 from finetune.replies.task_replies import Style
-from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer, load_image
+from finetune.replies.text_stream import TextStream, TokenBytes
+from qwenvl import QwenVLConfig, QwenVLImageProcessor, QwenVLTokenizer, load_image
 from qwenvl.images.page_references import find_page
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
 from qwenvl.text.grounding import has_markup
 from qwenvl.views import Views
 
 Message = dict[str, Any]
-
-# A character has at most 4 bytes and a token at least one: 4 tokens that are not valid UTF-8 never will be.
-LONGEST_CHARACTER = 4
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Conversation:
     """Asks a model, turn after turn.
 
     Attributes:
-        model: with or without adapter, in eval mode.
+        model: with or without adapter, in eval mode; or a GGUF model.
         tokenizer: of the model.
         image_processor: of the model; None for one that reads text only.
         style: "chat" for ChatML with all turns so far; "base" for raw text, each prompt by itself.
@@ -82,7 +83,7 @@ class Conversation:
         waiting: images for the next message.
     """
 
-    model: torch.nn.Module
+    model: torch.nn.Module | GgufModel
     tokenizer: QwenVLTokenizer
     image_processor: QwenVLImageProcessor | None
     style: Style = "chat"
@@ -146,11 +147,11 @@ class Conversation:
         images = [*self.images, *self.waiting]
         messages = [*self.messages, self._user_message(in_prompt(text, self.prompt))]
         prompt = self._render(messages)
-        room = self._base.config.max_position_embeddings - len(prompt.ids)
+        room = self._context - len(prompt.ids)
         if room < 1:
             raise UserError(
                 f"the conversation is {len(prompt.ids):,} tokens long{self.cost_of_pictures(images)}, and the model "
-                f"takes {self._base.config.max_position_embeddings:,}: start a new one"
+                f"takes {self._context:,}: start a new one"
             )
         answer = self._generate(prompt, images, min(room, self.max_new_tokens), on_text)
         if answer.text.strip():
@@ -163,11 +164,19 @@ class Conversation:
         if self.views is None or not images:
             return ""
         pictures = self.views.count * len(images)
-        return f" ({pictures * (self._base.config.n_queries + 2):,} of them for {pictures:,} pictures, {self.views})"
+        return f" ({pictures * (self.config.n_queries + 2):,} of them for {pictures:,} pictures, {self.views})"
 
     @property
-    def _base(self) -> QwenVLForConditionalGeneration:
-        return without_adapter(self.model)
+    def config(self) -> QwenVLConfig:
+        """Of the model."""
+        return self.model.config if isinstance(self.model, GgufModel) else without_adapter(self.model).config
+
+    @property
+    def _context(self) -> int:
+        """Most tokens of the conversation with its reply."""
+        if isinstance(self.model, GgufModel):
+            return self.model.decoder.context
+        return self.config.max_position_embeddings
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -184,7 +193,7 @@ class Conversation:
         return {"grounding": True} if has_markup(text) and not self.markup_is_text else {}
 
     def _render(self, messages: Sequence[Message]) -> Rendered:
-        n_queries = self._base.config.n_queries
+        n_queries = self.config.n_queries
         if self.style == "base":
             message = messages[-1]
             return render_prompt(
@@ -205,13 +214,15 @@ class Conversation:
     def _generate(
         self, prompt: Rendered, images: Sequence[ChatImage], max_new_tokens: int, on_text: Callable[[str], None]
     ) -> Answer:
-        stop_ids = stop_ids_of(self.model, self.tokenizer, self.style)
+        if isinstance(self.model, GgufModel):
+            return self._generate_by_llamacpp(self.model, prompt, images, max_new_tokens, on_text)
+        base, stop_ids = without_adapter(self.model), stop_ids_of(self.model, self.tokenizer, self.style)
         sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
-        ids = torch.tensor([prompt.ids], device=self._base.device)
+        ids = torch.tensor([prompt.ids], device=base.device)
         stream = _Stream(self.tokenizer, stop_ids, on_text)
         stopped = False
         try:
-            self._base.generate(
+            base.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 image_features=self._features(images),
@@ -227,8 +238,29 @@ class Conversation:
         except KeyboardInterrupt:
             stopped = True
             stream.end()
-        text = reply_text(self.tokenizer, stream.ids)
-        return Answer(text, len(prompt.ids), stream.ended, stopped)
+        return Answer(stream.text, len(prompt.ids), stream.ended, stopped)
+
+    def _generate_by_llamacpp(
+        self,
+        model: GgufModel,
+        prompt: Rendered,
+        images: Sequence[ChatImage],
+        max_new_tokens: int,
+        on_text: Callable[[str], None],
+    ) -> Answer:
+        features = self._features(images)
+        reply = gguf_reply(
+            model,
+            prompt.ids,
+            [] if features is None else list(features),
+            image_keys=[
+                f"{image.path} {image.version} {part}" for image in images for part in range(len(image.pixels))
+            ],
+            max_new_tokens=max_new_tokens,
+            temperature=self.temperature,
+            on_text=on_text,
+        )
+        return Answer(reply_text(self.tokenizer, reply.ids), len(prompt.ids), reply.ended, reply.stopped)
 
     @torch.no_grad()
     def _features(self, images: Sequence[ChatImage]) -> torch.Tensor | None:
@@ -236,20 +268,30 @@ class Conversation:
         features = []
         for image in images:
             if image.features is None:
-                image.features = self._base.get_image_features(image.pixels.to(self._base.device))
+                image.features = self._encode(image.pixels)
             features.append(image.features)
         return torch.cat(features) if features else None
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.model, GgufModel):
+            return self.model.encode(pixels)
+        base = without_adapter(self.model)
+        return base.get_image_features(pixels.to(base.device))
 
 
 class _Stream(BaseStreamer):
     """Receives new tokens from `generate` and passes on their text, in whole characters."""
 
     def __init__(self, tokenizer: QwenVLTokenizer, stop_ids: Sequence[int], on_text: Callable[[str], None]):
-        self.tokenizer, self.stop_ids, self.on_text = tokenizer, stop_ids, on_text
-        self.ids: list[int] = []
+        self.stop_ids, self.on_text = stop_ids, on_text
         self.ended = False
         self._prompt_seen = False
-        self._open: list[int] = []  # tokens that end within a character
+        self._stream = TextStream(TokenBytes(tokenizer))
+
+    @property
+    def text(self) -> str:
+        """So far."""
+        return self._stream.text
 
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt_seen:  # `generate` puts the prompt first
@@ -259,20 +301,11 @@ class _Stream(BaseStreamer):
             if token in self.stop_ids:
                 self.ended = True
             else:
-                self.ids.append(token)
-                self._open.append(token)
-                self._show(last=False)
+                self._show(self._stream.add(token))
 
     def end(self) -> None:
-        self._show(last=True)
+        self._show(self._stream.end())
 
-    def _show(self, last: bool) -> None:
-        try:
-            text = reply_text(self.tokenizer, self._open, errors="strict")
-        except UnicodeDecodeError:
-            if not last and len(self._open) < LONGEST_CHARACTER:
-                return
-            text = reply_text(self.tokenizer, self._open)
-        self._open = []
+    def _show(self, text: str) -> None:
         if text:
             self.on_text(text)

@@ -13,7 +13,9 @@ from finetune.chat.conversation import Answer, ChatImage, Conversation
 from finetune.chat.conversation_rows import append_row
 from finetune.errors import Failed, InputError, UserError
 from finetune.files.path_errors import path_errors
+from finetune.llamacpp.gguf_files import gguf_files
 from finetune.quantities import format_count
+from finetune.replies.gguf_model import GgufModel, gguf_use, open_gguf
 from finetune.replies.model_style import ModelUse, find_use
 from finetune.replies.prompt_template import asking_notes, choose_template
 from finetune.replies.replies import without_adapter
@@ -46,11 +48,12 @@ def chat(
     dtype: str | None = None,
     quantization: str | None = None,
     boxes: str | Path | None = None,
+    threads: int | None = None,
 ) -> None:
     """Talk to a model until the user leaves, or ask it one thing.
 
     Args:
-        model: anything `qwenvl.load_model` takes.
+        model: anything `qwenvl.load_model` takes, or a folder of `finetune export --to gguf`.
         base: of an adapter, where it is not where the adapter says.
         style: "chat" or "base"; None for the model's own.
         images: for the first message.
@@ -64,12 +67,22 @@ def chat(
         quantization: "nf4" or "none"; None for the model's own, as it was trained.
         boxes: image file to draw the boxes of a reply into. None: a new file in the working directory for each reply;
             with `once`, none.
+        threads: of llama.cpp, for a folder of a GGUF file; None for as many as PyTorch has.
 
     Raises:
         InputError: an argument is wrong; found before weights are loaded.
         Failed: with `once`, the device's memory does not hold prompt and reply.
     """
-    use = find_use(model, base=base, style=style, quantization=quantization)
+    gguf = None
+    if gguf_files(model):
+        for name, given in {"--base": base, "--dtype": dtype, "--quantization": quantization}.items():
+            if given not in (None, "auto"):
+                raise UserError(f"{name} has no effect on {model}, whose language model is a GGUF file: leave it out")
+        gguf, use = gguf_use(model, style)
+    elif threads is not None:
+        raise UserError("--threads has no effect with PyTorch, whose threads OMP_NUM_THREADS says: leave it out")
+    else:
+        use = find_use(model, base=base, style=style, quantization=quantization)
     config = QwenVLConfig.from_pretrained(use.source.base)
     if use.style == "base" and system is not None:
         raise UserError(f"{model} is a base model, which continues raw text: it has no system message")
@@ -87,14 +100,10 @@ def chat(
     tell(f"{model}: {use}")
     for note in asking_notes(use.record, use.style, prompt=prompt, template=template, system=system):
         tell(note)
-    loaded = load_model(
-        use.source.base,
-        adapter=use.source.adapter,
-        dtype=dtype,
-        quantization=use.quantization,
-        quantize=use.quantize,
-        device_map="auto" if torch.cuda.is_available() else None,
-    )
+    loaded = load_chat_model(use, dtype) if gguf is None else open_gguf(gguf, use, rows=1, threads=threads)
+    if isinstance(loaded, GgufModel):
+        for line in loaded.memory():
+            tell(line)
     conversation = open_conversation(use, loaded)
     conversation.prompt, conversation.max_new_tokens, conversation.temperature = template, max_new_tokens, temperature
     if system is not None:
@@ -108,11 +117,24 @@ def chat(
         terminal.talk(model)
 
 
-def open_conversation(use: ModelUse, loaded: torch.nn.Module) -> Conversation:
+def load_chat_model(use: ModelUse, dtype: str | None) -> torch.nn.Module:
+    """The model, loaded as `use` says."""
+    return load_model(
+        use.source.base,
+        adapter=use.source.adapter,
+        dtype=dtype,
+        quantization=use.quantization,
+        quantize=use.quantize,
+        device_map="auto" if torch.cuda.is_available() else None,
+    )
+
+
+def open_conversation(use: ModelUse, loaded: torch.nn.Module | GgufModel) -> Conversation:
     """An empty conversation with `loaded`, a model that was loaded as `use` says."""
     base, record = use.source.base, use.record
     tokenizer, image_processor = QwenVLTokenizer.from_pretrained(base), None
-    if without_adapter(loaded).config.visual is not None:
+    config = loaded.config if isinstance(loaded, GgufModel) else without_adapter(loaded).config
+    if config.visual is not None:
         image_processor = load_processor(base).image_processor
     return Conversation(
         loaded,
@@ -160,9 +182,11 @@ class TerminalChat:
 
     def talk(self, name: str) -> None:
         """Talk until the user leaves; `name` is that of the model."""
-        model = without_adapter(self.conversation.model)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        tell(f"{name}: {format_count(size)} parameters, {str(model.dtype).removeprefix('torch.')}, on {model.device}")
+        model = self.conversation.model
+        if not isinstance(model, GgufModel):
+            model = without_adapter(model)
+            size = format_count(sum(parameter.numel() for parameter in model.parameters()))
+            tell(f"{name}: {size} parameters, {str(model.dtype).removeprefix('torch.')}, on {model.device}")
         if self.conversation.style == "base":
             tell("A base model: it continues your text and has no turns. Ask it like this: What is the total? Answer:")
         tell("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.")
@@ -238,7 +262,7 @@ class TerminalChat:
             tell("(stopped)")
         elif not answer.ended:
             tell(f"(cut at {self.conversation.max_new_tokens:,} tokens: --max-new-tokens)")
-        trained = without_adapter(self.conversation.model).config.seq_length
+        trained = self.conversation.config.seq_length
         if answer.prompt_tokens > trained and not self._warned:
             self._warned = True
             cost = self.conversation.cost_of_pictures(self.conversation.images)

@@ -1,6 +1,7 @@
 """`finetune serve MODEL`"""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.commands.arguments import (
@@ -15,6 +16,7 @@ from finetune.commands.arguments import (
     size,
 )
 from finetune.errors import UserError
+from finetune.llamacpp.gguf_files import gguf_files
 
 SUMMARY = "serve a model with images to programs that speak OpenAI's API"
 WHEN_STOPPED = "replies that ran were finished, or ended after --grace"
@@ -22,11 +24,33 @@ EXAMPLES = """\
 finetune serve runs/docvqa
 finetune serve Qwen/Qwen-VL-Chat --quantization nf4 --port 9000
 finetune serve Qwen/Qwen-VL-Chat --adapter contracts=runs/a --adapter charts=runs/b
-finetune serve models/docvqa --host 0.0.0.0 --api-key-file keys.txt"""
+finetune serve models/docvqa --host 0.0.0.0 --api-key-file keys.txt
+finetune serve models/docvqa-gguf --threads 8
+finetune serve models/docvqa-qwen2 --engine vllm --at http://10.0.0.7:8000"""
+
+
+ENGINES = ("pytorch", "llama.cpp", "vllm")
+
+OF_A_MODEL_HERE = (
+    "adapter",
+    "base_name",
+    "base",
+    "dtype",
+    "quantization",
+    "batch_rows",
+    "batch_tokens",
+    "allow_adapter_changes",
+    "keep",
+    "threads",
+)
+"""Arguments about a model in this process."""
+
+OF_PYTORCH = ("adapter", "base_name", "base", "dtype", "quantization", "allow_adapter_changes", "keep")
+"""Arguments that llama.cpp has no use for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run, adapter, checkpoint or merged folder, or hub id")
+    parser.add_argument("model", metavar="MODEL", help="run, adapter, checkpoint, merged or GGUF folder, or hub id")
     models = parser.add_argument_group("what is served")
     models.add_argument(
         "--adapter",
@@ -38,6 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     models.add_argument("--name", metavar="NAME", help="of the model in requests; by default its folder's or run's")
     models.add_argument("--base-name", metavar="NAME", help="serve the base of an adapter too, under this name")
+    models.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="what makes the replies: PyTorch in this process (the default); llama.cpp, where MODEL is a folder of "
+        "finetune export --to gguf (then the default); or a vLLM server (--at) that serves MODEL, a folder of "
+        "finetune export --to qwen2",
+    )
+    models.add_argument("--at", metavar="URL", help="of the vLLM server, started with --enable-prompt-embeds")
+    models.add_argument("--at-key-file", metavar="FILE", type=Path, help="the key of the vLLM server, if it has one")
+    models.add_argument(
+        "--threads", metavar="N", type=count, help="of llama.cpp (default: as many as PyTorch computes with)"
+    )
     add_base(models)
     add_dtype(models)
     add_quantization(models)
@@ -96,7 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=count,
         default=64,
-        help="requests that wait; others are answered 429 (default: 64)",
+        help="requests that wait, of a vLLM server those that it has at once; others are answered 429 (default: 64)",
     )
     limits.add_argument(
         "--batch-rows", metavar="N", type=count, default=64, help="replies that grow together (default: 64)"
@@ -105,8 +141,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-tokens",
         metavar="N",
         type=count,
-        default=8192,
-        help="replies that grow together, times the longest of them with its prompt (default: 8192)",
+        help="replies that grow together, times the longest of them with its prompt (default: 8192; with llama.cpp, "
+        "whose memory for them is taken at the start, as many as one may have)",
+    )
+    limits.add_argument(
+        "--keep",
+        metavar="SIZE",
+        type=size,
+        default=1e9,
+        help="memory for images and beginnings of prompts that may be asked about again (default: 1GB)",
     )
     limits.add_argument(
         "--timeout", metavar="SECONDS", type=positive, default=600.0, help="of a request (default: 600)"
@@ -121,12 +164,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    engine = check_engine(arguments)
     adapters = dict(arguments.adapter)
     if len(adapters) < len(arguments.adapter):
         raise UserError("--adapter: two have the same name; give each a name of its own")
     # Nothing heavy is imported before the arguments are known to be right.
     from transformers.utils import logging
 
+    from finetune.batches.budget import REPLY_BATCH_TOKENS
     from finetune.serve.batch_bounds import BatchBounds
     from finetune.serve.model_to_open import ModelToOpen, pytorch_model
     from finetune.serve.serve import ServeOptions, serve
@@ -136,6 +181,33 @@ def run(arguments: argparse.Namespace) -> None:
 
     def find_model() -> ModelToOpen:
         """The one place that knows what computes replies."""
+        if engine == "llama.cpp":
+            from finetune.serve.gguf_to_open import llamacpp_model
+
+            return llamacpp_model(
+                arguments.model,
+                name=arguments.name,
+                style=arguments.style,
+                system=arguments.system,
+                prompt=arguments.prompt,
+                rows=arguments.batch_rows,
+                tokens=arguments.batch_tokens,
+                threads=arguments.threads,
+                max_queue=arguments.max_queue,
+            )
+        if engine == "vllm":
+            from finetune.serve.vllm_model import read_server_key, vllm_model
+
+            return vllm_model(
+                arguments.model,
+                arguments.at,
+                key=None if arguments.at_key_file is None else read_server_key(arguments.at_key_file),
+                name=arguments.name,
+                style=arguments.style,
+                system=arguments.system,
+                prompt=arguments.prompt,
+                max_open=arguments.max_queue,
+            )
         return pytorch_model(
             arguments.model,
             name=arguments.name,
@@ -147,8 +219,9 @@ def run(arguments: argparse.Namespace) -> None:
             prompt=arguments.prompt,
             dtype=arguments.dtype,
             quantization=arguments.quantization,
-            bounds=BatchBounds(rows=arguments.batch_rows, tokens=arguments.batch_tokens),
+            bounds=BatchBounds(rows=arguments.batch_rows, tokens=arguments.batch_tokens or REPLY_BATCH_TOKENS),
             max_queue=arguments.max_queue,
+            keep_bytes=int(arguments.keep),
         )
 
     serve(
@@ -169,6 +242,46 @@ def run(arguments: argparse.Namespace) -> None:
             temperature=arguments.temperature,
         ),
     )
+
+
+def check_engine(arguments: argparse.Namespace) -> str:
+    """The engine; what has no effect with it is refused.
+
+    Raises:
+        UserError: there is such an argument, or one is missing.
+    """
+    is_gguf = bool(gguf_files(arguments.model))
+    engine: str = arguments.engine or ("llama.cpp" if is_gguf else "pytorch")
+    if is_gguf and engine != "llama.cpp":
+        raise UserError(f"{arguments.model} has its language model in a GGUF file, which only --engine llama.cpp runs")
+    if engine != "vllm":
+        for option in ("at", "at_key_file"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} is for a vLLM server: give --engine vllm as well")
+    if engine == "vllm":
+        if arguments.at is None:
+            raise UserError(
+                "--engine vllm needs --at URL, the address of the vLLM server, such as http://localhost:8000"
+            )
+        _refuse(arguments, OF_A_MODEL_HERE, "with --engine vllm, as the vLLM server has the model")
+    elif engine == "llama.cpp":
+        _refuse(arguments, OF_PYTORCH, "with llama.cpp, which runs what finetune export --to gguf wrote")
+    else:
+        _refuse(arguments, ("threads",), "with PyTorch, whose threads the environment's OMP_NUM_THREADS says")
+    return engine
+
+
+def _refuse(arguments: argparse.Namespace, options: Sequence[str], why: str) -> None:
+    """Refuse arguments that are given.
+
+    Raises:
+        UserError: one is.
+    """
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    for option in options:
+        if getattr(arguments, option) != defaults.get_default(option):
+            raise UserError(f"--{option.replace('_', '-')} has no effect {why}: leave it out")
 
 
 def named_folder(text: str) -> tuple[str, str]:

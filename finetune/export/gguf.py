@@ -21,7 +21,7 @@ from finetune.export.gguf_file import GgufTensor, plan_gguf, write_gguf
 from finetune.export.gguf_types import BITS
 from finetune.export.model_card import training_sections, write_card
 from finetune.export.qwen2 import LICENSES, SOURCE_CARD, generation_settings, plan_language, plan_visual
-from finetune.export.qwen2_tokenizer import TEXT_CHAT_TEMPLATE, merged_pairs
+from finetune.export.qwen2_tokenizer import TEXT_CHAT_TEMPLATE
 from finetune.export.tensors import ExportedTensor, check_written, pieces, planned
 from finetune.files.atomic_writes import writing_large_folder
 from finetune.files.base_identity import identify
@@ -44,6 +44,7 @@ from finetune.terminal import Say
 from qwenvl import QwenVLConfig, QwenVLTokenizer
 from qwenvl.checkpoint.checkpoint_files import StoredTensor
 from qwenvl.checkpoint.record import BaseNote, trained_as, write_record
+from qwenvl.text.fast_tokenizer import merged_pairs
 from qwenvl.text.vocabulary import Vocabulary
 
 FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2, "q4_k_m": 15}
@@ -165,7 +166,8 @@ def limits(config: QwenVLConfig, kind: str) -> list[str]:
     """What the exported model does not do, for the card and the terminal."""
     lines = [
         f"At most {config.seq_length:,} tokens of prompt and reply together: beyond, the source stretches its "
-        "positions, which llama.cpp does not do for this model. `finetune serve` and `finetune chat` refuse longer ones."
+        "positions, which llama.cpp does not do for this model. `finetune serve` and `finetune chat` refuse longer "
+        "prompts, and end replies there."
     ]
     if kind == "f16":
         lines.append("Weights of bfloat16 below float16's smallest numbers (6e-8) are 0.")

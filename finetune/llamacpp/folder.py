@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import MissingFileError, UserError
+from finetune.llamacpp.gguf_files import gguf_files
 from finetune.llamacpp.language_model import LanguageModel
 from qwenvl import QwenVLConfig
 from qwenvl.checkpoint.record import RECORD, ModelRecord, read_record
@@ -46,11 +47,6 @@ class GgufFolder:
     record: ModelRecord
 
 
-def is_gguf_folder(path: str | Path) -> bool:
-    """Whether there is a GGUF file in a folder."""
-    return Path(path).is_dir() and any(Path(path).glob("*.gguf"))
-
-
 def read_folder(path: str | Path) -> GgufFolder:
     """Find the parts of a folder; no weights are read.
 
@@ -60,7 +56,7 @@ def read_folder(path: str | Path) -> GgufFolder:
     folder = Path(path)
     if folder.is_file():
         raise UserError(f"{folder} is a file: give its folder, which {EXPORT} wrote, with all that belongs to it")
-    files = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    files = gguf_files(folder)
     if not files:
         raise MissingFileError(f"{folder}: there is no GGUF file here: give a folder that {EXPORT} wrote")
     if len(files) > 1:
@@ -106,8 +102,8 @@ def check_language(folder: GgufFolder, model: LanguageModel) -> None:
     digest = NO_VISUAL if folder.visual is None else visual_digest(folder.visual)
     if model.setting(VISUAL_KEY) != digest:
         raise UserError(
-            f"{folder.path / VISUAL_FILE} is not the vision side that {file.name} was exported with: it is damaged, or "
-            "of another folder. Restore it, or export anew"
+            f"{folder.path / VISUAL_FILE} is not the vision side that {file.name} was exported with: it is damaged, "
+            "or of another folder. Restore it, or export anew"
         )
 
 

@@ -90,7 +90,7 @@ class LanguageModel:
         settings.n_batch = -(-cells // CELLS_OF_A_BLOCK) * CELLS_OF_A_BLOCK
         settings.n_ubatch = min(UBATCH, settings.n_batch)
         settings.n_seq_max = sequences
-        settings.n_outputs_max = sequences
+        settings.n_outputs_max = sequences  # not fewer
         settings.n_threads = settings.n_threads_batch = threads
         settings.kv_unified = True
         last_words()

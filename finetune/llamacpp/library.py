@@ -23,6 +23,9 @@ NEEDED = (
     *("llama_decode", "llama_get_logits_ith", "llama_batch"),
 )
 CONTEXT_FIELDS = ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_outputs_max", "n_threads", "kv_unified")
+ON_BY_DEFAULT = ("offload_kqv", "op_offload", "swa_full")
+"""Fields that llama.cpp sets, late in their structure: in another layout they are not where they should be."""
+
 WARNING = 3
 """GGML_LOG_LEVEL_WARN; errors are above. A level of 5 continues the line before."""
 
@@ -75,6 +78,12 @@ def library() -> Any:
     missing += [f"llama_context_params.{name}" for name in CONTEXT_FIELDS if name not in fields]
     if missing:
         raise UserError(f"llama-cpp-python {_version()} lacks {missing[0]}: at least {OLDEST} is needed, {INSTALL}")
+    defaults = bound.llama_context_default_params()
+    if not all(getattr(defaults, name) for name in ON_BY_DEFAULT):
+        raise UserError(
+            f"the library of llama.cpp in {bound._base_path} does not fit llama-cpp-python {_version()}: their "
+            f"structures differ. Install it anew, {INSTALL}, and leave LLAMA_CPP_LIB_PATH unset"
+        )
     # Kept alive by the attribute: ctypes keeps no callback that C holds.
     bound.qwenvl_log_callback = bound.llama_log_callback(messages.take)
     bound.llama_log_set(bound.qwenvl_log_callback, ctypes.c_void_p(0))

@@ -44,8 +44,8 @@ class VisionTower:
         found = {tensor.name: tensor.shape for tensor in tensors}
         if wrong := sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name)):
             raise UserError(
-                f"{file}: {wrong[0]} is missing, too many, or of another shape than config.json says: it is of another "
-                "model. Restore it, or export anew"
+                f"{file}: {wrong[0]} is missing, too many, or of another shape than config.json says: it is of "
+                "another model. Restore it, or export anew"
             )
         weights, self._ranges = {}, {}
         for tensor in tensors:

@@ -5,27 +5,27 @@ from contextlib import contextmanager
 
 import torch
 
-from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
+from qwenvl import QwenVLConfig
 
 MASKED = ("sdpa", "varlen", "eager")
 """Attention implementations that take a mask."""
 
 
-def attention_mask(positions: torch.Tensor, width: int, model: QwenVLForConditionalGeneration) -> torch.Tensor:
+def attention_mask(positions: torch.Tensor, width: int, config: QwenVLConfig, dtype: torch.dtype) -> torch.Tensor:
     """What the tokens at these positions see in a cache of rows, where a token's column is its position.
 
     Args:
         positions: (rows, new)
         width: columns of keys and values.
+        dtype: of the model.
 
     Returns:
         (rows, 1, new, width) as the model's attention takes it: bool, or to be added to the scores.
     """
     seen = torch.arange(width, device=positions.device) <= positions[:, None, :, None]
-    if model.config._attn_implementation != "eager":
+    if config._attn_implementation != "eager":
         return seen
-    least = torch.finfo(model.dtype).min
-    return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, least)
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 @contextmanager

@@ -33,6 +33,8 @@ class RowCache(Cache):
         ntk_alpha: (rows, 1) of the rows' prompts, see `QwenVLModel._positions`; None where all are 1.
     """
 
+    layers: "list[RowLayer]"  # type: ignore[assignment]  # the base class has layers of several kinds
+
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=lambda: RowLayer(self))  # type: ignore[arg-type]  # calls it only
         self.lengths: list[int] = []
@@ -92,12 +94,11 @@ class RowCache(Cache):
             own.reserve(rows + more, columns)
             own.keys[rows : rows + more, :longest] = theirs.keys[:more, :longest]
             own.values[rows : rows + more, :longest] = theirs.values[:more, :longest]
-        alphas = [
-            torch.ones(count, 1, device=own.keys.device) if alpha is None else alpha
-            for alpha, count in ((self.ntk_alpha, rows), (other.ntk_alpha, more))
-        ]
-        both_plain = self.ntk_alpha is None and other.ntk_alpha is None
-        self.ntk_alpha = None if both_plain else torch.cat(alphas)
+        stretched = next((alpha for alpha in (self.ntk_alpha, other.ntk_alpha) if alpha is not None), None)
+        if stretched is not None:
+            both = ((self.ntk_alpha, rows), (other.ntk_alpha, more))
+            alphas = [stretched.new_ones(count, 1) if alpha is None else alpha for alpha, count in both]
+            self.ntk_alpha = torch.cat(alphas)
         self.lengths = [*self.lengths, *other.lengths]
 
     def drop(self, slots: Sequence[int]) -> list[int]:

@@ -50,6 +50,9 @@ class ModelAdapters:
             raise UserError(f"{folder}: {changed}. {MERGE}")
         self._added += 1
         name = f"adapter_{self._added}"
+        if self._adapted is not None:
+            # PEFT looks at the one that it takes for active, which may be gone.
+            self._adapted.base_model.active_adapter = name
         try:
             self._adapted = add_adapter(self._adapted or self.model, self._base, folder, reading, name=name)
         except BaseException:
@@ -66,6 +69,8 @@ class ModelAdapters:
         activate(self.model, None)
         if self._adapted is not None:
             self._adapted.peft_config.pop(name, None)
+        elif hasattr(self.model, "peft_config"):  # of a first adapter that failed
+            del self.model.peft_config
         delete_adapter(self.model, name, prefix="lora_")
         self._of_vision.discard(name)
 

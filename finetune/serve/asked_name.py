@@ -1,6 +1,5 @@
 """How a checkpoint or an adapter is asked when it is served, and whether it can be served beside others."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from qwenvl import QwenVLConfig, QwenVLTokenizer
 from qwenvl.loading import find_adapter
 from qwenvl.model.generation import read_published_settings, reply_as_trained, stored_generation_config
 
-NAME = re.compile(r"[\w.-][\w.:/@+-]{0,127}")
+LONGEST_NAME = 128
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ def as_asked(use: ModelUse, name: str, adapter: str | None, tokenizer: QwenVLTok
     Raises:
         UserError: the name is none, or it cannot be asked as the command says.
     """
-    if not NAME.fullmatch(name):
-        raise UserError(f"{name!r} is no name for a model: letters, digits and . _ - : / @ +, at most 128")
+    if not name.isprintable() or not name or name != name.strip() or len(name) > LONGEST_NAME:
+        raise UserError(f"{name[:200]!r} is no name for a model: give up to {LONGEST_NAME} printable characters")
     record, base = use.record, use.source.base
     if use.style == "base" and asking.system is not None:
         raise UserError(f"{use.name} is a base model, which continues raw text: it has no system message")

@@ -85,7 +85,7 @@ class Engine:
         self._arrived: deque[Work] = deque()
         self._between: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._close_at: float | None = None  # when what still runs is ended; None while requests are taken
-        self._has_ended = False
+        self._has_ended = self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -152,7 +152,7 @@ class Engine:
     @property
     def failed(self) -> bool:
         """Whether its thread has ended by itself, by a fault after which the device cannot be used."""
-        return self._close_at is None and self._has_ended
+        return self._has_failed
 
     @property
     def is_full(self) -> bool:
@@ -173,7 +173,7 @@ class Engine:
             row_bound=self._bounds.rows,
             token_bound=self._bounds.tokens,
             prompt_tokens=self._schedule.prompt_tokens,
-            cached_tokens=0,
+            cached_tokens=self._schedule.cached_tokens,
             reply_tokens=self._schedule.reply_tokens,
             pictures=self._schedule.pictures,
             pictures_encoded=self._encoder.count,
@@ -196,9 +196,10 @@ class Engine:
                 self._schedule.step()
         except BaseException:
             logger.exception("the engine has failed")
+            self._has_failed = True
         finally:
             with self._news:
-                cause: Cause = "fault" if self._close_at is None else "closing"
+                cause: Cause = "fault" if self._has_failed else "closing"
                 left = [*self._schedule.running, *self._schedule.waiting, *self._arrived]
                 self._has_ended = True
                 self._schedule.running.clear()

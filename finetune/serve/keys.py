@@ -26,9 +26,7 @@ def read_keys(file: Path) -> tuple[str, ...]:
     for number, key in keys.items():
         # The key itself is in no message.
         if not KEY.fullmatch(key):
-            raise UserError(
-                f"--api-key-file {file}, line {number}: a key is letters, digits and signs, without spaces"
-            )
+            raise UserError(f"--api-key-file {file}, line {number}: a key has letters, digits and signs only")
         if len(key) < SHORTEST:
             raise UserError(
                 f"--api-key-file {file}, line {number}: a key of {len(key)} characters can be guessed; give at least "

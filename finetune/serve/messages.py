@@ -85,7 +85,7 @@ def _role_and_content(message: object, place: str, index: int) -> tuple[str, obj
     if not isinstance(message, Mapping):
         raise RequestError(place, f"must be an object with role and content, not {type(message).__name__}")
     role = message.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RequestError(f"{place}.role", f"must be one of {', '.join(ROLES)}, not {role!r}"[:120])
     for key, value in message.items():
         if key not in ("role", "content") and value not in (None, [], {}, ""):

@@ -16,8 +16,12 @@ from finetune.serve.adapters import MERGE, ModelAdapters, changes_base
 from finetune.serve.asked_name import Asking, as_asked, name_of, use_of_adapter
 from finetune.serve.served_names import ServedNames
 from qwenvl import QwenVLConfig, QwenVLImageProcessor, QwenVLTokenizer, load_model, load_processor
+from qwenvl.base_check import check_base
 from qwenvl.loading import read_adapter
 from qwenvl.loading_errors import adapter_errors
+
+PREFIX_BYTES = 512_000_000
+"""Keys and values of earlier prompts that are kept: a thousand tokens of the published model in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def open_served(
     prompt: str | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
-    make_decoder: Callable[[torch.nn.Module], Decoder] = TorchDecoder,
+    prefix_bytes: int = PREFIX_BYTES,
 ) -> tuple[OpenedModel, ServedNames]:
     """Open a model to be served, with adapters by name.
 
@@ -73,7 +77,7 @@ def open_served(
             that a name was trained with, or "plain" for none. None is "trained" where there is one.
         dtype: as in `load_model`.
         quantization: "nf4" or "none"; None for the model's own, as it was trained.
-        make_decoder: of the model, whose adapters come and go while it is used.
+        prefix_bytes: of keys and values of earlier prompts, kept for those that begin as they do.
 
     Raises:
         InputError: an argument is wrong, found before weights are loaded; or an adapter does not fit.
@@ -98,8 +102,10 @@ def open_served(
         _add(uses, other, use_of_adapter(folder, checkpoint, use.quantized, asking))
     for each, of_name in uses.items():
         as_asked(of_name, each, None, tokenizer, asking)
-    for other in others:
-        _refuse_beside_others(uses[other].source.adapter)
+        if (adapter := of_name.source.adapter) is not None:
+            if each in others:
+                _refuse_beside_others(adapter)
+            check_base(adapter, checkpoint, page_cache=True, cached=True)
 
     loaded = load_model(
         checkpoint,
@@ -110,19 +116,22 @@ def open_served(
         device_map="auto" if torch.cuda.is_available() else None,
     )
     held = ModelAdapters(without_adapter(loaded), checkpoint)
+    decoder = TorchDecoder(loaded if alone else held.model, prefix_bytes=prefix_bytes)
     names = ServedNames(
         checkpoint,
         use.quantized,
         tokenizer,
         asking,
-        None if alone else held,
+        None if alone else _DecodedAdapters(held, decoder),
         no_adapters=f"{model} cannot be served beside others: {alone}. {MERGE}",
     )
     for each, of_name in uses.items():
         if of_name.source.adapter is None or alone:
             names.put(of_name, each, None)
         else:
-            names.load(each, of_name.name)
+            alone_on_base = each == own_name and base_name is None
+            note = f"its base {checkpoint} is not served by itself; --base-name gives it a name"
+            names.load(each, of_name.name, notes=[note] if alone_on_base else ())
 
     def encode(images: torch.Tensor, adapter: str | None) -> torch.Tensor:
         with torch.no_grad():
@@ -136,15 +145,19 @@ def open_served(
         return f"{adapter} " if adapter is not None and held.touches_vision(adapter) else ""
 
     image_processor = None if held.model.config.visual is None else load_processor(checkpoint).image_processor
-    opened = OpenedModel(
-        make_decoder(loaded if alone else held.model),
-        encode,
-        vision_key,
-        tokenizer,
-        image_processor,
-        held.model.config,
-    )
-    return opened, names
+    return OpenedModel(decoder, encode, vision_key, tokenizer, image_processor, held.model.config), names
+
+
+class _DecodedAdapters:
+    """The adapters of a model, of which its decoder keeps what it has computed."""
+
+    def __init__(self, held: ModelAdapters, decoder: TorchDecoder) -> None:
+        self._held, self._decoder = held, decoder
+        self.add = held.add
+
+    def remove(self, name: str) -> None:
+        self._decoder.forget(name)
+        self._held.remove(name)
 
 
 def _add(uses: dict[str, ModelUse], name: str, use: ModelUse) -> None:
@@ -155,11 +168,10 @@ def _add(uses: dict[str, ModelUse], name: str, use: ModelUse) -> None:
     uses[name] = use
 
 
-def _refuse_beside_others(adapter: str | None) -> None:
+def _refuse_beside_others(adapter: str) -> None:
     """Raises:
     UserError: an adapter that changes its base.
     """
-    assert adapter is not None, "these are adapters"
     if changed := changes_base(read_adapter(adapter)):
         raise UserError(f"{adapter} cannot be served beside others: {changed}. {MERGE}")
 

@@ -17,7 +17,7 @@ from qwenvl import ImageAccess
 if TYPE_CHECKING:
     from finetune.serve.api.settings import ApiSettings
 
-PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "httpx")
 
 
 @dataclass(frozen=True)

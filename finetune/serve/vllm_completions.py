@@ -42,12 +42,13 @@ def completion_request(
         stop_ids: tokens that end it, in place of those that the server knows.
         sampling: how tokens are chosen. vLLM draws its own random numbers: a seed repeats a reply there alone.
     """
+    only_likeliest = sampling.temperature == 0 or sampling.top_p == 0  # vLLM takes no top_p of 0
     asked: dict[str, Any] = {
         "model": model,
         "prompt_embeds": encoded_for_server(embeddings),
         "max_tokens": max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
+        "temperature": 0.0 if only_likeliest else sampling.temperature,
+        "top_p": 1.0 if only_likeliest else sampling.top_p,
         "top_k": 0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,

@@ -32,7 +32,7 @@ from finetune.serve.feature_cache import FeatureCache
 from finetune.serve.picture_reading import Picture, PictureReaders
 from finetune.serve.replier import ReplierState
 from finetune.serve.vllm_completions import Piece, completion_request
-from finetune.serve.vllm_server import ServedThere, ServerFailed, Streams, VllmServer
+from finetune.serve.vllm_server import ServerFailed, Streams, VllmServer
 
 logger = logging.getLogger(__name__)
 
@@ -58,25 +58,29 @@ class VllmEngine:
     before several that serve the same folder behind a balancer. One thread of its own talks to the server, and one
     encodes images.
 
-    Attributes:
-        context: most tokens of a prompt and its reply.
-
     Args:
         server: that serves the folder.
-        served: what it says of its model.
+        served_name: of the model there.
         encoder: of the folder.
+        context: most tokens of a prompt and its reply.
         max_open: most requests at once; the server has a queue of its own.
-        image_bytes: of features to keep.
+        keep_feature_bytes: bytes of image features that are kept for later requests.
     """
 
     def __init__(
-        self, server: VllmServer, served: ServedThere, encoder: PromptEncoder, *, max_open: int, image_bytes: int
+        self,
+        server: VllmServer,
+        served_name: str,
+        encoder: PromptEncoder,
+        *,
+        context: int,
+        max_open: int,
+        keep_feature_bytes: int,
     ) -> None:
-        self._server, self._served, self._encoder, self._max_open = server, served, encoder, max_open
-        # Beyond the context of its training the exported model computes something else, without an error.
-        self.context = min(encoder.config.seq_length, served.context or encoder.config.seq_length)
+        self._server, self._served_name, self._encoder = server, served_name, encoder
+        self._context, self._max_open = context, max_open
         self._token_bytes = TokenBytes(encoder.processor.tokenizer)
-        self._features = FeatureCache(image_bytes)
+        self._features = FeatureCache(keep_feature_bytes)
         self._readers = PictureReaders(encoder.processor.image_processor, self._features)
         self._encoding = ThreadPoolExecutor(1, "encode-images")
         self._open: set[VllmTicket] = set()
@@ -104,10 +108,10 @@ class VllmEngine:
             EngineClosed: it takes no more.
             UserError: the server's model cannot hold it.
         """
-        if self.context < len(asked.ids) + asked.max_new_tokens:
+        if self._context < len(asked.ids) + asked.max_new_tokens:
             raise UserError(
                 f"the prompt has {len(asked.ids):,} tokens and the reply up to {asked.max_new_tokens:,}, and the "
-                f"model takes {self.context:,} together"
+                f"model takes {self._context:,} together"
             )
         ticket = VllmTicket()
         with self._lock:
@@ -158,7 +162,6 @@ class VllmEngine:
         """What it is doing, and has done. What runs and what waits, the server alone knows: all of it runs here."""
         return ReplierState(
             rows=len(self._open),
-            row_bound=self._max_open,
             prompt_tokens=self._prompt_tokens,
             reply_tokens=self._reply_tokens,
             pictures=self._pictures,
@@ -259,9 +262,10 @@ class VllmEngine:
         """Stream one reply; its tokens, a stop token aside."""
         sampling = asked.sampling
         if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + choice)
+            # As of our own batch; vLLM takes 64 bits.
+            sampling = replace(sampling, seed=(sampling.seed + choice + 2**63) % 2**64 - 2**63)
         request = completion_request(
-            self._served.name,
+            self._served_name,
             embeddings,
             max_new_tokens=asked.max_new_tokens,
             stop_ids=asked.stop_ids,
@@ -298,3 +302,6 @@ class VllmEngine:
             yield NewToken(choice, token, new, finish, logprob, top)
             if finish is not None:
                 return
+        if piece.finish is not None:  # without a token of its own
+            new = text.end()
+            yield NewToken(choice, None, new, "stop" if text.stopped else piece.finish)

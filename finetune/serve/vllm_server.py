@@ -118,7 +118,8 @@ class VllmServer:
     @asynccontextmanager
     async def opened(self) -> AsyncGenerator["Streams"]:
         """Connections for many streams at once; closed with the context."""
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        # Idle connections are closed sooner than by the server, or one could close while a request is on its way.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
         async with httpx.AsyncClient(**self._settings, limits=limits) as client:
             yield Streams(self.url, client)
 

@@ -223,6 +223,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         tools: None = None,
         documents: None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        load_audio_from_video: bool = False,
         **layout: Any,
     ) -> BatchEncoding | list | str:
         """Render a conversation without images, or a batch of them; with images, use `QwenVLProcessor`.
@@ -236,6 +237,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
             grounding: see `chat.render_chat`.
             sanitize_control_tokens: accepted for compatibility; text never becomes a control token.
             tools, documents: not supported.
+            load_audio_from_video: accepted for compatibility, and without effect.
             tokenizer_kwargs, layout: `padding`, `truncation`, ...: see `model_inputs.input_columns`.
 
         Raises:
@@ -317,7 +319,8 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         tokenizers of that library: its server streams by `DecodeStream.step(tokenizer._tokenizer, id)`.
 
         Nothing here uses it. It is built when it is first asked for, which takes seconds, and is no part of what is
-        pickled or saved. All control tokens are special tokens of it, those of grounding too.
+        pickled or saved. The control tokens are special tokens of it, except those of grounding, which are part of a
+        reply: `DecodeStream(skip_special_tokens=True)` leaves out the others.
 
         Raises:
             InputError: an ordinary token is spelled like a control token.

@@ -101,6 +101,7 @@ class StandIn:
         refuse_with: an HTTP status that every completion is answered with; None for none.
         error_after, break_after: after this many tokens the stream has an error, or the connection breaks.
         seconds_a_token: waited before each token.
+        bare_finish: the reason of the end comes in a piece of its own.
     """
 
     folder: Path
@@ -116,6 +117,7 @@ class StandIn:
     error_after: int | None = None
     break_after: int | None = None
     seconds_a_token: float = 0.0
+    bare_finish: bool = False
 
     def __post_init__(self) -> None:
         self.name = str(self.folder)
@@ -258,7 +260,15 @@ def make_app(stand_in: StandIn) -> FastAPI:
                         yield f"data: {json.dumps({'error': error})}\n\n"
                         break
                     await asyncio.sleep(stand_in.seconds_a_token)
-                    yield f"data: {json.dumps(body | {'choices': [stand_in.choice(asked, [token])]})}\n\n"
+                    made = stand_in.choice(asked, [token])
+                    pieces = [made]
+                    if stand_in.bare_finish and made["finish_reason"] is not None:
+                        pieces = [
+                            made | {"finish_reason": None},
+                            made | {"text": "", "token_ids": [], "logprobs": None},
+                        ]
+                    for piece in pieces:
+                        yield f"data: {json.dumps(body | {'choices': [piece]})}\n\n"
                 yield "data: [DONE]\n\n"
             except (asyncio.CancelledError, GeneratorExit):
                 stand_in.left += 1

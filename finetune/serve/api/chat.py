@@ -162,7 +162,7 @@ def _read(api: Api, body: bytearray, began: float, held: ExitStack) -> _Read:
         prompt.images,
         name.adapter,
         request.n or 1,
-        request.stop_texts,
+        tuple(request.stop or ()),
         sampling,
         began + settings.timeout,
     )

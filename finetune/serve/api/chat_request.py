@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from finetune.serve.api.errors import ApiError, invalid
 
@@ -31,6 +31,11 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "prompt_cache_retention": (),
 }
 """Fields of OpenAI's that this server does not have, and the values that ask for nothing; null is always one."""
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
 
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -71,17 +76,13 @@ class ChatRequest(_Part):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop: Annotated[list[StopText], Field(max_length=4), BeforeValidator(_listed)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     boxes: Literal["pixels"] | None = None
-
-    @property
-    def stop_texts(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def most_tokens(self) -> int | None:
@@ -134,13 +135,5 @@ def _invalid(error: ValidationError) -> ApiError:
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    """`stop[1]`: without the names that pydantic gives to the members of a union."""
-    place = ""
-    for step in location:
-        if isinstance(step, int):
-            place += f"[{step}]"
-        elif not place:
-            place = step
-        elif step in StreamOptions.model_fields or place == "stream_options":
-            place += f".{step}"
-    return place
+    """`stop[1]`"""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).removeprefix(".")

@@ -20,7 +20,7 @@ from finetune.replies.sampling import GREEDY, Sampling
 from finetune.replies.torch_decoder import TorchDecoder
 from finetune.serve.asked import Asked, ChoiceToken, Ended, EngineClosed, QueueFull, Refused, Usage
 from finetune.serve.vllm_engine import VllmEngine
-from finetune.serve.vllm_server import ServedThere, VllmServer
+from finetune.serve.vllm_server import VllmServer
 from finetune.terminal import say_nothing
 from qwenvl import ImageAccess, load_model
 from qwenvl.text.chat import render_chat
@@ -55,10 +55,15 @@ def encoder(exported):
     return PromptEncoder(exported)
 
 
+def engine_before(server, encoder, **settings):
+    settings = {"context": 2048, "max_open": 4, "keep_feature_bytes": 0} | settings
+    return VllmEngine(server, server.what_is_served().name, encoder, **settings)
+
+
 @pytest.fixture
 def engine(running, encoder, stand_in):
     server = VllmServer(running[1])
-    engine = VllmEngine(server, server.what_is_served(), encoder, max_open=4, image_bytes=10**6)
+    engine = engine_before(server, encoder, keep_feature_bytes=10**6)
     yield engine
     engine.close(0)
 
@@ -153,12 +158,24 @@ def test_a_stop_token_and_a_stop_text_end_a_reply_as_in_our_own_batch(engine, en
     until(lambda: stand_in.left == left + 1)  # the work there is ended, too
 
 
+def test_an_end_without_a_token_ends_a_reply(engine, encoder, stand_in):
+    stand_in.bare_finish = True
+    tokens = of_our_batch(encoder, asked(encoder))
+    events = events_of(engine, asked(encoder))
+    assert [one.token.id for one in events[:-1]] == [*(one.id for one in tokens), None]
+    assert text_of(events) == "".join(one.text for one in tokens)
+    assert events[-2].token.finish == "length" and events[-1].usage.completion == 12
+
+
 def test_several_replies_are_drawn_with_seeds_of_their_own(engine, encoder, stand_in):
     stand_in.asked.clear()
     events = events_of(engine, asked(encoder, n=3, sampling=Sampling(temperature=1.0, seed=7)))
     assert sorted(one.seed for one in stand_in.asked) == [7, 8, 9]
     assert len({text_of(events, choice) for choice in range(3)}) == 3
     assert events[-1].usage.completion == 36
+    stand_in.asked.clear()
+    events_of(engine, asked(encoder, n=2, sampling=Sampling(temperature=1.0, seed=2**63 - 1)))
+    assert sorted(one.seed for one in stand_in.asked) == [-(2**63), 2**63 - 1]
 
 
 def test_an_image_is_encoded_once(engine, encoder):
@@ -199,7 +216,7 @@ def test_what_fails_there_ends_the_request_and_no_other(engine, encoder, stand_i
 
 def test_a_server_that_is_gone_is_said(encoder):
     server = VllmServer("http://127.0.0.1:9")
-    engine = VllmEngine(server, ServedThere("any", None), encoder, max_open=4, image_bytes=0)
+    engine = VllmEngine(server, "any", encoder, context=2048, max_open=4, keep_feature_bytes=0)
     try:
         [refused] = events_of(engine, asked(encoder))
         assert refused.cause == "unreachable" and "vllm serve FOLDER" in refused.message
@@ -222,8 +239,8 @@ def test_an_image_that_cannot_be_read_is_the_clients_fault(engine, encoder):
 
 
 def test_what_is_too_long_is_refused_at_once(engine, encoder):
-    with pytest.raises(UserError, match=f"the model takes {engine.context:,} together"):
-        engine.submit(asked(encoder, max_new_tokens=engine.context), print)
+    with pytest.raises(UserError, match="the model takes 2,048 together"):
+        engine.submit(asked(encoder, max_new_tokens=2048), print)
 
 
 def test_no_more_are_open_than_may_be(engine, encoder, stand_in):
@@ -240,7 +257,7 @@ def test_no_more_are_open_than_may_be(engine, encoder, stand_in):
 
 def test_closing_lets_finish_and_then_ends(running, encoder, stand_in):
     server = VllmServer(running[1])
-    engine = VllmEngine(server, server.what_is_served(), encoder, max_open=4, image_bytes=0)
+    engine = engine_before(server, encoder)
     stand_in.seconds_a_token = 0.02
     short, long = Events(), Events()
     engine.submit(asked(encoder, max_new_tokens=5, sampling=GREEDY), short.queue.put)

@@ -100,6 +100,9 @@ def test_every_setting_is_given(server, stand_in, encoder):
     [asked] = stand_in.asked
     assert (asked.temperature, asked.top_p, asked.seed, asked.logprobs) == (0.7, 0.9, 5, 2)
     assert (asked.top_k, asked.min_p, asked.repetition_penalty) == (0, 0.0, 1.0)
+    stand_in.asked.clear()
+    pieces_of(server, request(server, embeddings, sampling=Sampling(temperature=0.7, top_p=0), max_new_tokens=1))
+    assert (stand_in.asked[0].temperature, stand_in.asked[0].top_p) == (0, 1)
     assert (asked.presence_penalty, asked.frequency_penalty, asked.n) == (0.0, 0.0, 1)
 
 

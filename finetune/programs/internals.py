@@ -1,0 +1,26 @@
+"""Checks that another package's internals are those that an adaptation was written for."""
+
+import inspect
+from collections.abc import Callable, Collection
+from importlib.metadata import version
+from typing import Any
+
+from finetune.errors import UserError
+
+
+def require_parameters(package: str, name: str, function: Callable[..., Any] | None, wanted: Collection[str]) -> None:
+    """Check that a function is there and takes certain parameters.
+
+    Args:
+        package, name: where it is, for the message.
+        function: None where there is no such function.
+
+    Raises:
+        UserError: it is not there, or does not take them.
+    """
+    if function is not None and set(wanted) <= set(inspect.signature(function).parameters):
+        return
+    raise UserError(
+        f"run: {package} {version(package)} has no {name} as this software knows it, so that the model cannot be "
+        f"fitted in; constraints.txt names the version of {package} that was tried"
+    )
