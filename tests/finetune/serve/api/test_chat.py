@@ -65,7 +65,8 @@ def test_a_stream_is_the_reply_in_pieces(client):
     assert "".join(piece.choices[0].delta.content or "" for piece in grown) == "Say äöü 你好"
     assert [piece.choices[0].finish_reason for piece in grown] == [None] * (len(grown) - 1) + ["stop"]
     assert "\ufffd" not in "".join(piece.choices[0].delta.content or "" for piece in grown)
-    assert end.choices == [] and end.usage == ask(client, "Say äöü 你好").usage
+    assert end.choices == []
+    assert end.usage.completion_tokens == ask(client, "Say äöü 你好").usage.completion_tokens
     assert len({piece.id for piece in pieces}) == 1
     assert len(grown) > 3
     assert all(piece.usage is None for piece in ask(client, stream=True))
