@@ -9,10 +9,12 @@ one another; of many clients at once, each asks about pages of its own. Arrivals
 requests a second that the many clients of the same round had.
 
 On a machine that does other work, times vary by more than what is measured: the phases alternate, and ratios are of
-the phases of one round. `nano` is `examples/nano`. `mid` has random weights, which are written to a temporary folder:
-hidden size 1,024, 8 layers, 101 M parameters in its layers, 6 layers of width 512 in its vision transformer, the
-nano's vocabulary (752 tokens) and images (140 x 140 pixels, 100 positions). On two cores its decoding step is nearly
-all matrix products; its replies are as long as they may be.
+the phases of one round. The CPU time of the server is of all its threads, and depends less on what else runs.
+
+`nano` is `examples/nano`. `mid` has random weights, which are written to a temporary folder: hidden size 1,024, 8
+layers, 101 M parameters in its layers, 6 layers of width 512 in its vision transformer, the nano's vocabulary (752
+tokens) and images (140 x 140 pixels, 100 positions). On two cores its decoding step is nearly all matrix products; its
+replies are as long as they may be.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from make_random_checkpoint import write_weights
 
 EXAMPLES = Path(__file__).parent
@@ -91,6 +94,12 @@ class Phase:
     answered: list[Answered]
     lost: list[str]
     seconds: float
+    cpu_seconds: float
+
+    @property
+    def cpu_per_token(self) -> float:
+        """Of the server, all its threads together, in seconds."""
+        return self.cpu_seconds / sum(one.tokens for one in self.answered)
 
     @property
     def tokens_per_second(self) -> float:
@@ -111,6 +120,14 @@ def percentile(values: Sequence[float], percent: int) -> float:
     """By the nearest rank."""
     ordered = sorted(values)
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs."""
+
+    port: int
+    process: psutil.Process
 
 
 class Lost(Exception):
@@ -160,7 +177,22 @@ async def ask(port: int, question: Question, since: float) -> Answered:
         writer.close()
 
 
-async def in_turns(port: int, of_clients: Sequence[Sequence[Question]]) -> Phase:
+class Clock:
+    """Seconds of the wall clock and of a process, since it was made."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self._process = process
+        self._start, self._cpu_start = time.perf_counter(), self._cpu()
+
+    def phase(self, answered: list[Answered], lost: list[str]) -> Phase:
+        return Phase(answered, lost, time.perf_counter() - self._start, self._cpu() - self._cpu_start)
+
+    def _cpu(self) -> float:
+        times = self._process.cpu_times()
+        return float(times.user + times.system)
+
+
+async def in_turns(server: Server, of_clients: Sequence[Sequence[Question]]) -> Phase:
     """Each client asks its questions one after another; the clients at once."""
     answered: list[Answered] = []
     lost: list[str] = []
@@ -168,28 +200,28 @@ async def in_turns(port: int, of_clients: Sequence[Sequence[Question]]) -> Phase
     async def client(questions: Sequence[Question]) -> None:
         for question in questions:
             try:
-                answered.append(await ask(port, question, time.perf_counter()))
+                answered.append(await ask(server.port, question, time.perf_counter()))
             except Lost as error:
                 lost.append(str(error))
 
-    start = time.perf_counter()
+    clock = Clock(server.process)
     await asyncio.gather(*map(client, of_clients))
-    return Phase(answered, lost, time.perf_counter() - start)
+    return clock.phase(answered, lost)
 
 
-async def arriving(port: int, questions: Sequence[Question], per_second: float) -> Phase:
+async def arriving(server: Server, questions: Sequence[Question], per_second: float) -> Phase:
     """Questions are asked at even distances, whether or not those before them are answered."""
-    start = time.perf_counter()
+    start, clock = time.perf_counter(), Clock(server.process)
 
     async def arrive(number: int, question: Question) -> Answered:
         due = start + number / per_second
         await asyncio.sleep(due - time.perf_counter())
-        return await ask(port, question, due)
+        return await ask(server.port, question, due)
 
     ended = await asyncio.gather(*(arrive(*one) for one in enumerate(questions)), return_exceptions=True)
     answered = [one for one in ended if isinstance(one, Answered)]
     lost = [str(one) for one in ended if not isinstance(one, Answered)]
-    return Phase(answered, lost, time.perf_counter() - start)
+    return clock.phase(answered, lost)
 
 
 class Questions:
@@ -237,38 +269,42 @@ class Round:
         return self.many.tokens_per_second / self.alone.tokens_per_second
 
     @property
+    def cpu_speedup(self) -> float:
+        return self.alone.cpu_per_token / self.many.cpu_per_token
+
+    @property
     def waiting(self) -> float:
         """Median time to the first token at 70 %, by what it may be: twice the idle one and a step."""
         return self.spaced.first(50) / (2 * self.alone.first(50) + self.spaced.per_token(50))
 
 
-async def measure(port: int, questions: Questions, clients: int, pages: int, rounds: int) -> list[Round]:
+async def measure(server: Server, questions: Questions, clients: int, pages: int, rounds: int) -> list[Round]:
     """Alternate the phases."""
-    await in_turns(port, questions.take(clients, 1))  # to warm up
+    await in_turns(server, questions.take(clients, 1))  # to warm up
     measured = []
     for number in range(rounds):
-        alone = await in_turns(port, questions.take(1, 4 * pages))
-        many = await in_turns(port, questions.take(clients, pages))
+        alone = await in_turns(server, questions.take(1, 4 * pages))
+        many = await in_turns(server, questions.take(clients, pages))
         [spaced] = questions.take(1, clients * pages)
-        measured.append(Round(alone, many, await arriving(port, spaced, LOAD * many.requests_per_second)))
+        measured.append(Round(alone, many, await arriving(server, spaced, LOAD * many.requests_per_second)))
         one = measured[-1]
         print(f"round {number + 1}: {one.speedup:.2f} times the tokens/s, waiting {one.waiting:.2f}", file=sys.stderr)
     return measured
 
 
-async def same_alone(port: int, rounds: Sequence[Round], count: int) -> str:
+async def same_alone(server: Server, rounds: Sequence[Round], count: int) -> str:
     """How many replies that were made together are the same if asked again, alone."""
     answered = [one for measured in rounds for phase in (measured.many, measured.spaced) for one in phase.answered]
     some = answered[:: max(1, len(answered) // count)]
-    again = [await ask(port, one.question, time.perf_counter()) for one in some]
+    again = [await ask(server.port, one.question, time.perf_counter()) for one in some]
     return f"{sum(one.text == other.text for one, other in zip(some, again, strict=True))} of {len(some)}"
 
 
 def table(rounds: Sequence[Round], clients: int) -> str:
     """Markdown: each way of asking, the median of the rounds; then the ratios, as smallest / median / largest."""
     lines = [
-        "| | requests | lost | tokens/s | first token p50 | p95 | time per token p50 | p95 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | requests | lost | tokens/s | first token p50 | p95 | time per token p50 | p95 | CPU time per token |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     ways = ["one at a time", f"{clients} at once", f"spaced, {LOAD:.0%} of the capacity"]
     for number, way in enumerate(ways):
@@ -282,11 +318,12 @@ def table(rounds: Sequence[Round], clients: int) -> str:
             median([one.first(95) for one in phases]),
             median([one.per_token(50) for one in phases]),
             median([one.per_token(95) for one in phases]),
+            median([one.cpu_per_token for one in phases]),
         ]
         asked = sum(len(one.answered) + len(one.lost) for one in phases)
         lost = sum(len(one.lost) for one in phases)
         rate = median([one.tokens_per_second for one in phases])
-        cells = [way, str(asked), str(lost), f"{rate:,.1f}", *(f"{1000 * one:,.0f} ms" for one in times)]
+        cells = [way, str(asked), str(lost), f"{rate:,.1f}", *(f"{1000 * one:,.3g} ms" for one in times)]
         lines.append(f"| {' | '.join(cells)} |")
 
     def spread(values: Sequence[float]) -> str:
@@ -298,6 +335,7 @@ def table(rounds: Sequence[Round], clients: int) -> str:
             "",
             f"Of {len(rounds)} rounds, smallest / median / largest:",
             f"- tokens/s of {clients} at once, by one at a time: {spread([one.speedup for one in rounds])}",
+            f"- the same of tokens a second of the server's CPU time: {spread([one.cpu_speedup for one in rounds])}",
             "- median time to the first token at the spaced load, by twice the idle one and a step: "
             + spread([one.waiting for one in rounds]),
         ]
@@ -322,8 +360,8 @@ def write_mid(folder: Path) -> None:
 
 
 @contextmanager
-def served(folder: Path, options: Sequence[str]) -> Iterator[int]:
-    """Run `finetune serve`; its port, once it answers."""
+def served(folder: Path, options: Sequence[str]) -> Iterator[Server]:
+    """Run `finetune serve`, and wait until it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -338,7 +376,7 @@ def served(folder: Path, options: Sequence[str]) -> Iterator[int]:
                     break
             except OSError:
                 time.sleep(0.2)
-        yield port
+        yield Server(port, psutil.Process(server.pid))
     finally:
         server.terminate()
         server.wait()
@@ -361,16 +399,16 @@ def main() -> None:
         folder = {"nano": NANO, "mid": Path(temporary) / "mid"}.get(arguments.model, Path(arguments.model))
         if arguments.model == "mid":
             write_mid(folder)
-        with served(folder, arguments.option) as port:
+        with served(folder, arguments.option) as server:
             questions = Questions(arguments.kinds, arguments.max_tokens)
-            rounds = asyncio.run(measure(port, questions, arguments.clients, arguments.pages, arguments.rounds))
+            rounds = asyncio.run(measure(server, questions, arguments.clients, arguments.pages, arguments.rounds))
             print(
                 f"\n{arguments.model}, questions: {arguments.kinds}, replies of up to {arguments.max_tokens} tokens\n"
             )
             print(table(rounds, arguments.clients))
             for error in [error for one in rounds for phase in one.phases for error in phase.lost][:5]:
                 print(f"lost: {error}")
-            print(f"- replies that are the same asked alone: {asyncio.run(same_alone(port, rounds, 40))}")
+            print(f"- replies that are the same asked alone: {asyncio.run(same_alone(server, rounds, 40))}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ class QwenVLProcessor(ProcessorMixin):
         if Path(path).is_dir():
             examine_settings(Path(path, kwargs.get("subfolder") or ""))
         processor = cls._from_files(path, hub)
-        if revision == "main" and cache_dir is None and token is None and kwargs.get("subfolder") is None:
+        if revision in (None, "main") and cache_dir is None and token is None and kwargs.get("subfolder") is None:
             record = trained_as(os.fspath(path))
             processor.system, processor.views = record.system, record.views
         return processor

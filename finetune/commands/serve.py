@@ -40,11 +40,12 @@ OF_A_MODEL_HERE = (
     "batch_rows",
     "batch_tokens",
     "allow_adapter_changes",
+    "keep",
     "threads",
 )
 """Arguments about a model in this process."""
 
-OF_PYTORCH = ("adapter", "base_name", "base", "dtype", "quantization", "allow_adapter_changes")
+OF_PYTORCH = ("adapter", "base_name", "base", "dtype", "quantization", "allow_adapter_changes", "keep")
 """Arguments that llama.cpp has no use for."""
 
 
@@ -144,6 +145,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "whose memory for them is taken at the start, as many as one may have)",
     )
     limits.add_argument(
+        "--keep",
+        metavar="SIZE",
+        type=size,
+        default=1e9,
+        help="memory for images and beginnings of prompts that may be asked about again (default: 1GB)",
+    )
+    limits.add_argument(
         "--timeout", metavar="SECONDS", type=positive, default=600.0, help="of a request (default: 600)"
     )
     limits.add_argument(
@@ -213,6 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
             quantization=arguments.quantization,
             bounds=BatchBounds(rows=arguments.batch_rows, tokens=arguments.batch_tokens or REPLY_BATCH_TOKENS),
             max_queue=arguments.max_queue,
+            keep_bytes=int(arguments.keep),
         )
 
     serve(

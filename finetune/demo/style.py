@@ -22,8 +22,8 @@ CSS = """
 .talk ul { margin: 4px 0; padding-left: 1.2em; }
 .talk .pictures { display: flex; flex-wrap: wrap; gap: 8px; margin: 6px 0; }
 .talk figure { margin: 0; max-width: 100%; }
-.talk .pictures img { max-height: 220px; max-width: 100%; border: 1px solid var(--border-color-primary);
-  border-radius: 4px; background: #fff; display: block; }
+.talk .pictures img { margin: 0 !important; max-height: 220px; max-width: 100%; border-radius: 4px; background: #fff;
+  border: 1px solid var(--border-color-primary); display: block; }
 .talk .drawn img { max-height: 420px; }
 .talk .recorded { margin: 8px 0 0; border-top: 1px solid var(--border-color-primary); padding-top: 6px; }
 .talk .recorded dt { font-size: .85em; font-weight: 600; }

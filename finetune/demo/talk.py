@@ -176,7 +176,7 @@ class Talk:
             data = path.read_bytes()
             known = next((number for number, one in enumerate(self.offered) if one.upload.data == data), None)
             if known is None:
-                self._add(offer(read_upload(path.name, data), self.folder))
+                self._add(offer(read_upload(Path(example.origin).name, data), self.folder))
                 known = len(self.offered) - 1
             self._choose(known)
         self.example, self._example_chosen = example, list(self.chosen)

@@ -56,7 +56,7 @@ _REPLY = (
 {% if turn.example and not reply.is_running %}<dl class="recorded">
 {% set answers = turn.example.answers | unique | join("; ") %}
 {% if answers %}<dt>Right answer</dt><dd dir="auto">{{ answers }}</dd>{% endif %}
-{% for when, text in turn.example.recorded %}<dt>Recorded {{ when }}</dt>
+{% for when, text in turn.example.recorded if number == 0 %}<dt>Recorded {{ when }}</dt>
 <dd dir="auto">{{ (text.strip() or "(no reply)") }}</dd>{% endfor %}
 </dl>{% endif %}
 </article>
@@ -76,6 +76,9 @@ def _shown(value: object) -> object:
 
 _environment = Environment(autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True)
 _environment.globals["address"] = address
+_TITLE = _environment.from_string(
+    '<h2 class="hidden-text" data-title="{{ title }}">Conversation with {{ title }}</h2>'
+)
 _turn, _reply = _environment.from_string(_TURN), _environment.from_string(_REPLY)
 
 
@@ -86,19 +89,21 @@ def past(turns: Sequence[Turn], number: int, title: str) -> str:
         number: of the model.
         title: its name.
     """
-    parts = []
+    parts = [_TITLE.render(title=title)]
     for turn in turns:
         parts.append(_turn.render(turn=turn, reply=turn.replies[number]))
         if turn is not turns[-1]:
-            parts.append(_reply.render(turn=turn, reply=turn.replies[number], title=title))
-    return "".join(parts) or '<p class="note empty">Nothing was asked yet.</p>'
+            parts.append(_reply.render(turn=turn, number=number, reply=turn.replies[number], title=title))
+    if not turns:
+        parts.append('<p class="note">Nothing was asked yet.</p>')
+    return "".join(parts)
 
 
 def last_reply(turns: Sequence[Turn], number: int, title: str) -> str:
     """The last reply of a conversation, which may still be written; empty where there is none."""
     if not turns:
         return ""
-    return _reply.render(turn=turns[-1], reply=turns[-1].replies[number], title=title)
+    return _reply.render(turn=turns[-1], number=number, reply=turns[-1].replies[number], title=title)
 
 
 def spoken(turn: Turn, titles: Sequence[str]) -> str:

@@ -3,6 +3,9 @@
 `--apply_chat_template` writes a conversation to a string and gives that to the tokenizer, for which `<|im_start|>` in
 a text is text: the model would be asked in letters that spell ChatML, and nothing would say so. With images its
 strings go to the processor, which reads them as they are meant.
+
+And a task's `max_gen_toks` is what ends a reply: lm_eval gives it as `max_length`, before which `generate` would take
+the `max_new_tokens` of the model's own settings.
 """
 
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 
 from finetune.programs.internals import require_parameters
-from qwenvl import QwenVLTokenizer
+from qwenvl import QwenVLConfig, QwenVLTokenizer
 from qwenvl.text.chat_string import read_string
 from qwenvl.text.model_inputs import input_columns
 
@@ -28,7 +31,21 @@ def prepare_lm_eval() -> None:
     require_parameters("lm_eval", "HFLM.tok_encode", one, ["string", "left_truncate_len"])
     wanted = ["strings", "padding_side", "left_truncate_len", "truncation"]
     require_parameters("lm_eval", "HFLM.tok_batch_encode", several, wanted)
+    create = getattr(HFLM, "_create_model", None)
+    require_parameters("lm_eval", "HFLM._create_model", create, ["self", "pretrained"])
     HFLM.tok_encode, HFLM.tok_batch_encode = reading_one(one), reading_several(several)
+    HFLM._create_model = without_own_limit(create)
+
+
+def without_own_limit(theirs: Any) -> Any:
+    """`HFLM._create_model`: sets `_model`, whose settings have no limit of their own to a reply."""
+
+    def create_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        theirs(self, *args, **kwargs)
+        if isinstance(self._model.config, QwenVLConfig):
+            self._model.generation_config.max_new_tokens = None
+
+    return create_model
 
 
 def reading_one(theirs: Any) -> Any:

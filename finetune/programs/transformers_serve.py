@@ -3,7 +3,7 @@
 What Transformers 5.23 needs beyond the registration of `import qwenvl`:
 
 - the model's class by its name, and its kind in a table of names (`class_names`);
-- the form of a reply, so that `<ref>` and `<box>` are text of it: without one, special tokens are left out;
+- `<ref>` and `<box>` as text of a reply, though other special tokens are left out of it;
 - the tokenizer of the library `tokenizers` ready before the first request, as building it takes seconds;
 - the tokenizer in place of a processor for a text-only checkpoint.
 
@@ -12,26 +12,16 @@ addresses to be fetched; a model that was not trained on ChatML is not asked in 
 answered with status 400 and its message, in OpenAI's form.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.errors import InputError, UserError
 from finetune.programs.class_names import expose_class_names
-from finetune.programs.internals import other_internals, require_parameters
+from finetune.programs.internals import require_parameters
 from qwenvl import QwenVLConfig
-
-REPLY_FORM: Mapping[str, Any] = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|im_start|>assistant\n",
-    "fields": {
-        "content": {
-            "close_pattern": r"<\|im_end\|>|<\|im_start\|>|<\|endoftext\|>",
-            "content": "text",
-            "content_args": {"strip": False},
-        }
-    },
-}
-"""A reply is the text up to a token that ends it, in the terms of Transformers' response templates."""
+from qwenvl.loading import find_source
 
 CHAT_OPTIONS = ("grounding", "numbered")
 """Options of `processor.apply_chat_template` that a client may give, as `chat_template_kwargs`."""
@@ -55,23 +45,22 @@ def prepare_serve() -> None:
     from transformers.cli.serving.response import ResponseHandler
 
     expose_class_names()
-    forms = getattr(utils, "_RESPONSE_TEMPLATE_FALLBACKS", None)
-    if not isinstance(forms, dict):
-        raise other_internals("transformers", "cli.serving.utils._RESPONSE_TEMPLATE_FALLBACKS")
-    forms[(QwenVLConfig.model_type,)] = dict(REPLY_FORM)
-
     load = getattr(ModelManager, "_load_processor", None)
     require_parameters("transformers", "ModelManager._load_processor", load, ["self", "model_id_and_revision"])
-    ModelManager._load_processor = ready_processor(load)
+    ModelManager._load_processor = ready_processor(load)  # type: ignore[method-assign]
     for handler in (ChatCompletionHandler, ResponseHandler):
         resolve = getattr(handler, "_resolve_model", None)
         require_parameters("transformers", f"{handler.__name__}._resolve_model", resolve, ["self", "body"])
-        handler._resolve_model = refusing_raw_models(resolve)
+        handler._resolve_model = refusing_raw_models(resolve)  # type: ignore[method-assign]
         read = getattr(handler, "get_processor_inputs_from_messages", None)
         require_parameters(
             "transformers", f"{handler.__name__}.get_processor_inputs_from_messages", read, ["messages", "modality"]
         )
-        handler.get_processor_inputs_from_messages = staticmethod(refusing_references(read))
+        contained = staticmethod(refusing_references(read))
+        handler.get_processor_inputs_from_messages = contained  # type: ignore[method-assign]
+    use = getattr(utils.GenerationState, "use_continuous_batching", None)
+    require_parameters("transformers", "GenerationState.use_continuous_batching", use, ["self", "model", "modality"])
+    utils.GenerationState.use_continuous_batching = refusing_batches(use)  # type: ignore[method-assign]
     build = getattr(server, "build_server", None)
     require_parameters("transformers", "cli.serving.server.build_server", build, ["model_manager"])
     server.build_server = answering_errors(build)
@@ -86,16 +75,37 @@ def ready_processor(load: Any) -> Any:
         path, _, revision = model_id_and_revision.rpartition("@")
         if kwargs.get("gguf_file") is not None or args:
             return load(self, model_id_and_revision, *args, **kwargs)
+        refuse_unmerged(path)
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=self.trust_remote_code)
         if isinstance(config, QwenVLConfig) and config.visual is None:
             processor = AutoTokenizer.from_pretrained(path, revision=revision)
         else:
             processor = load(self, model_id_and_revision, *args, **kwargs)
         if isinstance(config, QwenVLConfig):
-            getattr(processor, "tokenizer", processor)._tokenizer  # noqa: B018  # builds it
+            tokenizer = getattr(processor, "tokenizer", processor)
+            tokenizer._tokenizer  # noqa: B018  # builds it
+            with_boxes = functools.partial(tokenizer.decode, keep_grounding=True)
+            tokenizer.decode = with_boxes  # type: ignore[method-assign]
         return processor
 
     return load_ready
+
+
+def refuse_unmerged(path: str) -> None:
+    """Check that a folder is a checkpoint, and neither an adapter nor a run.
+
+    Raises:
+        InputError: it is one of these, or there is nothing to load.
+    """
+    if not Path(path).is_dir() or Path(path, "config.json").is_file():
+        return
+    source = find_source(path)
+    if source.adapter is not None:
+        raise InputError(
+            f"{path} is an adapter, and transformers serve takes whole checkpoints: merge it (finetune merge), or "
+            "serve it by finetune serve"
+        )
+    raise InputError(f"{path} is a run, and transformers serve takes its checkpoint: give {source.base}")
 
 
 def refusing_raw_models(resolve: Any) -> Any:
@@ -115,14 +125,24 @@ def refusing_raw_models(resolve: Any) -> Any:
                     f"{model.name_or_path} {said} (chat_format), so it is not asked in ChatML: send a prompt to "
                     "/v1/completions, or serve a chat model"
                 )
-            if self.generation_state._continuous_batching and model.config.visual is None:
-                raise InputError(
-                    "continuous batching knows neither dynamic NTK nor log-n attention, so replies beyond seq_length "
-                    "would be wrong: start the server without --continuous-batching"
-                )
         return found
 
     return resolve_trained
+
+
+def refusing_batches(use: Any) -> Any:
+    """`GenerationState.use_continuous_batching`, which Transformers has for text alone."""
+
+    def use_batches(self: Any, model: Any, modality: Any) -> bool:
+        wanted: bool = use(self, model, modality)
+        if wanted and isinstance(model.config, QwenVLConfig):
+            raise InputError(
+                "continuous batching knows neither dynamic NTK nor log-n attention, so replies beyond seq_length "
+                "would be wrong: start the server without --continuous-batching"
+            )
+        return wanted
+
+    return use_batches
 
 
 def refuse_unknown_options(options: Mapping[str, Any]) -> None:

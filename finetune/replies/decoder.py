@@ -43,6 +43,10 @@ class Decoder(Protocol):
         """Most tokens of all live rows together, prompts and replies; None where only memory bounds them. What is
         kept of rows that have left makes room for others."""
 
+    @property
+    def reused(self) -> Sequence[int]:
+        """Of the rows that joined last, in their order: how many tokens of each prompt were known before."""
+
     def join(self, rows: Sequence[PromptRow]) -> tuple[list[int], torch.Tensor]:
         """Compute prompts, each of which is then a live row; what is known of them already is not computed again.
 
@@ -62,3 +66,6 @@ class Decoder(Protocol):
 
     def leave(self, rows: Sequence[int]) -> None:
         """End rows; their memory is free for others. What they computed may be kept for later prompts."""
+
+    def drop_kept(self) -> bool:
+        """Give up what is kept of rows that have left, where memory is short; whether there was any."""

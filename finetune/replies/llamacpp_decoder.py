@@ -47,6 +47,7 @@ class LlamaCppDecoder:
         self._kept: dict[int, _Sequence] = {}  # by sequence number, the least recently used first
         self._users: Counter[int] = Counter()  # of each cell: how many sequences have it
         self._numbers, self._new_cells = count(), count()
+        self._reused: list[int] = []
 
     @property
     def context(self) -> int:
@@ -60,6 +61,10 @@ class LlamaCppDecoder:
     def most_tokens(self) -> int:
         return self._model.cells
 
+    @property
+    def reused(self) -> list[int]:
+        return self._reused
+
     def join(self, rows: Sequence[PromptRow]) -> tuple[list[int], torch.Tensor]:
         """See `Decoder.join`.
 
@@ -72,6 +77,7 @@ class LlamaCppDecoder:
             raise torch.OutOfMemoryError(f"llama.cpp is opened for {self._rows} rows at a time")
         numbers: list[int] = []
         logits = []
+        self._reused = []
         try:
             for row, places in zip(rows, images, strict=True):
                 number, found = self._join(row, places)
@@ -107,6 +113,13 @@ class LlamaCppDecoder:
             number, held = self._live.pop(row)
             self._kept[number] = held
 
+    def drop_kept(self) -> bool:
+        """See `Decoder.drop_kept`."""
+        had = bool(self._kept)
+        while self._kept:
+            self._remove(*self._kept.popitem())
+        return had
+
     def _checked(self, row: PromptRow) -> list[ImagePlace]:
         if row.adapter is not None:
             raise UserError(f"llama.cpp runs no adapters, and {row.adapter} is one: merge it, and export that")
@@ -138,6 +151,7 @@ class LlamaCppDecoder:
             self._remove(number, held)
             raise
         self._grow(held, keys[shared:])
+        self._reused.append(shared)
         row_number = next(self._numbers)
         self._live[row_number] = number, held
         return row_number, logits

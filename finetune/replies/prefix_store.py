@@ -61,6 +61,14 @@ class PrefixStore:
         self._next += 1
         self.bytes += size
 
+    def clear(self) -> bool:
+        """Drop all rows; whether there were any."""
+        had = bool(self._kept)
+        self._kept.clear()
+        self._by_hash.clear()
+        self.bytes = 0
+        return had
+
     def forget(self, adapter: str) -> None:
         """Drop the rows of an adapter that goes."""
         for number in [number for number, (tokens, _) in self._kept.items() if tokens.adapter == adapter]:

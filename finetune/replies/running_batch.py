@@ -119,6 +119,15 @@ class RunningBatch:
             self.leave(numbers)
             raise
 
+    @property
+    def reused(self) -> Sequence[int]:
+        """Of the replies that joined last, in their order: how many tokens of each prompt were known before."""
+        return self._decoder.reused
+
+    def drop_kept(self) -> bool:
+        """Give up what is kept of replies that have ended, where memory is short; whether there was any."""
+        return self._decoder.drop_kept()
+
     def step(self) -> list[NewToken]:
         """The next token of each reply; none, where there are no replies."""
         if not self._replies:

@@ -35,7 +35,7 @@ class TorchDecoder:
         self._lanes: dict[str | None, _Lane] = {}
         self._lane_of: dict[int, _Lane] = {}
         self._next = 0
-        self.tokens_reused = 0
+        self._reused: list[int] = []
 
     @property
     def context(self) -> int:
@@ -48,6 +48,10 @@ class TorchDecoder:
     @property
     def most_tokens(self) -> None:
         return None
+
+    @property
+    def reused(self) -> list[int]:
+        return self._reused
 
     @torch.no_grad()
     def join(self, rows: Sequence[PromptRow]) -> tuple[list[int], torch.Tensor]:
@@ -80,7 +84,7 @@ class TorchDecoder:
             raise
         order = torch.tensor([index for _, indices, _, _ in computed for index in indices]).argsort()
         logits = torch.cat([logits for _, _, _, logits in computed])
-        self.tokens_reused += sum(tokens_of(row) for row in known if row is not None)
+        self._reused = [0 if row is None else tokens_of(row) for row in known]
         return numbers, logits[order.to(logits.device)]
 
     @torch.no_grad()
@@ -106,6 +110,9 @@ class TorchDecoder:
         self._lanes = {name: lane for name, lane in self._lanes.items() if lane.rows}
         for number in gone:
             del self._lane_of[number]
+
+    def drop_kept(self) -> bool:
+        return self._store.clear()
 
     def forget(self, adapter: str) -> None:
         """Drop what is kept of an adapter that goes; none of its rows is live."""

@@ -173,7 +173,7 @@ class Engine:
             row_bound=self._bounds.rows,
             token_bound=self._bounds.tokens,
             prompt_tokens=self._schedule.prompt_tokens,
-            cached_tokens=0,
+            cached_tokens=self._schedule.cached_tokens,
             reply_tokens=self._schedule.reply_tokens,
             pictures=self._schedule.pictures,
             pictures_encoded=self._encoder.count,

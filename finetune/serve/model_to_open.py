@@ -16,6 +16,9 @@ from finetune.serve.replier import Replier
 from finetune.serve.served_names import BetweenSteps, ServedNames
 from qwenvl import QwenVLConfig, QwenVLTokenizer
 
+KEPT_BYTES = 1_000_000_000
+"""Features of some hundred images and keys and values of 1,400 tokens of the published model in 16 bits."""
+
 T = TypeVar("T")
 
 
@@ -80,6 +83,7 @@ def pytorch_model(
     quantization: str | None = None,
     bounds: BatchBounds = BatchBounds(),  # noqa: B008  # is copied by the engine
     max_queue: int = 64,
+    keep_bytes: int = KEPT_BYTES,
 ) -> ModelToOpen:
     """A model that PyTorch computes in this process.
 
@@ -87,6 +91,8 @@ def pytorch_model(
         model, name, adapters, base_name, base, style, system, prompt, dtype, quantization: as `open_served`'s.
         bounds: of the batch.
         max_queue: most requests that wait.
+        keep_bytes: of the device's memory, for what was computed of earlier requests: image features have a quarter,
+            and keys and values of prompts the rest.
 
     Raises:
         InputError: there is no such model, or nothing says how it is asked.
@@ -106,8 +112,9 @@ def pytorch_model(
             prompt=prompt,
             dtype=dtype,
             quantization=quantization,
+            prefix_bytes=keep_bytes - keep_bytes // 4,
         )
-        engine = Engine(opened, bounds=bounds, max_queue=max_queue)
+        engine = Engine(opened, bounds=bounds, max_queue=max_queue, keep_feature_bytes=keep_bytes // 4)
         return Backend(engine, names, opened.tokenizer, BetweenStepsOf(engine))
 
     return ModelToOpen(config.seq_length, config.max_position_embeddings, open_here)

@@ -129,7 +129,9 @@ def open_served(
         if of_name.source.adapter is None or alone:
             names.put(of_name, each, None)
         else:
-            names.load(each, of_name.name)
+            alone_on_base = each == own_name and base_name is None
+            note = f"its base {checkpoint} is not served by itself; --base-name gives it a name"
+            names.load(each, of_name.name, notes=[note] if alone_on_base else ())
 
     def encode(images: torch.Tensor, adapter: str | None) -> torch.Tensor:
         with torch.no_grad():

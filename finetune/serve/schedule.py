@@ -32,7 +32,8 @@ class Schedule:
     Attributes:
         waiting: requests that are not in the batch, in their order.
         running: those that are, in the order in which they joined.
-        prompt_tokens, reply_tokens: of all requests that joined.
+        prompt_tokens, cached_tokens, reply_tokens: of all requests that joined; cached ones are of the prompts' and
+            were known before.
         pictures: of all requests that joined.
         set_aside: how often a request was taken out of the batch, to be begun anew.
     """
@@ -41,7 +42,7 @@ class Schedule:
         self._batch, self._encoder, self._bounds = batch, encoder, bounds
         self.waiting: deque[Work] = deque()
         self.running: list[Work] = []
-        self.prompt_tokens = self.reply_tokens = self.pictures = self.set_aside = 0
+        self.prompt_tokens = self.cached_tokens = self.reply_tokens = self.pictures = self.set_aside = 0
 
     @property
     def rows(self) -> int:
@@ -90,7 +91,7 @@ class Schedule:
                 if suspect is not None and failure is not None:
                     self._blame([suspect], failure)  # without it the others go on
                 return
-            if self._encoder.cache.clear():
+            if self._drop_kept():
                 continue
             if len(self.running) == 1:
                 self.refuse(self.running[0], "memory")
@@ -167,11 +168,16 @@ class Schedule:
                 self._make_room(group[0])
             return
         numbers, tokens = joined
-        rest = iter(numbers)
+        rest = iter(zip(numbers, self._batch.reused, strict=True))
         for work in group:
+            known = []
             for choice in work.open_choices:
                 choice.seen = 0
-                work.numbers[next(rest)] = choice
+                number, reused = next(rest)
+                work.numbers[number] = choice
+                known.append(reused)
+            work.cached = known[0]  # the prompt counts once, and the replies after the first find it there
+            self.cached_tokens += work.cached
             self.waiting.remove(work)
             self.running.append(work)
             self.prompt_tokens += len(work.asked.ids)
@@ -180,12 +186,17 @@ class Schedule:
 
     def _make_room(self, work: Work) -> None:
         """Memory did not hold a request beside those that run: drop what can be, or let it wait, or refuse it."""
-        if self._encoder.cache.clear():
+        if self._drop_kept():
             return
         if self.running:
             self._bounds.lower_to(self.rows, self._longest)
         else:
             self.refuse(work, "memory")
+
+    def _drop_kept(self) -> bool:
+        """Give up what is kept for later requests; whether there was any."""
+        had_features = self._encoder.cache.clear()
+        return self._batch.drop_kept() or had_features
 
     def _set_aside(self, work: Work) -> None:
         """Take a request out of the batch, to begin its open replies anew when there is room."""

@@ -1,7 +1,7 @@
 """The names that are served, and adapters that are loaded and dropped while requests run."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -146,13 +146,16 @@ class ServedNames:
         as_asked(use, name, None, self._tokenizer, self._asking)
         return use
 
-    def load(self, name: str, folder: str, between_steps: BetweenSteps = at_once) -> ServedName:
+    def load(
+        self, name: str, folder: str, between_steps: BetweenSteps = at_once, *, notes: Sequence[str] = ()
+    ) -> ServedName:
         """Load an adapter, and serve it.
 
         Args:
             name: as clients call it.
             folder: adapter or run folder, or hub id.
             between_steps: runs what changes the model; what takes long, such as the check of the base, is done before.
+            notes: more to say of it.
 
         Raises:
             InputError: as `check`, or the adapter's weights are damaged or do not fit; nothing has changed then.
@@ -168,6 +171,7 @@ class ServedNames:
         try:
             adapter = between_steps(lambda: adapters.add(place, reading)).result()
             served = as_asked(use, name, adapter, self._tokenizer, self._asking)
+            served = replace(served, notes=(*served.notes, *notes))
             with self._lock:
                 self._names[name] = _Held(served)
         finally:

@@ -12,12 +12,13 @@ reads it as text. And a few combining marks that are new since Unicode 14 are or
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from qwenvl.errors import InputError
-from qwenvl.text.vocabulary import SPLIT_PATTERN, Vocabulary
+from qwenvl.text.vocabulary import GROUNDING_TOKENS, SPLIT_PATTERN, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,16 +26,21 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=2)
 def shared_fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """`fast_tokenizer`, built once in a process for each vocabulary. It is shared: use it, and change nothing in it.
+    """`fast_tokenizer` for the text of replies, in which boxes are text; built once in a process for each vocabulary.
+
+    It is shared: use it, and change nothing in it.
 
     Raises:
         InputError: see `fast_tokenizer`.
     """
-    return fast_tokenizer(vocabulary)
+    return fast_tokenizer(vocabulary, not_special=GROUNDING_TOKENS)
 
 
-def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+def fast_tokenizer(vocabulary: Vocabulary, *, not_special: Collection[str] = ()) -> Tokenizer:
     """The tokenizer that gives the ids of `vocabulary`, and recognises control tokens in the text.
+
+    Args:
+        not_special: control tokens that stay where special tokens are left out.
 
     Raises:
         InputError: an ordinary token is spelled like a control token; `tokenizers` cannot distinguish them.
@@ -58,8 +64,8 @@ def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     # In the order of their ids, which follow the last rank.
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in vocabulary.control_tokens]
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False, special=token not in not_special) for token in vocabulary.control_tokens]
     )
     return tokenizer
 

@@ -319,7 +319,8 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         tokenizers of that library: its server streams by `DecodeStream.step(tokenizer._tokenizer, id)`.
 
         Nothing here uses it. It is built when it is first asked for, which takes seconds, and is no part of what is
-        pickled or saved. All control tokens are special tokens of it, those of grounding too.
+        pickled or saved. The control tokens are special tokens of it, except those of grounding, which are part of a
+        reply: `DecodeStream(skip_special_tokens=True)` leaves out the others.
 
         Raises:
             InputError: an ordinary token is spelled like a control token.

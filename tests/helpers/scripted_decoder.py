@@ -26,6 +26,8 @@ class ScriptedDecoder:
         joined: the ids of prompts, by call of `join`.
         steps: how many rows each step had.
         live: the numbers of live rows.
+        reused: of the prompts that joined last; those that were there before are known.
+        dropped: how often what is kept was given up.
         before_join, before_step: called with the prompts, and with the numbers of the rows; may raise.
     """
 
@@ -35,6 +37,8 @@ class ScriptedDecoder:
         self._next = 0
         self._rows: dict[int, list[int]] = {}  # what each row will still say
         self._permits = threading.Semaphore(0) if held else None
+        self.reused: list[int] = []
+        self.dropped = 0
         self.joined: list[list[Sequence[int]]] = []
         self.steps: list[int] = []
         self.before_join: Callable[[Sequence[PromptRow]], None] = lambda rows: None
@@ -51,6 +55,8 @@ class ScriptedDecoder:
 
     def join(self, rows: Sequence[PromptRow]) -> tuple[list[int], torch.Tensor]:
         self.before_join(rows)
+        before = {tuple(ids) for together in self.joined for ids in together}
+        self.reused = [len(row.ids) if tuple(row.ids) in before else 0 for row in rows]
         self.joined.append([row.ids for row in rows])
         numbers = list(range(self._next, self._next + len(rows)))
         self._next += len(rows)
@@ -64,6 +70,10 @@ class ScriptedDecoder:
         self.before_step(list(tokens))
         self.steps.append(len(tokens))
         return self._logits(list(tokens))
+
+    def drop_kept(self) -> bool:
+        self.dropped += 1
+        return False
 
     def leave(self, rows: Sequence[int]) -> None:
         for number in rows:

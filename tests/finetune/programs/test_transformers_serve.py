@@ -1,6 +1,7 @@
 """`transformers serve` on our folders, asked by the stock `openai` package over a real connection."""
 
 import base64
+import json
 import os
 import pty
 import shutil
@@ -8,13 +9,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from recipes_for_tests import IMAGES, ROOT, TINY
 
 from finetune.errors import InputError, UserError
 from finetune.programs import transformers_serve
-from qwenvl import load_model, load_processor
+from qwenvl import QwenVLProcessor, load_model, load_processor
 from qwenvl.checkpoint.record import ModelRecord, write_record
 from qwenvl.text.vocabulary import GROUNDING_TOKENS
 from qwenvl.views import Views
@@ -68,11 +70,11 @@ def unprepared(monkeypatch):
 
     for name in ("QWenLMHeadModel", "QwenVLForConditionalGeneration"):
         monkeypatch.setattr(sys.modules[transformers.__name__], name, None, raising=False)
-    tables = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, utils._RESPONSE_TEMPLATE_FALLBACKS
-    for table, key in zip(tables, ("qwen", ("qwen",)), strict=True):
-        monkeypatch.setitem(table, key, None)
+    monkeypatch.setitem(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "qwen", None)
     monkeypatch.setattr(ModelManager, "_load_processor", ModelManager._load_processor)
     monkeypatch.setattr(server, "build_server", server.build_server)
+    use = utils.GenerationState.use_continuous_batching
+    monkeypatch.setattr(utils.GenerationState, "use_continuous_batching", use)
     for handler in (ChatCompletionHandler, ResponseHandler):
         monkeypatch.setattr(handler, "_resolve_model", handler._resolve_model)
         read = staticmethod(handler.get_processor_inputs_from_messages)
@@ -129,21 +131,19 @@ def test_the_stock_client_is_answered_about_an_image(client, tmp_path):
     assert continued.usage.completion_tokens <= 3
 
 
-def test_boxes_are_text_of_a_reply(tiny_folder):
-    """With and without a stream; the tags are special tokens, which the server would leave out."""
-    from transformers.utils.chat_parsing import ResponseParser
+def test_boxes_are_text_of_a_reply():
+    """The tags are special tokens, which the server leaves out; whole, and as it streams."""
+    from tokenizers.decoders import DecodeStream
 
-    tokenizer = load_processor(tiny_folder).tokenizer
+    manager = SimpleNamespace(trust_remote_code=False)
+    load = transformers_serve.ready_processor(lambda _manager, _name: QwenVLProcessor.from_pretrained(TINY))
+    processor = load(manager, f"{TINY}@main")
     reply = " <ref>the dog</ref><box>(1,2),(3,4)</box>\n"
-    prompt = "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n"
-    form = dict(transformers_serve.REPLY_FORM)
-    ids = tokenizer.encode_text(reply, tokens=GROUNDING_TOKENS)
-    for end in ([tokenizer.im_end_id], []):
-        assert tokenizer.parse_response([*ids, *end], form, prefix=prompt)["content"] == reply
-    parser, pieces = ResponseParser(form, prefix=prompt), []
-    for token in [*ids, tokenizer.im_end_id]:
-        pieces += [event.get("text", "") for event in parser.feed(tokenizer.decode([token]))]
-    pieces += [event.get("text", "") for event in parser.finalize()[1]]
+    ids = processor.tokenizer.encode_text(reply, tokens=GROUNDING_TOKENS)
+    ids = [processor.tokenizer.control_tokens["<|extra_0|>"], *ids, processor.tokenizer.im_end_id]
+    assert processor.decode(ids, skip_special_tokens=True) == reply
+    stream = DecodeStream([], skip_special_tokens=True)
+    pieces = [stream.step(processor.tokenizer._tokenizer, token) for token in ids]
     assert "".join(filter(None, pieces)) == reply
 
 
@@ -153,6 +153,31 @@ def test_another_transformers_is_said(unprepared, monkeypatch):
     monkeypatch.setattr(ModelManager, "_load_processor", lambda self, name: None)
     with pytest.raises(UserError, match=r"transformers 5\.\S+ has no ModelManager._load_processor as this software"):
         transformers_serve.prepare_serve()
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path):
+    transformers_serve.refuse_unmerged(str(TINY))
+    transformers_serve.refuse_unmerged("Qwen/Qwen-VL-Chat")
+    run = tmp_path / "run"
+    shutil.copytree(TINY, run / "model")
+    with pytest.raises(
+        InputError, match=f"is a run, and transformers serve takes its checkpoint: give {run / 'model'}"
+    ):
+        transformers_serve.refuse_unmerged(str(run))
+    shutil.move(run / "model", run / "base")
+    (run / "adapter").mkdir()
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(run / "base")}))
+    with pytest.raises(InputError, match="is an adapter, and transformers serve takes whole checkpoints"):
+        transformers_serve.refuse_unmerged(str(run))
+
+
+def test_batches_of_text_are_refused(tiny_model):
+    """Transformers' own batching computes positions by itself."""
+    text = SimpleNamespace(config=tiny_model.config)
+    assert not transformers_serve.refusing_batches(lambda *_: False)(None, text, "VLM")
+    assert transformers_serve.refusing_batches(lambda *_: True)(None, SimpleNamespace(config=None), "LLM")
+    with pytest.raises(InputError, match="without --continuous-batching"):
+        transformers_serve.refusing_batches(lambda *_: True)(None, text, "LLM")
 
 
 def test_an_option_that_the_form_has_not_is_named():

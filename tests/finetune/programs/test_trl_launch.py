@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from recipes_for_tests import ROOT, TINY
 from safetensors.torch import load_file
+from transformers.models.auto import modeling_auto
 
 from finetune.errors import UserError
-from finetune.programs import trl_launch
+from finetune.programs import registered, trl_launch
 
 COLOURS = ("red", "green", "blue", "white")
 
@@ -28,7 +30,11 @@ def test_the_script_runs_behind_the_registration(monkeypatch):
     assert given.training_script_args == ["sft.py", "--max_steps", "3"] and given.num_processes == 2
 
 
-def test_a_registered_script_sees_the_class_by_its_name(tmp_path):
+def test_a_registered_script_sees_the_class_by_its_name(tmp_path, monkeypatch, capsys):
+    for name in ("QWenLMHeadModel", "QwenVLForConditionalGeneration"):
+        monkeypatch.setattr(sys.modules["transformers"], name, None, raising=False)  # taken away after the test
+    monkeypatch.setitem(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "qwen", None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", torch.distributed.destroy_process_group)
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, transformers\n"
@@ -36,14 +42,10 @@ def test_a_registered_script_sees_the_class_by_its_name(tmp_path):
         "assert __name__ == '__main__'\n"
         "print(sys.argv[1:], transformers.QWenLMHeadModel.__name__, names['qwen'])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "finetune.programs.registered", str(script), "--a", "b"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    monkeypatch.setattr(sys, "argv", ["registered", str(script), "--a", "b"])
+    registered.main()
     name = "QwenVLForConditionalGeneration"
-    assert done.stdout == f"['--a', 'b'] {name} {name}\n", done.stderr
+    assert capsys.readouterr().out == f"['--a', 'b'] {name} {name}\n"
 
 
 def test_trl_under_a_launcher_is_refused(monkeypatch):

@@ -108,6 +108,16 @@ def test_replies_and_usage(open_house):
     assert house.engine.state.reply_tokens == 3 + 4 + 5 + 6
 
 
+def test_what_was_known_of_prompts_is_counted(open_house):
+    house = open_house()
+    known = []
+    for ids in ((1, 2, 3), (1, 2, 3), (4, 5, 6)):
+        _, last = house.ask(*ids).all()
+        known.append(last.usage.cached)
+    assert known == [0, 3, 0]
+    assert (house.engine.state.prompt_tokens, house.engine.state.cached_tokens) == (9, 3)
+
+
 def test_a_reply_ends_at_its_most_tokens(open_house):
     taker = open_house().ask(100, 8, most=3)
     tokens = [taker.next() for _ in range(3)]
@@ -347,6 +357,7 @@ def test_a_prompt_without_memory_waits_for_the_others_or_is_refused(open_house):
     assert first.ids() == [101, 102, 103, None]
     assert second.ids() == [200, 201, None]
     assert never.all()[1].cause == "memory"
+    assert house.decoder.dropped > 0, "what was kept was given up first"
     assert house.ask(300, 1).ids() == [300, None], "the engine goes on"
 
 

@@ -223,7 +223,12 @@ def test_each_name_is_asked_as_its_own_record_says(adapters, tmp_path):
     assert tokenizer.decode(raw.render([user("Total?")]).ids) == "Total?"
     assert raw.stop_ids == (tokenizer.eod_id,) and set(tiny.stop_ids) > set(raw.stop_ids)
     assert any("put into the prompt '{question} One word.' (as it was trained" in note for note in receipts.notes)
+    assert not any("base" in note for note in receipts.notes)
     _, names = open_served(str(tmp_path / "receipts"), prompt="plain", system="Look.")
+    assert any(
+        note.endswith("tiny is not served by itself; --base-name gives it a name")
+        for note in names.get("receipts").notes
+    )
     said = tokenizer.decode(names.get("receipts").render([user("Total?")]).ids)
     assert said.startswith("<|im_start|>system\nLook.<|im_end|>") and "user\nTotal?<|im_end|>" in said
     with pytest.raises(UserError, match=r"--prompt trained: .*lora has no single prompt"):

@@ -27,6 +27,10 @@ def test_the_tokenizer_streams_through_the_library(tiny_tokenizer):
     assert "".join(piece for piece in pieces if piece is not None) == text
     assert None in pieces, "a character of one token alone would prove less"
     assert not any("\ufffd" in piece for piece in pieces if piece is not None)
+    # A reply keeps its boxes, and loses the token that ended it.
+    stream, ended = DecodeStream([], skip_special_tokens=True), [*ids, tiny_tokenizer.im_end_id]
+    pieces = [stream.step(tiny_tokenizer._tokenizer, token) for token in ended]
+    assert "".join(piece for piece in pieces if piece is not None) == text
 
 
 def test_the_librarys_tokenizer_is_no_part_of_ours(tiny_folder, tmp_path):
