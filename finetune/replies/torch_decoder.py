@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from finetune.batches.attempt import is_out_of_memory
 from finetune.replies.decoder import PromptRow
 from finetune.replies.masks import attention_mask
 from finetune.replies.prefill import prefill
@@ -204,7 +205,12 @@ class _Lane:
         """Rows leave; their keys and values go into the store."""
         slots = [slot for slot, row in enumerate(self.rows) if row.number in gone]
         for slot in slots:
-            self._keep(slot, store)
+            try:
+                self._keep(slot, store)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                store.clear()  # rows leave in any case
         order = self.cache.drop(slots)
         self.rows = [self.rows[slot] for slot in order]
         self._lengths = None
