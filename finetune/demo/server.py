@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.routing import Mount
@@ -155,8 +155,8 @@ def make_app(
     # Gradio takes any path of this machine for an upload, until its own `launch` has said this.
     blocks.has_launched = True
     # Open pages hold a connection each; Gradio ends them only with its own server.
-    (ending,) = [route.app.stop_event for route in app.routes if isinstance(route, Mount)]
-    return PageApp(Guard(app, hosts), ending.set)
+    (gradio_app,) = [cast(Any, route.app) for route in app.routes if isinstance(route, Mount)]
+    return PageApp(Guard(app, hosts), gradio_app.stop_event.set)
 
 
 class Server(uvicorn.Server):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from demo_page_for_tests import make_strong_adapter
+from gguf_for_tests import UNAVAILABLE, exported
 from recipes_for_tests import ROOT
 
 from finetune.chat.terminal_chat import open_conversation
@@ -61,6 +62,24 @@ def test_an_adapter_and_its_base_are_one_model_and_each_replies_as_in_the_chat(a
     assert replies == [chatted(adapter), chatted(NANO)]
     assert replies[0] != replies[1], "the adapter does nothing"
     assert replies[1][0] == "Stone Deli", "the nano reads its page"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+def test_a_gguf_folder_replies_beside_the_model_that_it_was_made_of(tmp_path):
+    models = open_models(str(exported()), str(NANO))
+    try:
+        assert "run by llama.cpp" in models[0].about[0] and models[0].replier is not models[1].replier
+        first, second = talked(models, tmp_path)
+    finally:
+        close_models(models, 0)
+    assert first == second and first[0] == "Stone Deli"
+
+
+def test_an_option_that_a_gguf_folder_has_no_use_for_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="--dtype has no effect"):
+        open_models(str(tmp_path), dtype="float16")
 
 
 def test_a_conversation_that_is_too_long_is_refused_with_a_sentence():

@@ -70,13 +70,13 @@ def test_the_question_is_taken_out_of_the_prompt_of_training(run, tmp_path):
     ],
 )
 def test_a_question_of_a_task_is_asked_by_the_prompt_of_its_source(source, question, asked, run, tmp_path):
-    data = {"path": "rows.jsonl", "name": "mine", **source}
+    data = {"path": "rows.jsonl", **source}
     recipe = {
         "model": {"path": "examples/nano"},
         "adapter": {"r": 4},
-        "data": {"train": [{**data, "name": "train"}]},
+        "data": {"train": [data]},
         "evaluate": {
-            "data": [{**data, "name": "other", "prompt": None}, data],
+            "data": [{**data, "name": "other", "prompt": None}, {**data, "name": "mine"}],
             "task": "custom",
             "metric": "anls",
         },
