@@ -57,12 +57,16 @@ def check_gguf(folder: GgufFolder, stored: Mapping[str, StoredTensor], kind: str
     """
     config = folder.config
     tokenizer = QwenVLTokenizer.from_pretrained(folder.path)
-    prompts = {"a text prompt": (_rendered(folder, tokenizer, image=False), None)}
+    prompts: dict[str, tuple[Rendered, torch.Tensor | None]] = {
+        "a text prompt": (_rendered(folder, tokenizer, image=False), None)
+    }
     if folder.visual is not None:
         processor = load_processor(folder.path)
         pixels = processor.image_processor([page()], do_normalize=False, return_tensors="pt")["pixel_values"]
-        features = VisionTower(folder.visual, config).encode(pixels)
-        prompts["an image prompt"] = (_rendered(folder, tokenizer, image=True), features)
+        prompts["an image prompt"] = (
+            _rendered(folder, tokenizer, image=True),
+            VisionTower(folder.visual, config).encode(pixels),
+        )
     cells = max(len(rendered.ids) for rendered, _ in prompts.values()) + NEW_TOKENS
     if cells > config.seq_length:
         raise Failed(f"a prompt of {cells} tokens is needed to check it, and this model takes {config.seq_length}")

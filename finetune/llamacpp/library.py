@@ -65,7 +65,7 @@ def library() -> Any:
         UserError: it is not installed, has no library, or one that lacks what is needed.
     """
     try:
-        import llama_cpp.llama_cpp as bound
+        from llama_cpp import llama_cpp as found
     except ImportError as error:
         raise UserError(f"GGUF files need the package llama-cpp-python: {INSTALL}") from error
     except (OSError, RuntimeError, AttributeError) as error:
@@ -73,6 +73,7 @@ def library() -> Any:
             f"llama-cpp-python {_version()} is installed without a library of llama.cpp that it can use ({error}): "
             f"install it anew, {INSTALL}, and leave LLAMA_CPP_LIB_PATH unset"
         ) from error
+    bound: Any = found
     fields = [name for name, *_ in bound.llama_context_params._fields_]
     missing = [name for name in NEEDED if not hasattr(bound, name)]
     missing += [f"llama_context_params.{name}" for name in CONTEXT_FIELDS if name not in fields]

@@ -6,6 +6,7 @@ launchers, and those that look at what is imported, start Python themselves.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -105,6 +106,7 @@ def run_forked(
 def _run(
     words: list[str], is_script: bool, cwd: str, environment: dict[str, str], new_session: bool, said: list[Path]
 ) -> None:
+    gc.freeze()  # each search for garbage would go through all that was imported
     if new_session:
         os.setsid()
     os.chdir(cwd)

@@ -61,7 +61,7 @@ def front(exported, stand_in):
 
 @pytest.fixture(scope="module")
 def own():
-    backend = pytorch_model(str(TINY), name="tiny").open()
+    backend = pytorch_model(str(TINY), name="tiny", keep_bytes=0).open()  # a front keeps no prompts
     yield client_of(backend)
     backend.replier.close(0)
 

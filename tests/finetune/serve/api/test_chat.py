@@ -243,6 +243,14 @@ def test_a_body_is_counted_while_it_is_read(api):
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
+def test_a_body_that_does_not_come(api, monkeypatch):
+    monkeypatch.setattr("finetune.serve.api.request_body.SILENCE", 0.1)
+    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as connection:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
 def test_images_that_cannot_be_taken(api, tmp_path):
     file = tmp_path / "image.png"
     Image.new("RGB", (4, 4)).save(file)
