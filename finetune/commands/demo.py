@@ -16,7 +16,7 @@ finetune demo models/docvqa --host 0.0.0.0 --password-file passwords.txt"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run, adapter, checkpoint or merged folder, or hub id")
+    parser.add_argument("model", metavar="MODEL", help="run, adapter, checkpoint, merged or GGUF folder, or hub id")
     parser.add_argument(
         "--compare",
         metavar="BASE",

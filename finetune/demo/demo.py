@@ -53,8 +53,10 @@ def run_demo(
     with take_port(host, port) as bound, page_folder() as folder:
         prepare_gradio(folder)
         run = find_run(model)
-        record = find_use(model, base=base, style=style, quantization=quantization).record
-        examples = [] if run is None else read_examples(run, record, folder)
+        examples = []
+        if run is not None:
+            record = find_use(model, base=base, style=style, quantization=quantization).record
+            examples = read_examples(run, record, folder)
         models = open_models(model, compare, base=base, style=style, dtype=dtype, quantization=quantization)
         try:
             _say_what_is_shown(models, examples, run)

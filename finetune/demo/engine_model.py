@@ -13,11 +13,14 @@ from finetune.batches.image_request import ImageRequest
 from finetune.demo.asked_model import Message
 from finetune.demo.pictures import ACCESS
 from finetune.errors import UserError
+from finetune.llamacpp.gguf_files import gguf_files
+from finetune.replies.gguf_model import gguf_use
 from finetune.replies.model_style import ModelUse, find_use
 from finetune.replies.sampling import Sampling
 from finetune.replies.task_replies import Style
 from finetune.serve.adapters import changes_base
 from finetune.serve.asked import Asked, Event
+from finetune.serve.gguf_to_open import llamacpp_model
 from finetune.serve.model_to_open import pytorch_model
 from finetune.serve.replier import Cancellable, Replier
 from finetune.serve.served_name import ServedName
@@ -132,11 +135,14 @@ def open_models(
     Raises:
         InputError: an argument is wrong; found before weights are loaded.
     """
-    use = find_use(model, base=base, style=style, quantization=quantization)
+    given = {"base": base, "dtype": dtype, "quantization": quantization}
+    if gguf_files(model):
+        _refuse_on_gguf(model, given)
+    use = _find_use(model, base=base, style=style, quantization=quantization)
     opened = partial(_opened, style=style, dtype=dtype, quantization=quantization)
     if compare is None:
         return [opened(model, {MODEL: (model, _kind(use))}, base=base)[0]]
-    other = find_use(compare, style=style, quantization=quantization)
+    other = _find_use(compare, style=style, quantization=quantization)
     kinds = {MODEL: (model, _kind(use)), COMPARED: (compare, _kind(other))}
     if not _share_weights(use, other):
         first, second = (
@@ -174,16 +180,20 @@ def _opened(
         kinds: what it is served as -> its title and what it is; the first is the model itself.
         adapters, base_name: as for `pytorch_model`.
     """
-    to_open = pytorch_model(
-        folder,
-        name=next(iter(kinds)),
-        adapters=adapters,
-        base_name=base_name,
-        base=base,
-        style=style,
-        dtype=dtype,
-        quantization=quantization,
-    )
+    name = next(iter(kinds))
+    if gguf_files(folder):
+        to_open = llamacpp_model(folder, name=name, style=style)
+    else:
+        to_open = pytorch_model(
+            folder,
+            name=name,
+            adapters=adapters,
+            base_name=base_name,
+            base=base,
+            style=style,
+            dtype=dtype,
+            quantization=quantization,
+        )
     backend = to_open.open()
     models = []
     for name, (title, kind) in kinds.items():
@@ -195,7 +205,24 @@ def _opened(
     return models
 
 
+def _find_use(
+    folder: str, *, base: str | None = None, style: Style | None = None, quantization: str | None = None
+) -> ModelUse:
+    """How a model is asked, that of a GGUF folder too."""
+    if gguf_files(folder):
+        return gguf_use(folder, style)[1]
+    return find_use(folder, base=base, style=style, quantization=quantization)
+
+
+def _refuse_on_gguf(folder: str, given: Mapping[str, str | None]) -> None:
+    for name, value in given.items():
+        if value not in (None, "auto"):
+            raise UserError(f"--{name} has no effect on {folder}, whose language model is a GGUF file: leave it out")
+
+
 def _kind(use: ModelUse) -> str:
+    if gguf_files(use.name):
+        return "A GGUF folder, run by llama.cpp"
     adapter = use.source.adapter
     return f"An adapter on {use.source.base}" if adapter is not None else "A checkpoint"
 

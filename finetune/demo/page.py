@@ -157,7 +157,7 @@ class Page:
                     )
                 if self._examples:
                     shown = [view.Choice(one.thumbnail, one.question) for one in self._examples]
-                    label = "Examples from the evaluation data: tap one to fill it in"
+                    label = "Examples of the evaluation data, with the run's small copies of their pictures: tap one"
                     self._filled_in = gr.HTML(view.choices(label, shown), js_on_load=view.CHOICES_JS)
 
     def _template(self, number: int) -> gr.Textbox:

@@ -6,10 +6,12 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
+from starlette.routing import Mount
 
 from finetune.demo.access import CheckPassword
 from finetune.demo.asked_model import AskedModel
@@ -74,6 +76,19 @@ def prepare_gradio(folder: Path) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
+@dataclass(frozen=True)
+class PageApp:
+    """The page as an app.
+
+    Attributes:
+        asgi: the app.
+        end: ends the connections that open pages hold; called in its event loop.
+    """
+
+    asgi: Any
+    end: Callable[[], None]
+
+
 def make_app(
     title: str,
     models: Sequence[AskedModel],
@@ -81,8 +96,8 @@ def make_app(
     folder: Path,
     check_password: CheckPassword | None = None,
     hosts: Sequence[str] | None = None,
-) -> Any:
-    """The page as an ASGI app; `prepare_gradio` was called before.
+) -> PageApp:
+    """The page as an app; `prepare_gradio` was called before.
 
     Args:
         title: of the page.
@@ -139,7 +154,9 @@ def make_app(
     )
     # Gradio takes any path of this machine for an upload, until its own `launch` has said this.
     blocks.has_launched = True
-    return Guard(app, hosts)
+    # Open pages hold a connection each; Gradio ends them only with its own server.
+    (gradio_app,) = [cast(Any, route.app) for route in app.routes if isinstance(route, Mount)]
+    return PageApp(Guard(app, hosts), gradio_app.stop_event.set)
 
 
 class Server(uvicorn.Server):
@@ -153,12 +170,12 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        app: Any,
+        app: PageApp,
         on_start: Callable[[], None] = lambda: None,
         has_failed: Callable[[], bool] = lambda: False,
     ) -> None:
         config = uvicorn.Config(
-            app,
+            app.asgi,
             ws="none",
             log_config=None,
             access_log=False,
@@ -167,11 +184,15 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=GRACE,
         )
         super().__init__(config)
-        self._on_start, self._has_failed = on_start, has_failed
+        self._end, self._on_start, self._has_failed = app.end, on_start, has_failed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._end()
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         return self._has_failed() or await super().on_tick(counter)

@@ -29,6 +29,7 @@ CSS = """
 .talk .recorded dt { font-size: .85em; font-weight: 600; }
 .talk .recorded dd { margin: 0 0 4px; white-space: pre-wrap; }
 .hidden-text { position: absolute !important; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+[data-testid="max-value"], [data-testid="min-value"] { color: var(--body-text-color) !important; }
 .notice:empty { display: none; }
 .choices-label { margin: 0 0 6px; font-size: .9em; color: var(--body-text-color); }
 .choices { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); gap: 8px; max-height: 300px;

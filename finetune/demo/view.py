@@ -76,6 +76,9 @@ def _shown(value: object) -> object:
 
 _environment = Environment(autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True)
 _environment.globals["address"] = address
+_TITLE = _environment.from_string(
+    '<h2 class="hidden-text" data-title="{{ title }}">Conversation with {{ title }}</h2>'
+)
 _turn, _reply = _environment.from_string(_TURN), _environment.from_string(_REPLY)
 
 
@@ -86,12 +89,14 @@ def past(turns: Sequence[Turn], number: int, title: str) -> str:
         number: of the model.
         title: its name.
     """
-    parts = []
+    parts = [_TITLE.render(title=title)]
     for turn in turns:
         parts.append(_turn.render(turn=turn, reply=turn.replies[number]))
         if turn is not turns[-1]:
             parts.append(_reply.render(turn=turn, number=number, reply=turn.replies[number], title=title))
-    return "".join(parts) or '<p class="note empty">Nothing was asked yet.</p>'
+    if not turns:
+        parts.append('<p class="note">Nothing was asked yet.</p>')
+    return "".join(parts)
 
 
 def last_reply(turns: Sequence[Turn], number: int, title: str) -> str:

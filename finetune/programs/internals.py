@@ -7,6 +7,9 @@ from typing import Any
 
 from finetune.errors import UserError
 
+TRIED = {"transformers": "5.23.0", "trl": "1.16.0", "lm_eval": "0.4.13"}
+"""Versions that each adaptation was written for and tried with."""
+
 
 def require_parameters(package: str, name: str, function: Callable[..., Any] | None, wanted: Collection[str]) -> None:
     """Check that a function is there and takes certain parameters.
@@ -22,5 +25,5 @@ def require_parameters(package: str, name: str, function: Callable[..., Any] | N
         return
     raise UserError(
         f"run: {package} {version(package)} has no {name} as this software knows it, so that the model cannot be "
-        f"fitted in; constraints.txt names the version of {package} that was tried"
+        f"fitted in: install {package} {TRIED[package]}, which was tried"
     )

@@ -39,7 +39,7 @@ def prepare_serve() -> None:
         raise UserError(
             'run transformers serve: its packages are not all installed: pip install "qwenvl-finetune[serve]" openai'
         )
-    from transformers.cli.serving import server
+    from transformers.cli.serving import server, utils
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
@@ -58,6 +58,9 @@ def prepare_serve() -> None:
         )
         contained = staticmethod(refusing_references(read))
         handler.get_processor_inputs_from_messages = contained  # type: ignore[method-assign]
+    use = getattr(utils.GenerationState, "use_continuous_batching", None)
+    require_parameters("transformers", "GenerationState.use_continuous_batching", use, ["self", "model", "modality"])
+    utils.GenerationState.use_continuous_batching = refusing_batches(use)  # type: ignore[method-assign]
     build = getattr(server, "build_server", None)
     require_parameters("transformers", "cli.serving.server.build_server", build, ["model_manager"])
     server.build_server = answering_errors(build)
@@ -81,7 +84,8 @@ def ready_processor(load: Any) -> Any:
         if isinstance(config, QwenVLConfig):
             tokenizer = getattr(processor, "tokenizer", processor)
             tokenizer._tokenizer  # noqa: B018  # builds it
-            tokenizer.decode = functools.partial(tokenizer.decode, keep_grounding=True)
+            with_boxes = functools.partial(tokenizer.decode, keep_grounding=True)
+            tokenizer.decode = with_boxes  # type: ignore[method-assign]
         return processor
 
     return load_ready
@@ -121,14 +125,24 @@ def refusing_raw_models(resolve: Any) -> Any:
                     f"{model.name_or_path} {said} (chat_format), so it is not asked in ChatML: send a prompt to "
                     "/v1/completions, or serve a chat model"
                 )
-            if self.generation_state._continuous_batching and model.config.visual is None:
-                raise InputError(
-                    "continuous batching knows neither dynamic NTK nor log-n attention, so replies beyond seq_length "
-                    "would be wrong: start the server without --continuous-batching"
-                )
         return found
 
     return resolve_trained
+
+
+def refusing_batches(use: Any) -> Any:
+    """`GenerationState.use_continuous_batching`, which Transformers has for text alone."""
+
+    def use_batches(self: Any, model: Any, modality: Any) -> bool:
+        wanted: bool = use(self, model, modality)
+        if wanted and isinstance(model.config, QwenVLConfig):
+            raise InputError(
+                "continuous batching knows neither dynamic NTK nor log-n attention, so replies beyond seq_length "
+                "would be wrong: start the server without --continuous-batching"
+            )
+        return wanted
+
+    return use_batches
 
 
 def refuse_unknown_options(options: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from finetune.replies.decoder import PromptRow
 from finetune.replies.masks import attention_mask
 from finetune.replies.prompt_tokens import BLOCK, common_prefix, whole_images
-from finetune.replies.row_cache import KeysAndValues, RowCache
+from finetune.replies.row_cache import KeysAndValues, RowCache, tokens_of
 from finetune.replies.row_forward import RowForward
 
 PAD = 0
@@ -53,10 +53,9 @@ def prefill(
     """
     fresh = [index for index, prefix in enumerate(known) if prefix is None]
     yield from _prefill_groups(forward, rows, fresh)
-    continued = [index for index, prefix in enumerate(known) if prefix is not None]
-    rest = [len(rows[index].ids) - _tokens(known[index]) for index in continued]
-    for group in _alike(continued, rest):
-        yield Prefilled(group, *continue_from(forward, [rows[i] for i in group], [known[i] or [] for i in group]))
+    prefixes = {index: prefix for index, prefix in enumerate(known) if prefix is not None}
+    for group in _alike(list(prefixes), [len(rows[index].ids) - tokens_of(row) for index, row in prefixes.items()]):
+        yield Prefilled(group, *continue_from(forward, [rows[i] for i in group], [prefixes[i] for i in group]))
 
 
 def _prefill_groups(forward: RowForward, rows: Sequence[PromptRow], fresh: Sequence[int]) -> Iterator[Prefilled]:
@@ -98,10 +97,6 @@ def _prefill_groups(forward: RowForward, rows: Sequence[PromptRow], fresh: Seque
             yield Prefilled(group, *continue_from(forward, [rows[index] for index in group], known))
 
 
-def _tokens(prefix: KeysAndValues | None) -> int:
-    return len(prefix[0][0]) if prefix else 0
-
-
 def _alike(indices: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
     """Put rows into forwards: those of similar length together, so that there is little padding."""
     group: list[int] = []
@@ -135,7 +130,7 @@ def continue_from(
     forward: RowForward, rows: Sequence[PromptRow], prefixes: Sequence[KeysAndValues]
 ) -> tuple[RowCache, torch.Tensor]:
     """Compute what follows known prefixes, one for each row, at least one token; images are in one of both parts."""
-    known = [len(prefix[0][0]) for prefix in prefixes]
+    known = [tokens_of(prefix) for prefix in prefixes]
     rests = [row.ids[count:] for row, count in zip(rows, known, strict=True)]
     new = max(map(len, rests))
     cache = RowCache.of(prefixes, new)

@@ -16,7 +16,13 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]
-"""Of one row: for each layer its keys and its values, (tokens, heads, head_dim)."""
+"""Of one row: for each layer its keys and its values, (heads, tokens, head_dim)."""
+
+
+def tokens_of(row: KeysAndValues) -> int:
+    """How many tokens a row has keys and values of."""
+    return row[0][0].shape[1]
+
 
 COLUMNS = 64
 """Buffers have a multiple of so many columns."""
@@ -41,17 +47,17 @@ class RowCache(Cache):
         self.ntk_alpha: torch.Tensor | None = None
         self.starts: list[int] = []  # of this forward: where each row's new tokens begin
         self.new = 0  # tokens of each row in this forward, with padding
-        self._places: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._places: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
     @classmethod
     def of(cls, rows: Sequence[KeysAndValues], room: int) -> "RowCache":
         """Rows with copies of these keys and values, and room for so many more tokens each."""
         cache = cls()
-        cache.lengths = [len(row[0][0]) for row in rows]
+        cache.lengths = [tokens_of(row) for row in rows]
         columns = max(cache.lengths) + room
         for number, (key, value) in enumerate(rows[0]):
             layer = RowLayer(cache)
-            layer.reserve(len(rows), columns, key[None].transpose(1, 2), value[None].transpose(1, 2))
+            layer.reserve(len(rows), columns, key[None], value[None])
             for slot, row in enumerate(rows):
                 layer.put(slot, *row[number])
             cache.layers.append(layer)
@@ -73,18 +79,22 @@ class RowCache(Cache):
         real = [self.new] * len(self.starts) if new is None else new
         self.lengths = [start + count for start, count in zip(self.starts, real, strict=True)]
 
-    def places(self, columns: int, device: torch.device) -> torch.Tensor:
-        """(rows * new,) places of the new tokens in buffers with so many columns, the rows one after another."""
-        if (columns, device) not in self._places:
-            first = torch.tensor([row * columns + start for row, start in enumerate(self.starts)], device=device)
+    def places(self, heads: int, columns: int, device: torch.device) -> torch.Tensor:
+        """(rows * heads * new,) places of the new tokens in buffers with so many columns, in this order."""
+        key = heads, columns, device
+        if key not in self._places:
+            first = [row * heads * columns + start for row, start in enumerate(self.starts)]
+            of_heads = torch.arange(0, heads * columns, columns, device=device)
             ahead = torch.arange(self.new, device=device)
-            self._places[columns, device] = (first[:, None] + ahead).flatten()
-        return self._places[columns, device]
+            self._places[key] = (
+                torch.tensor(first, device=device)[:, None, None] + of_heads[:, None] + ahead
+            ).flatten()
+        return self._places[key]
 
     def row(self, slot: int) -> KeysAndValues:
         """Views of one row's keys and values."""
         length = self.lengths[slot]
-        return [(layer.keys[slot, :length], layer.values[slot, :length]) for layer in self.layers]
+        return [(layer.keys[slot, :, :length], layer.values[slot, :, :length]) for layer in self.layers]
 
     def append(self, other: "RowCache") -> None:
         """Add copies of another cache's rows behind the own ones. When it fails, the own rows are as before."""
@@ -92,8 +102,8 @@ class RowCache(Cache):
         longest = max(other.lengths)
         for own, theirs in zip(self.layers, other.layers, strict=True):
             own.reserve(rows + more, columns)
-            own.keys[rows : rows + more, :longest] = theirs.keys[:more, :longest]
-            own.values[rows : rows + more, :longest] = theirs.values[:more, :longest]
+            own.keys[rows : rows + more, :, :longest] = theirs.keys[:more, :, :longest]
+            own.values[rows : rows + more, :, :longest] = theirs.values[:more, :, :longest]
         stretched = next((alpha for alpha in (self.ntk_alpha, other.ntk_alpha) if alpha is not None), None)
         if stretched is not None:
             both = ((self.ntk_alpha, rows), (other.ntk_alpha, more))
@@ -128,7 +138,7 @@ class RowCache(Cache):
 
 
 class RowLayer(CacheLayerMixin):
-    """One layer's keys and values: (rows, columns, heads, head_dim), with room for more rows and columns."""
+    """One layer's keys and values: (rows, heads, columns, head_dim), with room for more rows and columns."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -139,15 +149,15 @@ class RowLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Buffers without room, of the type and the place of (rows, heads, tokens, head_dim)."""
-        self.keys = key_states.new_zeros(0, 0, key_states.shape[1], key_states.shape[3])
-        self.values = value_states.new_zeros(0, 0, value_states.shape[1], value_states.shape[3])
+        self.keys = key_states.new_zeros(0, key_states.shape[1], 0, key_states.shape[3])
+        self.values = value_states.new_zeros(0, value_states.shape[1], 0, value_states.shape[3])
         self.is_initialized = True
 
     def reserve(self, rows: int, columns: int, *states: torch.Tensor) -> None:
         """Have room for so many rows and columns; both grow by half at least, so that they seldom do."""
         if not self.is_initialized:
             self.lazy_initialization(*states)
-        had_rows, had_columns = self.keys.shape[:2]
+        had_rows, heads, had_columns, size = self.keys.shape
         if rows <= had_rows and columns <= had_columns:
             return
         if had_rows:
@@ -157,14 +167,14 @@ class RowLayer(CacheLayerMixin):
         for name in ("keys", "values"):
             old = getattr(self, name)
             # Zeros: what is masked still counts zero times, and zero times NaN is NaN.
-            larger = old.new_zeros(rows, columns, *old.shape[2:])
-            larger[:had_rows, :had_columns] = old
+            larger = old.new_zeros(rows, heads, columns, size)
+            larger[:had_rows, :, :had_columns] = old
             setattr(self, name, larger)
 
     def put(self, slot: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy (tokens, heads, head_dim) into a row."""
-        self.keys[slot, : len(key)] = key
-        self.values[slot, : len(value)] = value
+        """Copy (heads, tokens, head_dim) into a row."""
+        self.keys[slot, :, : key.shape[1]] = key
+        self.values[slot, :, : value.shape[1]] = value
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -173,13 +183,13 @@ class RowLayer(CacheLayerMixin):
         cache, rows, width = self.cache, len(key_states), self.cache.width
         self.reserve(rows, width, key_states, value_states)
         if width == cache.new:  # nothing before them
-            self.keys[:rows, :width] = key_states.transpose(1, 2)
-            self.values[:rows, :width] = value_states.transpose(1, 2)
+            self.keys[:rows, :, :width] = key_states
+            self.values[:rows, :, :width] = value_states
             return key_states, value_states
-        places = cache.places(self.keys.shape[1], self.keys.device)
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer.flatten(0, 1).index_copy_(0, places, states.transpose(1, 2).flatten(0, 1))
-        return self.keys[:rows, :width].transpose(1, 2), self.values[:rows, :width].transpose(1, 2)
+        places = cache.places(self.keys.shape[1], self.keys.shape[2], self.keys.device)
+        self.keys.flatten(0, 2).index_copy_(0, places, key_states.flatten(0, 2))
+        self.values.flatten(0, 2).index_copy_(0, places, value_states.flatten(0, 2))
+        return self.keys[:rows, :, :width], self.values[:rows, :, :width]
 
     def get_seq_length(self) -> int:
         return max(self.cache.starts, default=0)

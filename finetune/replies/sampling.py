@@ -46,36 +46,42 @@ def choose(logits: torch.Tensor, samplings: Sequence[Sampling], draws: Sequence[
         draws: of the rows; one number is taken from each that is drawn.
     """
     chosen: list[int] = logits.argmax(-1).tolist()
-    for row, sampling in enumerate(samplings):
-        if sampling.temperature > 0:
-            chosen[row] = draw(logits[row], sampling, draws[row].random())
+    for cut in (False, True):
+        rows = [n for n, one in enumerate(samplings) if one.temperature > 0 and (one.top_p < 1) == cut]
+        if rows:
+            own = [samplings[row] for row in rows]
+            for row, token in zip(rows, draw(logits[rows], own, [draws[row].random() for row in rows]), strict=True):
+                chosen[row] = token
     return chosen
 
 
-def draw(logits: torch.Tensor, sampling: Sampling, uniform: float) -> int:
-    """The token at which the tokens' summed probability passes a number from 0 to 1.
+def draw(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> list[int]:
+    """Of each row the token at which the tokens' summed probability passes a number from 0 to 1.
 
     Args:
-        logits: (vocabulary,)
+        logits: (rows, vocabulary)
+        samplings: of the rows; `top_p` is 1 in all or in none.
     """
-    scaled = logits.double() / sampling.temperature
-    if sampling.top_p >= 1:
-        ids, probabilities = None, scaled.softmax(-1)
-    else:
-        ids, probabilities = _likeliest(scaled.softmax(-1), sampling.top_p)
+    # Double, so that sums of many small probabilities are right.
+    temperatures = logits.new_tensor([one.temperature for one in samplings], dtype=torch.float64)
+    probabilities = (logits.double() / temperatures[:, None]).softmax(-1)
+    ids = None
+    if samplings[0].top_p < 1:
+        probabilities, ids = _likeliest(probabilities, temperatures.new_tensor([one.top_p for one in samplings]))
     sums = probabilities.cumsum(-1)
     # Rounding must not lead past the end, nor to a token without probability.
-    target = min(uniform * float(sums[-1]), float(sums[-1]) * (1 - 1e-12))
-    place = int(torch.searchsorted(sums, torch.tensor([target], device=sums.device, dtype=sums.dtype), right=True))
-    return place if ids is None else int(ids[place])
+    part = temperatures.new_tensor(uniforms).clamp(max=1 - 1e-12)
+    places = torch.searchsorted(sums, part[:, None] * sums[:, -1:], right=True)
+    chosen: list[int] = (places if ids is None else ids.gather(1, places))[:, 0].tolist()
+    return chosen
 
 
-def _likeliest(probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fewest likeliest tokens that together have `top_p`, and their probabilities, likeliest first."""
-    for count in (LIKELY, len(probabilities)):
-        most, ids = probabilities.topk(min(count, len(probabilities)))
-        sums = most.cumsum(-1)
-        if count >= len(probabilities) or float(sums[-1]) >= top_p:
-            break
-    kept = int((sums < top_p).sum()) + 1
-    return ids[:kept], most[:kept]
+def _likeliest(probabilities: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fewest likeliest tokens of each row that together have `top_p`: their probabilities, 0 behind them, and ids,
+    the likeliest first."""
+    vocabulary = probabilities.shape[-1]
+    most, ids = probabilities.topk(min(LIKELY, vocabulary))
+    if len(most[0]) < vocabulary and bool((most.sum(-1) < top_p).any()):
+        most, ids = probabilities.sort(descending=True)
+    before = most.cumsum(-1) - most
+    return most.masked_fill(before >= top_p[:, None], 0), ids

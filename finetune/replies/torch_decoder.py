@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from finetune.batches.attempt import is_out_of_memory
 from finetune.replies.decoder import PromptRow
 from finetune.replies.masks import attention_mask
 from finetune.replies.prefill import prefill
 from finetune.replies.prefix_store import PrefixStore
 from finetune.replies.prompt_tokens import BLOCK, ComparedTokens, image_starts, without_half_image
-from finetune.replies.row_cache import KeysAndValues, RowCache
+from finetune.replies.row_cache import KeysAndValues, RowCache, tokens_of
 from finetune.replies.row_forward import RowForward
 
 
@@ -84,7 +85,7 @@ class TorchDecoder:
             raise
         order = torch.tensor([index for _, indices, _, _ in computed for index in indices]).argsort()
         logits = torch.cat([logits for _, _, _, logits in computed])
-        self._reused = [0 if row is None else len(row[0][0]) for row in known]
+        self._reused = [0 if row is None else tokens_of(row) for row in known]
         return numbers, logits[order.to(logits.device)]
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ class TorchDecoder:
         count = without_half_image(row.ids, min(count, len(row.ids) - 1), self._forward.config)
         if count < BLOCK:
             return None
-        return [(key[:count], value[:count]) for key, value in found]
+        return [(key[:, :count], value[:, :count]) for key, value in found]
 
 
 @dataclass
@@ -204,7 +205,12 @@ class _Lane:
         """Rows leave; their keys and values go into the store."""
         slots = [slot for slot, row in enumerate(self.rows) if row.number in gone]
         for slot in slots:
-            self._keep(slot, store)
+            try:
+                self._keep(slot, store)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                store.clear()  # rows leave in any case
         order = self.cache.drop(slots)
         self.rows = [self.rows[slot] for slot in order]
         self._lengths = None
@@ -217,4 +223,4 @@ class _Lane:
         if len(image_starts(ids, config)) != len(row.image_keys):
             return  # the model has spelled an image
         tokens = ComparedTokens(ids, row.image_keys, row.adapter, config)
-        store.keep(tokens, [(key[: len(ids)], value[: len(ids)]) for key, value in self.cache.row(slot)])
+        store.keep(tokens, [(key[:, : len(ids)], value[:, : len(ids)]) for key, value in self.cache.row(slot)])

@@ -35,6 +35,6 @@ class BatchBounds:
             tokens=self.tokens if tokens is None else min(self.tokens, tokens),
         )
 
-    def lower_to(self, rows: int, length: int) -> None:
-        """More than these did not fit into memory."""
-        self.rows, self.tokens = max(1, min(self.rows, rows)), max(1, min(self.tokens, rows * length))
+    def lower(self, rows: int, length: int) -> None:
+        """So many rows, the longest of `length` tokens, did not fit into memory."""
+        self.tokens = max(1, min(self.tokens, rows * length * 9 // 10))

@@ -194,6 +194,8 @@ class Engine:
                 self._run_given_work()  # what drops an adapter comes after what had it
                 self._schedule.join_waiting()
                 self._schedule.step()
+            for work in list(self._schedule.running):
+                self._schedule.refuse(work, "closing")
         except BaseException:
             logger.exception("the engine has failed")
             self._has_failed = True

@@ -14,7 +14,7 @@ class ReplierState:
     Attributes:
         waiting: requests that are not in the batch.
         rows: replies in the batch.
-        row_bound, token_bound: most of the batch; lower than they were set where memory was short.
+        row_bound, token_bound: most of the batch; tokens are lower than they were set where memory was short.
         prompt_tokens, cached_tokens, reply_tokens: of all requests that joined the batch; cached ones are of the
             prompts' and were not computed again.
         pictures, pictures_encoded: of all requests that joined the batch, and those that were encoded for it: the

@@ -96,8 +96,8 @@ class Schedule:
             if len(self.running) == 1:
                 self.refuse(self.running[0], "memory")
                 return
+            self._bounds.lower(self.rows, self._longest + 1)
             self._set_aside(self.running[-1])
-            self._bounds.lower_to(self.rows, self._longest)
 
     def refuse(self, work: Work, cause: Cause) -> None:
         """End a request with an error."""
@@ -189,7 +189,8 @@ class Schedule:
         if self._drop_kept():
             return
         if self.running:
-            self._bounds.lower_to(self.rows, self._longest)
+            rows = self.rows + len(work.open_choices)
+            self._bounds.lower(rows, max(self._longest, work.expected_length))
         else:
             self.refuse(work, "memory")
 

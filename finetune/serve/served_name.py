@@ -1,6 +1,7 @@
 """One `model` of the API: how its requests are written for it, and what its replies mean in pixels."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,7 +138,7 @@ class ServedName:
         """Raises:
         RequestError: this is a base model, and the messages are no single one of the user's.
         """
-        if self.style != "base" or not isinstance(messages, list):
+        if self.style != "base" or not isinstance(messages, Sequence):
             return
         roles = [message.get("role") for message in messages if isinstance(message, dict)]
         if roles != ["user"]:

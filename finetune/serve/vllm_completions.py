@@ -11,9 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
-from finetune.export.qwen2_prompt_embeddings import encoded_for_server
 from finetune.replies.running_batch import TokenLogprob
 from finetune.replies.sampling import GREEDY, Sampling
 
@@ -23,7 +20,7 @@ TOKEN_ID = "token_id:"
 
 def completion_request(
     model: str,
-    embeddings: torch.Tensor,
+    prompt_embeds: str,
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int],
@@ -37,7 +34,7 @@ def completion_request(
 
     Args:
         model: its name on the server.
-        embeddings: (length, hidden) of the prompt.
+        prompt_embeds: (length, hidden) of the prompt, as `encoded_for_server` gives them.
         max_new_tokens: most tokens of the reply.
         stop_ids: tokens that end it, in place of those that the server knows.
         sampling: how tokens are chosen. vLLM draws its own random numbers: a seed repeats a reply there alone.
@@ -45,7 +42,7 @@ def completion_request(
     only_likeliest = sampling.temperature == 0 or sampling.top_p == 0  # vLLM takes no top_p of 0
     asked: dict[str, Any] = {
         "model": model,
-        "prompt_embeds": encoded_for_server(embeddings),
+        "prompt_embeds": prompt_embeds,
         "max_tokens": max_new_tokens,
         "temperature": 0.0 if only_likeliest else sampling.temperature,
         "top_p": 1.0 if only_likeliest else sampling.top_p,

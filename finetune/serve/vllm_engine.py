@@ -14,7 +14,7 @@ import torch
 
 from finetune.batches.image_request import ImageRequest
 from finetune.errors import InputError, UserError
-from finetune.export.qwen2_prompt_embeddings import PromptEncoder
+from finetune.export.qwen2_prompt_embeddings import PromptEncoder, encoded_for_server
 from finetune.replies.running_batch import NewToken, TokenLogprob
 from finetune.replies.text_stream import TextStream, TokenBytes
 from finetune.serve.asked import (
@@ -32,7 +32,7 @@ from finetune.serve.feature_cache import FeatureCache
 from finetune.serve.picture_reading import Picture, PictureReaders
 from finetune.serve.replier import ReplierState
 from finetune.serve.vllm_completions import Piece, completion_request
-from finetune.serve.vllm_server import ServerFailed, Streams, VllmServer
+from finetune.serve.vllm_server import Body, ServerFailed, Streams, VllmServer
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +106,15 @@ class VllmEngine:
         Raises:
             QueueFull: as many requests are open as may be.
             EngineClosed: it takes no more.
-            UserError: the server's model cannot hold it.
+            UserError: the server's model cannot hold it, or so many replies are not made at once.
         """
         if self._context < len(asked.ids) + asked.max_new_tokens:
             raise UserError(
                 f"the prompt has {len(asked.ids):,} tokens and the reply up to {asked.max_new_tokens:,}, and the "
                 f"model takes {self._context:,} together"
             )
+        if asked.n > self._max_open:
+            raise UserError(f"{asked.n} replies are asked for, and at most {self._max_open} are made at once")
         ticket = VllmTicket()
         with self._lock:
             if self._close_at is not None or not self._thread.is_alive():
@@ -195,11 +197,13 @@ class VllmEngine:
         try:
             left = None if asked.deadline is None else asked.deadline - time.monotonic()
             async with asyncio.timeout(left):
-                embeddings = await self._embed(asked, ticket)
+                bodies = await self._bodies(asked, ticket)
+                asked = replace(asked, images=())  # let go, as are the bodies once they are sent
                 replies = [
-                    asyncio.create_task(self._one_reply(choice, asked, embeddings, hand_out))
-                    for choice in range(asked.n)
+                    asyncio.create_task(self._one_reply(choice, asked, body, hand_out))
+                    for choice, body in enumerate(bodies)
                 ]
+                del bodies
                 try:
                     completion = sum(await asyncio.gather(*replies))
                 finally:
@@ -220,12 +224,12 @@ class VllmEngine:
         else:
             hand_out(Ended(Usage(len(asked.ids), completion, 0)))
 
-    async def _embed(self, asked: Asked, ticket: VllmTicket) -> torch.Tensor:
-        """(length, hidden) of a prompt, with its images."""
+    async def _bodies(self, asked: Asked, ticket: VllmTicket) -> list[Body]:
+        """What is sent for each reply."""
         self._prompt_tokens += len(asked.ids)
         self._pictures += len(asked.images)
         pictures = await self._read(asked.images, ticket) if asked.images else []
-        return await self._loop.run_in_executor(self._encoding, self._embed_here, list(asked.ids), pictures)
+        return await self._loop.run_in_executor(self._encoding, self._write_bodies, asked, pictures)
 
     async def _read(self, images: Sequence[ImageRequest], ticket: VllmTicket) -> list[Picture]:
         read: asyncio.Future[list[Picture]] = self._loop.create_future()
@@ -244,7 +248,26 @@ class VllmEngine:
         self._readers.read(images, "", lambda: ticket.is_wanted, done)
         return await read
 
-    def _embed_here(self, ids: list[int], pictures: list[Picture]) -> torch.Tensor:
+    def _write_bodies(self, asked: Asked, pictures: list[Picture]) -> list[Body]:
+        encoded = encoded_for_server(self._embed(list(asked.ids), pictures))
+        bodies = []
+        for choice in range(asked.n):
+            sampling = asked.sampling
+            if sampling.seed is not None:
+                # As of our own batch; vLLM takes 64 bits.
+                sampling = replace(sampling, seed=(sampling.seed + choice + 2**63) % 2**64 - 2**63)
+            request = completion_request(
+                self._served_name,
+                encoded,
+                max_new_tokens=asked.max_new_tokens,
+                stop_ids=asked.stop_ids,
+                sampling=sampling,
+            )
+            bodies.append(Body(request))
+        return bodies
+
+    def _embed(self, ids: list[int], pictures: list[Picture]) -> torch.Tensor:
+        """(length, hidden) of a prompt, with its images."""
         for picture in pictures:
             # It may have been encoded for another request since it was read.
             picture.features = picture.features if picture.features is not None else self._features.get(picture.key)
@@ -256,23 +279,10 @@ class VllmEngine:
         features = [picture.features for picture in pictures if picture.features is not None]
         return self._encoder.embed(torch.tensor([ids]), torch.stack(features) if features else None)[0]
 
-    async def _one_reply(
-        self, choice: int, asked: Asked, embeddings: torch.Tensor, hand_out: Callable[[Event], None]
-    ) -> int:
-        """Stream one reply; its tokens, a stop token aside."""
-        sampling = asked.sampling
-        if sampling.seed is not None:
-            # As of our own batch; vLLM takes 64 bits.
-            sampling = replace(sampling, seed=(sampling.seed + choice + 2**63) % 2**64 - 2**63)
-        request = completion_request(
-            self._served_name,
-            embeddings,
-            max_new_tokens=asked.max_new_tokens,
-            stop_ids=asked.stop_ids,
-            sampling=sampling,
-        )
+    async def _one_reply(self, choice: int, asked: Asked, body: Body, hand_out: Callable[[Event], None]) -> int:
+        """Stream one reply; returns how many tokens it has, a stop token aside."""
         text, tokens = TextStream(self._token_bytes, asked.stop_texts), 0
-        async with aclosing(self._connections.pieces(request)) as pieces:
+        async with aclosing(self._connections.pieces(body)) as pieces:
             async for piece in pieces:
                 for token in self._tokens(piece, choice, text, asked):
                     tokens += token.id is not None

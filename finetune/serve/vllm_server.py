@@ -1,6 +1,7 @@
 """A vLLM server, asked over HTTP."""
 
 import json
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ import httpx
 import torch
 
 from finetune.errors import UserError
-from finetune.serve.vllm_completions import Piece, StreamError, completion_request, error_message, read_event
+from finetune.export.qwen2_prompt_embeddings import encoded_for_server
+from finetune.serve.vllm_completions import Piece, StreamError, error_message, read_event
 
 CONNECTING = 10.0
 SILENCE = 600.0
 """Seconds to wait for a connection, and for the next token; a request's own deadline is mostly sooner."""
+
+PART = 1 << 18
+"""Bytes of a request that are sent together."""
 
 SAME_LOGPROB = 0.05
 """How far the logarithms of a probability may be apart that are computed from ids and from their embeddings."""
@@ -98,9 +103,8 @@ class VllmServer:
             UserError: it takes no embeddings, or those of its model are others.
         """
         asked = {"model": model, "max_tokens": 1, "temperature": 0, "logprobs": 1, "return_tokens_as_token_ids": True}
-        as_embeddings = completion_request(model, embeddings, max_new_tokens=1, stop_ids=())["prompt_embeds"]
         found = []
-        for prompt in ({"prompt_embeds": as_embeddings}, {"prompt": ids}):
+        for prompt in ({"prompt_embeds": encoded_for_server(embeddings)}, {"prompt": ids}):
             answer = self._ask("POST", "completions", asked | prompt)
             try:
                 given = answer["choices"][0]["logprobs"]
@@ -136,21 +140,42 @@ class VllmServer:
         raise _refused(self.url, answer.status_code, answer.text)
 
 
+class Body:
+    """A request in parts, each of which is let go once it is sent: embeddings are long, and replies take a while.
+
+    Args:
+        request: `completion_request`.
+    """
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        content = json.dumps(request).encode()
+        self.length = len(content)
+        self._parts = deque(content[start : start + PART] for start in range(0, len(content), PART))
+
+    async def __aiter__(self) -> AsyncGenerator[bytes]:
+        while self._parts:
+            yield self._parts.popleft()
+
+
 class Streams:
     """Streamed completions of one server."""
 
     def __init__(self, url: str, client: httpx.AsyncClient) -> None:
         self._url, self._client = url, client
 
-    async def pieces(self, request: dict[str, Any]) -> AsyncGenerator[Piece]:
+    async def pieces(self, body: Body) -> AsyncGenerator[Piece]:
         """The reply to a request, as it grows. Closing the iterator ends the work on it there.
+
+        Args:
+            body: of the request; it is used up.
 
         Raises:
             ServerFailed: the server does not answer, refuses the request, or breaks off.
         """
         ended = False
+        headers = {"Content-Type": "application/json", "Content-Length": str(body.length)}
         try:
-            async with self._client.stream("POST", "completions", json=request) as answer:
+            async with self._client.stream("POST", "completions", content=body, headers=headers) as answer:
                 if not answer.is_success:
                     raise _refused(self._url, answer.status_code, (await answer.aread()).decode(errors="replace"))
                 async for line in answer.aiter_lines():

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters_for_tests import make_adapter
+from safetensors.torch import load_file, save_file
 
 CHROMIUM = Path("/usr/bin/chromium")
 GRADIO_READS = (
@@ -48,6 +50,13 @@ def served(models: Sequence[Any], folder: Path, examples: Sequence[Any] = (), **
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive(), "the page does not end"
+
+
+def make_strong_adapter(folder: Path, base: Path) -> None:
+    """Save an adapter that changes what its base says."""
+    make_adapter(folder, base=base)
+    file = folder / "adapter_model.safetensors"
+    save_file({name: 6 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
 class Watched:

@@ -6,6 +6,7 @@ launchers, and those that look at what is imported, start Python themselves.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -43,16 +44,21 @@ class Started:
     ):
         self.args = [str(program or "finetune"), *map(str, arguments)]
         self._folder = tempfile.TemporaryDirectory()
-        self._said = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        for file in self._files:
+            file.touch()
+        self._said: tuple[str, str] | None = None  # once it has ended
         place = str(cwd or Path.cwd()), dict(os.environ if env is None else env), start_new_session
-        self._process = FORKING.Process(target=_run, args=(self.args, program is not None, *place, self._said))
+        self._process = FORKING.Process(target=_run, args=(self.args, program is not None, *place, self._files))
         self._process.start()
         self.pid = self._process.pid
         atexit.register(self.kill)  # Python's end waits for a process, and a test that fails may leave one
 
     def said_so_far(self) -> tuple[str, str]:
         """What it has written on standard output and on standard error."""
-        stdout, stderr = (file.read_text() if file.exists() else "" for file in self._said)
+        if self._said is not None:
+            return self._said
+        stdout, stderr = (file.read_text() for file in self._files)
         return stdout, stderr
 
     def poll(self) -> int | None:
@@ -69,15 +75,19 @@ class Started:
             TimeoutExpired: it still runs after so many seconds.
         """
         self._process.join(timeout)
-        if self._process.exitcode is None:
+        code = self._process.exitcode
+        if code is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
-        return self._process.exitcode
+        if self._said is None:
+            self._said = self.said_so_far()
+            self._folder.cleanup()
+            atexit.unregister(self.kill)
+        return code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end; what it wrote on standard output and on standard error."""
         self.wait(timeout)
-        stdout, stderr = (file.read_text() for file in self._said)
-        return stdout, stderr
+        return self.said_so_far()
 
 
 def run_forked(
@@ -105,6 +115,7 @@ def run_forked(
 def _run(
     words: list[str], is_script: bool, cwd: str, environment: dict[str, str], new_session: bool, said: list[Path]
 ) -> None:
+    gc.freeze()  # each search for garbage would go through all that was imported
     if new_session:
         os.setsid()
     os.chdir(cwd)

@@ -55,9 +55,8 @@ class ScriptedDecoder:
 
     def join(self, rows: Sequence[PromptRow]) -> tuple[list[int], torch.Tensor]:
         self.before_join(rows)
-        self.reused = [
-            len(row.ids) if [*row.ids] in [[*one] for many in self.joined for one in many] else 0 for row in rows
-        ]
+        before = {tuple(ids) for together in self.joined for ids in together}
+        self.reused = [len(row.ids) if tuple(row.ids) in before else 0 for row in rows]
         self.joined.append([row.ids for row in rows])
         numbers = list(range(self._next, self._next + len(rows)))
         self._next += len(rows)

@@ -269,7 +269,10 @@ def served() -> Iterator[tuple[subprocess.Popen, int]]:
     """`finetune serve` on the tiny checkpoint, in a process of its own; and its port."""
     command = [sys.executable, "-u", "-m", "finetune", "serve", str(TINY), "--name", "tiny", "--port", "0"]
     command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--max-body", "1MB"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # What is freed goes back to the system at once, so that resident memory is what is held: glibc keeps large pieces
+    # otherwise, once some were freed, and more of them the more threads there are.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    environment |= {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert server.stdout is not None
     try:

@@ -1,12 +1,15 @@
 """What the routes of the API share."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 
 from finetune.replies.text_stream import TokenBytes
 from finetune.serve.api.metrics import Metrics
 from finetune.serve.api.settings import ApiSettings
 from finetune.serve.replier import Replier
 from finetune.serve.served_names import BetweenSteps, ServedNames
+
+MOST_ARRIVING = 64
 
 
 @dataclass
@@ -20,7 +23,7 @@ class Api:
         metrics: are counted.
         token_bytes: of the model's tokenizer.
         between_steps: runs what changes the model, see `ServedNames.load`; None where nothing can.
-        arriving: requests that are being read and written as prompts: they are bounded as those that wait.
+        arriving: how many more requests may be read and written as prompts now; others wait, unread.
     """
 
     replier: Replier
@@ -29,4 +32,4 @@ class Api:
     metrics: Metrics
     token_bytes: TokenBytes
     between_steps: BetweenSteps | None = None
-    arriving: int = 0
+    arriving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ARRIVING))

@@ -1,10 +1,9 @@
 """`POST /v1/chat/completions`"""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -24,12 +23,6 @@ from finetune.serve.asked import Asked, ChoiceToken, Ended, EngineClosed, Event,
 from finetune.serve.request_error import RequestError
 from finetune.serve.served_name import RequestPrompt
 from finetune.serve.served_names import UnknownName
-
-BODY_SECONDS = 60.0
-"""For the whole body of a request to come."""
-
-MOST_ARRIVING = 64
-"""Requests that are read and written as prompts at once."""
 
 
 def chat_router(api: Api) -> APIRouter:
@@ -55,52 +48,41 @@ def chat_router(api: Api) -> APIRouter:
     return router
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A request, read and written as a prompt."""
-
-    request: ChatRequest
-    prompt: RequestPrompt
-    asked: Asked
-
-
-async def _answer(api: Api, request: Request, began: float, held: ExitStack) -> Response:
-    if api.replier.is_full or api.arriving >= MOST_ARRIVING:
+async def _answer(api: Api, http: Request, began: float, held: ExitStack) -> Response:
+    if api.replier.is_full:
         raise too_many()  # before its body takes memory
-    api.arriving += 1
-    try:
-        body = await _body(request, api.settings.max_body)
+    async with api.arriving:
+        body = await read_body(http, api.settings.max_body)
         # In a thread: decoding, fetching URLs and tokenising take a while.
-        read = await run_in_threadpool(_read, api, body, began, held)
+        request, prompt, asked = await run_in_threadpool(_read, api, body, began, held)
         del body
-    finally:
-        api.arriving -= 1
-    mailbox = Mailbox()
+    mailbox, n = Mailbox(), asked.n
     try:
-        mailbox.ticket = api.replier.submit(read.asked, mailbox.put)
+        mailbox.ticket = api.replier.submit(asked, mailbox.put)
     except QueueFull:
         raise too_many() from None
     except EngineClosed:
         raise closed() from None
     except InputError as error:
         raise invalid(str(error)) from None
+    del asked  # its images are long, and are let go once they are read
     stream = False
     try:
         # Before the status is sent, so that what is wrong with an image is an error of its own also in a stream.
-        first = await unless_gone(request, mailbox.get())
+        first = await unless_gone(http, mailbox.get())
         if isinstance(first, Refused):
             raise refused(first)
         api.metrics.first_token(time.monotonic() - began)
         reply = ChatReply(
-            read.request.model,
-            read.asked.n,
+            request.model,
+            n,
             api.token_bytes.__getitem__,
-            with_logprobs=bool(read.request.logprobs),
-            boxes=read.prompt.boxes if read.request.boxes else None,
-            with_usage=bool(read.request.stream_options and read.request.stream_options.include_usage),
+            with_logprobs=bool(request.logprobs),
+            boxes=prompt.boxes if request.boxes else None,
+            with_usage=bool(request.stream_options and request.stream_options.include_usage),
         )
-        if not read.request.stream:
-            answer = JSONResponse(await unless_gone(request, _whole(first, mailbox, reply)))
+        if not request.stream:
+            answer = JSONResponse(await unless_gone(http, _whole(first, mailbox, reply)))
             api.metrics.count_request(200)
             api.metrics.request_time(time.monotonic() - began)
             return answer
@@ -111,17 +93,9 @@ async def _answer(api: Api, request: Request, began: float, held: ExitStack) -> 
             mailbox.ticket.cancel()
 
 
-async def _body(request: Request, most: int) -> bytearray:
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            return await read_body(request, most)
-    except TimeoutError:
-        headers = {"Connection": "close", "x-should-retry": "false"}
-        raise ApiError(408, f"the request has not come within {BODY_SECONDS:g} s", headers=headers) from None
-
-
-def _read(api: Api, body: bytearray, began: float, held: ExitStack) -> _Read:
-    """Read a request and write its prompt; `held` gets the lease of its name."""
+def _read(api: Api, body: bytearray, began: float, held: ExitStack) -> tuple[ChatRequest, RequestPrompt, Asked]:
+    """Read a request and write its prompt; the request is given without its messages, and the prompt without its
+    images. `held` gets the lease of its name."""
     settings = api.settings
     request = read_chat_request(read_object(body))
     try:
@@ -166,8 +140,8 @@ def _read(api: Api, body: bytearray, began: float, held: ExitStack) -> _Read:
         sampling,
         began + settings.timeout,
     )
-    request.messages.clear()  # the images in them are long
-    return _Read(request, prompt, asked)
+    request.messages.clear()
+    return request, replace(prompt, images=[]), asked
 
 
 def _of_pictures(pictures: int, n_queries: int) -> str:

@@ -1,8 +1,10 @@
 """The way of a request's events from the engine's thread to the event loop, bounded where nobody reads them."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections import deque
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from fastapi import Request
 
@@ -23,6 +25,33 @@ class ClientGone(Exception):
     """The client has closed the connection."""
 
 
+class Delivery:
+    """Hands what other threads post to an event loop, which is woken once for all that has come until it runs: a step
+    of the engine posts an event for each reply, and to wake a loop is a call of the operating system.
+    """
+
+    def __init__(self) -> None:
+        self._posted: deque[tuple[Callable[[Event], None], Event]] = deque()
+        self._is_due = False
+
+    def post(self, loop: asyncio.AbstractEventLoop, take: Callable[[Event], None], event: Event) -> None:
+        """Have `take(event)` called in the loop, in the order of posting. From any thread."""
+        self._posted.append((take, event))
+        if not self._is_due:
+            self._is_due = True
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_due = False  # first: what is posted from now on is taken below, or wakes the loop again
+        while self._posted:
+            take, event = self._posted.popleft()
+            take(event)
+
+
+_deliveries: WeakKeyDictionary[asyncio.AbstractEventLoop, Delivery] = WeakKeyDictionary()
+"""Of each loop, its own."""
+
+
 class Mailbox:
     """Takes the events of one request in any thread, and gives them in the loop that it is made in.
 
@@ -32,13 +61,14 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._delivery = _deliveries.setdefault(self._loop, Delivery())
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._overflowed = False
         self.ticket: Cancellable | None = None
 
     def put(self, event: Event) -> None:
         """From any thread."""
-        self._loop.call_soon_threadsafe(self._put, event)
+        self._delivery.post(self._loop, self._put, event)
 
     async def get(self) -> Event:
         """The next event.

@@ -13,7 +13,7 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 GAUGES = {
     "waiting": ("finetune_waiting_requests", "Requests that are not in the batch"),
     "rows": ("finetune_batch_rows", "Replies in the batch"),
-    "row_bound": ("finetune_batch_row_bound", "Most replies in the batch; lower where memory was short"),
+    "row_bound": ("finetune_batch_row_bound", "Most replies in the batch"),
     "token_bound": ("finetune_batch_token_bound", "Most tokens of the batch; lower where memory was short"),
 }
 

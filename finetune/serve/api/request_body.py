@@ -1,5 +1,6 @@
 """The body of a request: counted while it is read, and then JSON that means one thing."""
 
+import asyncio
 import json
 from typing import Any, NoReturn
 
@@ -7,22 +8,32 @@ from fastapi import Request
 
 from finetune.serve.api.errors import ApiError, invalid
 
+SILENCE = 20.0
+"""Seconds in which more of a body must come."""
+
 
 async def read_body(request: Request, most: int) -> bytearray:
     """The body of a request.
 
     Raises:
-        ApiError: it is longer than `most` bytes; no more is read then.
+        ApiError: it is longer than `most` bytes, and no more is read then; or its client stopped sending.
         ClientDisconnect: the client has left.
     """
     said = request.headers.get("content-length", "")
     if said.isdecimal() and int(said[:20]) > most:
         raise _too_long(most)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise _too_long(most)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(SILENCE) as limit:
+            async for chunk in request.stream():
+                limit.reschedule(loop.time() + SILENCE)
+                body += chunk
+                if len(body) > most:
+                    raise _too_long(most)
+    except TimeoutError:
+        headers = {"Connection": "close", "x-should-retry": "false"}
+        raise ApiError(408, f"no more of the request has come for {SILENCE:g} s", headers=headers) from None
     return body
 
 

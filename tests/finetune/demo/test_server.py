@@ -96,7 +96,8 @@ def test_the_browser_is_told_to_load_from_the_page_alone(page_files):  # noqa: F
         assert httpx.get(address, headers={"host": "localhost"}).status_code == 200
 
 
-def test_a_password_is_asked_for(page_files):  # noqa: F811
+def test_a_password_is_asked_for(page_files, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("finetune.demo.access.WRONG_PASSWORD_SECONDS", 0)
     options = {"check_password": password_check({"ann": "right"})}
     with (
         served([ScriptedModel(["a"])], page_files, **options) as address,

@@ -62,7 +62,7 @@ def reply_of(folder, image: Path, text: str = "Where is it?", tokens: int = 12) 
 def unprepared(monkeypatch):
     """What `prepare_serve` changes comes back after the test."""
     import transformers
-    from transformers.cli.serving import server
+    from transformers.cli.serving import server, utils
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.response import ResponseHandler
@@ -73,6 +73,8 @@ def unprepared(monkeypatch):
     monkeypatch.setitem(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "qwen", None)
     monkeypatch.setattr(ModelManager, "_load_processor", ModelManager._load_processor)
     monkeypatch.setattr(server, "build_server", server.build_server)
+    use = utils.GenerationState.use_continuous_batching
+    monkeypatch.setattr(utils.GenerationState, "use_continuous_batching", use)
     for handler in (ChatCompletionHandler, ResponseHandler):
         monkeypatch.setattr(handler, "_resolve_model", handler._resolve_model)
         read = staticmethod(handler.get_processor_inputs_from_messages)
@@ -167,6 +169,15 @@ def test_an_adapter_is_to_be_merged_first(tmp_path):
     (run / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(run / "base")}))
     with pytest.raises(InputError, match="is an adapter, and transformers serve takes whole checkpoints"):
         transformers_serve.refuse_unmerged(str(run))
+
+
+def test_batches_of_text_are_refused(tiny_model):
+    """Transformers' own batching computes positions by itself."""
+    text = SimpleNamespace(config=tiny_model.config)
+    assert not transformers_serve.refusing_batches(lambda *_: False)(None, text, "VLM")
+    assert transformers_serve.refusing_batches(lambda *_: True)(None, SimpleNamespace(config=None), "LLM")
+    with pytest.raises(InputError, match="without --continuous-batching"):
+        transformers_serve.refusing_batches(lambda *_: True)(None, text, "LLM")
 
 
 def test_an_option_that_the_form_has_not_is_named():

@@ -11,6 +11,10 @@ from finetune.replies.sampling import Sampling, choose, draw
 LOGITS = torch.tensor([2.0, -1.0, 0.5, -torch.inf, 1.5])
 
 
+def one(logits: torch.Tensor, sampling: Sampling, uniform: float) -> int:
+    return draw(logits[None], [sampling], [uniform])[0]
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_p", "kept"), [(1.0, 1.0, 4), (0.5, 1.0, 4), (2.0, 0.9, 3), (1.0, 0.6, 2), (1.0, 1e-9, 1)]
 )
@@ -21,7 +25,7 @@ def test_draws_have_the_probabilities(temperature, top_p, kept):
     assert sums[-1] >= top_p - 1e-9 and (kept == 1 or sums[-2] < top_p)
     expected = {int(token): float(expected[token] / sums[-1]) for token in likely}
     dice, count = random.Random(0), 4000
-    found = Counter(draw(LOGITS, Sampling(temperature, top_p), dice.random()) for _ in range(count))
+    found = Counter(one(LOGITS, Sampling(temperature, top_p), dice.random()) for _ in range(count))
     assert found.keys() == expected.keys()
     for token, probability in expected.items():  # within four standard deviations
         assert abs(found[token] / count - probability) < 4 * (probability * (1 - probability) / count) ** 0.5 + 1e-9
@@ -29,12 +33,12 @@ def test_draws_have_the_probabilities(temperature, top_p, kept):
 
 def test_the_ends_of_the_range():
     for top_p in (1.0, 0.99):
-        first, last = (draw(LOGITS, Sampling(1.0, top_p), uniform) for uniform in (0.0, 1 - 2**-53))
+        first, last = (one(LOGITS, Sampling(1.0, top_p), uniform) for uniform in (0.0, 1 - 2**-53))
         assert {first, last} <= {0, 1, 2, 4}
     impossible_last = torch.tensor([0.0, -torch.inf])
-    assert draw(impossible_last, Sampling(1.0), 1 - 2**-53) == 0
+    assert one(impossible_last, Sampling(1.0), 1 - 2**-53) == 0
     flat = torch.zeros(5000)
-    assert draw(flat, Sampling(1.0, 0.999), 1 - 2**-53) < 5000  # more than are looked at first
+    assert one(flat, Sampling(1.0, 0.999), 1 - 2**-53) < 5000  # more than are looked at first
 
 
 def test_rows_choose_each_in_its_own_way():

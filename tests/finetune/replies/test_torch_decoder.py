@@ -178,10 +178,21 @@ def test_what_has_left_is_kept(tiny_model, tiny_processor):
         assert positions[0] == len(prompt.ids) - count, what
 
 
+def test_rows_leave_where_memory_is_too_short_to_keep_them(tiny_model, tiny_processor, monkeypatch):
+    def full(store, tokens, row):
+        raise torch.OutOfMemoryError("out of memory")
+
+    one = row(tiny_model, tiny_processor, "Hello")
+    batch = RunningBatch(TorchDecoder(tiny_model, prefix_bytes=10**8), tiny_processor.tokenizer)
+    expected = replies(batch, greedy([one]))
+    monkeypatch.setattr(PrefixStore, "keep", full)
+    assert replies(batch, greedy([one])) == expected and not batch.drop_kept()
+
+
 def test_a_store_keeps_to_its_bytes(tiny_model):
     def kept(first: int, length: int) -> tuple[ComparedTokens, list]:
         tokens = ComparedTokens([first, *range(length - 1)], [], None, tiny_model.config)
-        return tokens, [(torch.full((length, 1, 2), float(first)), torch.zeros(length, 1, 2))]
+        return tokens, [(torch.full((1, length, 2), float(first)), torch.zeros(1, length, 2))]
 
     store = PrefixStore(most_bytes=16 * 100)
     for first in (1, 2, 3):

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 from adapters_for_tests import make_adapter
 from recipes_for_tests import IMAGES, TINY
 from requests_for_tests import image_part, text_part, user
@@ -20,6 +21,7 @@ MESSAGES = [user(image_part(IMAGES[0]), text_part("What is this?"))]
 def adapters(tmp_path_factory):
     """Two adapters; the second one changes vision too, and by more."""
     folder = tmp_path_factory.mktemp("adapters")
+    torch.manual_seed(0)
     make_adapter(folder / "first")
     make_adapter(folder / "second", target_modules=["c_attn", "in_proj"])
     file = folder / "second" / "adapter_model.safetensors"

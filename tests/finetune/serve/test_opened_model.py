@@ -21,7 +21,7 @@ from qwenvl import load_model
 from qwenvl.checkpoint.record import read_record, write_record
 from qwenvl.views import Views
 
-TOKENS = 8
+TOKENS = 12
 MESSAGES = [user(image_part(IMAGES[0]), text_part("What is this?"))]
 
 
@@ -30,10 +30,11 @@ def adapters(tmp_path_factory) -> Path:
     """A folder with an adapter of each kind that is used here."""
     folder = tmp_path_factory.mktemp("adapters")
     for number, kind in enumerate(("lora", "rslora", "dora", "embeddings in full", "vision lora", "all biases")):
+        torch.manual_seed(number)
         make_adapter(folder / kind, **KINDS[kind])
         weights = load_file(folder / kind / "adapter_model.safetensors")
         torch.manual_seed(number)
-        moved = {name: tensor + 0.02 * torch.randn(tensor.shape) for name, tensor in weights.items()}
+        moved = {name: tensor + 0.05 * torch.randn(tensor.shape) for name, tensor in weights.items()}
         save_file(moved, folder / kind / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -159,6 +159,7 @@ def test_a_base_model_continues_one_message_with_its_images_first(chat, tokenize
     for messages in (
         [{"role": "system", "content": "Be brief."}, user("Total?")],
         [user("Total?"), {"role": "assistant", "content": "12"}, user("Date?")],
+        (user("Total?"), user("Date?")),
     ):
         with pytest.raises(RequestError, match=r"messages: tiny is a base model, .* has no turns: send one message"):
             base.render(messages)

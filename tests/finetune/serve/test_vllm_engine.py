@@ -243,6 +243,11 @@ def test_what_is_too_long_is_refused_at_once(engine, encoder):
         engine.submit(asked(encoder, max_new_tokens=2048), print)
 
 
+def test_more_replies_than_are_made_at_once_are_refused(engine, encoder):
+    with pytest.raises(UserError, match="5 replies are asked for, and at most 4 are made at once"):
+        engine.submit(asked(encoder, n=5), print)
+
+
 def test_no_more_are_open_than_may_be(engine, encoder, stand_in):
     stand_in.seconds_a_token = 0.05
     tickets = [engine.submit(asked(encoder, max_new_tokens=500), lambda _: None) for _ in range(4)]

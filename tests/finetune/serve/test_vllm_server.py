@@ -11,10 +11,10 @@ from vllm_stand_in import StandIn, serve_stand_in
 
 from finetune.errors import UserError
 from finetune.export.export import export
-from finetune.export.qwen2_prompt_embeddings import PromptEncoder
+from finetune.export.qwen2_prompt_embeddings import PromptEncoder, encoded_for_server
 from finetune.replies.sampling import Sampling
 from finetune.serve.vllm_completions import StreamError, completion_request, read_event
-from finetune.serve.vllm_server import ServerFailed, VllmServer
+from finetune.serve.vllm_server import Body, ServerFailed, VllmServer
 from finetune.terminal import say_nothing
 from qwenvl import load_model
 
@@ -62,7 +62,7 @@ def pieces_of(server, request, most=None):
     """The pieces of a streamed reply, closed after so many."""
 
     async def read():
-        async with server.opened() as streams, aclosing(streams.pieces(request)) as pieces:
+        async with server.opened() as streams, aclosing(streams.pieces(Body(request))) as pieces:
             read = []
             async for piece in pieces:
                 read.append(piece)
@@ -75,7 +75,7 @@ def pieces_of(server, request, most=None):
 
 def request(server, embeddings, **settings):
     settings = {"max_new_tokens": 8, "stop_ids": (STOP,)} | settings
-    return completion_request(server.what_is_served().name, embeddings, **settings)
+    return completion_request(server.what_is_served().name, encoded_for_server(embeddings), **settings)
 
 
 @torch.inference_mode()

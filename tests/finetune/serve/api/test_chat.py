@@ -65,7 +65,8 @@ def test_a_stream_is_the_reply_in_pieces(client):
     assert "".join(piece.choices[0].delta.content or "" for piece in grown) == "Say äöü 你好"
     assert [piece.choices[0].finish_reason for piece in grown] == [None] * (len(grown) - 1) + ["stop"]
     assert "\ufffd" not in "".join(piece.choices[0].delta.content or "" for piece in grown)
-    assert end.choices == [] and end.usage == ask(client, "Say äöü 你好").usage
+    assert end.choices == []
+    assert end.usage.completion_tokens == ask(client, "Say äöü 你好").usage.completion_tokens
     assert len({piece.id for piece in pieces}) == 1
     assert len(grown) > 3
     assert all(piece.usage is None for piece in ask(client, stream=True))
@@ -240,6 +241,14 @@ def test_a_body_is_counted_while_it_is_read(api):
         for _ in range(3):
             connection.sendall(b"186a0\r\n" + b" " * 100_000 + b"\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_that_does_not_come(api, monkeypatch):
+    monkeypatch.setattr("finetune.serve.api.request_body.SILENCE", 0.1)
+    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as connection:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
 def test_images_that_cannot_be_taken(api, tmp_path):
