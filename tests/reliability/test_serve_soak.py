@@ -269,6 +269,7 @@ def served() -> Iterator[tuple[subprocess.Popen, int]]:
     """`finetune serve` on the tiny checkpoint, in a process of its own; and its port."""
     command = [sys.executable, "-u", "-m", "finetune", "serve", str(TINY), "--name", "tiny", "--port", "0"]
     command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--max-body", "1MB"]
+    command += ["--keep", "16MB"]  # is full long before the half of the requests
     # What is freed goes back to the system at once, so that resident memory is what is held: glibc keeps large pieces
     # otherwise, once some were freed, and more of them the more threads there are.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
