@@ -6,6 +6,10 @@
 
 Weights are in the files' mappings: what is read of them counts as memory of the process ("files"), and the system
 takes it back where others need it.
+
+Measured so, with 2 threads on two cores of an AMD EPYC that four other jobs used: 2.9 s to open, 50 s for an image,
+97 s for its prompt of 292 tokens; at most 6.64 GB (own 1.66, files 4.98). One thread by itself takes 0.29 s of a core
+for a token; `finetune serve` had 6.38 GB after a reply.
 """
 
 import argparse
