@@ -26,7 +26,7 @@ from finetune.recipe.sections import Adapter, Freeze
 from qwenvl import QwenVLConfig, QwenVLForConditionalGeneration
 from qwenvl.model import modeling
 
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -102,7 +102,7 @@ def count(tokens: int, adapt: Adapt | None) -> Count:
     """
     config = QwenVLConfig(**PUBLISHED)
     with torch.device("meta"):
-        model = QwenVLForConditionalGeneration(config).to(torch.bfloat16)
+        model = QwenVLForConditionalGeneration(config).bfloat16()
     model.set_attn_implementation("sdpa")
     model.requires_grad_(False)
     trained = model if adapt is None else adapt(model)

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
-from finetune.chat.gguf_reply import gguf_reply
+from finetune.chat.one_reply import one_reply
 from finetune.errors import UserError
+from finetune.replies.decoder import Decoder, PromptRow
 from finetune.replies.gguf_model import GgufModel
 from finetune.replies.prompt_template import in_prompt
 from finetune.replies.replies import stop_ids_of, without_adapter
-from finetune.replies.reply_text import reply_text
+from finetune.replies.running_batch import ReplyRequest
+from finetune.replies.sampling import Sampling
 from finetune.replies.task_replies import Style
-from finetune.replies.text_stream import TextStream, TokenBytes
+from finetune.replies.torch_decoder import TorchDecoder
 from qwenvl import QwenVLConfig, QwenVLImageProcessor, QwenVLTokenizer, load_image
 from qwenvl.images.page_references import find_page
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
@@ -24,6 +24,9 @@ from qwenvl.text.grounding import has_markup
 from qwenvl.views import Views
 
 Message = dict[str, Any]
+
+KEPT_BYTES = 10**9
+"""Memory for the turns so far, so that each is computed once; given up where memory is short."""
 
 
 @dataclass
@@ -81,6 +84,7 @@ class Conversation:
         messages: the turns so far, as `qwenvl.text.chat.render_chat` takes them, without the system message.
         images: of `messages`, in reading order.
         waiting: images for the next message.
+        decoder: of replies.
     """
 
     model: torch.nn.Module | GgufModel
@@ -96,6 +100,13 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     images: list[ChatImage] = field(default_factory=list)
     waiting: list[ChatImage] = field(default_factory=list)
+    decoder: Decoder = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, GgufModel):
+            self.decoder = self.model.decoder
+        else:
+            self.decoder = TorchDecoder(self.model, prefix_bytes=KEPT_BYTES)
 
     def add_image(self, path: str | Path) -> ChatImage:
         """Put an image, or a page such as `file.pdf#3`, into the next message.
@@ -147,11 +158,11 @@ class Conversation:
         images = [*self.images, *self.waiting]
         messages = [*self.messages, self._user_message(in_prompt(text, self.prompt))]
         prompt = self._render(messages)
-        room = self._context - len(prompt.ids)
+        room = self.decoder.context - len(prompt.ids)
         if room < 1:
             raise UserError(
                 f"the conversation is {len(prompt.ids):,} tokens long{self.cost_of_pictures(images)}, and the model "
-                f"takes {self._context:,}: start a new one"
+                f"takes {self.decoder.context:,}: start a new one"
             )
         answer = self._generate(prompt, images, min(room, self.max_new_tokens), on_text)
         if answer.text.strip():
@@ -170,13 +181,6 @@ class Conversation:
     def config(self) -> QwenVLConfig:
         """Of the model."""
         return self.model.config if isinstance(self.model, GgufModel) else without_adapter(self.model).config
-
-    @property
-    def _context(self) -> int:
-        """Most tokens of the conversation with its reply."""
-        if isinstance(self.model, GgufModel):
-            return self.model.decoder.context
-        return self.config.max_position_embeddings
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -214,98 +218,34 @@ class Conversation:
     def _generate(
         self, prompt: Rendered, images: Sequence[ChatImage], max_new_tokens: int, on_text: Callable[[str], None]
     ) -> Answer:
-        if isinstance(self.model, GgufModel):
-            return self._generate_by_llamacpp(self.model, prompt, images, max_new_tokens, on_text)
-        base, stop_ids = without_adapter(self.model), stop_ids_of(self.model, self.tokenizer, self.style)
-        sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
-        ids = torch.tensor([prompt.ids], device=base.device)
-        stream = _Stream(self.tokenizer, stop_ids, on_text)
-        stopped = False
-        try:
-            base.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                image_features=self._features(images),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens,
-                    do_sample=bool(sampling),
-                    eos_token_id=list(stop_ids),
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    **sampling,
-                ),
-                streamer=stream,
-            )
-        except KeyboardInterrupt:
-            stopped = True
-            stream.end()
-        return Answer(stream.text, len(prompt.ids), stream.ended, stopped)
-
-    def _generate_by_llamacpp(
-        self,
-        model: GgufModel,
-        prompt: Rendered,
-        images: Sequence[ChatImage],
-        max_new_tokens: int,
-        on_text: Callable[[str], None],
-    ) -> Answer:
-        features = self._features(images)
-        reply = gguf_reply(
-            model,
-            prompt.ids,
-            [] if features is None else list(features),
-            image_keys=[
-                f"{image.path} {image.version} {part}" for image in images for part in range(len(image.pixels))
-            ],
-            max_new_tokens=max_new_tokens,
-            temperature=self.temperature,
-            on_text=on_text,
+        keys = [f"{image.path} {image.version} {part}" for image in images for part in range(len(image.pixels))]
+        request = ReplyRequest(
+            PromptRow(prompt.ids, self._features(images), keys),
+            max_new_tokens,
+            self._stop_ids,
+            sampling=Sampling(temperature=self.temperature),
         )
-        return Answer(reply_text(self.tokenizer, reply.ids), len(prompt.ids), reply.ended, reply.stopped)
+        reply = one_reply(self.decoder, self.tokenizer, request, on_text)
+        return Answer(reply.text, len(prompt.ids), reply.ended, reply.stopped)
+
+    @property
+    def _stop_ids(self) -> tuple[int, ...]:
+        if isinstance(self.model, GgufModel):
+            return self.model.stop_ids
+        return stop_ids_of(self.model, self.tokenizer, self.style)
 
     @torch.no_grad()
-    def _features(self, images: Sequence[ChatImage]) -> torch.Tensor | None:
-        """(pictures, n_queries, hidden) in reading order; None where there are none."""
-        features = []
+    def _features(self, images: Sequence[ChatImage]) -> list[torch.Tensor]:
+        """(n_queries, hidden) of each picture, in reading order."""
+        features: list[torch.Tensor] = []
         for image in images:
             if image.features is None:
                 image.features = self._encode(image.pixels)
-            features.append(image.features)
-        return torch.cat(features) if features else None
+            features.extend(image.features)
+        return features
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         if isinstance(self.model, GgufModel):
             return self.model.encode(pixels)
         base = without_adapter(self.model)
         return base.get_image_features(pixels.to(base.device))
-
-
-class _Stream(BaseStreamer):
-    """Receives new tokens from `generate` and passes on their text, in whole characters."""
-
-    def __init__(self, tokenizer: QwenVLTokenizer, stop_ids: Sequence[int], on_text: Callable[[str], None]):
-        self.stop_ids, self.on_text = stop_ids, on_text
-        self.ended = False
-        self._prompt_seen = False
-        self._stream = TextStream(TokenBytes(tokenizer))
-
-    @property
-    def text(self) -> str:
-        """So far."""
-        return self._stream.text
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:  # `generate` puts the prompt first
-            self._prompt_seen = True
-            return
-        for token in value.reshape(-1).tolist():
-            if token in self.stop_ids:
-                self.ended = True
-            else:
-                self._show(self._stream.add(token))
-
-    def end(self) -> None:
-        self._show(self._stream.end())
-
-    def _show(self, text: str) -> None:
-        if text:
-            self.on_text(text)

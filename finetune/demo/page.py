@@ -1,9 +1,6 @@
 """The page, in Gradio: its components, and which of them does what in `talk`."""
 
 import logging
-import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +13,11 @@ from finetune.demo.pictures import MOST_BYTES
 from finetune.demo.run_examples import Example
 from finetune.demo.style import JS
 from finetune.demo.talk import Settings, Talk
+from finetune.demo.visitors import KEPT_SECONDS, MOST_VISITORS, Visitors
 from finetune.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-KEPT_SECONDS = 3600
-"""How long a conversation is kept after its visitor has left."""
-MOST_VISITORS = 100
 UPLOADED = ["image", ".pdf", ".tif", ".tiff"]
 _FAULT = "Something went wrong here; the terminal that the page was started in says what."
 
@@ -38,52 +33,6 @@ def take_uploads_alone(button: gr.UploadButton) -> None:
 
     # A subclass would make Gradio write a stub beside this file.
     button.async_move_resource_to_block_cache = take_upload  # type: ignore[method-assign]
-
-
-class Visitors:
-    """The conversation of each open page.
-
-    Args:
-        models: that are asked.
-        folder: of the page's files; each visitor has a folder of its own in it.
-    """
-
-    def __init__(self, models: Sequence[AskedModel], folder: Path) -> None:
-        self._models, self._folder = models, folder
-        self._talks: dict[str, Talk] = {}
-        self._left: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    def talk(self, request: gr.Request) -> Talk:
-        """The visitor's; a new one where there is none, or where it was left long ago."""
-        session = str(request.session_hash)
-        with self._lock:
-            self._left.pop(session, None)
-            self._drop_old()
-            if session not in self._talks:
-                folder = self._folder / f"visitor-{len(self._talks)}-{time.monotonic_ns()}"
-                folder.mkdir(mode=0o700)
-                self._talks[session] = Talk(self._models, folder)
-            return self._talks[session]
-
-    def leave(self, request: gr.Request) -> None:
-        """The visitor has closed the page, or lost the connection: end the reply that is being written."""
-        session = str(request.session_hash)
-        with self._lock:
-            if session in self._talks:
-                self._talks[session].stop()
-                self._left[session] = time.monotonic()
-
-    def _drop_old(self) -> None:
-        """Forget the conversations of those who left long ago, and the oldest ones where there are too many."""
-        now = time.monotonic()
-        old = [session for session, since in self._left.items() if now - since > KEPT_SECONDS]
-        excess = max(0, len(self._talks) - len(old) - MOST_VISITORS + 1)
-        for session in [*old, *[session for session in self._talks if session not in old][:excess]]:
-            talk = self._talks.pop(session)
-            self._left.pop(session, None)
-            talk.forget()
-            shutil.rmtree(talk.folder, ignore_errors=True)
 
 
 Updates = dict[Any, Any]
@@ -203,16 +152,22 @@ class Page:
         if self._examples:
             self._filled_in.select(self._fill_in, None, self._changed, **each)
         blocks.load(None, js=JS)
-        blocks.unload(self._visitors.leave)
+        blocks.unload(self._leave)
         # Each open conversation holds one place of the queue while it is answered.
         blocks.queue(max_size=MOST_VISITORS, default_concurrency_limit=None)
 
     # ---- events
 
+    def _talk(self, request: gr.Request) -> Talk:
+        return self._visitors.talk(str(request.session_hash))
+
+    def _leave(self, request: gr.Request) -> None:
+        self._visitors.leave(str(request.session_hash))
+
     def _ask(
         self, request: gr.Request, message: str, most: float, temperature: float, *templates: str
     ) -> Iterator[Updates]:
-        talk = self._visitors.talk(request)
+        talk = self._talk(request)
         settings = Settings(self._templates_asked(templates), int(most), float(temperature))
         titles = [model.title for model in self._models]
         try:
@@ -242,15 +197,15 @@ class Page:
         )
 
     def _stop_reply(self, request: gr.Request) -> None:
-        self._visitors.talk(request).stop()
+        self._talk(request).stop()
 
     def _start_over(self, request: gr.Request) -> Updates:
-        talk = self._visitors.talk(request)
+        talk = self._talk(request)
         talk.forget()
         return self._all(talk) | {self._message: ""}
 
     def _add(self, files: list[str] | None, request: gr.Request) -> Updates:
-        talk, problems = self._visitors.talk(request), []
+        talk, problems = self._talk(request), []
         for file in files or []:
             path = Path(file)
             try:
@@ -267,15 +222,15 @@ class Page:
         return self._noticed(talk, *problems)
 
     def _show_more(self, request: gr.Request) -> Updates:
-        talk = self._visitors.talk(request)
+        talk = self._talk(request)
         return self._noticed(talk, *self._problems(talk.more_pages))
 
     def _toggle(self, event: gr.EventData, request: gr.Request) -> Updates:
-        talk, number = self._visitors.talk(request), _number(event)
+        talk, number = self._talk(request), _number(event)
         return self._noticed(talk, *self._problems(lambda: talk.toggle(number)))
 
     def _fill_in(self, event: gr.EventData, request: gr.Request) -> Updates:
-        talk, number = self._visitors.talk(request), _number(event)
+        talk, number = self._talk(request), _number(event)
         if not 0 <= number < len(self._examples):
             return self._noticed(talk)
         example = self._examples[number]

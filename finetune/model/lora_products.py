@@ -15,7 +15,7 @@ The modules stay PEFT's, of a class of ours: saving, merging, `disable_adapter` 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft.import_utils import is_bnb_4bit_available
@@ -48,7 +48,7 @@ class _Add(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # one a layer
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         x, narrow, *parameters = ctx.saved_tensors
         count, rate, dtype = len(ctx.scalings), ctx.rate, x.dtype
         downs, ups = parameters[:count], parameters[count:]
@@ -150,17 +150,20 @@ class PairedMLP(MLP):
     """An MLP whose gate and value have their updates in one."""
 
     def gate_and_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        layers = (self.w2, self.w1)
-        if not all(type(layer) in BECOMES.values() and takes_16_bits(layer, x) for layer in layers) or (
-            _rate(self.w1) != _rate(self.w2)
-        ):
+        w1: nn.Module = self.w1
+        w2: nn.Module = self.w2
+        if not (_is_half(w2, x) and _is_half(w1, x)) or _rate(w1) != _rate(w2):
             return super().gate_and_value(x)
-        gate, value = results_of(x, layers)
+        gate, value = results_of(x, (w2, w1))
         return gate, value
 
 
 class PairedLigerMLP(PairedMLP, LigerMLP):
     pass
+
+
+def _is_half(layer: nn.Module, x: torch.Tensor) -> TypeGuard[LoraLayer]:
+    return type(layer) in BECOMES.values() and takes_16_bits(layer, x)
 
 
 PAIRS: dict[type[nn.Module], type[nn.Module]] = {MLP: PairedMLP, LigerMLP: PairedLigerMLP}

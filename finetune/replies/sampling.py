@@ -16,7 +16,7 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the likeliest token; above 0 tokens are drawn.
-        top_p: of the likeliest tokens that together have this probability.
+        top_p: of the likeliest tokens that together have this probability; 0 leaves the likeliest one.
         seed: of the draws; the same seed gives the same reply, whatever else is in the batch. None for any.
         logprobs: how many likeliest tokens to give with each token and their log-probabilities; 0 for the token's own
             alone; None for none.
@@ -64,7 +64,9 @@ def draw(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence
     """
     # Double, so that sums of many small probabilities are right.
     temperatures = logits.new_tensor([one.temperature for one in samplings], dtype=torch.float64)
-    probabilities = (logits.double() / temperatures[:, None]).softmax(-1)
+    logits = logits.double()
+    # From the likeliest token down, as a logit by a tiny temperature is infinite, and 0 by it is 0.
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]).softmax(-1)
     ids = None
     if samplings[0].top_p < 1:
         probabilities, ids = _likeliest(probabilities, temperatures.new_tensor([one.top_p for one in samplings]))
@@ -77,11 +79,12 @@ def draw(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence
 
 
 def _likeliest(probabilities: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fewest likeliest tokens of each row that together have `top_p`: their probabilities, 0 behind them, and ids,
+    """The fewest likeliest tokens of each row, at least one, that together have `top_p`: their probabilities, 0 behind them, and ids,
     the likeliest first."""
     vocabulary = probabilities.shape[-1]
     most, ids = probabilities.topk(min(LIKELY, vocabulary))
     if len(most[0]) < vocabulary and bool((most.sum(-1) < top_p).any()):
         most, ids = probabilities.sort(descending=True)
-    before = most.cumsum(-1) - most
-    return most.masked_fill(before >= top_p[:, None], 0), ids
+    behind = most.cumsum(-1) - most >= top_p[:, None]
+    behind[:, 0] = False  # with a top_p of 0 it is the only one
+    return most.masked_fill(behind, 0), ids

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft import PeftModel
 from peft.functional import delete_adapter
@@ -52,7 +53,8 @@ class ModelAdapters:
         name = f"adapter_{self._added}"
         if self._adapted is not None:
             # PEFT looks at the one that it takes for active, which may be gone.
-            self._adapted.base_model.active_adapter = name
+            tuner: Any = self._adapted.base_model
+            tuner.active_adapter = name
         try:
             self._adapted = add_adapter(self._adapted or self.model, self._base, folder, reading, name=name)
         except BaseException:

@@ -20,7 +20,7 @@ class Asked:
         images: the pictures of the prompt, in reading order. Sources are best given as bytes: a path or URL counts as
             the same image as long as it is written the same.
         adapter: name of the adapter that computes the replies.
-        n: how many replies. Reply k, from 0, is drawn with `sampling.seed` + k.
+        n: how many replies. Reply k, from 0, is drawn as `sampling.nth(k)` says.
         stop_texts: texts that end a reply and are not part of it.
         sampling: how tokens are chosen.
         deadline: `time.monotonic()` by which all replies have ended; None for none.

@@ -1,5 +1,6 @@
 """GGUF folders for tests: exports of the nano checkpoint, questions on its pages, and the replies of PyTorch."""
 
+import atexit
 import functools
 import json
 import shutil
@@ -26,7 +27,9 @@ __all__ = ["KNOWN", "NANO", "UNAVAILABLE", "Page", "changed_copy", "exported", "
 @functools.cache
 def exported(kind: str = "f16") -> Path:
     """The nano checkpoint as GGUF; not to be changed."""
-    folder = Path(tempfile.mkdtemp(prefix="gguf-")) / f"nano-{kind}"
+    place = tempfile.mkdtemp(prefix="gguf-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    folder = Path(place) / f"nano-{kind}"
     return export(str(NANO), "gguf", type=kind, out=folder, say=say_nothing)
 
 

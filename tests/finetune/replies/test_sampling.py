@@ -41,6 +41,13 @@ def test_the_ends_of_the_range():
     assert one(flat, Sampling(1.0, 0.999), 1 - 2**-53) < 5000  # more than are looked at first
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.0), (5e-324, 1.0), (5e-324, 0.5), (1e-300, 0.0)])
+def test_the_least_that_can_be_asked_is_the_likeliest(temperature, top_p):
+    for logits in (LOGITS, LOGITS - 100, torch.arange(5000).roll(7) / 5000):
+        for uniform in (0.0, 0.5, 1 - 2**-53):
+            assert one(logits, Sampling(temperature, top_p), uniform) == int(logits.argmax())
+
+
 def test_rows_choose_each_in_its_own_way():
     """Greedy rows take no draws; a row's token does not depend on the others'."""
     rows = [Sampling(), Sampling(1.0), Sampling(1.5, 0.8)]
