@@ -93,8 +93,10 @@ class RunningBatch:
             Their numbers, which are never used twice, and their first tokens, in the same order.
 
         Raises:
-            UserError: a prompt fills the model's context; none of the replies is added.
+            UserError: a prompt is empty, or fills the model's context; none of the replies is added.
         """
+        if not all(request.prompt.ids for request in requests):
+            raise UserError("the prompt is empty: there is nothing that a reply could go on from")
         rooms = [self._decoder.context - len(request.prompt.ids) for request in requests]
         for request, room in zip(requests, rooms, strict=True):
             if room < 1:

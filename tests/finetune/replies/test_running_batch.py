@@ -8,6 +8,7 @@ from recipes_for_tests import IMAGES
 from replies_for_tests import alone, row
 
 from finetune.errors import UserError
+from finetune.replies.decoder import PromptRow
 from finetune.replies.reply_text import reply_text
 from finetune.replies.running_batch import NewToken, ReplyRequest, RunningBatch
 from finetune.replies.sampling import Sampling
@@ -160,6 +161,8 @@ def test_a_prompt_without_room_and_a_reply_that_fills_the_context(tiny_model, ti
     batch = RunningBatch(TorchDecoder(tiny_model, context=length + 3), tiny_processor.tokenizer)
     with pytest.raises(UserError, match=f"has {len(rows[0].ids):,} tokens, and the model takes {length + 3:,}"):
         batch.join([ReplyRequest(rows[2], 8, ()), ReplyRequest(rows[0], 8, ())])
+    with pytest.raises(UserError, match="the prompt is empty"):
+        batch.join([ReplyRequest(rows[2], 8, ()), ReplyRequest(PromptRow([]), 8, ())])
     assert len(batch) == 0
     (tokens,) = run(batch, [ReplyRequest(rows[2], 8, ())])
     assert [token.id for token in tokens] == alone(tiny_model, rows[2], 3) and tokens[-1].finish == "length"
