@@ -26,6 +26,7 @@ class ReplyRequest:
         sampling: how its tokens are chosen.
         min_new_tokens: fewest tokens; the stop ids are not generated before.
         choices: tokens, the likeliest of which is the first; empty where it may be any.
+        stops_in_lead: whether a stop text may begin in white space at the beginning, see `TextStream`.
     """
 
     prompt: PromptRow
@@ -35,6 +36,7 @@ class ReplyRequest:
     sampling: Sampling = GREEDY
     min_new_tokens: int = 0
     choices: tuple[int, ...] = ()
+    stops_in_lead: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class RunningBatch:
             number: _Reply(
                 request,
                 min(room, request.max_new_tokens),
-                TextStream(self._token_bytes, request.stop_texts),
+                TextStream(self._token_bytes, request.stop_texts, stops_in_lead=request.stops_in_lead),
                 random.Random(request.sampling.seed),
             )
             for number, request, room in zip(numbers, requests, rooms, strict=True)

@@ -91,6 +91,15 @@ def test_limits_of_a_reply(client):
     assert (stopped.message.content, stopped.finish_reason) == ("one", "stop")
 
 
+def test_a_stop_text_is_no_part_of_a_reply_wherever_it_begins(client, api, monkeypatch):
+    monkeypatch.setattr(api.decoder, "_script", lambda row: api.tokenizer.encode(" \n\n12"))
+    for stop, left in ((["\n\n"], " "), (" ", ""), ("\n1", " \n"), (None, " \n\n12")):
+        (choice,) = ask(client, stop=stop).choices
+        assert (choice.message.content, choice.finish_reason) == (left, "stop")
+        pieces = ask(client, stop=stop, stream=True)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == left
+
+
 def test_several_replies_with_their_logprobs(client, api):
     reply = ask(client, "a b", n=3, logprobs=True, top_logprobs=2, temperature=1.0, seed=5)
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
