@@ -228,7 +228,7 @@ def test_a_request_that_arrives_counts_once(open_house, monkeypatch):
 
     monkeypatch.setattr(Engine, "_read", looking)
     house = open_house(max_queue=2)
-    assert house.ask(100, 2).ids() == [101, None]
+    assert house.ask(100, 2).ids() == [100, 101, None]
     assert found == [(False, 1)]
 
 
