@@ -83,6 +83,7 @@ class RunningBatch:
         self._decoder = decoder
         self._token_bytes = TokenBytes(tokenizer)
         self._replies: dict[int, _Reply] = {}
+        self._computed: _Computed | None = None  # of a step whose tokens could not be chosen: the decoder is past it
 
     def __len__(self) -> int:
         """How many replies are growing."""
@@ -118,7 +119,7 @@ class RunningBatch:
         }
         self._replies |= new
         try:
-            return numbers, self._take(new, logits)
+            return numbers, self._grow(new, self._choose(new, logits))
         except BaseException:
             self.leave(numbers)
             raise
@@ -133,11 +134,23 @@ class RunningBatch:
         return self._decoder.drop_kept()
 
     def step(self) -> list[NewToken]:
-        """The next token of each reply; none, where there are no replies."""
+        """The next token of each reply; none, where there are no replies.
+
+        After a failure in choosing tokens the step is not computed again, and replies that have joined since have
+        their turn in the next one.
+        """
         if not self._replies:
             return []
-        logits = self._decoder.step({number: reply.last for number, reply in self._replies.items()})
-        return self._take(dict(self._replies), logits)
+        if self._computed is None or not self._replies.keys() & self._computed.replies:
+            logits = self._decoder.step({number: reply.last for number, reply in self._replies.items()})
+            self._computed = _Computed(list(self._replies), logits)
+        numbers, logits = self._computed.replies, self._computed.logits
+        replies = {number: self._replies[number] for number in numbers if number in self._replies}
+        if len(replies) < len(numbers):
+            logits = logits[[row for row, number in enumerate(numbers) if number in replies]]
+        chosen = self._choose(replies, logits)
+        self._computed = None
+        return self._grow(replies, chosen)
 
     def leave(self, replies: Sequence[int]) -> None:
         """End replies that nobody wants any more; those that have ended already do not matter."""
@@ -147,18 +160,39 @@ class RunningBatch:
         if live:
             self._decoder.leave(live)
 
-    def _take(self, replies: "dict[int, _Reply]", logits: torch.Tensor) -> list[NewToken]:
-        """Choose the replies' tokens from (replies, vocabulary) logits; those that end leave."""
-        allowed = _allowed(list(replies.values()), logits)
+    def _choose(self, replies: "dict[int, _Reply]", logits: torch.Tensor) -> "list[_Chosen]":
+        """Choose the replies' tokens from (replies, vocabulary) logits. Where that fails nothing has changed."""
         samplings = [reply.request.sampling for reply in replies.values()]
-        tokens = choose(allowed, samplings, [reply.draws for reply in replies.values()])
-        logprobs = _logprobs(logits, samplings, tokens)
-        new = [
-            reply.take(number, token, *logprobs.get(row, (None, ())))
-            for row, ((number, reply), token) in enumerate(zip(replies.items(), tokens, strict=True))
+        draws = [reply.draws for reply in replies.values()]
+        states = [
+            (own, own.getstate()) for own, sampling in zip(draws, samplings, strict=True) if sampling.temperature > 0
         ]
+        try:
+            tokens = choose(_allowed(list(replies.values()), logits), samplings, draws)
+            logprobs = _logprobs(logits, samplings, tokens)
+        except BaseException:
+            for own, state in states:
+                own.setstate(state)
+            raise
+        return [(token, *logprobs.get(row, (None, ()))) for row, token in enumerate(tokens)]
+
+    def _grow(self, replies: "dict[int, _Reply]", chosen: "Sequence[_Chosen]") -> list[NewToken]:
+        """Add the tokens to the replies; those that end leave."""
+        new = [reply.take(number, *one) for (number, reply), one in zip(replies.items(), chosen, strict=True)]
         self.leave([one.reply for one in new if one.finish is not None])
         return new
+
+
+_Chosen = tuple[int, TokenLogprob | None, tuple[TokenLogprob, ...]]
+"""A token, and what `NewToken` has of log-probabilities."""
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What the decoder has computed: the replies' numbers, and (replies, vocabulary) logits."""
+
+    replies: list[int]
+    logits: torch.Tensor
 
 
 @dataclass
