@@ -26,6 +26,7 @@ class ReplyRequest:
         sampling: how its tokens are chosen.
         min_new_tokens: fewest tokens; the stop ids are not generated before.
         choices: tokens, the likeliest of which is the first; empty where it may be any.
+        stops_in_lead: whether a stop text may begin in white space at the beginning, see `TextStream`.
     """
 
     prompt: PromptRow
@@ -35,6 +36,7 @@ class ReplyRequest:
     sampling: Sampling = GREEDY
     min_new_tokens: int = 0
     choices: tuple[int, ...] = ()
+    stops_in_lead: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class RunningBatch:
         self._decoder = decoder
         self._token_bytes = TokenBytes(tokenizer)
         self._replies: dict[int, _Reply] = {}
+        self._computed: _Computed | None = None  # of a step whose tokens could not be chosen: the decoder is past it
 
     def __len__(self) -> int:
         """How many replies are growing."""
@@ -93,8 +96,10 @@ class RunningBatch:
             Their numbers, which are never used twice, and their first tokens, in the same order.
 
         Raises:
-            UserError: a prompt fills the model's context; none of the replies is added.
+            UserError: a prompt is empty, or fills the model's context; none of the replies is added.
         """
+        if not all(request.prompt.ids for request in requests):
+            raise UserError("the prompt is empty: there is nothing that a reply could go on from")
         rooms = [self._decoder.context - len(request.prompt.ids) for request in requests]
         for request, room in zip(requests, rooms, strict=True):
             if room < 1:
@@ -107,14 +112,14 @@ class RunningBatch:
             number: _Reply(
                 request,
                 min(room, request.max_new_tokens),
-                TextStream(self._token_bytes, request.stop_texts),
+                TextStream(self._token_bytes, request.stop_texts, stops_in_lead=request.stops_in_lead),
                 random.Random(request.sampling.seed),
             )
             for number, request, room in zip(numbers, requests, rooms, strict=True)
         }
         self._replies |= new
         try:
-            return numbers, self._take(new, logits)
+            return numbers, self._grow(new, self._choose(new, logits))
         except BaseException:
             self.leave(numbers)
             raise
@@ -129,11 +134,23 @@ class RunningBatch:
         return self._decoder.drop_kept()
 
     def step(self) -> list[NewToken]:
-        """The next token of each reply; none, where there are no replies."""
+        """The next token of each reply; none, where there are no replies.
+
+        After a failure in choosing tokens the step is not computed again, and replies that have joined since have
+        their turn in the next one.
+        """
         if not self._replies:
             return []
-        logits = self._decoder.step({number: reply.last for number, reply in self._replies.items()})
-        return self._take(dict(self._replies), logits)
+        if self._computed is None or not self._replies.keys() & self._computed.replies:
+            logits = self._decoder.step({number: reply.last for number, reply in self._replies.items()})
+            self._computed = _Computed(list(self._replies), logits)
+        numbers, logits = self._computed.replies, self._computed.logits
+        replies = {number: self._replies[number] for number in numbers if number in self._replies}
+        if len(replies) < len(numbers):
+            logits = logits[[row for row, number in enumerate(numbers) if number in replies]]
+        chosen = self._choose(replies, logits)
+        self._computed = None
+        return self._grow(replies, chosen)
 
     def leave(self, replies: Sequence[int]) -> None:
         """End replies that nobody wants any more; those that have ended already do not matter."""
@@ -143,18 +160,39 @@ class RunningBatch:
         if live:
             self._decoder.leave(live)
 
-    def _take(self, replies: "dict[int, _Reply]", logits: torch.Tensor) -> list[NewToken]:
-        """Choose the replies' tokens from (replies, vocabulary) logits; those that end leave."""
-        allowed = _allowed(list(replies.values()), logits)
+    def _choose(self, replies: "dict[int, _Reply]", logits: torch.Tensor) -> "list[_Chosen]":
+        """Choose the replies' tokens from (replies, vocabulary) logits. Where that fails nothing has changed."""
         samplings = [reply.request.sampling for reply in replies.values()]
-        tokens = choose(allowed, samplings, [reply.draws for reply in replies.values()])
-        logprobs = _logprobs(logits, samplings, tokens)
-        new = [
-            reply.take(number, token, *logprobs.get(row, (None, ())))
-            for row, ((number, reply), token) in enumerate(zip(replies.items(), tokens, strict=True))
+        draws = [reply.draws for reply in replies.values()]
+        states = [
+            (own, own.getstate()) for own, sampling in zip(draws, samplings, strict=True) if sampling.temperature > 0
         ]
+        try:
+            tokens = choose(_allowed(list(replies.values()), logits), samplings, draws)
+            logprobs = _logprobs(logits, samplings, tokens)
+        except BaseException:
+            for own, state in states:
+                own.setstate(state)
+            raise
+        return [(token, *logprobs.get(row, (None, ()))) for row, token in enumerate(tokens)]
+
+    def _grow(self, replies: "dict[int, _Reply]", chosen: "Sequence[_Chosen]") -> list[NewToken]:
+        """Add the tokens to the replies; those that end leave."""
+        new = [reply.take(number, *one) for (number, reply), one in zip(replies.items(), chosen, strict=True)]
         self.leave([one.reply for one in new if one.finish is not None])
         return new
+
+
+_Chosen = tuple[int, TokenLogprob | None, tuple[TokenLogprob, ...]]
+"""A token, and what `NewToken` has of log-probabilities."""
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What the decoder has computed: the replies' numbers, and (replies, vocabulary) logits."""
+
+    replies: list[int]
+    logits: torch.Tensor
 
 
 @dataclass

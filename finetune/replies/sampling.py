@@ -79,8 +79,8 @@ def draw(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence
 
 
 def _likeliest(probabilities: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fewest likeliest tokens of each row, at least one, that together have `top_p`: their probabilities, 0 behind them, and ids,
-    the likeliest first."""
+    """The fewest likeliest tokens of each row, at least one, that together have `top_p`: their probabilities, 0 behind
+    them, and ids, the likeliest first."""
     vocabulary = probabilities.shape[-1]
     most, ids = probabilities.topk(min(LIKELY, vocabulary))
     if len(most[0]) < vocabulary and bool((most.sum(-1) < top_p).any()):

@@ -26,13 +26,19 @@ class TokenBytes:
 class TextStream:
     """The text of one reply, token by token.
 
+    Args:
+        token_bytes: of the tokenizer.
+        stops: texts that end it.
+        stops_in_lead: whether a stop text may begin in white space at the beginning of the reply. It does not in
+            evaluation, where replies that begin with a space or an empty line are read without it (`stop_place`).
+
     Attributes:
         text: so far, as `reply_text` gives it for all tokens, up to a stop text.
         stopped: whether it has come to a stop text.
     """
 
-    def __init__(self, token_bytes: TokenBytes, stops: Sequence[str] = ()) -> None:
-        self._bytes, self._stops = token_bytes, stops
+    def __init__(self, token_bytes: TokenBytes, stops: Sequence[str] = (), *, stops_in_lead: bool = False) -> None:
+        self._bytes, self._stops, self._stops_in_lead = token_bytes, stops, stops_in_lead
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._given = 0
         self.text = ""
@@ -53,10 +59,8 @@ class TextStream:
             return ""
         self.text += piece
         if self._stops and piece:
-            # Leading white space aside, as in `stop_place`: a stop text does not begin in it.
-            begin = len(self.text) - len(self.text.lstrip())
             longest = max(map(len, self._stops))
-            begin = max(begin, len(self.text) - len(piece) - longest + 1)
+            begin = max(self._lead, len(self.text) - len(piece) - longest + 1)
             places = [place for stop in self._stops if (place := self.text.find(stop, begin)) >= 0]
             if places:
                 self.text, self.stopped = self.text[: min(places)], True
@@ -64,9 +68,14 @@ class TextStream:
         new, self._given = self.text[self._given : certain], max(self._given, certain)
         return new
 
+    @property
+    def _lead(self) -> int:
+        """How many characters at the beginning no stop text begins in."""
+        return 0 if self._stops_in_lead else len(self.text) - len(self.text.lstrip())
+
     def _open(self) -> int:
         """How many characters at the end may be the beginning of a stop text."""
-        begin = len(self.text) - len(self.text.lstrip())
+        begin = self._lead
         return max(
             (
                 count

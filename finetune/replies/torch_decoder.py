@@ -64,6 +64,10 @@ class TorchDecoder:
             own = [index for index, of_row in enumerate(lanes) if of_row == lane]
             for part in prefill(self._forward, [rows[index] for index in own], [known[index] for index in own]):
                 computed.append((lane, [own[index] for index in part.indices], part.cache, part.logits))
+        # Before any row joins: what allocates memory may fail.
+        order = torch.tensor([index for _, indices, _, _ in computed for index in indices]).argsort()
+        logits = torch.cat([logits for _, _, _, logits in computed])
+        logits = logits[order.to(logits.device)]
         numbers = list(range(self._next, self._next + len(rows)))
         self._next += len(rows)
         joined: list[int] = []
@@ -83,24 +87,22 @@ class TorchDecoder:
         except BaseException:
             self.leave(joined)
             raise
-        order = torch.tensor([index for _, indices, _, _ in computed for index in indices]).argsort()
-        logits = torch.cat([logits for _, _, _, logits in computed])
         self._reused = [0 if row is None else tokens_of(row) for row in known]
-        return numbers, logits[order.to(logits.device)]
+        return numbers, logits
 
     @torch.no_grad()
     def step(self, tokens: Mapping[int, int]) -> torch.Tensor:
         assert tokens.keys() == self._lane_of.keys(), "each live row gets a token"
         lanes = [lane for lane in self._lanes.values() if lane.rows]
         logits = [lane.compute(tokens) for lane in lanes]
-        for lane in lanes:  # only now, when none has failed
-            lane.advance(tokens)
         order = [row.number for lane in lanes for row in lane.rows]
         together = torch.cat(logits) if len(logits) > 1 else logits[0]
-        if order == list(tokens):
-            return together
-        places = {number: place for place, number in enumerate(order)}
-        return together[[places[number] for number in tokens]]
+        if order != list(tokens):
+            places = {number: place for place, number in enumerate(order)}
+            together = together[[places[number] for number in tokens]]
+        for lane in lanes:  # only now, when nothing has failed or can
+            lane.advance(tokens)
+        return together
 
     @torch.no_grad()
     def leave(self, rows: Sequence[int]) -> None:
@@ -197,7 +199,7 @@ class _Lane:
     def advance(self, tokens: Mapping[int, int]) -> None:
         assert self._lengths is not None, "they were computed"
         self.cache.end()
-        self._lengths = self._lengths + 1
+        self._lengths += 1  # in place: no memory is asked for
         for row in self.rows:
             row.ids.append(tokens[row.number])
 

@@ -21,7 +21,7 @@ class Asked:
             the same image as long as it is written the same.
         adapter: name of the adapter that computes the replies.
         n: how many replies. Reply k, from 0, is drawn as `sampling.nth(k)` says.
-        stop_texts: texts that end a reply and are not part of it.
+        stop_texts: texts that end a reply and are not part of it, wherever they begin.
         sampling: how tokens are chosen.
         deadline: `time.monotonic()` by which all replies have ended; None for none.
     """

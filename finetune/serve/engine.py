@@ -218,10 +218,10 @@ class Engine:
         """Wait until there is something to do; False once all is done and nothing more will come."""
         with self._news:
             while True:
-                self._schedule.waiting.extend(self._arrived)
-                for work in self._arrived:
+                while self._arrived:
+                    work = self._arrived.popleft()  # first: counted twice, it would fill the queue for `is_full`
+                    self._schedule.waiting.append(work)
                     self._read(work)
-                self._arrived.clear()
                 if self._close_at is not None:
                     over = time.monotonic() >= self._close_at or not (self._schedule.running or self._schedule.waiting)
                     if over and not self._between:

@@ -130,6 +130,8 @@ class ServedName:
                 views=views,
                 n_queries=self.n_queries,
             )
+        if not rendered.ids:
+            raise RequestError("messages[0].content", f"is empty: {self.name} is a base model, which continues text")
         opening = open_markup(read.messages) if self.style == "base" else ""
         sizes = self._sizes(read.images) if boxes else ()
         return RequestPrompt(rendered.ids, [_picture(source) for source in rendered.images], sizes, opening)

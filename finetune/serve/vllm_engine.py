@@ -281,7 +281,7 @@ class VllmEngine:
 
     async def _one_reply(self, choice: int, asked: Asked, body: Body, hand_out: Callable[[Event], None]) -> int:
         """Stream one reply; returns how many tokens it has, a stop token aside."""
-        text, tokens = TextStream(self._token_bytes, asked.stop_texts), 0
+        text, tokens = TextStream(self._token_bytes, asked.stop_texts, stops_in_lead=True), 0
         async with aclosing(self._connections.pieces(body)) as pieces:
             async for piece in pieces:
                 for token in self._tokens(piece, choice, text, asked):

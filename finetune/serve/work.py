@@ -112,6 +112,7 @@ class Work:
                 asked.stop_ids,
                 asked.stop_texts,
                 asked.sampling.nth(choice.index),
+                stops_in_lead=True,
             )
             for choice in self.open_choices
         ]

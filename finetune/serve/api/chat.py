@@ -56,7 +56,8 @@ async def _answer(api: Api, http: Request, began: float, held: ExitStack) -> Res
         # In a thread: decoding, fetching URLs and tokenising take a while.
         request, prompt, asked = await run_in_threadpool(_read, api, body, began, held)
         del body
-    mailbox, n = Mailbox(), asked.n
+    n = asked.n
+    mailbox = Mailbox(streams=n if request.stream else 0)
     try:
         mailbox.ticket = api.replier.submit(asked, mailbox.put)
     except QueueFull:

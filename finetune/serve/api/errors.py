@@ -54,7 +54,8 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, _writable(message), code
+        self.param = None if param is None else _writable(param)
         self.headers = dict(headers or {})
 
     @property
@@ -65,6 +66,11 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, self.headers)
+
+
+def _writable(text: str) -> str:
+    """What a request says may have half a surrogate pair, which no encoding can write."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -1,6 +1,7 @@
 """The way of a request's events from the engine's thread to the event loop, bounded where nobody reads them."""
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -14,7 +15,8 @@ from finetune.serve.replier import Cancellable
 T = TypeVar("T")
 
 MOST_EVENTS = 1024
-"""Events that wait for a reader. With those of the operating system's buffers these are minutes of a reply."""
+"""Events of a streamed reply that wait for a reader. With those of the operating system's buffers these are minutes of
+a reply."""
 
 
 class TooSlow(Exception):
@@ -55,11 +57,16 @@ _deliveries: WeakKeyDictionary[asyncio.AbstractEventLoop, Delivery] = WeakKeyDic
 class Mailbox:
     """Takes the events of one request in any thread, and gives them in the loop that it is made in.
 
+    Args:
+        streams: replies that are streamed, whose client may read slowly; 0 where replies are given as a whole: nobody
+            can hold these up, and all of their events are kept, however long the loop is busy.
+
     Attributes:
         ticket: of the request; the request is ended where too many events wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, streams: int = 0) -> None:
+        self._most = streams * MOST_EVENTS if streams else sys.maxsize
         self._loop = asyncio.get_running_loop()
         self._delivery = _deliveries.setdefault(self._loop, Delivery())
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -81,7 +88,7 @@ class Mailbox:
         return await self._events.get()
 
     def _put(self, event: Event) -> None:
-        if self._events.qsize() >= MOST_EVENTS:
+        if self._events.qsize() >= self._most:
             self._overflowed = True
             self._events = asyncio.Queue()
             if self.ticket is not None:

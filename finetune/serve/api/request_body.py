@@ -11,12 +11,16 @@ from finetune.serve.api.errors import ApiError, invalid
 SILENCE = 20.0
 """Seconds in which more of a body must come."""
 
+SLOWEST = 10_000
+"""Bytes a second, on the whole, that a body must come with: few are read at once, and others wait for them."""
+
 
 async def read_body(request: Request, most: int) -> bytearray:
     """The body of a request.
 
     Raises:
-        ApiError: it is longer than `most` bytes, and no more is read then; or its client stopped sending.
+        ApiError: it is longer than `most` bytes, and no more is read then; or its client stopped sending, or sends it
+            too slowly.
         ClientDisconnect: the client has left.
     """
     said = request.headers.get("content-length", "")
@@ -24,16 +28,21 @@ async def read_body(request: Request, most: int) -> bytearray:
         raise _too_long(most)
     body = bytearray()
     loop = asyncio.get_running_loop()
+    began = loop.time()
     try:
         async with asyncio.timeout(SILENCE) as limit:
             async for chunk in request.stream():
-                limit.reschedule(loop.time() + SILENCE)
                 body += chunk
+                limit.reschedule(min(loop.time(), began + len(body) / SLOWEST) + SILENCE)
                 if len(body) > most:
                     raise _too_long(most)
     except TimeoutError:
         headers = {"Connection": "close", "x-should-retry": "false"}
-        raise ApiError(408, f"no more of the request has come for {SILENCE:g} s", headers=headers) from None
+        raise ApiError(
+            408,
+            f"no more of the request has come for {SILENCE:g} s, or it came with less than {SLOWEST:,} bytes a second",
+            headers=headers,
+        ) from None
     return body
 
 
@@ -55,11 +64,11 @@ def read_object(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    read = dict(pairs)
-    if len(read) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice!r} is given twice"[:120])
+    read: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in read:
+            raise ValueError(f"{key!r} is given twice"[:120])
+        read[key] = value
     return read
 
 

@@ -8,6 +8,7 @@ from recipes_for_tests import IMAGES
 from replies_for_tests import alone, row
 
 from finetune.errors import UserError
+from finetune.replies.decoder import PromptRow
 from finetune.replies.reply_text import reply_text
 from finetune.replies.running_batch import NewToken, ReplyRequest, RunningBatch
 from finetune.replies.sampling import Sampling
@@ -155,11 +156,49 @@ def test_a_failure_leaves_the_others_as_they_were(tiny_model, tiny_processor, ro
     assert list(made.values()) == [alone(tiny_model, one, 8) for one in rows[:3]]
 
 
+def test_a_step_whose_tokens_cannot_be_chosen_is_not_computed_twice(tiny_model, tiny_processor, rows, monkeypatch):
+    """Memory may be short after the forward too, while replies leave and join before the next try."""
+    samplings = [Sampling(), Sampling(1.0, seed=1), Sampling(0.8, 0.9, seed=2), Sampling(logprobs=1)]
+    wanted = [ReplyRequest(one, 8, (), sampling=how) for one, how in zip(rows[:4], samplings, strict=True)]
+    expected = run_beside(RunningBatch(TorchDecoder(tiny_model), tiny_processor.tokenizer), wanted)
+    module, out_of_memory = "finetune.replies.running_batch", torch.OutOfMemoryError("out of memory")
+    batch = RunningBatch(TorchDecoder(tiny_model), tiny_processor.tokenizer)
+    numbers, new = batch.join(wanted[:3])
+    made = {number: [token.id] for number, token in zip(numbers, new, strict=True)}
+
+    def fails(call):
+        with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+            patched.setattr(f"{module}._logprobs", lambda *_: (_ for _ in ()).throw(out_of_memory))
+            call()
+
+    def step():
+        for token in batch.step():
+            made[token.reply].append(token.id)
+
+    step()
+    fails(batch.step)
+    fails(lambda: batch.join(wanted[3:]))
+    fails(batch.step)
+    batch.leave(numbers[:1])
+    late, (first,) = batch.join(wanted[3:])
+    made[late[0]] = [first.id]
+    step()
+    assert [len(ids) for ids in made.values()] == [2, 3, 3, 1]
+    fails(batch.step)
+    batch.leave(numbers[1:2])
+    while len(batch):
+        step()
+    assert [len(ids) for ids in made.values()] == [2, 3, 8, 8]
+    assert list(made.values()) == [ids[: len(own)] for ids, own in zip(expected, made.values(), strict=True)]
+
+
 def test_a_prompt_without_room_and_a_reply_that_fills_the_context(tiny_model, tiny_processor, rows):
     length = len(rows[2].ids)
     batch = RunningBatch(TorchDecoder(tiny_model, context=length + 3), tiny_processor.tokenizer)
     with pytest.raises(UserError, match=f"has {len(rows[0].ids):,} tokens, and the model takes {length + 3:,}"):
         batch.join([ReplyRequest(rows[2], 8, ()), ReplyRequest(rows[0], 8, ())])
+    with pytest.raises(UserError, match="the prompt is empty"):
+        batch.join([ReplyRequest(rows[2], 8, ()), ReplyRequest(PromptRow([]), 8, ())])
     assert len(batch) == 0
     (tokens,) = run(batch, [ReplyRequest(rows[2], 8, ())])
     assert [token.id for token in tokens] == alone(tiny_model, rows[2], 3) and tokens[-1].finish == "length"

@@ -94,6 +94,31 @@ def test_adapters_beside_each_other(adapted, expected, tiny_processor, names):
         assert replies(batch, greedy(wanted)) == [found[name][n] for name, n in asked]
 
 
+def test_logits_that_memory_does_not_hold_leave_the_rows_as_they_were(adapted, expected, tiny_processor, monkeypatch):
+    """After all forwards have gone well: no row has joined, and none has moved on."""
+    rows, found = expected
+    batch = RunningBatch(TorchDecoder(adapted.get_base_model()), tiny_processor.tokenizer)
+    asked = [ReplyRequest(PromptRow(rows[1].ids, adapter=name), NEW, ()) for name in ("dora", None, "head")]
+    cat, vocabulary = torch.cat, adapted.get_base_model().config.vocab_size
+
+    def fails(tensors, *args, **kwargs):
+        if tensors[0].shape[1:] == (vocabulary,):
+            raise torch.OutOfMemoryError("out of memory")
+        return cat(tensors, *args, **kwargs)
+
+    numbers, new = batch.join(asked[:2])
+    made = {number: [token.id] for number, token in zip(numbers, new, strict=True)}
+    while len(batch):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "cat", fails)
+            for call in (batch.step, lambda: batch.join(asked[1:])):
+                with pytest.raises(torch.OutOfMemoryError):
+                    call()
+        for token in batch.step():
+            made[token.reply].append(token.id)
+    assert list(made.values()) == [found["dora"][1], found[None][1]]
+
+
 def test_plain_adapters_share_a_forward(adapted, expected, tiny_processor):
     rows, _ = expected
     base = adapted.get_base_model()

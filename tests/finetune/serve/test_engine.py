@@ -219,6 +219,19 @@ def test_a_full_queue_takes_no_more(open_house):
     assert not house.engine.is_full
 
 
+def test_a_request_that_arrives_counts_once(open_house, monkeypatch):
+    found, read = [], Engine._read
+
+    def looking(engine, work):
+        found.append((engine.is_full, engine.state.waiting))
+        read(engine, work)
+
+    monkeypatch.setattr(Engine, "_read", looking)
+    house = open_house(max_queue=2)
+    assert house.ask(100, 2).ids() == [100, 101, None]
+    assert found == [(False, 1)]
+
+
 def test_what_no_batch_can_hold_is_refused_at_once(open_house):
     house = open_house(bounds=BatchBounds(rows=4))
     with pytest.raises(UserError, match="the prompt has 2 tokens and the reply up to 63, and the model takes 64"):

@@ -165,6 +165,9 @@ def test_a_base_model_continues_one_message_with_its_images_first(chat, tokenize
             base.render(messages)
     with pytest.raises(RequestError, match=r"content: the message has 0 text parts, and a base model continues one"):
         plain.render([user(image_part(IMAGES[0]))])
+    for empty in ("", [text_part("")]):
+        with pytest.raises(RequestError, match=r"messages\[0\].content: is empty: tiny is a base model"):
+            plain.render([{"role": "user", "content": empty}])
 
 
 def test_boxes_are_pixels_of_the_upright_image(chat):

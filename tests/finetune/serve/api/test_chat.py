@@ -91,6 +91,15 @@ def test_limits_of_a_reply(client):
     assert (stopped.message.content, stopped.finish_reason) == ("one", "stop")
 
 
+def test_a_stop_text_is_no_part_of_a_reply_wherever_it_begins(client, api, monkeypatch):
+    monkeypatch.setattr(api.decoder, "_script", lambda row: api.tokenizer.encode(" \n\n12"))
+    for stop, left in ((["\n\n"], " "), (" ", ""), ("\n1", " \n"), (None, " \n\n12")):
+        (choice,) = ask(client, stop=stop).choices
+        assert (choice.message.content, choice.finish_reason) == (left, "stop")
+        pieces = ask(client, stop=stop, stream=True)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == left
+
+
 def test_several_replies_with_their_logprobs(client, api):
     reply = ask(client, "a b", n=3, logprobs=True, top_logprobs=2, temperature=1.0, seed=5)
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
@@ -223,6 +232,10 @@ def test_no_such_model(client):
         (b"[" * 100_000, "nested too deeply"),
         (b"\xff\xfe\x00", "the body is not JSON"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', "half a surrogate pair"),
+        (
+            b'{"model": "tiny", "messages": [{"role": "user", "content": "Hi", "\\ud800": 1}]}',
+            "messages[0].\\ud800: is",
+        ),
     ],
 )
 def test_a_body_that_is_no_request(api, body, message):
@@ -249,6 +262,22 @@ def test_a_body_that_does_not_come(api, monkeypatch):
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_body_that_comes_in_drops(api, monkeypatch):
+    """Never silent for long, and all the same no longer than a body takes: it holds a place that others wait for."""
+    monkeypatch.setattr("finetune.serve.api.request_body.SILENCE", 0.3)
+    with socket.create_connection(("127.0.0.1", api.port), timeout=20) as connection:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: 1000\r\n\r\n{")
+        connection.settimeout(0.05)
+        answer = b""
+        for _ in range(200):
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(100)
+                break
+            connection.sendall(b" ")
+        assert answer.startswith(b"HTTP/1.1 408 ")
 
 
 def test_images_that_cannot_be_taken(api, tmp_path):
@@ -407,6 +436,18 @@ def test_a_reader_that_does_not_read_is_cut_off_and_delays_nobody(monkeypatch):
         other.close()
         api.wait_until(lambda: not api.server.server_state.connections)
         slow.close()
+
+
+def test_many_replies_at_once_are_no_slow_reader(client, monkeypatch):
+    """A step has an event for each of them, and more steps may come before the event loop has its turn."""
+    monkeypatch.setattr("finetune.serve.api.mailbox.MOST_EVENTS", 2)
+    reply = ask(client, "one two three", n=16)
+    assert [choice.message.content for choice in reply.choices] == ["one two three"] * 16
+    monkeypatch.setattr("finetune.serve.api.mailbox.MOST_EVENTS", 12)
+    texts = [""] * 16
+    for piece in ask(client, "one two three", n=16, stream=True):
+        texts[piece.choices[0].index] += piece.choices[0].delta.content or ""
+    assert texts == ["one two three"] * 16
 
 
 def _step(api: RunningApi) -> None:
