@@ -10,8 +10,8 @@ requests a second that the many clients of the same round had.
 
 On a machine that does other work, times vary by more than what is measured: the phases alternate, and ratios are of
 the phases of one round. CPU time depends less on what else runs: it is that of the thread that runs the model. Where
-this thread has a core to itself, the ratio of tokens a second is at least that of its CPU times: the rest of the server
-works beside it when many ask, and before and after it when one does.
+this thread has a core to itself, the ratio of tokens a second is at least that of its CPU times: the rest of the
+server works beside it when many ask, and before and after it when one does.
 
 `nano` is `examples/nano`. `mid` has random weights, which are written to a temporary folder: hidden size 1,024, 8
 layers, 101 M parameters in its layers, 6 layers of width 512 in its vision transformer, the nano's vocabulary (752
