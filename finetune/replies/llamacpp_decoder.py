@@ -83,11 +83,12 @@ class LlamaCppDecoder:
                 number, found = self._join(row, places)
                 numbers.append(number)
                 logits.append(found)
+            together = torch.stack(logits)
         except BaseException:
             for number in numbers:
                 self._remove(*self._live.pop(number))
             raise
-        return numbers, torch.stack(logits)
+        return numbers, together
 
     def step(self, tokens: Mapping[int, int]) -> torch.Tensor:
         """See `Decoder.step`.

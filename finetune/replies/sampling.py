@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from finetune.errors import Failed
+
 LIKELY = 1024
 """So many likeliest tokens are looked at first where `top_p` cuts: they have nearly all of the probability."""
 
@@ -44,8 +46,17 @@ def choose(logits: torch.Tensor, samplings: Sequence[Sampling], draws: Sequence[
         logits: (rows, vocabulary); -inf for tokens that may not be.
         samplings: of the rows.
         draws: of the rows; one number is taken from each that is drawn.
+
+    Raises:
+        Failed: a row's logits are no numbers, so that any token would be as good.
     """
-    chosen: list[int] = logits.argmax(-1).tolist()
+    best, likeliest = logits.max(-1)
+    if not bool(best.isfinite().all()):
+        raise Failed(
+            "the model's logits are infinite or not a number, as where float16 is too small for it or its weights are "
+            "damaged: load it in bfloat16 or float32 (--dtype)"
+        )
+    chosen: list[int] = likeliest.tolist()
     for cut in (False, True):
         rows = [n for n, one in enumerate(samplings) if one.temperature > 0 and (one.top_p < 1) == cut]
         if rows:

@@ -252,16 +252,12 @@ class VllmEngine:
         encoded = encoded_for_server(self._embed(list(asked.ids), pictures))
         bodies = []
         for choice in range(asked.n):
-            sampling = asked.sampling
-            if sampling.seed is not None:
-                # As of our own batch; vLLM takes 64 bits.
-                sampling = replace(sampling, seed=(sampling.seed + choice + 2**63) % 2**64 - 2**63)
             request = completion_request(
                 self._served_name,
                 encoded,
                 max_new_tokens=asked.max_new_tokens,
                 stop_ids=asked.stop_ids,
-                sampling=sampling,
+                sampling=asked.sampling.nth(choice),
             )
             bodies.append(Body(request))
         return bodies

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
+from finetune.errors import Failed
 from finetune.replies.sampling import Sampling, choose, draw
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, -torch.inf, 1.5])
@@ -46,6 +47,15 @@ def test_the_least_that_can_be_asked_is_the_likeliest(temperature, top_p):
     for logits in (LOGITS, LOGITS - 100, torch.arange(5000).roll(7) / 5000):
         for uniform in (0.0, 0.5, 1 - 2**-53):
             assert one(logits, Sampling(temperature, top_p), uniform) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, 0.5)])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_choose_nothing(sampling, wrong):
+    logits = torch.stack([LOGITS, LOGITS])
+    logits[1, 2] = wrong
+    with pytest.raises(Failed, match="infinite or not a number"):
+        choose(logits, [sampling] * 2, [random.Random(0), random.Random(1)])
 
 
 def test_rows_choose_each_in_its_own_way():

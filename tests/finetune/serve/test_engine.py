@@ -219,6 +219,26 @@ def test_a_full_queue_takes_no_more(open_house):
     assert not house.engine.is_full
 
 
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_row_without_numbers_ends_alone(open_house, at):
+    """The others go on, each with the tokens that it would have had."""
+    house = open_house()
+    compute = house.decoder._logits
+
+    def damaged(numbers):
+        logits = compute(numbers)
+        logits[logits.argmax(-1) == 200 + at] = torch.nan
+        return logits
+
+    house.decoder._logits = damaged
+    takers = [house.ask(100 * number, 6) for number in (1, 2, 3)]
+    results = [taker.all() for taker in takers]
+    assert isinstance(results[1][1], Refused) and results[1][1].cause == "fault"
+    for (replies, last), first in ((results[0], 100), (results[2], 300)):
+        assert isinstance(last, Ended)
+        assert replies == {0: [*range(first, first + 6), None]}
+
+
 def test_a_request_that_arrives_counts_once(open_house, monkeypatch):
     found, read = [], Engine._read
 
@@ -318,8 +338,9 @@ def test_a_step_without_memory_sets_the_last_aside_and_its_stream_goes_on(open_h
 
 def test_a_drawn_reply_that_begins_anew_draws_the_same(open_house):
     house = open_house(held=True)
-    # Any of all tokens, as likely as the others.
-    house.decoder._logits = lambda numbers: torch.zeros(len(numbers), 1000)
+    # Any of all tokens but the stop token, as likely as the others.
+    flat = torch.zeros(1000).index_fill(0, torch.tensor(STOP), -torch.inf)
+    house.decoder._logits = lambda numbers: flat.expand(len(numbers), -1)
     sampling = Sampling(temperature=1.0)
     takers = [house.ask(1, 1, most=6, sampling=sampling), house.ask(1, 2, most=6, sampling=sampling)]
     before = [taker.next().token.id for taker in takers]
