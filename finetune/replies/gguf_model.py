@@ -12,12 +12,11 @@ from finetune.llamacpp.vision_tower import VisionTower
 from finetune.quantities import format_bytes
 from finetune.replies.llamacpp_decoder import LlamaCppDecoder
 from finetune.replies.model_style import ModelUse, unknown_style
-from finetune.replies.stop_ids import stop_ids_by
+from finetune.replies.stop_ids import stop_ids_as_trained
 from finetune.replies.task_replies import Style
 from qwenvl import QwenVLConfig, QwenVLImageProcessor, QwenVLTokenizer, load_processor
 from qwenvl.checkpoint.record import trained_as
 from qwenvl.loading import ModelSource
-from qwenvl.model.generation import read_published_settings, reply_as_trained, stored_generation_config
 
 TOKENS_OF_A_ROW = 64
 """Fewest tokens for each row that is opened."""
@@ -110,9 +109,6 @@ def open_gguf(
     sequences = 2 * rows  # as many again for rows that have left
     tokenizer = QwenVLTokenizer.from_pretrained(folder.path)
     image_processor = None if folder.visual is None else load_processor(folder.path).image_processor
-    settings = stored_generation_config(folder.path)
-    if settings is not None:
-        settings = reply_as_trained(read_published_settings(settings, config), config, use.record)
     tower = None if folder.visual is None else VisionTower(folder.visual, config)
     language = LanguageModel(folder.language, cells=cells, sequences=sequences, threads=threads)
     try:
@@ -127,6 +123,6 @@ def open_gguf(
         LlamaCppDecoder(language, config, rows=rows, sequences=sequences),
         tokenizer,
         image_processor,
-        stop_ids_by(settings, tokenizer, use.style),
+        stop_ids_as_trained(folder.path, config, use.record, tokenizer, use.style),
         threads,
     )

@@ -1,9 +1,29 @@
 """The tokens at which a reply ends."""
 
+from pathlib import Path
+
 from transformers import GenerationConfig
 
 from finetune.replies.task_replies import Style
-from qwenvl import QwenVLTokenizer
+from qwenvl import QwenVLConfig, QwenVLTokenizer
+from qwenvl.checkpoint.record import ModelRecord
+from qwenvl.model.generation import read_published_settings, reply_as_trained, stored_generation_config
+
+
+def stop_ids_as_trained(
+    base: str | Path, config: QwenVLConfig, record: ModelRecord, tokenizer: QwenVLTokenizer, style: Style
+) -> tuple[int, ...]:
+    """The tokens at which the replies of a checkpoint, or of an adapter on it, end; no weights are read.
+
+    Args:
+        base: checkpoint folder or hub id, with or without a generation config.
+        record: what was trained.
+
+    Raises:
+        InputError: its generation config is damaged.
+    """
+    settings = read_published_settings(stored_generation_config(base) or GenerationConfig(), config)
+    return stop_ids_by(reply_as_trained(settings, config, record), tokenizer, style)
 
 
 def stop_ids_by(settings: GenerationConfig | None, tokenizer: QwenVLTokenizer, style: Style) -> tuple[int, ...]:

@@ -6,12 +6,11 @@ from pathlib import Path
 from finetune.errors import UserError
 from finetune.replies.model_style import ModelUse, find_use
 from finetune.replies.prompt_template import asking_notes, choose_template
-from finetune.replies.stop_ids import stop_ids_by
+from finetune.replies.stop_ids import stop_ids_as_trained
 from finetune.replies.task_replies import Style
 from finetune.serve.served_name import ServedName
 from qwenvl import QwenVLConfig, QwenVLTokenizer
 from qwenvl.loading import find_adapter
-from qwenvl.model.generation import read_published_settings, reply_as_trained, stored_generation_config
 
 LONGEST_NAME = 128
 
@@ -51,9 +50,6 @@ def as_asked(use: ModelUse, name: str, adapter: str | None, tokenizer: QwenVLTok
         raise UserError(f"{use.name} is a base model, which continues raw text: it has no system message")
     config = QwenVLConfig.from_pretrained(base)
     template = choose_template(asking.prompt, record, use.name)
-    settings = stored_generation_config(base)
-    if settings is not None:
-        settings = reply_as_trained(read_published_settings(settings, config), config, record)
     notes = asking_notes(record, use.style, prompt=asking.prompt, template=template, system=asking.system)
     return ServedName(
         name=name,
@@ -62,7 +58,7 @@ def as_asked(use: ModelUse, name: str, adapter: str | None, tokenizer: QwenVLTok
         style=use.style,
         template=template,
         system=asking.system if asking.system is not None else record.system,
-        stop_ids=stop_ids_by(settings, tokenizer, use.style),
+        stop_ids=stop_ids_as_trained(base, config, record, tokenizer, use.style),
         tokenizer=tokenizer,
         n_queries=config.n_queries,
         takes_images=config.visual is not None,

@@ -9,7 +9,7 @@ from finetune.errors import UserError
 from finetune.export.qwen2 import VISUAL
 from finetune.export.qwen2_prompt_embeddings import PromptEncoder
 from finetune.replies.model_style import ModelUse, unknown_style
-from finetune.replies.stop_ids import stop_ids_by
+from finetune.replies.stop_ids import stop_ids_as_trained
 from finetune.replies.task_replies import Style
 from finetune.serve.asked_name import Asking, name_of
 from finetune.serve.model_to_open import Backend, ModelToOpen
@@ -19,7 +19,6 @@ from finetune.serve.vllm_server import ServerFailed, VllmServer
 from qwenvl import QwenVLConfig, QwenVLTokenizer
 from qwenvl.checkpoint.record import trained_as
 from qwenvl.loading import ModelSource
-from qwenvl.model.generation import stored_generation_config
 
 PROBE = "The total of the receipt is"
 """A prompt that the server is asked at the start, as ids and as embeddings."""
@@ -80,7 +79,7 @@ def vllm_model(
             use,
             name or name_of(folder),
             None,
-            stop_ids=stop_ids_by(stored_generation_config(place), tokenizer, use.style),
+            stop_ids=stop_ids_as_trained(place, config, use.record, tokenizer, use.style),
             notes=(
                 f"replies are made by {served.name} at {server.url}",
                 "that server must be reached from here alone: embeddings of a wrong shape may end it, and it asks "
