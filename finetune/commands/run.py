@@ -9,7 +9,8 @@ EXAMPLES = """\
 finetune run transformers serve models/docvqa --port 8000
 finetune run transformers chat models/docvqa http://localhost:8000/v1
 finetune run trl sft --model_name_or_path Qwen/Qwen-VL-Chat --dataset_name data/ --output_dir runs/trl
-finetune run lm_eval run --model hf-multimodal --model_args pretrained=models/docvqa --tasks mmmu_val"""
+finetune run lm_eval run --model hf-multimodal --model_args pretrained=models/docvqa --tasks mmmu_val \\
+    --apply_chat_template"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

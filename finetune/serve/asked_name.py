@@ -10,6 +10,7 @@ from finetune.replies.stop_ids import stop_ids_as_trained
 from finetune.replies.task_replies import Style
 from finetune.serve.served_name import ServedName
 from qwenvl import QwenVLConfig, QwenVLTokenizer
+from qwenvl.errors import MissingFileError
 from qwenvl.loading import find_adapter
 
 LONGEST_NAME = 128
@@ -80,6 +81,8 @@ def use_of_adapter(folder: str, base: str, quantized: tuple[str, ...], asking: A
         InputError: it is none, is damaged, or was trained on a base in another form.
     """
     if find_adapter(folder) is None:
+        if folder.startswith(("/", ".", "~")) and not Path(folder).exists():
+            raise MissingFileError(f"{folder}: no such folder")
         raise UserError(f"{folder} is no adapter: only adapters on {base} can be served beside it")
     use = find_use(folder, base=base, style=asking.style, quantization=asking.quantization)
     if use.quantized != quantized:

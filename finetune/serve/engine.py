@@ -110,7 +110,9 @@ class Engine:
                 f"model takes {self._context:,} together"
             )
         if asked.n > self._most_rows:
-            raise UserError(f"{asked.n} replies are asked for, and at most {self._most_rows} grow together")
+            raise UserError(
+                f"{asked.n} replies are asked for, and at most {self._most_rows} grow together (--batch-rows)"
+            )
         if asked.images and self._readers is None:
             raise UserError("this model takes no images: leave them out")
         if asked.sampling.seed is None:

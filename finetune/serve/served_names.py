@@ -195,7 +195,7 @@ class ServedNames:
                 raise UnknownName(name, list(self._names))
             adapters, adapter = self._adapters, held.served.adapter
             if adapter is None or adapters is None:
-                raise UserError(f"{name} is the model itself, which cannot be dropped while it is served")
+                raise UserError(f"{name} is the model itself, which cannot be unloaded while it is served")
             del self._names[name]
 
             def remove() -> "Future[None]":
@@ -208,7 +208,7 @@ class ServedNames:
 
     def _require_free(self, name: str) -> None:
         if name in self._names or name in self._loading:
-            raise NameTaken(f"{name} is served already: drop it first, or give another name")
+            raise NameTaken(f"{name} is served already: unload it first, or give another name")
 
 
 class NameTaken(UserError):

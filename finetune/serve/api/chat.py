@@ -146,7 +146,8 @@ def _read(api: Api, body: bytearray, began: float, held: ExitStack) -> tuple[Cha
 
 
 def _of_pictures(pictures: int, n_queries: int) -> str:
-    return f" ({pictures * (n_queries + 2):,} of them for {pictures:,} pictures)" if pictures else ""
+    counted = "1 picture" if pictures == 1 else f"{pictures:,} pictures"
+    return f" ({pictures * (n_queries + 2):,} of them for {counted})" if pictures else ""
 
 
 async def _whole(first: Event, mailbox: Mailbox, reply: ChatReply) -> dict:
