@@ -1,5 +1,6 @@
 """A request for a chat completion. A field that is not understood is refused by its name, never ignored."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -99,7 +100,7 @@ def read_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     for name, neutral in NEUTRAL.items():
         value = body.get(name)
         if value is not None and not any(type(value) is type(one) and value == one for one in neutral):
-            only = ", ".join(map(repr, dict.fromkeys(neutral)) if _hashable(neutral) else map(repr, neutral))
+            only = ", ".join(dict.fromkeys(map(json.dumps, neutral)))
             raise invalid(
                 f"{name} is not supported by this server: leave it out{f' (or give {only})' if only else ''}",
                 name,
@@ -116,10 +117,6 @@ def read_chat_request(body: Mapping[str, Any]) -> ChatRequest:
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs is for requests with logprobs: true", "top_logprobs")
     return request
-
-
-def _hashable(values: tuple[Any, ...]) -> bool:
-    return all(not isinstance(value, dict | list) for value in values)
 
 
 def _invalid(error: ValidationError) -> ApiError:
