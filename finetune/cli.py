@@ -21,11 +21,14 @@ from finetune.errors import Failed, InputError, Interrupted, UserError
 from finetune.run.launch import is_main_process, launched_processes
 from finetune.terminal import terminal_text
 
-COMMANDS = ("check", "prepare", "train", "evaluate", "merge", "export", "chat", "bench")
+COMMANDS = ("check", "prepare", "train", "evaluate", "merge", "export", "chat", "serve", "demo", "bench", "run")
 """In the order of a job; each is the module of its name in `finetune.commands`. `train` need not be written."""
 
-SHARED = ("train", "evaluate")
+SHARED = ("train", "evaluate", "run")
 """Commands whose work the processes of a launcher share."""
+
+PASSING_ON = "run"
+"""The command whose first argument names a program; the others are that program's, `--help` too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,11 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     command.add_arguments(parser)
+    own = arguments[:1] if name == PASSING_ON else arguments
     try:
-        parsed = parser.parse_intermixed_args(arguments)
+        parsed = parser.parse_intermixed_args(own)
     except SystemExit as end:  # argparse has said what is wrong, or printed the help
         assert isinstance(end.code, int), end.code
         return end.code
+    parsed.passed_on = arguments[len(own) :]
     prepare_output()
     try:
         if not has_work(name):

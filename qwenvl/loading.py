@@ -111,7 +111,7 @@ def load_model(
         reply_as_trained(model.generation_config, model.config, record)
     if source.adapter is None or adapter_reading is None:
         return model
-    return _add_adapter(model, source.base, source.adapter, adapter_reading)
+    return add_adapter(model, source.base, source.adapter, adapter_reading)
 
 
 def find_parts(
@@ -200,7 +200,7 @@ def load_processor(path: str | Path) -> QwenVLProcessor:
     """Load the processor of a hub id, a checkpoint, or the base of an adapter or run, with the system message that the
     model was trained under, for conversations that bring none, and with the views that its images were.
 
-    `QwenVLProcessor.from_pretrained` and `AutoProcessor` read neither: set `processor.system` and `processor.views`.
+    `QwenVLProcessor.from_pretrained` and `AutoProcessor` read both too, but know no adapters and no runs.
 
     Raises:
         MissingFileError: nothing to load at `path`.
@@ -393,9 +393,27 @@ def read_adapter(adapter: str) -> AdapterReading:
     return AdapterReading(config, key_mapping)
 
 
-def _add_adapter(
-    model: QwenVLForConditionalGeneration, base: str, adapter: str, reading: AdapterReading
+def add_adapter(
+    model: "QwenVLForConditionalGeneration | PeftModel",
+    base: str,
+    adapter: str,
+    reading: AdapterReading,
+    *,
+    name: str = "default",
 ) -> "PeftModel":
+    """Put an adapter into a model; the first makes a `PeftModel` of it, around the same module.
+
+    Args:
+        model: `base`, without adapters or with others, in eval mode.
+        base: folder or hub id of its checkpoint.
+        adapter: folder.
+        reading: `read_adapter(adapter)`.
+        name: what PEFT calls the adapter; not in the model yet.
+
+    Raises:
+        InputError: the adapter was trained on another base, is damaged, or does not fit. The model may have parts of
+            the adapter then: `remove_adapter` takes them out.
+    """
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import ModulesToSaveWrapper, load_peft_weights
 
@@ -405,21 +423,34 @@ def _add_adapter(
             "%s does not record the weights that it was trained on: it is loaded on %s unchecked", adapter, base
         )
     with adapter_errors(adapter, base):
-        adapted = PeftModel.from_pretrained(model, adapter, config=reading.config, key_mapping=reading.key_mapping)
+        if isinstance(model, PeftModel):
+            adapted = model
+            if reading.config is not None:  # otherwise PEFT reads it
+                reading.config.inference_mode = True
+                adapted.add_adapter(name, reading.config)
+            adapted.load_adapter(adapter, name, key_mapping=reading.key_mapping)
+        else:
+            adapted = PeftModel.from_pretrained(
+                model, adapter, adapter_name=name, config=reading.config, key_mapping=reading.key_mapping
+            )
         adapted.eval()
         weights = load_peft_weights(adapter, device="cpu", key_mapping=reading.key_mapping)
-    stored, loaded = set(weights), set(get_peft_model_state_dict(adapted))
+    stored, loaded = set(weights), set(get_peft_model_state_dict(adapted, adapter_name=name))
     if stored != loaded:
         raise InputError(
             f"{adapter}: the adapter does not fit {base}. Without a place in the model: {_some(stored - loaded)}; "
             f"missing from the adapter: {_some(loaded - stored)}"
         )
     # Modules trained in full beside LoRA were trained in float32; PEFT casts them to the dtype of a 16-bit base.
-    copies = [module.modules_to_save for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
+    copies = [
+        module.modules_to_save[name]
+        for module in adapted.modules()
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save
+    ]
     if copies and any(tensor.dtype == torch.float32 for tensor in weights.values()):
         for copy in copies:
             copy.float()
-        set_peft_model_state_dict(adapted, weights)
+        set_peft_model_state_dict(adapted, weights, adapter_name=name)
     return adapted
 
 

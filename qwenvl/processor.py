@@ -11,6 +11,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from qwenvl.checkpoint.pretrained_errors import pretrained_errors
+from qwenvl.checkpoint.record import trained_as
 from qwenvl.checkpoint.settings import examine_settings
 from qwenvl.errors import InputError
 from qwenvl.images.image_processor import QwenVLImageProcessor
@@ -33,10 +34,10 @@ class QwenVLProcessor(ProcessorMixin):
         chat_template: for other programs only; conversations are rendered by `qwenvl.text.chat`.
 
     Attributes:
-        system: the system message of conversations that bring none; None for the default one. `load_processor` sets it
-            to that of the model's training.
+        system: the system message of conversations that bring none; None for the default one. `from_pretrained` sets
+            it to that of the model's training, by its record (`qwenvl.json`).
         views: what pictures each image becomes, in conversations and in `__call__`; None is itself alone.
-            `load_processor` sets it to that of the model's training.
+            `from_pretrained` sets it to those of the model's training.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class QwenVLProcessor(ProcessorMixin):
         """Load from a hub id or a folder, arguments as in Transformers.
 
         A folder saved by this class has a file for the image processor. A published one has none: its settings follow
-        from the model's `config.json`.
+        from the model's `config.json`. The record of a model's training is read with the default revision alone, and
+        that of an adapter by `load_processor`.
 
         Raises:
             MissingFileError: there is no such folder or hub id.
@@ -84,6 +86,19 @@ class QwenVLProcessor(ProcessorMixin):
         }
         if Path(path).is_dir():
             examine_settings(Path(path, kwargs.get("subfolder") or ""))
+        processor = cls._from_files(path, hub)
+        if revision in (None, "main") and cache_dir is None and token is None and kwargs.get("subfolder") is None:
+            record = trained_as(os.fspath(path))
+            processor.system, processor.views = record.system, record.views
+        return processor
+
+    @classmethod
+    def _from_files(cls, path: str | os.PathLike[str], hub: dict[str, Any]) -> "QwenVLProcessor":
+        """The processor that the tokenizer's, the image processor's and the model's files say.
+
+        Args:
+            hub: arguments with which Transformers finds a file.
+        """
         with pretrained_errors(path):
             tokenizer = QwenVLTokenizer.from_pretrained(path, **hub)
             saved = {
@@ -194,6 +209,7 @@ class QwenVLProcessor(ProcessorMixin):
         tools: None = None,
         documents: None = None,
         sanitize_control_tokens: bool = True,
+        load_audio_from_video: bool = False,
         **kwargs: Any,
     ) -> BatchFeature | list | str:
         """Render a conversation, or a batch of them, in Transformers' message format.
@@ -208,6 +224,7 @@ class QwenVLProcessor(ProcessorMixin):
             processor_kwargs, kwargs: `images` (for parts without a source), and the keywords of `__call__`.
             tools, documents: not supported.
             sanitize_control_tokens: accepted for compatibility; text never becomes a control token.
+            load_audio_from_video: accepted for compatibility, and without effect: videos are refused.
 
         Raises:
             InputError: malformed messages (the place is named), another chat template, tools or documents.

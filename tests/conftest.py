@@ -5,6 +5,7 @@ in the published layout with random weights.
 Long tensors in `expected.safetensors` keep every n-th row only; `every_nth` selects the same rows from ours.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -27,6 +28,12 @@ from qwenvl.images.image_processor import normalize_pixels
 
 TINY = Path(__file__).parent / "data" / "tiny"
 TINY_IMAGES = [TINY / "images" / f"{letter}.png" for letter in "abcde"]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of each later search for garbage, of which a short training has several."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

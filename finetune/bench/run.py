@@ -30,6 +30,7 @@ from finetune.memory.switches import Switches
 from finetune.memory.workload import Workload
 from finetune.model.adapters import TrainableModel, without_adapter
 from finetune.model.computing import choose_backends
+from finetune.model.lora_products import multiply_as_peft
 from finetune.quantities import format_bytes
 from finetune.recipe import Recipe
 from finetune.run.folder import RunFolder
@@ -258,6 +259,7 @@ class _Row:
         trainer_class: type[QwenVLTrainer] = QwenVLTrainer
         collator = BenchCollator(self.lengths, self.config, tokenizer, features)
         if self.padded_to is not None:
+            multiply_as_peft(model)
             trainer_class = PublishedTrainer
             collator = PaddedCollator(self.lengths, self.config, tokenizer, padded_to=self.padded_to)
         trainer = trainer_class(

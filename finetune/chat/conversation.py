@@ -6,25 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
+from finetune.chat.one_reply import one_reply
 from finetune.errors import UserError
-from finetune.replies.replies import reply_text, stop_ids_of, without_adapter
+from finetune.replies.decoder import Decoder, PromptRow
+from finetune.replies.gguf_model import GgufModel
+from finetune.replies.prompt_template import in_prompt
+from finetune.replies.replies import stop_ids_of, without_adapter
+from finetune.replies.running_batch import ReplyRequest
+from finetune.replies.sampling import Sampling
 from finetune.replies.task_replies import Style
-from qwenvl import QwenVLForConditionalGeneration, QwenVLImageProcessor, QwenVLTokenizer, load_image
+from finetune.replies.torch_decoder import TorchDecoder
+from qwenvl import QwenVLConfig, QwenVLImageProcessor, QwenVLTokenizer, load_image
 from qwenvl.images.page_references import find_page
 from qwenvl.text.chat import Rendered, render_chat, render_prompt
-from qwenvl.text.grounding import split_markup
+from qwenvl.text.grounding import has_markup
 from qwenvl.views import Views
 
 Message = dict[str, Any]
 
-PLACEHOLDERS = ("{question}", "{phrase}")
-"""What stands for the user's words in the prompts of recipes."""
-
-# A character has at most 4 bytes and a token at least one: 4 tokens that are not valid UTF-8 never will be.
-LONGEST_CHARACTER = 4
+KEPT_BYTES = 10**9
+"""Memory for the turns so far, so that each is computed once; given up where memory is short."""
 
 
 @dataclass
@@ -68,12 +70,12 @@ class Conversation:
     """Asks a model, turn after turn.
 
     Attributes:
-        model: with or without adapter, in eval mode.
+        model: with or without adapter, in eval mode; or a GGUF model.
         tokenizer: of the model.
         image_processor: of the model; None for one that reads text only.
         style: "chat" for ChatML with all turns so far; "base" for raw text, each prompt by itself.
         system: the system message; None for the default one.
-        prompt: the template that each question is put into, in place of its `PLACEHOLDERS`; None asks it as it is.
+        prompt: the template that each question is put into (`prompt_template.in_prompt`); None asks it as it is.
         views: what pictures each image becomes, as the model was trained; None is itself alone.
         markup_is_text: well-formed `<ref>`, `<box>` and `<quad>` in messages are text, as the model was trained;
             otherwise tokens.
@@ -82,9 +84,10 @@ class Conversation:
         messages: the turns so far, as `qwenvl.text.chat.render_chat` takes them, without the system message.
         images: of `messages`, in reading order.
         waiting: images for the next message.
+        decoder: of replies.
     """
 
-    model: torch.nn.Module
+    model: torch.nn.Module | GgufModel
     tokenizer: QwenVLTokenizer
     image_processor: QwenVLImageProcessor | None
     style: Style = "chat"
@@ -97,6 +100,13 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     images: list[ChatImage] = field(default_factory=list)
     waiting: list[ChatImage] = field(default_factory=list)
+    decoder: Decoder = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, GgufModel):
+            self.decoder = self.model.decoder
+        else:
+            self.decoder = TorchDecoder(self.model, prefix_bytes=KEPT_BYTES)
 
     def add_image(self, path: str | Path) -> ChatImage:
         """Put an image, or a page such as `file.pdf#3`, into the next message.
@@ -148,11 +158,11 @@ class Conversation:
         images = [*self.images, *self.waiting]
         messages = [*self.messages, self._user_message(in_prompt(text, self.prompt))]
         prompt = self._render(messages)
-        room = self._base.config.max_position_embeddings - len(prompt.ids)
+        room = self.decoder.context - len(prompt.ids)
         if room < 1:
             raise UserError(
                 f"the conversation is {len(prompt.ids):,} tokens long{self.cost_of_pictures(images)}, and the model "
-                f"takes {self._base.config.max_position_embeddings:,}: start a new one"
+                f"takes {self.decoder.context:,}: start a new one"
             )
         answer = self._generate(prompt, images, min(room, self.max_new_tokens), on_text)
         if answer.text.strip():
@@ -165,11 +175,12 @@ class Conversation:
         if self.views is None or not images:
             return ""
         pictures = self.views.count * len(images)
-        return f" ({pictures * (self._base.config.n_queries + 2):,} of them for {pictures:,} pictures, {self.views})"
+        return f" ({pictures * (self.config.n_queries + 2):,} of them for {pictures:,} pictures, {self.views})"
 
     @property
-    def _base(self) -> QwenVLForConditionalGeneration:
-        return without_adapter(self.model)
+    def config(self) -> QwenVLConfig:
+        """Of the model."""
+        return self.model.config if isinstance(self.model, GgufModel) else without_adapter(self.model).config
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -186,7 +197,7 @@ class Conversation:
         return {"grounding": True} if has_markup(text) and not self.markup_is_text else {}
 
     def _render(self, messages: Sequence[Message]) -> Rendered:
-        n_queries = self._base.config.n_queries
+        n_queries = self.config.n_queries
         if self.style == "base":
             message = messages[-1]
             return render_prompt(
@@ -207,87 +218,34 @@ class Conversation:
     def _generate(
         self, prompt: Rendered, images: Sequence[ChatImage], max_new_tokens: int, on_text: Callable[[str], None]
     ) -> Answer:
-        stop_ids = stop_ids_of(self.model, self.tokenizer, self.style)
-        sampling = {"temperature": self.temperature, "top_k": 0, "top_p": 1.0} if self.temperature else {}
-        ids = torch.tensor([prompt.ids], device=self._base.device)
-        stream = _Stream(self.tokenizer, stop_ids, on_text)
-        stopped = False
-        try:
-            self._base.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                image_features=self._features(images),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens,
-                    do_sample=bool(sampling),
-                    eos_token_id=list(stop_ids),
-                    pad_token_id=self.tokenizer.pad_token_id,
-                    **sampling,
-                ),
-                streamer=stream,
-            )
-        except KeyboardInterrupt:
-            stopped = True
-            stream.end()
-        text = reply_text(self.tokenizer, stream.ids)
-        return Answer(text, len(prompt.ids), stream.ended, stopped)
+        keys = [f"{image.path} {image.version} {part}" for image in images for part in range(len(image.pixels))]
+        request = ReplyRequest(
+            PromptRow(prompt.ids, self._features(images), keys),
+            max_new_tokens,
+            self._stop_ids,
+            sampling=Sampling(temperature=self.temperature),
+        )
+        reply = one_reply(self.decoder, self.tokenizer, request, on_text)
+        return Answer(reply.text, len(prompt.ids), reply.ended, reply.stopped)
+
+    @property
+    def _stop_ids(self) -> tuple[int, ...]:
+        if isinstance(self.model, GgufModel):
+            return self.model.stop_ids
+        return stop_ids_of(self.model, self.tokenizer, self.style)
 
     @torch.no_grad()
-    def _features(self, images: Sequence[ChatImage]) -> torch.Tensor | None:
-        """(pictures, n_queries, hidden) in reading order; None where there are none."""
-        features = []
+    def _features(self, images: Sequence[ChatImage]) -> list[torch.Tensor]:
+        """(n_queries, hidden) of each picture, in reading order."""
+        features: list[torch.Tensor] = []
         for image in images:
             if image.features is None:
-                image.features = self._base.get_image_features(image.pixels.to(self._base.device))
-            features.append(image.features)
-        return torch.cat(features) if features else None
+                image.features = self._encode(image.pixels)
+            features.extend(image.features)
+        return features
 
-
-def in_prompt(question: str, prompt: str | None) -> str:
-    """The question in place of the placeholder of a prompt template; as it is without one."""
-    for placeholder in PLACEHOLDERS:
-        if prompt is not None and placeholder in prompt:
-            return prompt.replace(placeholder, question)
-    return question
-
-
-class _Stream(BaseStreamer):
-    """Receives new tokens from `generate` and passes on their text, in whole characters."""
-
-    def __init__(self, tokenizer: QwenVLTokenizer, stop_ids: Sequence[int], on_text: Callable[[str], None]):
-        self.tokenizer, self.stop_ids, self.on_text = tokenizer, stop_ids, on_text
-        self.ids: list[int] = []
-        self.ended = False
-        self._prompt_seen = False
-        self._open: list[int] = []  # tokens that end within a character
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:  # `generate` puts the prompt first
-            self._prompt_seen = True
-            return
-        for token in value.reshape(-1).tolist():
-            if token in self.stop_ids:
-                self.ended = True
-            else:
-                self.ids.append(token)
-                self._open.append(token)
-                self._show(last=False)
-
-    def end(self) -> None:
-        self._show(last=True)
-
-    def _show(self, last: bool) -> None:
-        try:
-            text = reply_text(self.tokenizer, self._open, errors="strict")
-        except UnicodeDecodeError:
-            if not last and len(self._open) < LONGEST_CHARACTER:
-                return
-            text = reply_text(self.tokenizer, self._open)
-        self._open = []
-        if text:
-            self.on_text(text)
-
-
-def has_markup(text: str) -> bool:
-    """Whether a text has well-formed grounding markup."""
-    return any(is_tag for _, is_tag in split_markup(text))
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.model, GgufModel):
+            return self.model.encode(pixels)
+        base = without_adapter(self.model)
+        return base.get_image_features(pixels.to(base.device))

@@ -9,18 +9,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from finetune.chat.conversation import PLACEHOLDERS, Answer, ChatImage, Conversation, has_markup, in_prompt
+from finetune.chat.conversation import Answer, ChatImage, Conversation
 from finetune.chat.conversation_rows import append_row
 from finetune.errors import Failed, InputError, UserError
 from finetune.files.path_errors import path_errors
+from finetune.llamacpp.gguf_files import gguf_files
 from finetune.quantities import format_count
+from finetune.replies.gguf_model import GgufModel, gguf_use, open_gguf
 from finetune.replies.model_style import ModelUse, find_use
+from finetune.replies.prompt_template import asking_notes, choose_template
 from finetune.replies.replies import without_adapter
 from finetune.replies.task_replies import Style
 from finetune.terminal import terminal_line, terminal_text
 from qwenvl import QwenVLConfig, QwenVLTokenizer, load_image, load_model, load_processor
 from qwenvl.images.drawing import save_grounding
-from qwenvl.text.grounding import Region, parse_grounding
+from qwenvl.text.grounding import Region, has_markup, parse_grounding
 
 HELP = """\
 /image PATH   put an image into the next message; several times for several images
@@ -45,11 +48,12 @@ def chat(
     dtype: str | None = None,
     quantization: str | None = None,
     boxes: str | Path | None = None,
+    threads: int | None = None,
 ) -> None:
     """Talk to a model until the user leaves, or ask it one thing.
 
     Args:
-        model: anything `qwenvl.load_model` takes.
+        model: anything `qwenvl.load_model` takes, or a folder of `finetune export --to gguf`.
         base: of an adapter, where it is not where the adapter says.
         style: "chat" or "base"; None for the model's own.
         images: for the first message.
@@ -63,12 +67,22 @@ def chat(
         quantization: "nf4" or "none"; None for the model's own, as it was trained.
         boxes: image file to draw the boxes of a reply into. None: a new file in the working directory for each reply;
             with `once`, none.
+        threads: of llama.cpp, for a folder of a GGUF file; None for as many as PyTorch has.
 
     Raises:
         InputError: an argument is wrong; found before weights are loaded.
         Failed: with `once`, the device's memory does not hold prompt and reply.
     """
-    use = find_use(model, base=base, style=style, quantization=quantization)
+    gguf = None
+    if gguf_files(model):
+        for name, given in {"--base": base, "--dtype": dtype, "--quantization": quantization}.items():
+            if given not in (None, "auto"):
+                raise UserError(f"{name} has no effect on {model}, whose language model is a GGUF file: leave it out")
+        gguf, use = gguf_use(model, style)
+    elif threads is not None:
+        raise UserError("--threads has no effect with PyTorch, whose threads OMP_NUM_THREADS says: leave it out")
+    else:
+        use = find_use(model, base=base, style=style, quantization=quantization)
     config = QwenVLConfig.from_pretrained(use.source.base)
     if use.style == "base" and system is not None:
         raise UserError(f"{model} is a base model, which continues raw text: it has no system message")
@@ -82,29 +96,14 @@ def chat(
         if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show become escapes
             stream.reconfigure(errors="backslashreplace")
 
-    template = _template(prompt, use)
+    template = choose_template(prompt, use.record, use.name)
     tell(f"{model}: {use}")
-    if template is not None:
-        by = "as it was trained; --prompt plain asks as typed" if prompt in (None, "trained") else "--prompt"
-        tell(f"each message is put into the prompt {template!r} ({by})")
-    elif prompt is None and use.record.only_prompt is None and (templates := use.record.templates):
-        others = "" if all(use.record.prompts.values()) else " and on rows with prompts of their own"
-        tell(
-            f"messages are asked as typed: it was trained with {' and '.join(map(repr, templates))}{others}; --prompt "
-            "TEXT puts them into one of these"
-        )
-    if use.style == "chat" and system is None and use.record.system is not None:
-        tell(f"after the system message {use.record.system!r} (as it was trained; --system TEXT gives another)")
-    if use.record.views is not None:
-        tell(f"each image is shown as {use.record.views} (as it was trained)")
-    loaded = load_model(
-        use.source.base,
-        adapter=use.source.adapter,
-        dtype=dtype,
-        quantization=use.quantization,
-        quantize=use.quantize,
-        device_map="auto" if torch.cuda.is_available() else None,
-    )
+    for note in asking_notes(use.record, use.style, prompt=prompt, template=template, system=system):
+        tell(note)
+    loaded = load_chat_model(use, dtype) if gguf is None else open_gguf(gguf, use, rows=1, threads=threads)
+    if isinstance(loaded, GgufModel):
+        for line in loaded.memory():
+            tell(line)
     conversation = open_conversation(use, loaded)
     conversation.prompt, conversation.max_new_tokens, conversation.temperature = template, max_new_tokens, temperature
     if system is not None:
@@ -118,11 +117,24 @@ def chat(
         terminal.talk(model)
 
 
-def open_conversation(use: ModelUse, loaded: torch.nn.Module) -> Conversation:
+def load_chat_model(use: ModelUse, dtype: str | None) -> torch.nn.Module:
+    """The model, loaded as `use` says."""
+    return load_model(
+        use.source.base,
+        adapter=use.source.adapter,
+        dtype=dtype,
+        quantization=use.quantization,
+        quantize=use.quantize,
+        device_map="auto" if torch.cuda.is_available() else None,
+    )
+
+
+def open_conversation(use: ModelUse, loaded: torch.nn.Module | GgufModel) -> Conversation:
     """An empty conversation with `loaded`, a model that was loaded as `use` says."""
     base, record = use.source.base, use.record
     tokenizer, image_processor = QwenVLTokenizer.from_pretrained(base), None
-    if without_adapter(loaded).config.visual is not None:
+    config = loaded.config if isinstance(loaded, GgufModel) else without_adapter(loaded).config
+    if config.visual is not None:
         image_processor = load_processor(base).image_processor
     return Conversation(
         loaded,
@@ -133,30 +145,6 @@ def open_conversation(use: ModelUse, loaded: torch.nn.Module) -> Conversation:
         views=record.views,
         markup_is_text=record.markup_is_text,
     )
-
-
-def _template(prompt: str | None, use: ModelUse) -> str | None:
-    """The template of `--prompt`.
-
-    Raises:
-        UserError: a text without a placeholder, or "trained" where there is not one prompt of training.
-    """
-    trained = use.record.only_prompt
-    if prompt is None:
-        return trained if trained is not None and in_prompt("", trained) else None
-    if prompt == "plain":
-        return None
-    if prompt == "trained" and trained is None:
-        several = ", ".join(map(repr, use.record.templates))
-        known = f"it was trained on several: {several}" if several else "its record has none"
-        raise UserError(f"--prompt trained: {use.name} has no single prompt that it was trained with: {known}")
-    template = trained if prompt == "trained" else prompt
-    if template is None or not any(placeholder in template for placeholder in PLACEHOLDERS):
-        raise UserError(
-            f"--prompt: there is no {' or '.join(PLACEHOLDERS)} in {template!r} to put a message in place of. Give "
-            "trained, plain, or a text with one"
-        )
-    return template
 
 
 class TerminalChat:
@@ -194,9 +182,11 @@ class TerminalChat:
 
     def talk(self, name: str) -> None:
         """Talk until the user leaves; `name` is that of the model."""
-        model = without_adapter(self.conversation.model)
-        size = sum(parameter.numel() for parameter in model.parameters())
-        tell(f"{name}: {format_count(size)} parameters, {str(model.dtype).removeprefix('torch.')}, on {model.device}")
+        model = self.conversation.model
+        if not isinstance(model, GgufModel):
+            model = without_adapter(model)
+            size = format_count(sum(parameter.numel() for parameter in model.parameters()))
+            tell(f"{name}: {size} parameters, {str(model.dtype).removeprefix('torch.')}, on {model.device}")
         if self.conversation.style == "base":
             tell("A base model: it continues your text and has no turns. Ask it like this: What is the total? Answer:")
         tell("/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.")
@@ -272,7 +262,7 @@ class TerminalChat:
             tell("(stopped)")
         elif not answer.ended:
             tell(f"(cut at {self.conversation.max_new_tokens:,} tokens: --max-new-tokens)")
-        trained = without_adapter(self.conversation.model).config.seq_length
+        trained = self.conversation.config.seq_length
         if answer.prompt_tokens > trained and not self._warned:
             self._warned = True
             cost = self.conversation.cost_of_pictures(self.conversation.images)

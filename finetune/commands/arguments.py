@@ -75,6 +75,14 @@ def non_negative(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    value = non_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
+
+
 def size(text: str) -> float:
     """5GB, 500MB: bytes, by powers of 1000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]B)", text.upper())

@@ -17,7 +17,7 @@ finetune chat models/docvqa --image street.jpg --once "Where is the red car?" --
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run, adapter, checkpoint or merged folder, or hub id")
+    parser.add_argument("model", metavar="MODEL", help="run, adapter, checkpoint, merged or GGUF folder, or hub id")
     parser.add_argument(
         "--image",
         metavar="FILE",
@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=non_negative,
         default=0.0,
         help="0 (the default) always takes the likeliest token, 1 draws tokens as likely as they are",
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=count,
+        help="of llama.cpp, where MODEL is a folder of finetune export --to gguf (default: as many as PyTorch uses)",
     )
     add_base(parser)
     add_style(parser)
@@ -86,4 +92,5 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         quantization=arguments.quantization,
         boxes=arguments.boxes,
+        threads=arguments.threads,
     )

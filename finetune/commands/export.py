@@ -6,20 +6,23 @@ from pathlib import Path
 from finetune.commands.arguments import add_dtype, size
 from finetune.errors import UserError
 from finetune.export.folder import FORMATS, default_folder, refuse_existing
+from finetune.export.gguf_types import TYPES
 from finetune.files.output_paths import refuse_unwritable_folder
 
-SUMMARY = "write a checkpoint in another form: safetensors, 4 bits, or for servers that know Qwen2"
+SUMMARY = "write a checkpoint in another form: safetensors, 4 bits, for servers that know Qwen2, or for llama.cpp"
 WHEN_STOPPED = "nothing was written under the folder's name"
 EXAMPLES = """\
 finetune export models/docvqa --to nf4
 finetune export Qwen/Qwen-VL-Chat --to nf4 --quantize language,vision,head
 finetune export models/docvqa --to qwen2 --out models/docvqa-server
+finetune export models/docvqa --to gguf --type q4_k_m
 finetune export Qwen/Qwen-VL-Chat --to safetensors --dtype bfloat16 --shard-size 2GB
 finetune export models/docvqa --to safetensors --push me/docvqa"""
 
 TO = """\
 safetensors: the same model in safetensors files. nf4: linears in 4 bits. qwen2: the language model as Transformers'
-Qwen2, which servers know, with vision beside it"""
+Qwen2, which servers know, with vision beside it. gguf: the language model for llama.cpp, which finetune serve and chat
+run, with vision beside it"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PARTS",
         type=lambda text: tuple(text.split(",")),
         help="with nf4, what is in 4 bits: language (the default), or with it vision, head, as model.quantize says",
+    )
+    parser.add_argument(
+        "--type",
+        choices=TYPES,
+        help="with gguf, what the language model's matrices are in (default: f16); of the full size they have 15.4, "
+        "8.2, 4.5 and 4.8 GB",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the finished folder to the hub, as private")
     parser.add_argument("--public", action="store_true", help="with --push: let everybody see it")
@@ -60,6 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         shard_bytes=arguments.shard_size,
         dtype=arguments.dtype,
         quantize=arguments.quantize,
+        type=arguments.type,
         push=arguments.push,
         public=arguments.public,
     )

@@ -63,6 +63,7 @@ def export(
     shard_bytes: float | None = None,
     dtype: str = "auto",
     quantize: Sequence[str] | None = None,
+    type: str | None = None,
     push: str | None = None,
     public: bool = False,
     say: Say = say,
@@ -71,12 +72,13 @@ def export(
 
     Args:
         model: checkpoint or merged folder, hub id, or the run folder of a training without adapter.
-        to: "safetensors" (the same model in safetensors files), "nf4" (in 4 bits), or "qwen2" (the language model as
-            Transformers' Qwen2, vision beside it).
+        to: "safetensors" (the same model in safetensors files), "nf4" (in 4 bits), "qwen2" (the language model as
+            Transformers' Qwen2, vision beside it), or "gguf" (the language model for llama.cpp, vision beside it).
         out: the folder; None for MODEL-FORMAT beside the model.
         shard_bytes: size of a weight file at most; None for 5 GB.
         dtype: "float32", "bfloat16", "float16", or "auto" for the types that the weights are stored in.
         quantize: with "nf4", the parts in 4 bits (see `model.quantization.PARTS`); None for the language model's.
+        type: with "gguf", what its matrices are in (`gguf_types.TYPES`); None for f16.
         push: `owner/name` on the hub, to upload the finished folder to.
         public: let everybody see it there.
         say: prints a labelled line.
@@ -103,9 +105,16 @@ def export(
         raise UserError("--public says who may see an upload: give --push too")
     if quantize is not None and to != "nf4":
         raise UserError(f"--quantize has no effect with --to {to}: leave it out")
-    if to == "nf4":
-        if shard_bytes is not None:
-            raise UserError("--shard-size has no effect with --to nf4: leave it out")
+    if type is not None and to != "gguf":
+        raise UserError(f"--type has no effect with --to {to}: leave it out")
+    if shard_bytes is not None and to in ("nf4", "gguf"):
+        raise UserError(f"--shard-size has no effect with --to {to}: leave it out")
+    if to == "gguf":
+        if dtype != "auto":
+            raise UserError("--dtype has no effect with --to gguf: leave it out, and give --type")
+        _write_gguf(base, folder, type or "f16", _run(model), say)
+        say("exported", folder)
+    elif to == "nf4":
         from finetune.export.nf4 import export_nf4
         from qwenvl.model.quantization import DEFAULT_PARTS
 
@@ -113,14 +122,18 @@ def export(
         export_nf4(base, folder, quantize=parts, dtype=None if dtype == "auto" else dtype, say=say)
     else:
         write = _write_safetensors if to == "safetensors" else _write_qwen2
-        run = Path(model) if (Path(model) / "run.json").is_file() else None
-        write(base, folder, shard_bytes or SHARD_BYTES, DTYPES.get(dtype), run, say)
+        write(base, folder, shard_bytes or SHARD_BYTES, DTYPES.get(dtype), _run(model), say)
         say("exported", folder)
     if push is not None:
         from finetune.export.push import push as upload
 
         upload(folder, push, public=public, say=say)
     return folder
+
+
+def _run(model: str) -> Path | None:
+    """The run folder that a model is given by."""
+    return Path(model) if (Path(model) / "run.json").is_file() else None
 
 
 def _checkpoint(model: str) -> str:
@@ -241,6 +254,19 @@ def _write_qwen2(
         )
     for line in limits(config):
         say("note", line)
+
+
+def _write_gguf(base: str, folder: Path, kind: str, run: Path | None, say: Say) -> None:
+    from finetune.export.gguf import default_threads, export_gguf, prepare_gguf
+    from finetune.export.gguf_types import TYPES
+
+    if kind not in TYPES:
+        raise UserError(f"--type must be one of {', '.join(TYPES)}, not {kind!r}")
+    config = read_config(base)
+    prepare_gguf(config, base)
+    stored = _locate(base, config, say)
+    title = _name(run or Path(base))
+    export_gguf(base, stored, folder, kind=kind, run=run, title=title, threads=default_threads(), say=say)
 
 
 def _read_back(

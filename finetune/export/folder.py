@@ -8,7 +8,7 @@ from finetune.errors import Failed, InputError, UserError
 from finetune.files.output_paths import refuse_unwritable_folder
 from finetune.files.path_errors import path_errors
 
-FORMATS = ("safetensors", "nf4", "qwen2")
+FORMATS = ("safetensors", "nf4", "qwen2", "gguf")
 
 
 def default_folder(model: str, to: str) -> Path:

@@ -96,6 +96,12 @@ With a server that takes prompt embeddings (vLLM: `vllm serve FOLDER --enable-pr
 python prompt_embeddings.py --image image.jpg "What is in the image?" --server http://localhost:8000/v1 --name FOLDER
 ```
 
+For many clients, the chat API with images before that server, which nobody else should be able to reach:
+
+```
+finetune serve FOLDER --engine vllm --at http://localhost:8000 --port 9000
+```
+
 """
 
 

@@ -30,6 +30,7 @@ from qwenvl import QwenVLConfig, load_processor
 from qwenvl.chat import render_chat
 from qwenvl.checkpoint.record import read_record
 from qwenvl.image_span import place_image_features
+from qwenvl.images.image_processor import normalize_pixels
 from qwenvl.vision import VisionTransformer
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -95,13 +96,32 @@ class PromptEncoder:
             views=self.views,
             n_queries=self.config.n_queries,
         )
-        ids = torch.tensor([rendered.ids])
-        embeddings = self._rows(ids)
+        features = None
         if rendered.images:
             pixels = self.processor.image_processor(rendered.images, return_tensors="pt")["pixel_values"]
-            features = self.tower(pixels.to(self.tower.proj.device)).cpu()
-            embeddings = place_image_features(embeddings, ids, features, self.config)
-        return PromptEmbeddings(embeddings, ids, torch.ones_like(ids))
+            features = self.encode_images(pixels)
+        ids = torch.tensor([rendered.ids])
+        return PromptEmbeddings(self.embed(ids, features), ids, torch.ones_like(ids))
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(images, 3, S, S), float normalised, or uint8 as decoded -> (images, n_queries, hidden), on the CPU."""
+        pixel_values = pixel_values.to(self.tower.proj.device)
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize_pixels(pixel_values)
+        return self.tower(pixel_values).cpu()
+
+    def embed(self, ids: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings of token ids, with image features at the positions of the images.
+
+        Args:
+            ids: (1, length)
+            features: (images, n_queries, hidden), in reading order; None without images.
+
+        Returns:
+            (1, length, hidden)
+        """
+        return place_image_features(self._rows(ids), ids, features, self.config)
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         """(1, length) ids -> (1, length, hidden), reading only the rows of ids that occur."""
@@ -121,9 +141,14 @@ def _file_of(folder: Path, name: str) -> Path:
 
 
 def for_server(prompt: PromptEmbeddings) -> str:
-    """The embeddings as a server's `prompt_embeds` takes them: base64 of torch's file of (length, hidden)."""
+    """The embeddings as a server's `prompt_embeds` takes them."""
+    return encoded_for_server(prompt.embeddings[0])
+
+
+def encoded_for_server(embeddings: torch.Tensor) -> str:
+    """(length, hidden) as a server's `prompt_embeds` takes it: base64 of torch's file of it."""
     content = io.BytesIO()
-    torch.save(prompt.embeddings[0].contiguous(), content)
+    torch.save(embeddings.clone(), content)  # a view would be written with all that it is a view of
     return base64.b64encode(content.getvalue()).decode()
 
 

@@ -1,27 +1,10 @@
-"""`qwen.tiktoken` as the `tokenizer.json` that other programs read: the same ids for the same text.
-
-tiktoken merges the two neighbours whose union has the lowest rank, the leftmost first. `tokenizers` merges by a list
-of pairs, which the file does not have. It follows from the ranks: each token has exactly one pair, the two pieces that
-remain of its bytes when only lower ranks merge. Two neighbours that form a token have merged only within that token,
-in the same order, so they are that pair in every context.
-
-Two things differ. A control token spelled in a text becomes that token, as with every `tokenizer.json`, where `qwenvl`
-reads it as text. And a few combining marks that are new since Unicode 14 are ordered differently: the tables of
-`tokenizers` do not have them yet.
-"""
-
-from __future__ import annotations
+"""The tokenizer files of an export: `tokenizer.json`, and the settings with a template for conversations in text."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from finetune.errors import UserError
-from qwenvl.text.vocabulary import END_OF_TEXT, SPLIT_PATTERN, Vocabulary
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from qwenvl.text.fast_tokenizer import fast_tokenizer
+from qwenvl.text.vocabulary import END_OF_TEXT, Vocabulary
 
 # ChatML for conversations in text. Images are no part of it: they come as prompt embeddings.
 TEXT_CHAT_TEMPLATE = """\
@@ -54,7 +37,7 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, *, eos_token: str, max
         max_length: tokens that the model takes.
 
     Raises:
-        UserError: see `fast_tokenizer`.
+        InputError: see `fast_tokenizer`.
     """
     fast_tokenizer(vocabulary).save(str(folder / "tokenizer.json"), pretty=False)
     settings = {
@@ -70,61 +53,3 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, *, eos_token: str, max
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def fast_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
-    """The tokenizer that gives the ids of `vocabulary`, and recognises control tokens in the text.
-
-    Raises:
-        UserError: an ordinary token is spelled like a control token; `tokenizers` cannot distinguish them.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    strings = vocabulary.token_strings[: vocabulary.ordinary_size]
-    for token, string in zip(vocabulary.token_bytes, strings, strict=False):
-        if token.decode("latin-1") in vocabulary.control_tokens:
-            raise UserError(f"the vocabulary has an ordinary token {token!r} ({string}) beside the control token")
-    merges = [(strings[left], strings[right]) for left, right in merged_pairs(vocabulary)]
-    # As in tiktoken, a word that is a token is that token, whatever merging its bytes would give.
-    model = models.BPE(vocab={string: rank for rank, string in enumerate(strings)}, merges=merges, ignore_merges=True)
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    # In the order of their ids, which follow the last rank.
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in vocabulary.control_tokens]
-    )
-    return tokenizer
-
-
-def merged_pairs(vocabulary: Vocabulary) -> list[tuple[int, int]]:
-    """The ranks of the two tokens that each longer token is merged from, in the order of the tokens' ranks.
-
-    A token that merging never reaches has no pair; as a whole word it is found all the same.
-    """
-    ranks = {token: rank for rank, token in enumerate(vocabulary.token_bytes[: vocabulary.ordinary_size])}
-    pairs = []
-    for token, rank in ranks.items():
-        parts = _merge_below(token, rank, ranks)
-        if len(parts) == 2 and all(part in ranks for part in parts):
-            pairs.append((ranks[parts[0]], ranks[parts[1]]))
-    return pairs
-
-
-def _merge_below(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """The pieces that remain of a token's bytes when only tokens of ranks below `limit` are merged."""
-    parts = [token[place : place + 1] for place in range(len(token))]
-    while len(parts) > 1:
-        unions = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
-        lowest = min(unions)
-        if lowest >= limit:
-            break
-        place = unions.index(lowest)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    return parts

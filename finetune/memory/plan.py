@@ -164,7 +164,8 @@ class _Plan:
         self.recipe, self.config, self.workload, self.switches = recipe, config, workload, switches
         self.device_type = switches.device_type
         self.on_host = self.device_type == "cpu"
-        self.model = model_of_shapes(recipe, config, self.device_type)
+        as_peft = sharding is not None and sharding.way == "zero3"
+        self.model = model_of_shapes(recipe, config, self.device_type, as_peft=as_peft)
         self.weights: WeightBytes = weight_bytes(self.model)
         # Trained without an adapter in 16 bits, weights are float32, and rounded copies of them compute.
         self.rounds_to = weights_dtype(recipe, config, self.device_type) if recipe.adapter is None else None

@@ -14,6 +14,7 @@ from finetune.memory.optimizer import StateBytes, optimizer_states
 from finetune.model.adapters import TrainableModel, trains_embeddings
 from finetune.model.base import shape_model
 from finetune.model.components import component_of, published_name
+from finetune.model.lora_products import multiply_as_peft
 from finetune.recipe import Adapter, Freeze, Recipe
 from qwenvl import QwenVLConfig
 from qwenvl.loading import DTYPES
@@ -64,8 +65,13 @@ def settle_embeddings(recipe: Recipe, generation_config: GenerationConfig | None
     return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"train_embeddings": trained})})
 
 
-def model_of_shapes(recipe: Recipe, config: QwenVLConfig, device_type: str) -> TrainableModel:
+def model_of_shapes(
+    recipe: Recipe, config: QwenVLConfig, device_type: str, *, as_peft: bool = False
+) -> TrainableModel:
     """The model as it will be trained, on the meta device. Models are cached by what decides their shapes.
+
+    Args:
+        as_peft: its adapters multiply as PEFT does it: see `model.lora_products`.
 
     Raises:
         UserError: the model cannot be trained as the recipe says.
@@ -75,7 +81,9 @@ def model_of_shapes(recipe: Recipe, config: QwenVLConfig, device_type: str) -> T
     dtype = weights_dtype(recipe, config, device_type)
     embeddings_on_cpu, config_json = recipe.model.embeddings_on_cpu, config.to_json_string()
     return _model_of_shapes(
-        _Wanted(embeddings_on_cpu, recipe.adapter, recipe.freeze, tuple(parts), dtype, config_json, recipe, config)
+        _Wanted(
+            embeddings_on_cpu, recipe.adapter, recipe.freeze, tuple(parts), dtype, config_json, as_peft, recipe, config
+        )
     )
 
 
@@ -89,6 +97,7 @@ class _Wanted:
     parts: tuple[str, ...]
     dtype: torch.dtype
     config_json: str
+    as_peft: bool
     recipe: Recipe = field(compare=False)
     config: QwenVLConfig = field(compare=False)
 
@@ -97,7 +106,10 @@ class _Wanted:
 def _model_of_shapes(wanted: _Wanted) -> TrainableModel:
     # A copy: the plan sets the attention implementation in it.
     config = QwenVLConfig.from_dict(wanted.config.to_dict())
-    return shape_model(wanted.recipe, config, wanted.parts, dtype=wanted.dtype)
+    model = shape_model(wanted.recipe, config, wanted.parts, dtype=wanted.dtype)
+    if wanted.as_peft:
+        multiply_as_peft(model)
+    return model
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:

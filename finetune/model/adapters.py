@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from finetune.errors import UserError
 from finetune.files.atomic_writes import write_text
 from finetune.model.components import component_of, published_name
+from finetune.model.lora_products import multiply_in_16_bits
 from finetune.model.lora_targets import (
     VISION,
     find_language_targets,
@@ -160,6 +161,7 @@ def put_lora(
             parameter.requires_grad_(False)
     if adapter.bias != "none":
         compute_in_stored_type(adapted)
+    multiply_in_16_bits(adapted)
     # TRL casts all trained weights to bfloat16 where this is set; PEFT reads it from the base model instead.
     adapted.is_loaded_in_4bit = False  # type: ignore[assignment]  # torch: a Module's are Tensor | Module
     return adapted

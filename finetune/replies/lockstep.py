@@ -67,9 +67,6 @@ class Lockstep:
         self._hook = self._base.register_forward_pre_hook(self._before_forward, prepend=True)
         self._through_root = _through_root(self._model)
         self._own_forward = vars(self._base).get("forward")  # one that a library has put there, such as autocast
-        # Not one that is registered as a forward of FSDP2: around forwards it would gather, and drop afterwards, what
-        # the others keep.
-        self._own_generate = vars(self._base).pop("generate", None)
         forward = self._base.forward
 
         @functools.wraps(forward)
@@ -99,8 +96,6 @@ class Lockstep:
                 del self._base.forward
             else:
                 self._base.forward = self._own_forward  # type: ignore[method-assign]
-            if self._own_generate is not None:
-                self._base.generate = self._own_generate  # type: ignore[method-assign]
             if isinstance(self._model, FSDPModule):
                 del self._model.run_as_forward
         if isinstance(error, _FromOthers):

@@ -48,6 +48,18 @@ def _destroy_group(existed: bool) -> None:
     dist.destroy_process_group()
 
 
+def keep_closed_groups() -> None:
+    """Keep the groups that another program closes, too (see `_KEPT`)."""
+    destroy = dist.destroy_process_group
+
+    def destroy_kept(group: Any = None) -> None:
+        if _is_initialized():
+            _KEPT.append(dist.group.WORLD)
+        destroy(group)
+
+    dist.destroy_process_group = destroy_kept
+
+
 _LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 

@@ -16,6 +16,7 @@ from finetune.model.base import build_without_weights, make_trainable, refuse_te
 from finetune.model.components import Count, count_parameters, table_of_parameters
 from finetune.model.computing import is_random, own_device, quantization_arguments
 from finetune.model.given_adapter import load_given_weights
+from finetune.model.lora_products import left_to_peft, multiply_as_peft
 from finetune.model.masters import MASTER
 from finetune.terminal import Say
 from finetune.training.opened_run import OpenedRun
@@ -74,6 +75,13 @@ def load_trained_model(opened: OpenedRun, switches: Switches, arguments: SFTConf
             model = load_once(partial(_load, opened), partial(_shape, opened), is_main=opened.is_main)
         else:
             model = _load(opened)
+    if opened.parallel.way == "zero3":  # the weights are there while their own module runs, and no longer
+        multiply_as_peft(model)
+    left = left_to_peft(model)
+    if left and opened.computes_in.itemsize < MASTER.itemsize:
+        say(
+            "adapter", f"{len(left)} of its layers multiply in float32, as PEFT does it, which takes longer: {left[0]}"
+        )
     notes = (*((RANDOM_WEIGHTS,) if is_random(without_adapter(model)) else ()), *base.notes(views_of(recipe)))
     if given is not None:
         say(

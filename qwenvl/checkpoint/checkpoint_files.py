@@ -68,6 +68,11 @@ def _find_weights(path: str | Path) -> tuple[list[Path], Path | None]:
         if missing:
             raise MissingFileError(f"{path}: {name} names {', '.join(missing)}, which is missing: fetch it again")
         return [file for file in shards.values() if file is not None], found
+    if Path(path).is_dir() and any(Path(path).glob("*.gguf")):
+        raise MissingFileError(
+            f"{path}: the language model is in a GGUF file here, which llama.cpp runs: finetune serve and finetune "
+            "chat take this folder. For anything else give the checkpoint that it was exported from"
+        )
     raise MissingFileError(f"{path}: no weights here (looked for {', '.join(SINGLE_NAMES + INDEX_NAMES)})")
 
 

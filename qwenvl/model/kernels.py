@@ -40,7 +40,7 @@ class LigerMLP(MLP):
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-        return LigerSiLUMulFunction.apply(self.w2(x), self.w1(x))  # SiLU is applied to the first argument
+        return LigerSiLUMulFunction.apply(*self.gate_and_value(x))  # SiLU is applied to the first argument
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: LigerRMSNorm, Attention: LigerAttention, MLP: LigerMLP}

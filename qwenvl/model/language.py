@@ -79,7 +79,13 @@ class MLP(nn.Module):
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, length, hidden) -> (batch, length, inner)."""
-        return self.w1(x) * nn.functional.silu(self.w2(x))
+        gate, value = self.gate_and_value(x)
+        return value * nn.functional.silu(gate)
+
+    def gate_and_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: (batch, length, hidden) -> twice (batch, length, inner)."""
+        value = self.w1(x)
+        return self.w2(x), value
 
 
 class Block(GradientCheckpointingLayer):

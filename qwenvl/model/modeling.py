@@ -15,8 +15,10 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
+from qwenvl.checkpoint.record import trained_as
 from qwenvl.errors import InputError
 from qwenvl.images.image_processor import normalize_pixels
+from qwenvl.model.assisted import AssistedGeneration
 from qwenvl.model.configuration import QwenVLConfig
 from qwenvl.model.generation import (
     PublishedGenerationConfig,
@@ -24,6 +26,7 @@ from qwenvl.model.generation import (
     read_published_settings,
     refuse_chunked_prefill,
     repeat_images,
+    reply_as_trained,
 )
 from qwenvl.model.gptq_checkpoint import gptq_arguments
 from qwenvl.model.image_span import place_image_features
@@ -37,7 +40,7 @@ from qwenvl.model.loss import (
     without_image_targets,
 )
 from qwenvl.model.nf4_weights import compute_in
-from qwenvl.model.pretrained import QwenVLPreTrainedModel, require_whole_files
+from qwenvl.model.pretrained import QwenVLPreTrainedModel, loads_elsewhere, require_whole_files
 from qwenvl.model.quantized_head import head_logits
 from qwenvl.model.rotary import Positions, dynamic_ntk_alpha, rotary_positions
 from qwenvl.model.sequences import (
@@ -216,7 +219,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         )
 
 
-class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
+class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, AssistedGeneration, GenerationMixin):
     """Qwen-VL with its language-model head."""
 
     def __init__(self, config: QwenVLConfig) -> None:
@@ -230,7 +233,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Self:
-        """As the base class, and adapt a published generation config (see `read_published_settings`).
+        """As the base class, and adapt a published generation config (see `read_published_settings`). Replies end
+        where the record of the model's training (`qwenvl.json`) says.
 
         Checkpoints packed by GPTQ are read as the 16-bit weights that they stand for.
 
@@ -248,6 +252,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         if packed is not None:
             model.name_or_path = model.config.name_or_path = str(path)
         settings = read_published_settings(model.generation_config, model.config)
+        if path is not None and not loads_elsewhere(kwargs):
+            reply_as_trained(settings, model.config, trained_as(os.fspath(path)))
         model.generation_config = PublishedGenerationConfig.of(settings)
         if getattr(model, "is_loaded_in_4bit", False):  # set by Transformers
             compute_in(model, model.dtype)
@@ -309,7 +315,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
                 either, as nothing generates them (see `loss.without_image_targets`).
             inputs_embeds: (batch, length, hidden) instead of ids, images already placed.
             image_features: (images, n_queries, hidden) instead of pixel_values, from `get_image_features`.
-            logits_to_keep: compute logits for the last n positions only (0: all), or for an index tensor of positions.
+            logits_to_keep: compute logits for the last n positions only (0: all), or for an index tensor of positions:
+                (kept positions,) of all rows, or (batch, kept positions) of each row.
             num_items_in_batch: supervised tokens of the whole step; see `loss.mean_loss`.
             sequence_lengths: tokens of each packed sequence, in order, on the host: instead of position_ids, which
                 would have to be searched on the device.
@@ -353,6 +360,9 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             loss = mean_loss(total, len(rows), num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            if isinstance(kept, torch.Tensor) and kept.ndim == 2:
+                hidden = hidden.take_along_dim(kept[..., None].to(hidden.device), dim=1)
+                kept = slice(None)
             logits = head_logits(self.lm_head, in_type_of(self.lm_head, hidden[:, kept]))
             if labels is not None:
                 loss = next_token_loss(logits, labels[:, kept], num_items_in_batch)
@@ -377,8 +387,11 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
     ) -> GenerateOutput | torch.LongTensor:
         """As Transformers' `generate`, with images: each is encoded once, however many beams or returned sequences.
 
+        An `assistant_model` encodes the images too, itself: see `qwenvl.model.assisted`.
+
         Raises:
-            InputError: `prefill_chunk_size` is set (see `generation.refuse_chunked_prefill`).
+            InputError: `prefill_chunk_size` is set (see `generation.refuse_chunked_prefill`), or assisted generation
+                that is not possible.
         """
         refuse_chunked_prefill(
             kwargs.get("prefill_chunk_size"),
@@ -388,6 +401,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             if image_features is not None:
                 raise InputError("give either pixel_values or image_features, not both")
             image_features = self.get_image_features(pixel_values)
+            if kwargs.get("assistant_model") is not None:
+                kwargs["pixel_values"] = pixel_values
         if image_features is not None:
             kwargs["image_features"] = image_features
         return super().generate(  # type: ignore[misc]  # GenerationMixin's self type is for another type checker
@@ -425,6 +440,8 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
         image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        if image_features is not None:
+            kwargs.pop("pixel_values", None)  # an assistant's
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]  # as in generate
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -434,7 +451,9 @@ class QwenVLForConditionalGeneration(QwenVLPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if image_features is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+        # The prompt of an assistant is no first iteration to Transformers, but is longer than a step of decoding.
+        is_prompt = is_first_iteration or next_sequence_length not in (None, 1)
+        if image_features is not None and (is_prompt or not kwargs.get("use_cache", True)):
             if next_sequence_length is not None:
                 image_features = images_of_suffix(image_features, input_ids, next_sequence_length, self.config)
             inputs["image_features"] = image_features

@@ -87,7 +87,12 @@ def require_whole_files(path: str | os.PathLike[str] | None, arguments: Mapping[
     Raises:
         InputError: see `whole.require_whole`.
     """
-    elsewhere = any(arguments.get(key) for key in OTHER_WEIGHTS) or arguments.get("revision") not in (None, "main")
-    if path is not None and not elsewhere:
+    if path is not None and not loads_elsewhere(arguments):
         config = arguments.get("config")
         require_whole(os.fspath(path), config if isinstance(config, QwenVLConfig) else None)
+
+
+def loads_elsewhere(arguments: Mapping[str, Any]) -> bool:
+    """Whether `from_pretrained` with these arguments loads other files than those of a folder, or of a hub id's main
+    revision."""
+    return any(arguments.get(key) for key in OTHER_WEIGHTS) or arguments.get("revision") not in (None, "main")

@@ -274,12 +274,12 @@ def _pieces(
     if not isinstance(content, Sequence):
         raise InputError(f"{place}: content must be text or a list of parts, not {type(content).__name__}")
     pieces: list[Piece] = []
+    run: list[str] = []  # joined once: added one to the other, many parts would take a time of their square
 
-    def add_text(text: str) -> None:
-        if pieces and isinstance(pieces[-1], str):
-            pieces[-1] += text
-        elif text:
+    def end_run() -> None:
+        if text := "".join(run):
             pieces.append(text)
+        run.clear()
 
     for index, part in enumerate(content):
         where = f"{place}, part {index}"
@@ -290,23 +290,26 @@ def _pieces(
             if not isinstance(text, str):
                 raise InputError(f"{where}: text must be a string, not {type(text).__name__}")
             if not (grounding or part.get("grounding")):
-                add_text(text)
+                run.append(text)
                 continue
             for piece, is_tag in split_markup(text, open_box=open_box and index == len(content) - 1):
                 if is_tag:
+                    end_run()
                     pieces.append(Tag(piece))
                 else:
-                    add_text(piece)
+                    run.append(piece)
         elif part.get("type") in IMAGE_TYPES:
             is_numbered = numbered if part.get("numbered") is None else part["numbered"]
             slot = ImageSlot(counter.next(), image_source(part, where))
             if is_numbered:
-                add_text(picture_prefix(slot.number))
+                run.append(picture_prefix(slot.number))
+            end_run()
             pieces.append(slot)
             if is_numbered:
-                add_text("\n")
+                run.append("\n")
         else:
             raise InputError(f"{where}: type must be text or image, not {part.get('type')!r}")
+    end_run()
     return pieces
 
 

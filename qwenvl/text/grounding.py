@@ -164,6 +164,11 @@ def split_markup(text: str, *, open_box: bool = False) -> list[tuple[str, bool]]
     return pieces
 
 
+def has_markup(text: str) -> bool:
+    """Whether a text has well-formed grounding markup."""
+    return any(is_tag for _, is_tag in split_markup(text))
+
+
 def clamp_to_edge(text: str) -> str:
     """Write coordinates of exactly 1000, in a text's boxes and quads, as 999: the image's far edge in 0..999.
 

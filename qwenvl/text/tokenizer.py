@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
 
@@ -20,6 +20,7 @@ from qwenvl.checkpoint.settings import examine_settings
 from qwenvl.errors import InputError, MissingFileError
 from qwenvl.text.chat import TurnOptions, render_chat
 from qwenvl.text.chat_string import CHAT_TEMPLATE, write_chat
+from qwenvl.text.fast_tokenizer import shared_fast_tokenizer
 from qwenvl.text.model_inputs import check_template_arguments, conversation_batch, input_columns
 from qwenvl.text.vocabulary import (
     CONTROL_TOKENS,
@@ -32,6 +33,9 @@ from qwenvl.text.vocabulary import (
     IMAGE_START,
     Vocabulary,
 )
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _NO_TOKEN = "\ufffd"
 
@@ -219,6 +223,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
         tools: None = None,
         documents: None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        load_audio_from_video: bool = False,
         **layout: Any,
     ) -> BatchEncoding | list | str:
         """Render a conversation without images, or a batch of them; with images, use `QwenVLProcessor`.
@@ -232,6 +237,7 @@ class QwenVLTokenizer(PreTrainedTokenizer):
             grounding: see `chat.render_chat`.
             sanitize_control_tokens: accepted for compatibility; text never becomes a control token.
             tools, documents: not supported.
+            load_audio_from_video: accepted for compatibility, and without effect.
             tokenizer_kwargs, layout: `padding`, `truncation`, ...: see `model_inputs.input_columns`.
 
         Raises:
@@ -306,6 +312,20 @@ class QwenVLTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Join token strings, as `tokenize` gives them, to text; an unknown one becomes U+FFFD."""
         return self._vocabulary.decode((self._vocabulary.token_ids.get(token, -1) for token in tokens), "replace")
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        """The same tokens as a tokenizer of the library `tokenizers`, under the name that it has in Transformers'
+        tokenizers of that library: its server streams by `DecodeStream.step(tokenizer._tokenizer, id)`.
+
+        Nothing here uses it. It is built when it is first asked for, which takes seconds, and is no part of what is
+        pickled or saved. The control tokens are special tokens of it, except those of grounding, which are part of a
+        reply: `DecodeStream(skip_special_tokens=True)` leaves out the others.
+
+        Raises:
+            InputError: an ordinary token is spelled like a control token.
+        """
+        return shared_fast_tokenizer(self._vocabulary)
 
     # ---- the vocabulary, in the base class's terms
 

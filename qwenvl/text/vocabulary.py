@@ -66,7 +66,8 @@ def long_run_of_marks(text: str) -> int | None:
 
 
 class Vocabulary:
-    """The tokens of one `qwen.tiktoken` file and the control tokens numbered after them. Immutable.
+    """The tokens of one `qwen.tiktoken` file and the control tokens numbered after them. Immutable, and equal to
+    another one of the same bytes.
 
     Args:
         source: the file's bytes, kept so that saving writes the same file.
@@ -95,6 +96,12 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.token_bytes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.source == other.source
+
+    def __hash__(self) -> int:
+        return hash(self.source)
 
     # Pickled as its source: small, and the same bytes in every process (datasets hashes them); tiktoken's cannot be.
     def __reduce__(self) -> tuple[type[Vocabulary], tuple[bytes]]:

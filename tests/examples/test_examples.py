@@ -31,3 +31,17 @@ def test_training_is_started_from_python(tmp_path):
     said = run("train_from_python.py", cwd=tmp_path)
     assert "from runs/python" in said
     assert (tmp_path / "runs" / "python" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_serving_is_measured(tmp_path):
+    options = ("--clients", "3", "--pages", "1", "--rounds", "1", "--max-tokens", "8", "--option=--dtype=float32")
+    said = run("benchmark_serving.py", *options, cwd=tmp_path)
+    rows = [row.split("|")[1:4] for row in said.splitlines() if row.startswith("| ")][1:]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert cells == [
+        ["one at a time", "16", "0"],
+        ["3 at once", "12", "0"],
+        ["spaced, 70% of the capacity", "12", "0"],
+    ]
+    assert "same asked alone: 24 of 24" in said

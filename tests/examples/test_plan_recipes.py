@@ -1,10 +1,10 @@
 """The memory of every recipe, planned: the table in recipes/README.md is what the script prints."""
 
 import runpy
-import subprocess
 import sys
 
 import pytest
+from forked_finetune import run_forked
 from recipes_for_tests import ROOT
 
 from finetune.memory.free_memory import CARDS
@@ -68,8 +68,8 @@ def test_the_spec_of_small_cards(lines):
 
 
 def test_one_recipe_on_another_card_with_another_setting(lines):
-    command = [sys.executable, SCRIPT, "docvqa_qlora_8gb", "--card", "6", "data.tokens_per_batch=1024"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    words = ["docvqa_qlora_8gb", "--card", "6", "data.tokens_per_batch=1024"]
+    done = run_forked(words, timeout=300, program=SCRIPT)
     assert done.returncode == 0, done.stderr
     head, _, row = (cells(line) for line in done.stdout.splitlines())
     assert head == cells(lines[0]) and row[1:3] == ["6 GB", "1,024"]

@@ -36,18 +36,20 @@ def finetune_on(
     timeout: float = 120,
     env: Mapping[str, str] | None = None,
     folders: Sequence[Path] | None = None,
+    program: Path | None = None,
 ) -> list[subprocess.CompletedProcess]:
     """Run the command on several processes; what each of them said.
 
     Args:
         folders: working directory of each; None for this one's.
+        program: a script to run in place of the command.
     """
     words = [*map(str, arguments)]
     variables = variables_of_ranks(processes)
 
     def one(rank: int) -> subprocess.CompletedProcess:
         own = {**(env or os.environ), **variables[rank]}
-        return run_forked(words, timeout, cwd=None if folders is None else folders[rank], env=own)
+        return run_forked(words, timeout, program, None if folders is None else folders[rank], own)
 
     with ThreadPoolExecutor(processes) as pool:
         return list(pool.map(one, range(processes)))

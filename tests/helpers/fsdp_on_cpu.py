@@ -1,46 +1,31 @@
-"""`finetune` with FSDP2 on the CPU: `-m torch.distributed.run ... tests/helpers/fsdp_on_cpu.py RECIPE ...`.
+"""`finetune` with FSDP2 on the CPU: a program in place of `finetune`, for a launcher or `finetune_on`.
 
 Accelerate has a list of the kinds of devices on which it applies FSDP, and the CPU is not among them, though PyTorch's
-FSDP2 runs over gloo. Here it is added to the list, in Accelerate's source, before anything imports it. The toolkit
-itself refuses to train by FSDP where Accelerate does not apply it.
+FSDP2 runs over gloo. Here it is added to the list, in the source of the method that has it. The toolkit itself refuses
+to train by FSDP where Accelerate does not apply it.
 """
 
-import importlib.machinery
-import importlib.util
+import inspect
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 
+from accelerate import state
+
 FIRST = "DistributedType.MULTI_GPU,"
-LIST = f"{FIRST}\n                DistributedType.MULTI_MLU,"
+LIST = f"{FIRST}\n            DistributedType.MULTI_MLU,"
 """The beginning of the list."""
 
 
 def apply_fsdp_on_cpu() -> None:
-    """Import Accelerate's state with the CPU in its list; before Accelerate is imported."""
-    assert "accelerate" not in sys.modules
-    package = importlib.util.find_spec("accelerate")
-    sys.meta_path.insert(0, _WithCpu(Path(package.submodule_search_locations[0]) / "state.py"))
-
-
-class _WithCpu:
-    """Finds `accelerate.state`, changed."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def find_spec(self, name, path=None, target=None):
-        if name != "accelerate.state":
-            return None
-        return importlib.util.spec_from_file_location(name, self.path, loader=_Loader(name, str(self.path)))
-
-
-class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname):
-        source = self.get_data(self.path).decode()
-        assert source.count(LIST) == 1, "Accelerate's list has changed"
-        longer = LIST.replace(FIRST, f"DistributedType.MULTI_CPU, {FIRST}")
-        return compile(source.replace(LIST, longer), self.path, "exec")
+    """Put the CPU into Accelerate's list."""
+    source = textwrap.dedent(inspect.getsource(state.AcceleratorState.__init__))
+    assert source.count(LIST) == 1, "Accelerate's list has changed"
+    longer = LIST.replace(FIRST, f"DistributedType.MULTI_CPU, {FIRST}")
+    made = {}
+    exec(compile(source.replace(LIST, longer), state.__file__, "exec"), vars(state), made)
+    state.AcceleratorState.__init__ = made["__init__"]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import signal
 import sys
 
 from finetune.cli import main
-from finetune.replies.reply_text import StopWhenAbandoned
+from finetune.replies.growing_replies import GrowingReplies
 from finetune.training.step_in_packs import StepInPacks
 from finetune.training.trainer import QwenVLTrainer
 from finetune.vision_cache.encoding import _Encoding
@@ -14,7 +14,7 @@ from finetune.vision_cache.encoding import _Encoding
 OWNERS = {
     "batch": (StepInPacks, "run"),
     "loss": (QwenVLTrainer, "_loss_of_pack"),
-    "token": (StopWhenAbandoned, "__call__"),
+    "token": (GrowingReplies, "next"),
     "image": (_Encoding, "_features"),
 }
 

@@ -7,11 +7,11 @@ training in full and one in 4 bits; the others are `slow`.
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from asked_replies import Asked, Listener
 from recipes_for_tests import IMAGES, ROOT, TINY, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +23,7 @@ from finetune.merge.merge import merge
 from finetune.recipe import load_recipe
 from finetune.terminal import say_nothing
 from finetune.training.train import train
-from qwenvl import QwenVLForConditionalGeneration, load_model, load_processor
+from qwenvl import load_model, load_processor
 
 QUESTION, PROMPT, ANSWER = "Is it small?", "{question} One word.", "Yes it is."
 SYSTEM = "You are a helpful assistant."
@@ -38,39 +38,6 @@ KINDS = {
 }
 THIN = [("base", "full"), ("base", "Q-LoRA")]
 WHOLE = [(start, kind) for start in ("base", "chat") for kind in KINDS]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What one generation was: the ids of its prompt, the ids that end it, and its new ids without these."""
-
-    prompt: tuple[int, ...]
-    stop: frozenset[int]
-    reply: tuple[int, ...]
-
-
-class Listener:
-    """Notes each call of the model's `generate`."""
-
-    def __init__(self, monkeypatch):
-        self.asked: list[Asked] = []
-        generate = QwenVLForConditionalGeneration.generate
-
-        def noting(model, *arguments, **settings):
-            generated = generate(model, *arguments, **settings)
-            config = settings.get("generation_config") or model.generation_config
-            stop = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-            for row, mask, whole in zip(settings["input_ids"], settings["attention_mask"], generated, strict=True):
-                new = whole[len(row) :].tolist()
-                reply = new[: next((place for place, token in enumerate(new) if token in stop), len(new))]
-                self.asked.append(Asked(tuple(row[mask.bool()].tolist()), frozenset(stop), tuple(reply)))
-            return generated
-
-        monkeypatch.setattr(QwenVLForConditionalGeneration, "generate", noting)
-
-    def last(self) -> Asked:
-        asked, self.asked = self.asked[-1], []
-        return asked
 
 
 @pytest.fixture

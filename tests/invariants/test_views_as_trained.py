@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from asked_replies import Listener
 from recipes_for_tests import IMAGES, ROOT, write_recipe
 from said import collect
 
@@ -17,7 +18,7 @@ from finetune.merge.merge import merge
 from finetune.recipe import load_recipe
 from finetune.terminal import say_nothing
 from finetune.training.train import train
-from qwenvl import QwenVLForConditionalGeneration, load_model, load_processor
+from qwenvl import load_model, load_processor
 from qwenvl.checkpoint.record import read_record
 from qwenvl.published import chat, from_list_format
 from qwenvl.views import Views
@@ -25,31 +26,6 @@ from qwenvl.views import Views
 QUESTION, PROMPT = "Is it small?", "{question} One word."
 VIEWS = Views(True, (1, 2), 0.2)
 LIMIT = 4
-
-
-class Listener:
-    """Notes each call of the model's `generate`: ids of the prompt, features of its pictures, and the new ids."""
-
-    def __init__(self, monkeypatch):
-        self.asked: list[tuple[list[int], torch.Tensor, list[int]]] = []
-        generate = QwenVLForConditionalGeneration.generate
-
-        def noting(model, *arguments, **settings):
-            features = settings.get("image_features")
-            if features is None:
-                with torch.no_grad():
-                    features = model.get_image_features(settings["pixel_values"])
-            generated = generate(model, *arguments, **settings)
-            for row, mask, whole in zip(settings["input_ids"], settings["attention_mask"], generated, strict=True):
-                new = whole[len(row) :].tolist()
-                self.asked.append((row[mask.bool()].tolist(), features.flatten(0, -2).clone(), new))
-            return generated
-
-        monkeypatch.setattr(QwenVLForConditionalGeneration, "generate", noting)
-
-    def last(self):
-        asked, self.asked = self.asked[-1], []
-        return asked
 
 
 @pytest.fixture
@@ -70,7 +46,7 @@ def recipe_of(folder, **changes):
 
 
 def same(one, other) -> bool:
-    return one[0] == other[0] and torch.allclose(one[1], other[1], atol=1e-5) and one[2] == other[2]
+    return one == other and torch.allclose(one.features, other.features, atol=1e-5)
 
 
 def test_the_same_pictures_in_every_folder_and_command(tmp_path, listener, capsys):
@@ -94,10 +70,10 @@ def test_the_same_pictures_in_every_folder_and_command(tmp_path, listener, capsy
         return listener.last()
 
     expected = by_load_model(run)
-    decoded = load_processor(run).tokenizer.decode(expected[0])
+    decoded = load_processor(run).tokenizer.decode(list(expected.prompt))
     assert [f"Picture {number}:<img>" in decoded for number in (1, 2, 3, 4)] == [True, True, True, False]
     # Before training the model was asked the same, about as many pictures.
-    assert before[0] == expected[0] and before[1].shape == expected[1].shape
+    assert before.prompt == expected.prompt and before.features.shape == expected.features.shape
     terminal_chat.chat(str(run), images=[IMAGES[0]], once=QUESTION, max_new_tokens=LIMIT)
     assert "each image is shown as the page and its 1 x 2 parts, overlap 0.2" in capsys.readouterr().err
     assert same(listener.last(), expected)
@@ -110,9 +86,9 @@ def test_the_same_pictures_in_every_folder_and_command(tmp_path, listener, capsy
     chat(model, load_processor(merged), query, max_new_tokens=LIMIT, do_sample=False)
     assert same(listener.last(), expected)
     prompt = PromptEncoder(exported)(asked)
-    assert prompt.input_ids[0].tolist() == expected[0]
+    assert prompt.input_ids[0].tolist() == list(expected.prompt)
     pads = prompt.input_ids[0] == model.config.image_token_id
-    assert torch.allclose(prompt.embeddings[0, pads], expected[1], atol=1e-5)
+    assert torch.allclose(prompt.embeddings[0, pads], expected.features, atol=1e-5)
 
 
 @pytest.mark.parametrize("cache", ["off", pytest.param("disk", marks=pytest.mark.slow)])

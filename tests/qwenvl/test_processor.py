@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from qwenvl import (
     ImageAccess,
@@ -204,10 +205,14 @@ def test_a_saved_processor_that_contradicts_the_model_is_refused(tiny_folder, tm
         QwenVLProcessor.from_pretrained(tmp_path)
 
 
-def test_the_system_message_of_training_is_that_of_conversations_without_one(tiny_folder, tmp_path):
+LOADERS = [load_processor, AutoProcessor.from_pretrained]
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=["ours", "auto"])
+def test_the_system_message_of_training_is_that_of_conversations_without_one(tiny_folder, tmp_path, load):
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
     write_record(folder, ModelRecord(chat_format="chatml", system="Antworte kurz."))
-    trained, plain = load_processor(folder), QwenVLProcessor.from_pretrained(folder)
+    trained, plain = load(folder), QwenVLProcessor.from_pretrained(tiny_folder)
     conversation = [{"role": "user", "content": "Was?"}]
     said = [{"role": "system", "content": "Antworte kurz."}, *conversation]
     how = {"tokenize": True, "add_generation_prompt": True}
@@ -220,11 +225,12 @@ def test_the_system_message_of_training_is_that_of_conversations_without_one(tin
     assert "system" not in json.loads((tmp_path / "saved" / "processor_config.json").read_text())
 
 
-def test_the_views_of_training_are_those_of_every_image(tiny_folder, tmp_path, tiny_images):
+@pytest.mark.parametrize("load", LOADERS, ids=["ours", "auto"])
+def test_the_views_of_training_are_those_of_every_image(tiny_folder, tmp_path, tiny_images, load):
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
     views = Views(True, (1, 2), 0.0)
     write_record(folder, ModelRecord(chat_format="chatml", views=views))
-    trained, plain = load_processor(folder), QwenVLProcessor.from_pretrained(folder)
+    trained, plain = load(folder), QwenVLProcessor.from_pretrained(tiny_folder)
     assert trained.views == views and plain.views is None
     a, b = (load_image(path) for path in tiny_images[:2])
     written_out = inputs_of(plain, asks(*views.pictures(a), *views.pictures(b)), return_tensors="pt")

@@ -12,6 +12,7 @@ import time
 
 import pytest
 from changed_bases import edit_json, flip_a_bit
+from forked_finetune import Started
 from recipes_for_tests import TINY, finetune, write_recipe, write_rows
 
 # Of a run's folder: what training computes, not when or how fast.
@@ -36,16 +37,10 @@ def fresh(uninterrupted, tmp_path):
     return tmp_path / "recipe.yaml", tmp_path / "run", f"output={tmp_path / 'run'}"
 
 
-def start(*arguments, launcher=(), **kwargs):
-    """A run that goes on while the test does."""
-    command = [sys.executable, *launcher, "-m", "finetune", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
-
-
 def wait_for(condition, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None or condition(), process.stdout.read()
+        assert process.poll() is None or condition(), process.communicate()
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.005)
 
@@ -63,7 +58,7 @@ def test_kill_at_a_random_moment(uninterrupted, tmp_path, seed):
     recipe, run, output = fresh(uninterrupted, tmp_path)
     generator = random.Random(seed)
     for _ in range(2):
-        process = start(recipe, output)
+        process = Started([recipe, output])
         already, more = steps_logged(run), generator.randint(1, 3)
         wait_for(
             lambda a=already, m=more: steps_logged(run) >= min(a + m, 7) or run.joinpath(*ADAPTER).exists(), process
@@ -100,12 +95,11 @@ def test_a_signal_saves_and_leaves(uninterrupted, tmp_path, number, code, worker
     """It reaches the loader's workers too, as Ctrl-C does and as schedulers do; the step still gets its batches."""
     recipe, run, output = fresh(uninterrupted, tmp_path)
     settings = output, "train.save_steps=500", f"data.workers={workers}"
-    process = start(recipe, *settings, start_new_session=True)  # a process group of its own, as in a terminal
+    process = Started([recipe, *settings], start_new_session=True)  # a process group of its own, as in a terminal
     wait_for(lambda: steps_logged(run) >= 3, process)
     os.killpg(process.pid, number)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == code, text
-    assert "the same command goes on" in text
+    assert process.wait(timeout=120) == code, process.communicate()
+    assert "the same command goes on" in process.communicate()[1]
     assert_saved_at_the_last_step(run)
     finetune(recipe, *settings)
     assert adapter_bytes(run) == adapter_bytes(uninterrupted / "run")
@@ -114,8 +108,18 @@ def test_a_signal_saves_and_leaves(uninterrupted, tmp_path, number, code, worker
 def test_a_stopped_launcher_waits_for_what_is_saved(uninterrupted, tmp_path):
     """torchrun signals the process group of each of its processes, loader workers with them."""
     recipe, run, output = fresh(uninterrupted, tmp_path)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
-    process = start(recipe, output, "train.save_steps=500", "data.workers=2", launcher=torchrun)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+        "-m",
+        "finetune",
+    ]
+    command = [*torchrun, str(recipe), output, "train.save_steps=500", "data.workers=2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: steps_logged(run) >= 3, process)
     process.terminate()
     text, _ = process.communicate(timeout=120)
@@ -125,7 +129,7 @@ def test_a_stopped_launcher_waits_for_what_is_saved(uninterrupted, tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
     recipe, run, output = fresh(uninterrupted, tmp_path)
-    process = start(recipe, output)
+    process = Started([recipe, output])
     wait_for(lambda: (run / "checkpoints" / "step-4").exists(), process)
     process.kill()
     process.wait()
@@ -141,7 +145,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
 
 def interrupted_run(uninterrupted, tmp_path):
     recipe, run, output = fresh(uninterrupted, tmp_path)
-    process = start(recipe, output)
+    process = Started([recipe, output])
     wait_for(lambda: (run / "checkpoints" / "step-2").exists(), process)
     process.kill()
     process.wait()
@@ -150,7 +154,9 @@ def interrupted_run(uninterrupted, tmp_path):
 
 def test_another_recipe_is_refused_with_the_difference(uninterrupted, tmp_path):
     recipe, run, output = interrupted_run(uninterrupted, tmp_path)
-    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "run.lock"}
+    # Hidden names are of what was being written when it was killed; any start clears them away.
+    shown = [file for file in run.rglob("*") if not any(part[0] == "." for part in file.relative_to(run).parts)]
+    before = {file: file.read_bytes() for file in shown if file.is_file() and file.name != "run.lock"}
     done = finetune(recipe, output, "train.learning_rate=1e-3", "adapter.r=8", check=False)
     assert done.returncode == 2
     assert "train.learning_rate: 0.01 -> 0.001" in done.stderr and "adapter.r: 4 -> 8" in done.stderr
@@ -162,7 +168,7 @@ def test_another_recipe_is_refused_with_the_difference(uninterrupted, tmp_path):
 def test_other_data_is_refused(tmp_path):
     folder = tmp_path / "own"
     recipe = write_recipe(folder)
-    process = start(recipe)
+    process = Started([recipe])
     wait_for(lambda: (folder / "run" / "checkpoints" / "step-2").exists(), process)
     process.kill()
     process.wait()
@@ -175,7 +181,7 @@ def test_another_base_is_refused(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(TINY, base)
     recipe = write_recipe(tmp_path / "own", model={"path": str(base), "dtype": "float32"})
-    process = start(recipe)
+    process = Started([recipe])
     wait_for(lambda: (tmp_path / "own" / "run" / "checkpoints" / "step-2").exists(), process)
     process.kill()
     process.wait()
@@ -208,7 +214,7 @@ def test_a_finished_run_is_left_alone(uninterrupted):
 
 def test_two_runs_on_one_folder(uninterrupted, tmp_path):
     recipe, run, output = fresh(uninterrupted, tmp_path)
-    process = start(recipe, output, "train.max_steps=100000", "train.save_steps=100000")
+    process = Started([recipe, output, "train.max_steps=100000", "train.save_steps=100000"])
     wait_for(lambda: steps_logged(run) >= 1, process)
     second = finetune(recipe, output, check=False)
     assert second.returncode == 2 and f"process {process.pid}" in second.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked_finetune import Started
 from huggingface_hub import constants
 from PIL import Image
 from recipes_for_tests import finetune, write_recipe
@@ -16,7 +17,7 @@ from said import collect
 from finetune.recipe import load_recipe
 from finetune.training.train import train
 from finetune.vision_cache.store import FEATURES, JOURNAL
-from tests.reliability.test_resume import start, wait_for
+from tests.reliability.test_resume import wait_for
 
 IMAGES = 72
 RECORD_BYTES = 256 * 256 * 4
@@ -62,7 +63,7 @@ def bytes_of(file: Path, run: str) -> bytes:
 
 def test_killed_while_it_encodes(many, tmp_path):
     """What was encoded stays, and the run that goes on from there is the one that was never killed, bit for bit."""
-    process = start(many, f"output={tmp_path / 'killed'}")
+    process = Started([many, f"output={tmp_path / 'killed'}"])
     wait_for(lambda: images_there(tmp_path / "home") >= 16, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -78,9 +79,9 @@ def test_killed_while_it_encodes(many, tmp_path):
 
 def test_two_runs_at_once(many, tmp_path):
     """Each finishes as it would by itself, and of what one has encoded the other takes over."""
-    processes = [start(many, f"output={tmp_path / name}") for name in ("one", "two")]
-    told = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
+    processes = [Started([many, f"output={tmp_path / name}"]) for name in ("one", "two")]
+    told = [process.communicate(timeout=300) for process in processes]
+    assert [process.wait() for process in processes] == [0, 0], told
     assert bytes_of(many, "one") == bytes_of(many, "two")
     records = sum(file.stat().st_size for file in (tmp_path / "home").glob(f"**/*{FEATURES}")) / RECORD_BYTES
     assert IMAGES <= records <= 2 * IMAGES  # how many they share follows from how they are started

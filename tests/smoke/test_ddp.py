@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked_ranks import finetune_on
 from recipes_for_tests import finetune, write_recipe
 from safetensors.torch import load_file
 
@@ -62,14 +61,7 @@ assert opened and not dist.is_initialized()
 def test_a_run_closes_the_process_group_that_it_opened(tmp_path):
     """Left open, gloo now and then ends a process by SIGABRT that has done all it should."""
     recipe = write_recipe(tmp_path, train__max_steps=1, train__save_strategy="no")
-    port = str(20000 + os.getpid() % 20000)
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_OF_ONE, recipe],
-        env={**os.environ, **one, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    program = tmp_path / "one_of_one.py"
+    program.write_text(ONE_OF_ONE)
+    (done,) = finetune_on(1, recipe, program=program, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stdout + done.stderr

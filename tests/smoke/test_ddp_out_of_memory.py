@@ -1,15 +1,14 @@
 """Two processes of which one runs out of memory: both go on, and reach what they would have reached."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from recipes_for_tests import ROOT, finetune, write_recipe, write_rows
+from forked_ranks import finetune_on
+from recipes_for_tests import write_recipe, write_rows
 from safetensors.torch import load_file
 
 from finetune.recipe import load_recipe
@@ -17,7 +16,6 @@ from finetune.terminal import say_nothing
 from finetune.training.processes import average_gradients
 from finetune.training.train import train
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 20000))
 MEMORY = Path(__file__).parents[1] / "helpers" / "memory_for_tests.py"
 SETTINGS = {
     "adapter__dropout": 0.0,
@@ -31,17 +29,9 @@ SETTINGS = {
 }
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(MEMORY.parent), str(ROOT)])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def in_small_memory(recipe: Path, tokens: int, where: str, rank: int) -> subprocess.CompletedProcess:
+def in_small_memory(recipe: Path, tokens: int, where: str, rank: int) -> list[subprocess.CompletedProcess]:
     """Two processes; packs of more than so many tokens do not fit into the memory of one of them."""
-    command = [sys.executable, *TORCHRUN, MEMORY, tokens, where, rank, recipe]
-    return subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, timeout=300, check=False, env=environment()
-    )
+    return finetune_on(2, tokens, where, rank, recipe, program=MEMORY)
 
 
 def results(folder: Path):
@@ -79,19 +69,19 @@ def test_one_process_runs_out_of_memory(tmp_path, tokens, accumulation, rank):
     two = recipe_of(tmp_path / "two", train__gradient_accumulation_steps=accumulation)
     train(load_recipe(one), say_nothing)
     done = in_small_memory(two, tokens, "backward", rank)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert [one.returncode for one in done] == [0, 0], done
     ours = results(tmp_path / "two")
     assert_same(ours, results(tmp_path / "one"))
     # The main process tells of it, and writes it down for all.
     note = ours[2]["out_of_memory"][0]
     assert note["step"] == 1 and note["out_of_memory_tokens"] > tokens and note["tokens_per_batch"] < 1000
-    assert done.stdout.count("step 1/2 | out of memory with") == 1
+    assert [one.stdout.count("step 1/2 | out of memory with") for one in done] == [1, 0]
 
 
 def test_a_process_that_cannot_go_on_ends_all(tmp_path):
     done = in_small_memory(recipe_of(tmp_path), 400, "forward", 1)
-    assert done.returncode != 0
-    assert "one conversation by itself is too much for the memory" in done.stderr
+    assert all(one.returncode != 0 for one in done)
+    assert "one conversation by itself is too much for the memory" in done[1].stderr
 
 
 def test_a_batch_without_images_leaves_the_vision_side_without_gradients(tmp_path):
@@ -100,7 +90,8 @@ def test_a_batch_without_images_leaves_the_vision_side_without_gradients(tmp_pat
     one = write_recipe(tmp_path / "one", **settings, train__gradient_accumulation_steps=2)
     two = write_recipe(tmp_path / "two", **settings, train__gradient_accumulation_steps=1)
     train(load_recipe(one), say_nothing)
-    finetune(two, env=environment(), launcher=TORCHRUN)
+    done = finetune_on(2, two)
+    assert [one.returncode for one in done] == [0, 0], done
     ours, theirs = (results(tmp_path / name) for name in ("two", "one"))
     assert any("attn_pool" in name for name in ours[0])
     assert_same(ours, theirs)

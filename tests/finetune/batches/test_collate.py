@@ -17,7 +17,7 @@ def test_an_image_that_cannot_be_decoded_is_named_in_one_sentence(tmp_path, work
     turns = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "no"}]
     row = {"messages": turns, "images": ["cut.png"]}
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
-    done = finetune(file, headers, check=False, launcher=("-u",))  # a process of its own, as it has workers
+    done = finetune(file, headers, check=False)
     assert done.returncode == 2, done.stderr
     *_, said = done.stderr.strip().splitlines()
     assert "train.jsonl, row 1, image 1" in said and "cut.png" in said

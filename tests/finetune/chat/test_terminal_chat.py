@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from recipes_for_tests import IMAGES, TINY
+from scripted_decoder import ScriptedDecoder
 
 from finetune.chat import terminal_chat as chat_module
-from finetune.chat.conversation import _Stream
 from finetune.chat.conversation_rows import append_row
 from finetune.chat.terminal_chat import TerminalChat, open_conversation
 from finetune.data.samples import Samples
@@ -50,26 +50,30 @@ def typed(terminal, monkeypatch, *lines: str):
     terminal.talk("tiny")
 
 
-def scripted(conversation, monkeypatch, *replies: str):
-    """Let the model say these things, one a turn; an exception among the tokens is raised there."""
+def scripted(conversation, *replies: str):
+    """Let the model say these things, one a turn; one that ends in ^C is stopped there."""
     tokenizer = conversation.tokenizer
     script = iter(replies)
     asked = []
+    interrupt_at = []
 
-    def generate(*, input_ids, image_features, streamer, **kwargs):
-        asked.append((input_ids[0].tolist(), image_features, kwargs["generation_config"]))
-        streamer.put(input_ids)
-        reply, stopped = next(script), False
-        if reply.endswith("^C"):
-            reply, stopped = reply[:-2], True
-        for token in tokenizer.encode_text(reply, tokens=("<ref>", "</ref>", "<box>", "</box>")):
-            streamer.put(torch.tensor([token]))
-        if stopped:
+    def say(row):
+        asked.append((list(row.ids), torch.stack(list(row.features)) if row.features else None))
+        reply = next(script)
+        ids = tokenizer.encode_text(reply.removesuffix("^C"), tokens=("<ref>", "</ref>", "<box>", "</box>"))
+        interrupt_at[:] = [len(ids)] if reply.endswith("^C") else []
+        return ids
+
+    def before_step(numbers):
+        interrupt_at[:] = [left - 1 for left in interrupt_at]
+        if interrupt_at == [0]:
             raise KeyboardInterrupt
-        streamer.put(torch.tensor([tokenizer.im_end_id]))
-        streamer.end()
 
-    monkeypatch.setattr(conversation.model, "generate", generate)
+    conversation.decoder = ScriptedDecoder(
+        say, tokenizer.im_end_id, conversation.config.vocab_size, context=conversation.decoder.context
+    )
+    conversation.decoder.before_step = before_step
+    conversation.max_new_tokens = 512
     return asked
 
 
@@ -93,8 +97,37 @@ def test_a_reply_is_what_generate_gives(conversation, model):
     assert (answer.prompt_tokens, answer.ended, answer.stopped) == (length, False, False)
 
 
+def test_a_turn_computes_what_is_new(conversation):
+    conversation.add_image(IMAGES[0])
+    first = conversation.ask("What is this?")
+    second = conversation.ask("And the total?")
+    known = conversation.decoder.reused[0]
+    assert known > first.prompt_tokens
+    afresh = open_conversation(find_use(str(TINY)), conversation.model)
+    afresh.max_new_tokens = 12
+    afresh.messages, afresh.images = conversation.messages[:2], conversation.images
+    assert afresh.ask("And the total?").text == second.text
+    assert afresh.decoder.reused == [0]
+
+
+def test_where_memory_is_short_what_is_kept_goes_first(conversation, monkeypatch):
+    scripted(conversation, "One.", "Two.")
+    decoder, shortages = conversation.decoder, iter([True, False, True, True])
+
+    def short(_rows):
+        if next(shortages, False):
+            raise torch.OutOfMemoryError("none left")
+
+    decoder.before_join = short
+    monkeypatch.setattr(decoder, "drop_kept", lambda: True)
+    assert conversation.ask("First?").text == "One."
+    with pytest.raises(torch.OutOfMemoryError):
+        conversation.ask("Second?")
+    assert not decoder.live and len(conversation.messages) == 2
+
+
 def test_turns_build_on_each_other_and_each_image_is_encoded_once(conversation, model, monkeypatch):
-    asked = scripted(conversation, monkeypatch, "A receipt.", "12.40", "A form.")
+    asked = scripted(conversation, "A receipt.", "12.40", "A form.")
     encoded = []
     encode = model.get_image_features
     monkeypatch.setattr(model, "get_image_features", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
@@ -117,7 +150,7 @@ def test_turns_build_on_each_other_and_each_image_is_encoded_once(conversation, 
         conversation.tokenizer,
         add_generation_prompt=True,
     ).ids
-    ids, features, _ = asked[-1]
+    ids, features = asked[-1]
     assert ids == expected
     assert encoded == [1, 1] and features.shape == (2, 256, 256)
     processor = load_processor(TINY)
@@ -126,7 +159,7 @@ def test_turns_build_on_each_other_and_each_image_is_encoded_once(conversation, 
 
 
 def test_a_stopped_reply_is_kept_and_the_chat_goes_on(terminal, conversation, monkeypatch, capsys):
-    scripted(conversation, monkeypatch, "The total is^C", "12.40")
+    scripted(conversation, "The total is^C", "12.40")
     typed(terminal, monkeypatch, "The total?", "Go on")
     told = capsys.readouterr()
     assert told.out == "The total is\n12.40\n" and "(stopped)" in told.err
@@ -135,7 +168,7 @@ def test_a_stopped_reply_is_kept_and_the_chat_goes_on(terminal, conversation, mo
 
 
 def test_a_turn_without_a_reply_is_not_kept_and_its_images_wait(terminal, conversation, monkeypatch, capsys):
-    scripted(conversation, monkeypatch, "^C", "", "Yes.")
+    scripted(conversation, "^C", "", "Yes.")
     typed(terminal, monkeypatch, f"/image {IMAGES[0]}", "One?", "Two?", "Three?")
     assert capsys.readouterr().err.count("(no reply; the message is forgotten)") == 2
     (user, reply) = conversation.messages
@@ -145,7 +178,7 @@ def test_a_turn_without_a_reply_is_not_kept_and_its_images_wait(terminal, conver
 
 def test_control_characters_do_not_reach_the_terminal(terminal, conversation, monkeypatch, capsys):
     hostile = "\x1b]0;owned\x07 \x9b31m \u202etxt.exe\r\x08 ok\ttab\nline"
-    scripted(conversation, monkeypatch, hostile)
+    scripted(conversation, hostile)
     typed(terminal, monkeypatch, "Hello")
     assert capsys.readouterr().out == "␛]0;owned␇ <U+009B>31m <U+202E>txt.exe␍␈ ok\ttab\nline\n"
     assert terminal_text("👩‍💻 naïve مرحبا") == "👩‍💻 naïve مرحبا"
@@ -154,7 +187,7 @@ def test_control_characters_do_not_reach_the_terminal(terminal, conversation, mo
 
 
 def test_once_gives_a_pipe_the_reply_as_it_is(terminal, conversation, monkeypatch, capsys):
-    scripted(conversation, monkeypatch, "a\x1b[0mb", "stop^C")
+    scripted(conversation, "a\x1b[0mb", "stop^C")
     terminal.once("Hello")
     assert capsys.readouterr().out == "a\x1b[0mb\n"
     with pytest.raises(KeyboardInterrupt):
@@ -164,7 +197,7 @@ def test_once_gives_a_pipe_the_reply_as_it_is(terminal, conversation, monkeypatc
 def test_boxes_are_told_in_pixels_and_drawn(terminal, conversation, monkeypatch, capsys, tmp_path):
     Image.new("RGB", (400, 200), "white").save(tmp_path / "street.png")
     reply = "<ref>the red car</ref><box>(100,250),(500,750)</box> is here."
-    asked = scripted(conversation, monkeypatch, reply, reply, "Yes.")
+    asked = scripted(conversation, reply, reply, "Yes.")
     typed(terminal, monkeypatch, f"/image '{tmp_path}/street.png'", "Where is it?", "Again?", "Sure?")
     told = capsys.readouterr()
     assert "  the red car: (40, 50) (200, 150)\n" in told.err and "drawn: street_boxes-2.png" in told.err
@@ -182,14 +215,14 @@ def test_with_views_pictures_have_numbers_and_boxes_are_of_the_whole_image(
     for name, size in {"street.png": (400, 200), "yard.png": (300, 100)}.items():
         Image.new("RGB", size, "white").save(tmp_path / name)
     conversation.views = Views(True, (1, 2), 0.0)
-    asked = scripted(conversation, monkeypatch, "A street.", "<ref>the dog</ref><box>(100,250),(500,750)</box>")
+    asked = scripted(conversation, "A street.", "<ref>the dog</ref><box>(100,250),(500,750)</box>")
     typed(terminal, monkeypatch, "/image street.png", "What is it?", "/image yard.png", "Where is the dog?")
     told = capsys.readouterr().err
     assert "street.png, 400 x 200 pixels, pictures 1 to 3: 1 image(s)" in told
     assert "yard.png, 300 x 100 pixels, pictures 4 to 6: 1 image(s)" in told
     assert "  the dog: (30, 25) (150, 75)\n" in told
     assert Image.open(tmp_path / "yard_boxes.png").size == (300, 100)
-    assert [features.shape[0] for _, features, _ in asked] == [3, 6]
+    assert [features.shape[0] for _, features in asked] == [3, 6]
     assert torch.equal(asked[0][1], asked[1][1][:3])
     pictures = conversation.views.pictures(str(tmp_path / "yard.png"))
     pixels = conversation.image_processor(pictures, return_tensors="pt")["pixel_values"]
@@ -199,7 +232,7 @@ def test_with_views_pictures_have_numbers_and_boxes_are_of_the_whole_image(
 
 
 def test_markup_that_is_typed_is_markup(conversation, monkeypatch):
-    asked = scripted(conversation, monkeypatch, "Yes.", "No.")
+    asked = scripted(conversation, "Yes.", "No.")
     conversation.ask("Is <ref>the dog</ref><box>(1,2),(30,40)</box> asleep?")
     conversation.ask("Is <box> a tag?")
     assert conversation.messages[0]["grounding"] is True and "grounding" not in conversation.messages[2]
@@ -217,7 +250,7 @@ def test_markup_is_text_to_a_model_that_was_trained_on_it_as_text(model, monkeyp
         "nothing recorded": {},
     }.items():
         conversation = open_conversation(replace(use, record=ModelRecord(chat_format="chatml", **fields)), model)
-        asked = scripted(conversation, monkeypatch, "Yes.", "<ref>the dog</ref>")
+        asked = scripted(conversation, "Yes.", "<ref>the dog</ref>")
         TerminalChat(conversation, None).once(question)
         said = "in messages are text to this model" in capsys.readouterr().err
         tokens[name] = asked[-1][0].count(conversation.tokenizer.control_tokens["<ref>"]), said
@@ -229,14 +262,14 @@ def test_markup_is_text_to_a_model_that_was_trained_on_it_as_text(model, monkeyp
 
 def test_a_base_model_completes_raw_prompts(model, monkeypatch):
     conversation = open_conversation(find_use(str(TINY), style="base"), model)
-    asked = scripted(conversation, monkeypatch, " a receipt", " 12")
+    asked = scripted(conversation, " a receipt", " 12")
     conversation.add_image(IMAGES[0])
     conversation.ask("What is this? Answer:")
     conversation.ask("1, 2, 3, 10, 11,")
     content = [{"type": "image"}, {"type": "text", "text": "What is this? Answer:"}]
     assert asked[0][0] == render_prompt(content, conversation.tokenizer).ids
     assert asked[1][0] == conversation.tokenizer.encode_text("1, 2, 3, 10, 11,") and asked[1][1] is None
-    assert asked[1][2].eos_token_id == [514, 513, 512]  # those of the tiny checkpoint's own config
+    assert conversation._stop_ids == (514, 513, 512)  # those of the tiny checkpoint's own config
 
 
 def test_an_adapter_replies_with_what_it_learned(conversation, tmp_path):
@@ -272,7 +305,7 @@ def test_sampling_draws_and_greedy_does_not(conversation):
 
 def test_a_long_conversation_is_warned_of_once_and_ends_at_the_model_s_limit(terminal, monkeypatch, capsys):
     conversation = terminal.conversation
-    scripted(conversation, monkeypatch, *["Yes."] * 4)
+    scripted(conversation, *["Yes."] * 4)
     typed(terminal, monkeypatch, "long " * 400, "more", "/new", "short", "long " * 4000, "still here")
     told = capsys.readouterr()
     assert told.err.count("the model was trained on up to 700") == 1
@@ -283,7 +316,7 @@ def test_a_long_conversation_is_warned_of_once_and_ends_at_the_model_s_limit(ter
 
 def test_what_cannot_be_done_is_told_and_the_chat_goes_on(terminal, monkeypatch, capsys, tmp_path):
     conversation = terminal.conversation
-    scripted(conversation, monkeypatch, "Yes.")
+    scripted(conversation, "Yes.")
     (tmp_path / "bad.png").write_bytes(b"no image")
     lines = [
         "/image",
@@ -334,7 +367,7 @@ def test_ctrl_c_at_the_prompt_does_not_leave(terminal, monkeypatch, capsys):
 def test_a_saved_conversation_trains_on_what_was_said(terminal, monkeypatch, tmp_path, capsys):
     conversation = terminal.conversation
     box = "<ref>total</ref><box>(1,2),(30,40)</box>"
-    scripted(conversation, monkeypatch, "A receipt.", box, "Again.")
+    scripted(conversation, "A receipt.", box, "Again.")
     near = tmp_path / "data" / "near.png"
     near.parent.mkdir()
     Image.new("RGB", (30, 20), "red").save(near)
@@ -391,18 +424,3 @@ def test_text_only_and_unreadable_images(conversation, tmp_path):
     conversation.image_processor = None
     with pytest.raises(UserError, match="text-only"):
         conversation.add_image(IMAGES[0])
-
-
-def test_pieces_are_whole_characters(published_tokenizer):
-    text = "naïve 👩‍💻 图中有什么？𒀀𓀀 \u0928\u092e\u0938\u094d\u0924\u0947"
-    pieces = []
-    stream = _Stream(published_tokenizer, (published_tokenizer.im_end_id,), pieces.append)
-    stream.put(torch.tensor([[1, 2, 3]]))
-    for token in published_tokenizer.encode_text(text):
-        stream.put(torch.tensor([token]))
-    stream.put(torch.tensor([published_tokenizer.im_end_id]))
-    assert stream.ended and "".join(pieces) == text and len(pieces) > 5 and "\ufffd" not in "".join(pieces)
-    broken = published_tokenizer.encode_text("𓀀")[:1]
-    stream.put(torch.tensor(broken))
-    stream.end()
-    assert pieces[-1].startswith("\ufffd")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes_for_tests import IMAGES, finetune, write_recipe
+from forked_ranks import finetune_on
+from recipes_for_tests import IMAGES, write_recipe
 from safetensors.torch import load_file
 from said import collect
 
@@ -233,22 +234,20 @@ def test_evaluations_since_the_best(values, greater, since):
 
 def test_two_processes_have_the_score_of_one(tmp_path):
     """Questions are shared out; both get all replies, log one score, and keep the same checkpoint as best."""
-    import os
-
     settings = {"adapter__dropout": 0.0, "data__shuffle": False, "train__max_steps": 2, "train__eval_steps": 2}
     settings |= {"train__save_steps": 2}
     one, _ = run(recipe(tmp_path / "one", {"patience": 3}, **settings))
     two = recipe(tmp_path / "two", {"patience": 3}, **settings, train__gradient_accumulation_steps=2)
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
-    port = str(20000 + os.getpid() % 20000)
-    done = finetune(two, launcher=(*launcher, port), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = finetune_on(2, two)
+    assert [process.returncode for process in done] == [0, 0], done
     folders = one, tmp_path / "two" / "run"
     scores = [[record["eval_anls"] for record in records(folder) if "eval_anls" in record] for folder in folders]
     assert scores[0] == scores[1] and len(scores[0]) == 2
     pairs = [[record["prediction"] for record in records(folder, "predictions.jsonl")] for folder in folders]
     assert pairs[0] == pairs[1] and len(pairs[0]) == 4
     assert json.loads((folders[1] / "run.json").read_text())["best_checkpoint"].endswith("step-2")
-    assert done.stdout.count("on 5 questions") == 2  # once at the beginning, once at the end
+    # Once at the beginning, once at the end, and by one process.
+    assert [process.stdout.count("on 5 questions") for process in done] == [2, 0]
 
 
 def test_the_line_of_the_score_tells_replies_that_could_not_be_read():

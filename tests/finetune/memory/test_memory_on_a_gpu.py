@@ -7,6 +7,7 @@ from recipes_for_tests import ROOT
 
 from finetune.bench.random_model import make_random_model
 from finetune.bench.subject import find_subject, ways_to_train
+from finetune.memory import plan
 from finetune.memory.activations import batch_of_shapes, step_of_shapes
 from finetune.memory.kernels import FUSED
 from finetune.memory.plan import plan_memory
@@ -26,12 +27,13 @@ PACK = Workload(tokens=4096, supervised=1016, sequences=8, images=8, sequence_le
 MEASURED = {"lora": 46.51e9, "qlora": 33.0e9}
 """Bytes at the most of a step of `PACK`, by weights: `finetune bench recipes/docvqa_qlora.yaml --size full --both
 --lengths 512` on an H200 with PyTorch 2.11, Transformers 5.17, PEFT 0.21, liger-kernel 0.8.5 and bitsandbytes 0.50.2:
-rank 64 with a dropout of 0.05, no checkpointing, liger's kernels.
+rank 64 with a dropout of 0.05, no checkpointing, liger's kernels, and adapters that multiplied as PEFT's do.
 """
 
 
 @pytest.mark.parametrize("weights", MEASURED)
-def test_the_plan_is_what_an_h200_took(weights):
+def test_the_plan_is_what_an_h200_took(weights, monkeypatch):
+    monkeypatch.setattr(plan, "model_of_shapes", lambda *given, **_: model_of_shapes(*given, as_peft=True))
     recipe = load_recipe(ROOT / "recipes" / "docvqa_qlora.yaml")
     subject = find_subject(recipe, "full")
     recipe = subject.settled(dict(ways_to_train(recipe, True))[weights])
@@ -97,8 +99,23 @@ def test_a_dropouts_mask_is_a_byte_on_a_gpu(device_type, size):
 
     def made(dropout: float) -> int:
         recipe = recipe_of("model.dtype=bfloat16", f"adapter.dropout={dropout}")
-        model = model_of_shapes(recipe, medium_config(), device_type)
+        model = model_of_shapes(recipe, medium_config(), device_type, as_peft=True)
         model.config._attn_implementation = "varlen"
         return step_of_shapes(model, PACK, "none", device_type).peak().total
 
     assert made(0.05) - made(0.0) == pytest.approx(PACK.tokens * 2048 * 3 * 4 * size, rel=0.1)
+
+
+def test_products_in_16_bits_keep_neither_masks_nor_wide_inputs():
+    """Beside what PEFT keeps: for each of four linears of three layers the input in float32, and dropout's result."""
+
+    def planned(dropout: float, *, as_peft: bool = False) -> int:
+        recipe = recipe_of("model.dtype=bfloat16", f"adapter.dropout={dropout}")
+        model = model_of_shapes(recipe, medium_config(), "cuda", as_peft=as_peft)
+        model.config._attn_implementation = "varlen"
+        return step_of_shapes(model, PACK, "none", "cuda").peak().total
+
+    own = planned(0.05)
+    assert own == pytest.approx(planned(0.0), rel=0.02)
+    wide_inputs = PACK.tokens * 2048 * 4 * 3 * 3  # w1 and w2 share theirs
+    assert planned(0.05, as_peft=True) - own > wide_inputs

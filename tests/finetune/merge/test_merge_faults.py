@@ -4,12 +4,11 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from adapters_for_tests import make_adapter
+from forked_finetune import run_forked
 
 from finetune.errors import Failed, Interrupted, UserError
 from finetune.merge.folder import MERGE_FILE
@@ -121,10 +120,11 @@ merge(sys.argv[1], sys.argv[2], check=False, shard_bytes=3e6)
 
 
 def test_a_killed_merge_leaves_nothing_under_the_name_and_the_next_cleans_up(adapter, tmp_path):
-    to = tmp_path / "to"
-    command = [sys.executable, "-c", KILLED, str(adapter), str(to)]
-    done = subprocess.run(command, capture_output=True, check=False, timeout=120)
+    to, program = tmp_path / "to", tmp_path / "killed.py"
+    program.write_text(KILLED)
+    done = run_forked([adapter, to], timeout=120, program=program)
     assert done.returncode == -signal.SIGKILL, done.stderr
+    program.unlink()
     (partial,) = [path for path in tmp_path.iterdir() if path.name != "adapter"]
     assert partial.name.startswith(".to.partial-")
     merge(adapter, to, say=say_nothing, **SETTINGS)

@@ -13,6 +13,7 @@ from finetune.errors import Failed
 from finetune.replies.image_features import ImageStore
 from finetune.replies.replies import Decoding, Plan, Prompt, generate_replies, plan_replies, stop_ids_of
 from finetune.replies.reply_text import stop_place
+from finetune.replies.running_batch import RunningBatch
 from qwenvl import ImageAccess
 from qwenvl.images.images import ImageError
 from qwenvl.text.chat import render_chat, render_prompt
@@ -71,10 +72,10 @@ def test_images_matter(tiny_model, tiny_processor):
     """The rows of a batch get their own images: with another one, the reply's logits differ."""
     rows = [prompt(tiny_processor, "What is it?", str(file)) for file in IMAGES]
     features = []
-    place = tiny_model.generate
-    tiny_model.generate = lambda **inputs: features.append(inputs["image_features"]) or place(**inputs)
+    forward = tiny_model.forward
+    tiny_model.forward = lambda **inputs: features.append(inputs.get("image_features")) or forward(**inputs)
     replies(tiny_model, tiny_processor, rows, decoding(tiny_model))
-    assert len(features) == 1 and features[0].shape[0] == len(IMAGES)
+    assert len(features) == NEW and features[0].shape[0] == len(IMAGES) and set(features[1:]) == {None}
     pixels = tiny_processor.image_processor([str(file) for file in IMAGES], do_normalize=False, return_tensors="pt")
     expected = tiny_model.get_image_features(pixels["pixel_values"])
     assert torch.allclose(features[0], expected, atol=1e-5)
@@ -164,15 +165,38 @@ def test_questions_on_one_page_share_a_window(tiny_processor):
             assert max(same) - min(same) == len(same) - 1 and place in same
 
 
+def watch_rows(model) -> list[tuple[int, int]]:
+    """Gets the rows and columns of each decoding step, as they come."""
+    shapes, forward = [], model.forward
+
+    def watched(**inputs):
+        if inputs["input_ids"].shape[1] == 1:
+            shapes.append((len(inputs["input_ids"]), inputs["past_key_values"].width))
+        return forward(**inputs)
+
+    model.forward = watched
+    return shapes
+
+
 def test_batches_keep_to_their_budget(tiny_model, tiny_processor, prompts):
-    shapes = []
-    generate = tiny_model.generate
-    tiny_model.generate = lambda **inputs: shapes.append(inputs["input_ids"].shape) or generate(**inputs)
+    shapes = watch_rows(tiny_model)
     replies(tiny_model, tiny_processor, prompts, decoding(tiny_model, batch_tokens=1500, batch_rows=3))
-    assert sum(rows for rows, _ in shapes) == len(prompts)
-    # A batch of shared prefixes has padding in the middle too, at most as much as its texts differ in length.
-    assert all(rows <= 3 and (rows == 1 or rows * (length + NEW) <= 1500 + 3 * 100) for rows, length in shapes)
+    assert sum(rows for rows, _ in shapes) == len(prompts) * (NEW - 1)  # the first token comes with the prompt
+    assert all(rows <= 3 and (rows == 1 or rows * columns <= 1500) for rows, columns in shapes)
     assert any(rows == 3 for rows, _ in shapes)
+
+
+def test_prompts_join_when_others_have_their_replies(tiny_model, tiny_processor, prompts, monkeypatch):
+    """Replies that end early make room for others while the rest grows on."""
+    free = replies(tiny_model, tiny_processor, prompts, decoding(tiny_model))
+    growing, join = [], RunningBatch.join
+    monkeypatch.setattr(RunningBatch, "join", lambda batch, new: growing.append(len(batch)) or join(batch, new))
+    stops = (free[3].ids[2], free[5].ids[5], free[8].ids[1])
+    ended = replies(tiny_model, tiny_processor, prompts, decoding(tiny_model, stop_ids=stops, batch_rows=4))
+    for index, reply in ended.items():
+        ends = [place for place, token in enumerate(free[index].ids) if token in stops]
+        assert reply.ids == free[index].ids[: ends[0] if ends else NEW] and reply.cut == (not ends)
+    assert len(growing) > 2 and any(growing), "prompts joined replies that were growing"
 
 
 def test_an_image_that_cannot_be_read(tiny_model, tiny_processor, prompts, tmp_path):
@@ -189,14 +213,14 @@ def test_an_image_that_cannot_be_read(tiny_model, tiny_processor, prompts, tmp_p
 
 def test_what_does_not_fit_is_tried_in_smaller_batches(tiny_model, tiny_processor, prompts, caplog):
     expected = replies(tiny_model, tiny_processor, prompts, decoding(tiny_model))
-    generate = tiny_model.generate
+    forward = tiny_model.forward
 
     def small_memory(**inputs):
-        if inputs["input_ids"].numel() > 1200:
+        if len(inputs["input_ids"]) * inputs["past_key_values"].width > 1200:
             raise torch.OutOfMemoryError("out of memory")
-        return generate(**inputs)
+        return forward(**inputs)
 
-    tiny_model.generate = small_memory
+    tiny_model.forward = small_memory
     assert replies(tiny_model, tiny_processor, prompts, decoding(tiny_model)) == expected
     assert "out of memory" in caplog.text
     prompts[0] = prompt(tiny_processor, "long " * 500)

@@ -262,7 +262,7 @@ def test_settings_of_the_loader_change_nothing(tmp_path):
     runs = {}
     for name, settings in (("plain", {}), ("workers", WORKERS)):
         file = recipe_file(tmp_path / name, settings, data__workers=2 if settings else 0)
-        finetune(file, launcher=("-u",))
+        finetune(file)
         runs[name] = adapter_of(tmp_path / name / "run")
     assert all(torch.equal(tensor, runs["plain"][name]) for name, tensor in runs["workers"].items())
 

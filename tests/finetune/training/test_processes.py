@@ -1,13 +1,9 @@
 """A run's process group is closed at its end, and only then."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.distributed as dist
-from recipes_for_tests import ROOT
+from forked_ranks import finetune_on
 
 from finetune.errors import Failed, Interrupted
 from finetune.training.processes import closing_process_group, stop_together
@@ -67,24 +63,18 @@ def test_all_stop_where_one_has_failed(open_group, monkeypatch):
 
 
 REPEATED = """
+import os
 import sys
 import torch
 import torch.distributed as dist
-from finetune.training.processes import closing_process_group, stop_together
+from finetune.training.processes import closing_process_group
 
-def train(rank, folder, number):
+for number in range(25):
     with closing_process_group():
-        store = dist.FileStore(f"{folder}/{number}", 2)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        store = dist.FileStore(f"{sys.argv[1]}/{number}", 2)
+        dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
         model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
         dist.all_gather_object([None, None], {"left out": list(range(100))})
-
-def both(rank, folder):
-    for number in range(25):
-        train(rank, folder, number)
-
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(both, (sys.argv[1],), nprocs=2)
 """
 
 
@@ -92,5 +82,5 @@ def test_two_processes_end_after_a_last_collective(tmp_path):
     """The model outlives the group here, as the trainer does in a run. Without a reference to the group this hangs."""
     script = tmp_path / "repeated.py"
     script.write_text(REPEATED)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script, tmp_path], check=True, env=environment, timeout=120)
+    done = finetune_on(2, tmp_path, program=script)
+    assert [one.returncode for one in done] == [0, 0], done

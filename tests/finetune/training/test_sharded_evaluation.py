@@ -1,18 +1,15 @@
 """Runs whose processes share the model by FSDP2 evaluate as one process does, with fewer rows than processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from forked_ranks import free_port
+from forked_ranks import finetune_on
 from recipes_for_tests import IMAGES, ROOT, finetune, write_recipe, write_rows
 
 pytestmark = pytest.mark.slow
 
-SHARED = str(ROOT / "tests" / "helpers" / "fsdp_on_cpu.py")
+SHARED = ROOT / "tests" / "helpers" / "fsdp_on_cpu.py"
 PROCESSES = 3
 FULL = {"adapter": None, "freeze": {"vision": False, "resampler": False, "language": False}}
 
@@ -41,12 +38,9 @@ def recipe_of(folder: Path, evaluated: str, **changes) -> Path:
 
 
 def sharded(recipe: Path) -> str:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), "--master-port", free_port()]
-    command = [sys.executable, *launcher, SHARED, str(recipe), "train.parallel=fsdp"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    done = finetune_on(PROCESSES, recipe, "train.parallel=fsdp", program=SHARED, timeout=300)
+    assert all(one.returncode == 0 for one in done), done
+    return done[0].stdout
 
 
 def lines(folder: Path, name: str) -> list[dict]:

@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_ranks import finetune_on, free_port
 from recipes_for_tests import ROOT, finetune, write_recipe
 from safetensors.torch import load_file
 
 from finetune.run.checkpoints import find_last_good, verify
 
-SHARED = str(ROOT / "tests" / "helpers" / "fsdp_on_cpu.py")
+SHARED = ROOT / "tests" / "helpers" / "fsdp_on_cpu.py"
 FULL = {
     "adapter": None,
     "freeze": {"vision": False, "resampler": False, "language": False},
@@ -43,21 +44,13 @@ def recipe_of(folder, kind, processes, **changes):
     return recipe
 
 
-def command_of(recipe, processes, *words):
-    port = str(random.randint(20000, 40000))
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port, SHARED]
-    return [sys.executable, *launcher, str(recipe), *words]
-
-
-def train(recipe, processes, way="fsdp", check=True):
-    """Train with a number of processes, by FSDP2 where there are several."""
+def train(recipe, processes, way="fsdp"):
+    """Train with a number of processes, by FSDP2 where there are several; what the main one said."""
     if processes == 1:
-        return finetune(recipe, check=check)
-    command = command_of(recipe, processes, f"train.parallel={way}")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+        return finetune(recipe).stdout
+    done = finetune_on(processes, recipe, f"train.parallel={way}", program=SHARED, timeout=300)
+    assert all(one.returncode == 0 for one in done), done
+    return done[0].stdout
 
 
 def result_of(folder):
@@ -169,7 +162,7 @@ def test_masters_in_float32_are_computed_in_16_bits_and_saved_so(ran):
 def test_as_many_processes_go_on_bit_for_bit(ran, copied, kind):
     folder = copied(kind, 2)
     go_back(folder, 2)
-    assert "from step 2" in train(folder / "recipe.yaml", 2).stdout
+    assert "from step 2" in train(folder / "recipe.yaml", 2)
     assert_same(folder, ran(kind, 2))
 
 
@@ -217,12 +210,9 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(ran, tmp_path, kind,
     draw = random.Random(seed)
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in (2, 4):
-        process = subprocess.Popen(
-            command_of(recipe, 2, "train.parallel=fsdp"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=ROOT,
-        )
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), SHARED]
+        command = [sys.executable, *map(str, launcher), str(recipe), "train.parallel=fsdp"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
         # Inside the save of one process or the other, between two steps, or in a collective.
         waited_for = f".step-{step}.partial-*" if draw.random() < 0.6 else f"step-{step}"
         while not list(checkpoints.glob(waited_for)) and process.poll() is None:
@@ -240,18 +230,17 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(ran, tmp_path, kind,
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_all_processes(tmp_path):
     recipe = recipe_of(tmp_path, FULL, 2, train__learning_rate=1e30, train__max_grad_norm=0.0)
-    done = train(recipe, 2, check=False)
-    assert done.returncode != 0
-    assert "the loss is nan" in done.stderr or "the loss is inf" in done.stderr
-    assert "finetune/training" not in done.stderr  # no traceback of ours
+    for done in finetune_on(2, recipe, "train.parallel=fsdp", program=SHARED):
+        assert done.returncode != 0
+        assert "the loss is nan" in done.stderr or "the loss is inf" in done.stderr
+        assert "finetune/training" not in done.stderr  # no traceback of ours
 
 
 @pytest.mark.slow
 def test_without_accelerates_plugin_it_is_refused_before_weights_load(tmp_path):
     """On this device Accelerate applies none, and says nothing."""
     recipe = recipe_of(tmp_path, LORA, 2)
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29717")
-    done = finetune(recipe, "train.parallel=fsdp", launcher=launcher, check=False)
-    assert done.returncode != 0
-    assert "train.parallel: fsdp is not applied by Accelerate" in done.stderr
+    for done in finetune_on(2, recipe, "train.parallel=fsdp"):
+        assert done.returncode == 2
+        assert "train.parallel: fsdp is not applied by Accelerate" in done.stderr
     assert not (tmp_path / "run" / "run.json").exists()

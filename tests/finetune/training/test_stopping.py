@@ -11,7 +11,7 @@ from said import collect
 
 from finetune.errors import Interrupted
 from finetune.recipe import load_recipe
-from finetune.replies.reply_text import StopWhenAbandoned
+from finetune.replies.growing_replies import GrowingReplies
 from finetune.run.folder import RunFolder
 from finetune.training import interrupts
 from finetune.training.checkpoint_note import NOTE, read_note
@@ -89,7 +89,7 @@ def signal_at(monkeypatch, where: str, call: int) -> list[str]:
 
     patch(StepInPacks, "run", "batch")
     patch(QwenVLTrainer, "_loss_of_pack", "loss")
-    patch(StopWhenAbandoned, "__call__", "token")
+    patch(GrowingReplies, "next", "token")
     return called
 
 

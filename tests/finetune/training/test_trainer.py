@@ -19,7 +19,7 @@ from qwenvl.text.chat import render_chat
 FROZEN = SimpleNamespace(vision=True, resampler=False, language=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def samples(tiny_images):
     """Eight conversations of different lengths, with none, one or two images."""
     rows = []
@@ -31,9 +31,10 @@ def samples(tiny_images):
     return rows
 
 
-@pytest.fixture
-def make_trainer(tiny_folder, tiny_processor, samples, tmp_path):
+@pytest.fixture(scope="module")
+def make_trainer(tiny_folder, tiny_processor, samples, tmp_path_factory):
     def make(*, tokens_per_batch=2048, rows=range(8), model=None, **arguments):
+        folder = tmp_path_factory.mktemp("trainer")
         if model is None:
             torch.manual_seed(0)
             base = QwenVLForConditionalGeneration.from_pretrained(tiny_folder)
@@ -55,7 +56,7 @@ def make_trainer(tiny_folder, tiny_processor, samples, tmp_path):
         }
         args = SFTConfig(
             **{**defaults, **arguments},
-            output_dir=str(tmp_path),
+            output_dir=str(folder),
             use_cpu=True,
             bf16=False,
             report_to="none",
@@ -71,7 +72,7 @@ def make_trainer(tiny_folder, tiny_processor, samples, tmp_path):
             args,
             collators={"train": collator, "eval": collator},
             indices={"train": list(rows), "eval": list(rows)},
-            run=RunFolder(tmp_path / "run"),
+            run=RunFolder(folder / "run"),
             tokens_per_batch=tokens_per_batch,
             shuffle=False,
         )
@@ -95,7 +96,7 @@ def step(trainer) -> tuple[float, dict[str, torch.Tensor]]:
     return loss, keep.gradients
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def reference(tiny_folder, make_trainer, samples, tiny_processor):
     """Loss and gradients by hand: each conversation padded into a plain batch, the model's own loss."""
     trainer = make_trainer()

@@ -2,12 +2,14 @@ import copy
 import json
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, TextIteratorStreamer
 
 from qwenvl import InputError, QwenVLConfig, QwenVLForConditionalGeneration
+from qwenvl.checkpoint.record import ModelRecord, write_record
 from qwenvl.model.generation import published_eos, read_published_settings, repeat_images
 from qwenvl.model.image_span import place_image_features
 
@@ -262,6 +264,18 @@ def test_the_base_models_raw_format_stops_at_end_of_text_only(tiny_folder):
     config = QwenVLConfig.from_pretrained(tiny_folder)
     raw = read_published_settings(GenerationConfig(chat_format="raw", eos_token_id=512, do_sample=True), config)
     assert raw.eos_token_id == 512
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_replies_end_where_the_record_says(tiny_folder, tmp_path, auto):
+    """Through the Auto classes too, for programs that know no other way to load."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+    write_record(folder, ModelRecord(chat_format="raw", stop_ids=(510, 7)))
+    settings = auto.from_pretrained(folder).generation_config
+    assert settings.eos_token_id == [510, 7] and settings.chat_format == "raw"
+    (folder / "qwenvl.json").write_text("{}")
+    with pytest.raises(InputError, match=r"qwenvl\.json: version None is not known"):
+        auto.from_pretrained(folder)
 
 
 def test_sampling_settings_of_the_published_chat_model_stay(tiny_folder):

@@ -144,6 +144,18 @@ def test_neighbouring_text_is_one_run(published_tokenizer):
     assert render_prompt(cut, published_tokenizer) == render_prompt("Hello world", published_tokenizer)
 
 
+def test_many_parts_are_joined_at_once(published_tokenizer):
+    """Not one to the other, which for a million of them would take minutes."""
+
+    class Text(str):
+        def __radd__(self, other):
+            raise AssertionError("added one by one")
+
+    parts = [{"type": "text", "text": Text(word)} for word in ("one ", "t", "wo ", "three")]
+    whole = render_chat([{"role": "user", "content": "one two three"}], published_tokenizer)
+    assert render_chat([{"role": "user", "content": parts}], published_tokenizer) == whole
+
+
 def test_the_text_after_an_image_is_one_run_with_its_newline(published_tokenizer):
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "\nText"}]
     ids = render_prompt(parts, published_tokenizer, numbered=True).ids

@@ -1,0 +1,1 @@
+"""Other programs, run with the model family registered."""

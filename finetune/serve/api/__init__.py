@@ -1,0 +1,1 @@
+"""The HTTP API of a served model, in the form of OpenAI's."""
