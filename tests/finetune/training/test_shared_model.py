@@ -93,8 +93,9 @@ def assert_same_steps(folder, other, *, rel=1e-4):
 
 
 # Two processes add up gradients in another order than one. With Adam a weight whose gradient is nearly zero may go the
-# other way for that, by the learning rate a step; the losses show that they compute the same.
-CLOSE = {"full": 2e-4, "lora": 2e-5, "embeddings": 2e-4}
+# other way for that, by the learning rate a step; the losses show that they compute the same. The bias of the
+# resampler's keys has no gradient but rounding.
+CLOSE = {"full": 2e-4, "lora": 2e-5, "embeddings": 4e-4}
 # In 16 bits, packs of other sequences are rounded in other places.
 CLOSE_IN_16_BITS, STEPS_IN_16_BITS = 2e-2, 2e-2
 KINDS = {"full": FULL, "lora": LORA, "embeddings": WITH_EMBEDDINGS, "bfloat16": BFLOAT16, "16 bits": IN_16_BITS}
