@@ -119,7 +119,7 @@ def greedy_prompts(draw: random.Random) -> list[Prompt]:
         reply = reply_text(tokenizer, ids)
         if number % 7 == 0 and len(reply.strip()) > 4:
             stop = reply.strip()[3:5]
-            reply, body["stop"] = reply[: reply.index(stop, len(reply) - len(reply.lstrip()))], [stop]
+            reply, body["stop"] = reply[: reply.index(stop)], [stop]
         prompts.append(Prompt(body, dict.fromkeys(range(n), reply)))
     return prompts
 
@@ -306,7 +306,9 @@ def run(count: int, seed: int = 0) -> None:
         assert not counts.wrong, counts.wrong[:3]
         assert counts.answered + counts.left + sum(refused.values()) == count
         before, after = marks[4], marks[-1]
-        assert after.megabytes < before.megabytes + GROWTH_MB
+        # Means, as what a moment holds goes up and down by 20 MB.
+        early, late = (sum(one.megabytes for one in some) / 3 for some in (marks[2:5], marks[-3:]))
+        assert late < early + GROWTH_MB
         assert after.files <= before.files + 2 and after.threads < 64
         # All that was well-formed and waited for was counted as such.
         assert by_status['finetune_requests_total{status="200"}'] >= counts.answered + len(greedy[::3])
